@@ -1,0 +1,69 @@
+"""Wall time of the three stages beside the diffusers pipeline in torch, same machine, model, size and run.
+
+    python benchmarks/stage_timing.py --model_id tiny_model --height 128 --width 192 --frames 17
+
+Each stage counts as a person waits for it: a process from start to end, with imports, compilation and warm-up. The
+figures of the machine at hand; on a laptop CPU, start-up and compilation are most of them.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPT = "A panda playing guitar in a bamboo forest"
+
+PIPELINE = """
+import sys, torch
+from diffusers import CogVideoXPipeline
+from diffusers.utils import export_to_video
+model, height, width, frames, steps, video = sys.argv[1:]
+pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)
+limit = pipeline.transformer.config.max_text_seq_length
+frames = pipeline({prompt!r}, height=int(height), width=int(width), num_frames=int(frames), max_sequence_length=limit,
+                  num_inference_steps=int(steps), output_type="np").frames[0]
+export_to_video(list(frames), video)
+"""
+
+
+def seconds(*command) -> float:
+    """Run a command and return its wall time; raises CalledProcessError if it fails."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_id", default="tiny_model")
+    parser.add_argument("--height", default="128")
+    parser.add_argument("--width", default="192")
+    parser.add_argument("--frames", default="17")
+    parser.add_argument("--num_inference_steps", default="10")
+    arguments = parser.parse_args()
+    sizes = {name: value for name, value in vars(arguments).items() if name != "model_id"}
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = [f"--{name}={value}" for name, value in sizes.items()]
+        rows = {
+            "diffusers pipeline, torch": seconds(
+                "-c", PIPELINE.format(prompt=PROMPT), arguments.model_id, *sizes.values(), f"{folder}/pipeline.mp4"
+            ),
+            "stage 1": seconds(
+                "stage1_text_encoder.py", "--prompt", PROMPT, "--model_id", arguments.model_id, "--output_dir", folder
+            ),
+            "stage 2": seconds("stage2_transformer.py", "--input_dir", folder, *options),
+            "stage 3, TorchAx": seconds("stage3_vae_decoder.py", "--input_dir", folder),
+            "stage 3, Flax": seconds("stage3_vae_decoder_flax.py", "--input_dir", folder),
+        }
+    rows["stages 1, 2 and 3 (TorchAx)"] = rows["stage 1"] + rows["stage 2"] + rows["stage 3, TorchAx"]
+    print(f"{'':<28} {'seconds':>8} {'of pipeline':>12}")
+    for name, value in rows.items():
+        print(f"{name:<28} {value:8.1f} {value / rows['diffusers pipeline, torch']:11.2f}x")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A CogVideoX model in diffusers' folder layout, local or from the Hugging Face Hub: its configs and its weights."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from console import UserError
+
+
+def resolve_model_id(model_id: str) -> str:
+    """A folder's absolute path, so that later stages find it from anywhere; a hub id as it is."""
+    return str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id
+
+
+def same_model(model_id: str | None, used: str) -> str:
+    """The model that the stages before used; raises UserError if `model_id` was given and is another one."""
+    if model_id is not None and resolve_model_id(model_id) != used:
+        raise UserError(
+            f"the input was made with model '{used}', not '{model_id}'; run stage 1 again or drop --model_id"
+        )
+    return used
+
+
+def model_folder(model_id: str, patterns: list[str]) -> Path:
+    """The folder of a model; from the Hugging Face Hub, if it is not a folder here, with the files in `patterns`.
+
+    Raises:
+        UserError: neither a folder here nor a model that the hub or its cache can give.
+    """
+    if Path(model_id).is_dir():
+        return Path(model_id)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model_id, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model '{model_id}' is neither a folder here nor to be had from the Hugging Face Hub ({reason}); "
+            "correct --model_id or check the network"
+        ) from error
+
+
+def read_config(model_id: str, component: str, name: str = "config.json") -> dict:
+    """The configuration of one component ("transformer", "vae", "scheduler", ...); no weights are touched.
+
+    Raises:
+        UserError: there is none, or it is not JSON.
+    """
+    path = model_folder(model_id, [f"{component}/{name}"]) / component / name
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(
+            f"model '{model_id}' has no {component}/{name}; --model_id must name a CogVideoX model"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); get the model again") from error
+
+
+def spatial_compression_ratio(vae_config: Mapping) -> int:
+    """Pixels of the video per pixel of the latents, in height and in width."""
+    return 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def load_weights(model_id: str, component: str, names: Iterable[str], prefix: str = "") -> dict:
+    """The weights `prefix + name` of one component, by name, as JAX arrays in the dtype they are stored in.
+
+    Reads these tensors and no others, one at a time, from one safetensors file or from its shards.
+
+    Raises:
+        UserError: an unreadable file, or a weight in none of them.
+    """
+    folder = model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]) / component
+    missing, weights = set(names), {}
+    with load_errors(folder):
+        for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+            with safe_open(path, framework="flax") as file:
+                stored = set(file.keys())
+                weights |= {name: file.get_tensor(prefix + name) for name in missing if prefix + name in stored}
+        missing -= weights.keys()
+    if missing:
+        raise UserError(
+            f"{folder}: {len(missing)} weights are not in diffusion_pytorch_model*.safetensors, "
+            f"{prefix}{min(missing)} among them; get the model again"
+        )
+    return weights
+
+
+@contextlib.contextmanager
+def load_errors(folder: Path) -> Iterator[None]:
+    """Turn what a library raises over a missing or broken file in `folder` into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load {folder}: {reason}; get the model again or correct --model_id") from error

@@ -1,0 +1,188 @@
+"""The Flax decoder: CogVideoX's VAE decoder in Flax NNX, channel-last, [batch, frames, height, width, channels].
+
+The module tree and the attribute names are those of diffusers' `CogVideoXDecoder3D`
+(diffusers/models/autoencoders/autoencoder_kl_cogvideox.py), so that its weights load by name.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.decoder import Decoder, to_unit_range
+
+ACTIVATIONS = {"silu": jax.nn.silu, "swish": jax.nn.silu, "mish": jax.nn.mish, "relu": jax.nn.relu}
+
+# Weights come from a checkpoint; under `nnx.eval_shape` these make none.
+RNGS = functools.partial(nnx.Rngs, 0)
+
+
+def upsample_nearest(x: jax.Array, size: tuple[int, int, int]) -> jax.Array:
+    """Repeat frames and pixels up to `size` = (frames, height, width), whole multiples of what `x` has.
+
+    For an odd number of frames above one the first frame stays a single frame: it is the frame that the causal
+    encoder did not compress.
+    """
+    frames, height, width = size
+    x = jnp.repeat(jnp.repeat(x, height // x.shape[2], axis=2), width // x.shape[3], axis=3)
+    if frames > 1 and frames % 2 == 1:
+        rest = jnp.repeat(x[:, 1:], (frames - 1) // (x.shape[1] - 1), axis=1)
+        return jnp.concatenate([x[:, :1], rest], axis=1)
+    return jnp.repeat(x, frames // x.shape[1], axis=1)
+
+
+class CausalConv3d(nnx.Module):
+    """Convolution that sees this frame and the frames before it; `cache` holds the last ones of the chunk before."""
+
+    def __init__(self, in_features: int, out_features: int, kernel_size: int = 3):
+        pad = (kernel_size // 2, kernel_size // 2)
+        self.history = kernel_size - 1
+        self.conv = nnx.Conv(in_features, out_features, (kernel_size,) * 3, padding=((0, 0), pad, pad), rngs=RNGS())
+
+    def __call__(self, x, cache=None):
+        if not self.history:
+            return self.conv(x), None
+        if cache is None:
+            cache = jnp.repeat(x[:, :1], self.history, axis=1)
+        x = jnp.concatenate([cache, x], axis=1)
+        return self.conv(x), x[:, -self.history :]
+
+
+class SpatialNorm3D(nnx.Module):
+    """Group norm whose scale and shift are 1 x 1 x 1 convolutions of the latents (https://arxiv.org/abs/2209.09002)."""
+
+    def __init__(self, features: int, latent_features: int, groups: int):
+        self.norm_layer = nnx.GroupNorm(features, groups, epsilon=1e-6, use_fast_variance=False, rngs=RNGS())
+        self.conv_y = CausalConv3d(latent_features, features, kernel_size=1)
+        self.conv_b = CausalConv3d(latent_features, features, kernel_size=1)
+
+    def __call__(self, x, latents):
+        # A pointwise convolution and nearest upsampling commute; the small side is convolved.
+        scale, shift = (upsample_nearest(conv(latents)[0], x.shape[1:4]) for conv in (self.conv_y, self.conv_b))
+        return self.norm_layer(x) * scale + shift
+
+
+class ResnetBlock3D(nnx.Module):
+    def __init__(self, in_features: int, out_features: int, latent_features: int, groups: int, activation: Callable):
+        self.activation = activation
+        self.norm1 = SpatialNorm3D(in_features, latent_features, groups)
+        self.conv1 = CausalConv3d(in_features, out_features)
+        self.norm2 = SpatialNorm3D(out_features, latent_features, groups)
+        self.conv2 = CausalConv3d(out_features, out_features)
+        if in_features != out_features:
+            self.conv_shortcut = nnx.Conv(in_features, out_features, (1, 1, 1), rngs=RNGS())
+
+    def __call__(self, x, latents, cache):
+        new_cache = {}
+        hidden = self.activation(self.norm1(x, latents))
+        hidden, new_cache["conv1"] = self.conv1(hidden, cache.get("conv1"))
+        hidden = self.activation(self.norm2(hidden, latents))
+        hidden, new_cache["conv2"] = self.conv2(hidden, cache.get("conv2"))
+        if hasattr(self, "conv_shortcut"):
+            x = self.conv_shortcut(x)
+        return x + hidden, new_cache
+
+
+class Upsample3D(nnx.Module):
+    """Twice the height and width, and, with `compress_time`, twice the frames."""
+
+    def __init__(self, features: int, compress_time: bool):
+        self.compress_time = compress_time
+        self.conv = nnx.Conv(features, features, (3, 3), padding=1, rngs=RNGS())
+
+    def __call__(self, x):
+        frames, height, width = x.shape[1:4]
+        if self.compress_time and frames > 1:
+            frames = 2 * frames - frames % 2
+        return self.conv(upsample_nearest(x, (frames, 2 * height, 2 * width)))
+
+
+class Block3D(nnx.Module):
+    """Resnet blocks, then upsampling: the middle block and the up blocks."""
+
+    def __init__(self, in_features, out_features, layers, upsample, compress_time, **resnet):
+        self.resnets = nnx.List(
+            [ResnetBlock3D(in_features if i == 0 else out_features, out_features, **resnet) for i in range(layers)]
+        )
+        self.upsamplers = nnx.List([Upsample3D(out_features, compress_time)] if upsample else [])
+
+    def __call__(self, x, latents, cache):
+        new_cache = {}
+        for i, resnet in enumerate(self.resnets):
+            x, new_cache[f"resnet_{i}"] = resnet(x, latents, cache.get(f"resnet_{i}", {}))
+        for upsampler in self.upsamplers:
+            x = upsampler(x)
+        return x, new_cache
+
+
+class Decoder3D(nnx.Module):
+    """`CogVideoXDecoder3D`: latents [batch, frames, height, width, channels] to pixels around [-1, 1]."""
+
+    def __init__(self, config: Mapping):
+        channels = list(reversed(config["block_out_channels"]))
+        resnet = dict(
+            latent_features=config["latent_channels"],
+            groups=config["norm_num_groups"],
+            activation=ACTIVATIONS[config["act_fn"]],
+        )
+        temporal_doublings = int(config["temporal_compression_ratio"]).bit_length() - 1
+
+        self.conv_in = CausalConv3d(config["latent_channels"], channels[0])
+        self.mid_block = Block3D(channels[0], channels[0], layers=2, upsample=False, compress_time=False, **resnet)
+        self.up_blocks = nnx.List(
+            [
+                Block3D(
+                    channels[max(i - 1, 0)],
+                    channels[i],
+                    layers=config["layers_per_block"] + 1,
+                    upsample=i < len(channels) - 1,
+                    compress_time=i < temporal_doublings,
+                    **resnet,
+                )
+                for i in range(len(channels))
+            ]
+        )
+        self.norm_out = SpatialNorm3D(channels[-1], config["latent_channels"], config["norm_num_groups"])
+        self.conv_out = CausalConv3d(channels[-1], config["out_channels"])
+
+    def __call__(self, latents, cache):
+        new_cache = {}
+        x, new_cache["conv_in"] = self.conv_in(latents, cache.get("conv_in"))
+        x, new_cache["mid_block"] = self.mid_block(x, latents, cache.get("mid_block", {}))
+        for i, up_block in enumerate(self.up_blocks):
+            x, new_cache[f"up_block_{i}"] = up_block(x, latents, cache.get(f"up_block_{i}", {}))
+        x = jax.nn.silu(self.norm_out(x, latents))
+        x, new_cache["conv_out"] = self.conv_out(x, cache.get("conv_out"))
+        return x, new_cache
+
+
+def make_decoder(config: Mapping) -> Decoder:
+    """Build the decoder of a `vae/config.json`."""
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder3D(config)))
+    parameters = {_diffusers_name(path): (path, parameter) for path, parameter in nnx.to_flat_state(abstract)}
+
+    def convert_weights(weights: dict[str, jax.Array]) -> nnx.State:
+        return nnx.from_flat_state(
+            (path, parameter.replace(_flax_layout(path, weights[name])))
+            for name, (path, parameter) in parameters.items()
+        )
+
+    @jax.jit
+    def decode_chunk(weights, latents, cache):
+        decoder = nnx.merge(graph, weights)
+        pixels, cache = decoder(jnp.moveaxis(latents, 1, -1), cache or {})
+        return to_unit_range(pixels), cache
+
+    return Decoder(decode_chunk, list(parameters), convert_weights)
+
+
+def _diffusers_name(path: tuple) -> str:
+    *module, leaf = path
+    return ".".join(map(str, [*module, {"kernel": "weight", "scale": "weight"}.get(leaf, leaf)]))
+
+
+def _flax_layout(path: tuple, weight: jax.Array) -> jax.Array:
+    """Convolution kernels [out, in, ...] become [..., in, out]."""
+    return jnp.moveaxis(weight, (0, 1), (-1, -2)) if path[-1] == "kernel" else weight

@@ -1,0 +1,194 @@
+"""Stage 2: denoise the latents with the CogVideoX 1.5 transformer, in JAX.
+
+Reads stage 1's files from --input_dir; writes stage2_latents.safetensors and the video entries of
+generation_config.json to --output_dir.
+"""
+
+import shlex
+
+import checkpoint
+import utils
+from console import ArgumentParser, Report, UserError, number, prepare_libraries, run
+
+
+def parse_arguments():
+    parser = ArgumentParser("Stage 2 of CogVideoX text to video: denoise the latents.")
+    positive = number(int, 1)
+    parser.add_argument("--input_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="stage 1's output folder")
+    parser.add_argument("--output_dir", type=utils.path, help="where the files go (default: --input_dir)")
+    parser.add_argument("--model_id", help="the model of stage 1, checked against it (default: what stage 1 used)")
+    parser.add_argument("--num_inference_steps", type=positive, default=utils.NUM_STEPS, help="denoising steps")
+    parser.add_argument("--height", type=positive, default=utils.HEIGHT, help="of the video, in pixels")
+    parser.add_argument("--width", type=positive, default=utils.WIDTH, help="of the video, in pixels")
+    parser.add_argument("--frames", type=positive, default=utils.FRAMES, help="of the video, 4n + 1")
+    parser.add_argument(
+        "--guidance_scale",
+        type=number(float, 0),
+        default=utils.GUIDANCE_SCALE,
+        help="classifier-free guidance; up to 1 there is none, and a step costs half",
+    )
+    parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=utils.SEED, help="of the noise")
+    parser.add_argument("--fps", type=positive, default=utils.FPS, help="frames per second, for stage 3")
+    parser.add_argument(
+        "--warmup_steps", type=number(int, 0), default=utils.WARMUP_STEPS, help="untimed steps before the first"
+    )
+    parser.add_argument("--attention", choices=["xla"], default="xla", help="attention implementation")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    output_dir = arguments.output_dir or arguments.input_dir
+    text_config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES})
+    embeddings_path = arguments.input_dir / utils.EMBEDDINGS
+    shapes = utils.tensor_shapes(embeddings_path, 1, ("prompt_embeds", "negative_prompt_embeds"), text_config)
+    utils.check_writable(output_dir / utils.LATENTS)
+    model_id = checkpoint.same_model(arguments.model_id, text_config["model_id"])
+
+    prepare_libraries()
+    transformer_config = checkpoint.read_config(model_id, "transformer")
+    vae_config = checkpoint.read_config(model_id, "vae")
+    scheduler_config = checkpoint.read_config(model_id, "scheduler", "scheduler_config.json")
+    check_sizes(arguments, transformer_config, vae_config, scheduler_config)
+    check_embeddings(shapes, transformer_config, embeddings_path)
+    guided = arguments.guidance_scale > 1.0
+    config = {name: text_config[name] for name in utils.TEXT_ENTRIES} | {
+        name: getattr(arguments, name) for name in utils.VIDEO_ENTRIES if name != "scheduler"
+    }
+    config["scheduler"] = scheduler_config["_class_name"]
+
+    report = Report(f"Stage 2: transformer of {model_id}")
+    with report.phase("load"):
+        import jax
+        import jax.numpy as jnp
+        import torch
+        from diffusers.utils.torch_utils import randn_tensor
+        from safetensors.torch import load_file
+
+        from models.scheduler import SCHEDULERS, AffineScheduler
+        from models.transformer import build_transformer, make_denoise_step, rotary_embedding
+
+        module = build_transformer(transformer_config)
+        weights = checkpoint.load_weights(model_id, "transformer", module.state_dict())
+        dtype = weights["proj_out.weight"].dtype
+        report.say(f"loaded transformer: {sum(w.size for w in weights.values()):,} parameters, {dtype}")
+        report.say(f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, attention: {arguments.attention}")
+
+        embeddings = load_file(embeddings_path)
+        scheduler = AffineScheduler(
+            SCHEDULERS[config["scheduler"]].from_config(scheduler_config), arguments.num_inference_steps
+        )
+        report.say(f"scheduler: {config['scheduler']}, {arguments.num_inference_steps} steps")
+        if guided:
+            report.say(f"guidance scale {arguments.guidance_scale:g}: negative and positive prompt in one batch")
+        else:
+            report.say(f"guidance scale {arguments.guidance_scale:g}: no guidance, the prompt alone")
+
+        # The pipeline's own noise: drawn by torch, in its order and in the dtype of the embeddings.
+        generator = torch.Generator().manual_seed(arguments.seed)
+        prompt_embeds = embeddings["prompt_embeds"]
+        surplus, latent_shape = latent_frames_and_shape(arguments, len(prompt_embeds), transformer_config, vae_config)
+        noise = randn_tensor(latent_shape, generator=generator, dtype=prompt_embeds.dtype)
+        if guided:
+            prompt_embeds = torch.cat([embeddings["negative_prompt_embeds"], prompt_embeds])
+
+    def to_device(tensor: torch.Tensor | None) -> jax.Array | None:
+        return None if tensor is None else jnp.from_dlpack(tensor.contiguous()).astype(dtype)
+
+    def step_inputs(i: int, generator: torch.Generator) -> tuple:
+        """What changes from step to step: timestep, coefficients, noise."""
+        step_noise = scheduler.noise(i, latent_shape, noise.dtype, generator)
+        return jnp.int32(scheduler.timesteps[i]), jnp.asarray(scheduler.coefficients[i]), to_device(step_noise)
+
+    def start() -> tuple[jax.Array, jax.Array]:
+        """The initial noise and an empty prediction; new buffers each time, for the step reuses them."""
+        return to_device(noise).copy(), jnp.zeros(latent_shape, jnp.float32)
+
+    condition = to_device(prompt_embeds), rotary_embedding(transformer_config, latent_shape)
+    scale = jnp.float32(arguments.guidance_scale)
+
+    with report.phase("compile"):
+        spare = torch.Generator()  # warm-up must not draw from the seed's noise
+        denoise = make_denoise_step(module, arguments.attention)
+        denoise = denoise.lower(weights, *start(), *condition, *step_inputs(0, spare), scale).compile()
+    report.say("compiled the denoising step")
+
+    with report.phase(f"warm-up ({arguments.warmup_steps} steps)"):
+        state = start()
+        for _ in range(arguments.warmup_steps):
+            state = denoise(weights, *state, *condition, *step_inputs(0, spare), scale)
+        jax.block_until_ready(state)
+
+    steps = arguments.num_inference_steps
+    with report.phase("run") as run_phase, report.progress("denoising", "step", steps) as bar:
+        state = start()
+        inputs = step_inputs(0, generator)
+        for i in range(steps):
+            state = denoise(weights, *state, *condition, *inputs, scale)
+            if i + 1 < steps:
+                inputs = step_inputs(i + 1, generator)  # on the host, while the device works
+            jax.block_until_ready(state)
+            bar.update()
+    report.add("per step", f"{run_phase.seconds / steps:.3f} s")
+
+    with report.phase("save"):
+        from safetensors.flax import save_file
+
+        latents = jnp.transpose(state[0][:, surplus:], (0, 2, 1, 3, 4))
+        made_from = utils.made_from(config, [name for name in config if name != "fps"])
+        with utils.replacing(output_dir / utils.LATENTS) as temporary:
+            save_file({"latents": latents}, temporary, metadata=made_from)
+        utils.write_config(output_dir, config)
+    report.say(f"wrote {output_dir / utils.LATENTS} and {utils.CONFIG}")
+
+    report.add_array("latents", latents)
+    report.close(shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
+
+
+def latent_frames_and_shape(arguments, batch: int, transformer: dict, vae: dict) -> tuple[int, tuple[int, ...]]:
+    """Latent frames put in front to fill the temporal patch, and the latents' shape [B, T, C, H, W] with them."""
+    frames = (arguments.frames - 1) // vae["temporal_compression_ratio"] + 1
+    surplus = -frames % transformer["patch_size_t"]
+    spatial = checkpoint.spatial_compression_ratio(vae)
+    size = (arguments.height // spatial, arguments.width // spatial)
+    return surplus, (batch, frames + surplus, transformer["in_channels"], *size)
+
+
+def check_sizes(arguments, transformer: dict, vae: dict, scheduler: dict) -> None:
+    """Raise UserError for what this model cannot take: its kind, height, width, frames or number of steps."""
+    if transformer.get("patch_size_t") is None or not transformer["use_rotary_positional_embeddings"]:
+        raise UserError("this model is not a CogVideoX 1.5 (temporal patches and rotary embedding); correct --model_id")
+    from models.scheduler import SCHEDULERS
+
+    if scheduler["_class_name"] not in SCHEDULERS:
+        raise UserError(f"scheduler {scheduler['_class_name']} is not supported, only {' and '.join(SCHEDULERS)}")
+    spatial = checkpoint.spatial_compression_ratio(vae)
+    multiple = spatial * transformer["patch_size"]
+    for name in ("height", "width"):
+        size, most = getattr(arguments, name), transformer[f"sample_{name}"] * spatial
+        if size % multiple or size > most:
+            nearest = min(max(round(size / multiple), 1) * multiple, most // multiple * multiple)
+            raise UserError(
+                f"--{name} {size} does not fit this model: a multiple of {multiple} up to {most}, for example {nearest}"
+            )
+    ratio = vae["temporal_compression_ratio"]
+    if (arguments.frames - 1) % ratio:
+        below = arguments.frames - (arguments.frames - 1) % ratio
+        raise UserError(f"--frames {arguments.frames} is not {ratio}n + 1; the nearest are {below} and {below + ratio}")
+    if arguments.num_inference_steps > scheduler["num_train_timesteps"]:
+        raise UserError(f"--num_inference_steps can be at most {scheduler['num_train_timesteps']} with this scheduler")
+
+
+def check_embeddings(shapes: dict, transformer: dict, path) -> None:
+    """Raise UserError unless the embeddings have the transformer's number of tokens and width."""
+    expected = (transformer["max_text_seq_length"], transformer["text_embed_dim"])
+    for name, shape in shapes.items():
+        if len(shape) != 3 or shape[1:] != expected:
+            raise UserError(
+                f"{path}: {name} has shape {list(shape)}, the transformer takes [B, {expected[0]}, {expected[1]}]: "
+                "it was made with another model; run stage 1 again"
+            )
+
+
+if __name__ == "__main__":
+    run(main)

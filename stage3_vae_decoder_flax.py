@@ -1,0 +1,9 @@
+"""Stage 3 with the Flax decoder: same options, files and output as stage3_vae_decoder.py."""
+
+import functools
+
+from console import run
+from stage3_vae_decoder import main
+
+if __name__ == "__main__":
+    run(functools.partial(main, decoder="flax"))

@@ -1,0 +1,131 @@
+"""What users get wrong: one line on stderr that names it, exit status 2, and no file touched."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, SIZE, STAGE1, STAGE2, STAGE3, contents
+
+
+def edit_config(outputs: Path, **entries) -> None:
+    """Change entries of the config; None removes one."""
+    path = outputs / "generation_config.json"
+    config = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+EMBEDDINGS, LATENTS, CONFIG = "stage1_embeddings.safetensors", "stage2_latents.safetensors", "generation_config.json"
+NOTHING = lambda outputs: None  # noqa: E731
+
+CASES = {
+    # what: (script, arguments, what happens to the folder before, words of the message)
+    "no prompt": (STAGE1, [], NOTHING, ["--prompt"]),
+    "unknown option": (STAGE1, ["--prompt", "x", "--sed", "1"], NOTHING, ["--sed"]),
+    "empty output": (STAGE1, ["--prompt", "x", "--output_dir", ""], NOTHING, ["--output_dir", "empty"]),
+    "output below a file": (STAGE1, ["--prompt", "x", "--output_dir", f"outputs/{CONFIG}"], NOTHING, ["cannot write"]),
+    "unknown model": (STAGE1, ["--prompt", "x", "--model_id", "no/thing"], NOTHING, ["no/thing", "network"]),
+    "no model there": (STAGE1, ["--prompt", "x", "--model_id", "outputs"], NOTHING, ["transformer/config.json"]),
+    "no input folder": (STAGE2, ["--input_dir", "nowhere"], NOTHING, ["nowhere", "stage 1"]),
+    "input is a file": (STAGE2, ["--input_dir", f"outputs/{CONFIG}"], NOTHING, [CONFIG, "stage 1"]),
+    "no embeddings": (STAGE2, [], lambda o: (o / EMBEDDINGS).unlink(), [EMBEDDINGS, "stage 1"]),
+    "truncated embeddings": (STAGE2, [], lambda o: truncate(o / EMBEDDINGS), [EMBEDDINGS, "stage 1"]),
+    "latents for embeddings": (STAGE2, [], lambda o: shutil.copy(o / LATENTS, o / EMBEDDINGS), ["prompt_embeds"]),
+    "no JSON": (STAGE2, [], lambda o: (o / CONFIG).write_text("{"), [CONFIG, "JSON"]),
+    "JSON, but a list": (STAGE2, [], lambda o: (o / CONFIG).write_text("[]"), [CONFIG]),
+    "no model_id": (STAGE2, [], lambda o: edit_config(o, model_id=None), [CONFIG, "model_id"]),
+    "other prompt": (STAGE2, [], lambda o: edit_config(o, prompt="a dog"), [EMBEDDINGS, "a dog", "stage 1"]),
+    "other model": (STAGE2, ["--model_id", "nobody/nothing"], NOTHING, ["nobody/nothing", "stage 1"]),
+    "height": (STAGE2, ["--height", 100], NOTHING, ["--height 100", "multiple of 16", "96"]),
+    "width too large": (STAGE2, ["--height", 64, "--width", 4800], NOTHING, ["--width 4800", "480"]),
+    "frames": (STAGE2, ["--height", 64, "--width", 64, "--frames", 80], NOTHING, ["80", "4n + 1", "77", "81"]),
+    "no steps": (STAGE2, ["--num_inference_steps", 0], NOTHING, ["--num_inference_steps"]),
+    "too many steps": (STAGE2, [*SIZE[:-1], 1001], NOTHING, ["--num_inference_steps", "1000"]),
+    "negative fps": (STAGE2, ["--fps", -8], NOTHING, ["--fps"]),
+    "guidance is no number": (STAGE2, ["--guidance_scale", "nan"], NOTHING, ["--guidance_scale"]),
+    "unknown attention": (STAGE2, ["--attention", "magic"], NOTHING, ["--attention", "magic", "xla"]),
+    "latents missing": (STAGE3, [], lambda o: (o / LATENTS).unlink(), [LATENTS, "stage 2"]),
+    "latents truncated": (STAGE3, [], lambda o: truncate(o / LATENTS), [LATENTS, "stage 2"]),
+    "stage 2 not run": (STAGE3, [], lambda o: edit_config(o, frames=None), [CONFIG, "frames", "stage 2"]),
+    "frames of another type": (STAGE3, [], lambda o: edit_config(o, frames="9"), [CONFIG, "frames", "int"]),
+    "other seed": (STAGE3, [], lambda o: edit_config(o, seed=1), [LATENTS, "seed", "stage 2"]),
+    "fps zero": (STAGE3, ["--fps", 0], NOTHING, ["--fps"]),
+    "video is a folder": (STAGE3, ["--output_video", "outputs"], NOTHING, ["outputs", "directory"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "arguments", "before", "words"), CASES.values(), ids=CASES)
+def test_one_line_and_exit_2(script, arguments, before, words, outputs, tiny_model, run_stage, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    before(outputs)
+    untouched = contents(outputs)
+    if script == STAGE1 and "--model_id" not in arguments:
+        arguments = ["--model_id", tiny_model, *arguments]
+    if script == STAGE1 and "--output_dir" not in arguments or script != STAGE1 and "--input_dir" not in arguments:
+        arguments = ["--output_dir" if script == STAGE1 else "--input_dir", "outputs", *arguments]
+    process = run_stage(script, *arguments, status=2)
+    assert len(process.stderr.splitlines()) == 1 and process.stderr.startswith(script), process.stderr
+    assert all(word in process.stderr for word in words), process.stderr
+    assert process.stdout == ""
+    assert contents(outputs) == untouched
+
+
+def test_embeddings_of_another_model(outputs, other_model, run_stage):
+    """A config edited by hand to name another model: the shapes give it away."""
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(outputs / EMBEDDINGS)
+    safetensors.torch.save_file(tensors, outputs / EMBEDDINGS)  # without metadata
+    edit_config(outputs, model_id=str(other_model))
+    process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, status=2)
+    assert "[B, 40, 48]" in process.stderr and len(process.stderr.splitlines()) == 1, process.stderr
+
+
+@pytest.mark.parametrize("script", [STAGE1, STAGE2, STAGE3])
+def test_full_disk(script, outputs, tiny_model, tmp_path):
+    """A file size limit stands in for a full disk: one line, and the old files stay."""
+    untouched = contents(outputs)
+    arguments = {
+        STAGE1: ["--prompt", "x", "--model_id", tiny_model, "--output_dir", outputs],
+        STAGE2: ["--input_dir", outputs, *SIZE],
+        STAGE3: ["--input_dir", outputs],
+    }[script]
+    process = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )
+    assert process.returncode == 2, process.stderr
+    assert "cannot write" in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr, process.stderr
+    assert contents(outputs) == untouched
+
+
+@pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
+def test_killed_in_the_middle(kill, outputs):
+    """Ctrl-C, or worse, while stage 2 runs: the files of the run before are whole."""
+    untouched = contents(outputs)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / STAGE2), "--input_dir", str(outputs), *map(str, SIZE[:-1]), "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if "compiled" in line:
+            break
+    process.send_signal(kill)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if kill == signal.SIGINT else -signal.SIGKILL), errors
+    if kill == signal.SIGINT:
+        assert "interrupted" in errors.splitlines()[-1] and "Traceback" not in errors, errors
+    assert contents(outputs) == untouched

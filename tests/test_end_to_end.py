@@ -1,0 +1,106 @@
+"""The three scripts as subprocesses against `CogVideoXPipeline` in torch, float32, same model and seed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers.utils import export_to_video
+from safetensors.torch import load_file
+
+PROMPT = "A panda playing guitar in a bamboo forest"
+NEGATIVE = "blurry, low quality"
+HEIGHT, WIDTH, STEPS, SEED, FPS = 48, 80, 4, 7, 12
+LATENT_TOLERANCE = 1e-3  # of their scale
+FRAME_TOLERANCE = 2 / 255
+DDIM, DPM = CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+
+
+def model_with_scheduler(model: Path, scheduler_class, folder: Path) -> Path:
+    """A copy of `model` that names another scheduler."""
+    shutil.copytree(model, folder)
+    scheduler_class.from_pretrained(model, subfolder="scheduler").save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"][1] = scheduler_class.__name__
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def truth(model: Path, frames: int, guidance_scale: float) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+    """Embeddings [2, ...] (positive, negative), latents [B, T, C, H, W] and frames [F, H, W, 3] of the pipeline."""
+    pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    limit = pipeline.transformer.config.max_text_seq_length
+    with torch.no_grad():
+        embeddings = torch.cat(pipeline.encode_prompt(PROMPT, NEGATIVE, max_sequence_length=limit))
+    seen = {}
+    video = pipeline(
+        PROMPT,
+        NEGATIVE,
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=frames,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(SEED),
+        max_sequence_length=limit,
+        output_type="np",
+        callback_on_step_end=lambda _, __, ___, tensors: seen.update(tensors) or {},
+    ).frames[0]
+    return embeddings, seen["latents"], video[-frames:]
+
+
+def cases():
+    for frames in (17, 61, 81):
+        for guidance_scale in (6.0, 1.0):
+            for scheduler in (DDIM, DPM):
+                yield "tiny_model", frames, guidance_scale, scheduler
+    yield "other_model", 17, 6.0, DDIM
+    yield "other_model", 61, 1.0, DPM
+    yield "other_model", 81, 6.0, DPM
+
+
+def name(value):
+    return {DDIM: "DDIM", DPM: "DPM", 6.0: "guided", 1.0: "unguided"}.get(value, str(value))
+
+
+@pytest.mark.parametrize(("model", "frames", "guidance_scale", "scheduler"), cases(), ids=name)
+def test_stages_match_the_pipeline(model, frames, guidance_scale, scheduler, request, run_stage, tmp_path):
+    model = model_with_scheduler(request.getfixturevalue(model), scheduler, tmp_path / "model")
+    embeddings, latents, video = truth(model, frames, guidance_scale)
+    outputs = tmp_path / "outputs"
+
+    run_stage(
+        "stage1_text_encoder.py",
+        *("--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--model_id", model, "--output_dir", outputs),
+    )
+    saved = load_file(outputs / "stage1_embeddings.safetensors")
+    assert torch.equal(torch.cat([saved["prompt_embeds"], saved["negative_prompt_embeds"]]), embeddings)
+
+    run_stage(
+        "stage2_transformer.py",
+        *("--input_dir", outputs, "--height", HEIGHT, "--width", WIDTH, "--frames", frames, "--fps", FPS),
+        *("--num_inference_steps", STEPS, "--guidance_scale", guidance_scale, "--seed", SEED, "--warmup_steps", 1),
+    )
+    ours = load_file(outputs / "stage2_latents.safetensors")["latents"]
+    expected = latents[:, latents.shape[1] - ours.shape[2] :].permute(0, 2, 1, 3, 4)
+    assert ours.shape == expected.shape
+    error = (ours - expected).abs().max() / expected.abs().max()
+    assert error <= LATENT_TOLERANCE, f"latents differ by {error:.1e} of their scale"
+
+    export_to_video(list(video), str(tmp_path / "expected.mp4"), fps=FPS, macro_block_size=2)
+    expected_mp4 = imageio.imread(tmp_path / "expected.mp4")
+    for script in ("stage3_vae_decoder.py", "stage3_vae_decoder_flax.py"):
+        run_stage(script, "--input_dir", outputs, "--output_frames", tmp_path / "frames.safetensors")
+        error = np.abs(load_file(tmp_path / "frames.safetensors")["frames"].numpy() - video).max()
+        assert error <= FRAME_TOLERANCE, f"{script}: frames differ by {error * 255:.2f} / 255"
+
+        mp4 = imageio.imread(outputs / "output_video.mp4")
+        assert mp4.shape == (frames, HEIGHT, WIDTH, 3)
+        assert imageio.immeta(outputs / "output_video.mp4")["fps"] == FPS
+        error = np.abs(mp4.astype(float) - expected_mp4).mean()
+        assert error <= 2, f"{script}: the mp4 differs by {error:.2f} / 255 on average from diffusers' own"

@@ -1,0 +1,67 @@
+"""Stages run again one at a time, and what a person sees while they run."""
+
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from tests.conftest import SIZE, STAGE1, STAGE2, STAGE3, contents
+
+
+def test_stage2_alone_with_another_seed(outputs, run_stage):
+    before = contents(outputs)
+    process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--seed", 1)
+    changed = {name for name, content in contents(outputs).items() if before.get(name) != content}
+    assert changed == {"stage2_latents.safetensors", "generation_config.json"}
+    assert process.stdout.rstrip().endswith(f"stage3_vae_decoder.py --input_dir {outputs}"), process.stdout
+    run_stage(STAGE3, "--input_dir", outputs)
+
+
+def test_stage2_to_another_folder(outputs, run_stage, tmp_path):
+    before = contents(outputs)
+    run_stage(STAGE2, "--input_dir", outputs, "--output_dir", tmp_path / "other", *SIZE)
+    assert contents(outputs) == before
+    run_stage(STAGE3, "--input_dir", tmp_path / "other")
+    assert contents(tmp_path / "other")["stage2_latents.safetensors"] == before["stage2_latents.safetensors"]
+
+
+def test_stage3_alone(outputs, run_stage):
+    before = contents(outputs)
+    run_stage(STAGE3, "--input_dir", outputs, "--fps", 24)
+    changed = {name for name, content in contents(outputs).items() if before.get(name) != content}
+    assert changed == {"output_video.mp4"}
+
+
+def test_nothing_but_the_progress_bar_on_stderr(outputs, tiny_model, run_stage):
+    for script, *arguments in (
+        (STAGE1, "--prompt", "x", "--model_id", tiny_model, "--output_dir", outputs),
+        (STAGE2, "--input_dir", outputs, *SIZE),
+        (STAGE3, "--input_dir", outputs),
+        ("stage3_vae_decoder_flax.py", "--input_dir", outputs),
+    ):
+        lines = [line for line in run_stage(script, *arguments).stderr.replace("\r", "\n").splitlines() if line.strip()]
+        assert all(line.startswith(("  denoising:", "  decoding:")) for line in lines), lines
+
+
+def test_long_prompt_is_cut_with_a_warning(other_model, run_stage, tmp_path):
+    prompt = "a red circle moving left on a white background, " * 20 + "and one last panda"
+    process = run_stage(STAGE1, "--prompt", prompt, "--model_id", other_model, "--output_dir", tmp_path)
+    (warning,) = (line for line in process.stdout.splitlines() if "WARNING" in line)
+    assert "--prompt" in warning and "40 tokens" in warning and "and one last panda" in warning, warning
+    embeddings = safetensors.torch.load_file(tmp_path / "stage1_embeddings.safetensors")
+    assert embeddings["prompt_embeds"].shape == (1, 40, 48)
+
+
+def test_bfloat16_stays_bfloat16(tiny_model, run_stage, tmp_path):
+    """A model stored in bfloat16, as the published one is: no file holds another dtype."""
+    from diffusers import CogVideoXPipeline
+
+    model = Path(tmp_path / "model")
+    CogVideoXPipeline.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(model)
+    run_stage(STAGE1, "--prompt", "a red circle", "--model_id", model, "--output_dir", tmp_path)
+    run_stage(STAGE2, "--input_dir", tmp_path, *SIZE)
+    run_stage(STAGE3, "--input_dir", tmp_path)
+    run_stage("stage3_vae_decoder_flax.py", "--input_dir", tmp_path)
+    for name in ("stage1_embeddings", "stage2_latents"):
+        for tensor in safetensors.torch.load_file(tmp_path / f"{name}.safetensors").values():
+            assert tensor.dtype == torch.bfloat16

@@ -1,0 +1,149 @@
+"""Make a small CogVideoX 1.5 pipeline with random weights, in diffusers' folder layout.
+
+It has every part of zai-org/CogVideoX1.5-5B (tokenizer, text encoder, transformer with temporal patches and rotary
+embedding, VAE, scheduler) at a size that a laptop runs in seconds. The weights are seeded and untrained: it shows that
+the stages work together, not what CogVideoX can draw.
+
+    python tools/make_tiny_model.py --output_dir tiny_model
+"""
+
+import argparse
+import io
+import json
+from pathlib import Path
+
+import sentencepiece
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+TOKENIZER_TEXT = (
+    "a panda playing guitar in a bamboo forest",
+    "a red circle moving left on a white background",
+    "a blue square moving right over a green field",
+    "a yellow triangle going up and down at night",
+    "the quick brown fox jumps over the lazy dog",
+    "slow camera, cinematic light, high quality, blurry, low quality",
+    "ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 .,;:!?'\"()-",
+)
+
+SCHEDULER = dict(
+    beta_schedule="scaled_linear",
+    beta_start=0.00085,
+    beta_end=0.012,
+    clip_sample=False,
+    prediction_type="v_prediction",
+    rescale_betas_zero_snr=True,
+    set_alpha_to_one=True,
+    snr_shift_scale=1.0,
+    timestep_spacing="trailing",
+)
+
+
+def make_tokenizer(folder: Path, max_length: int) -> T5Tokenizer:
+    """Train a T5 sentencepiece vocabulary on a few lines; the folder holds `spiece.model`, as CogVideoX's does."""
+    vocabulary = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TOKENIZER_TEXT * 10),
+        model_writer=vocabulary,
+        vocab_size=192,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spiece.model").write_bytes(vocabulary.getvalue())
+    config = dict(tokenizer_class="T5Tokenizer", model_max_length=max_length, extra_ids=100)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return T5Tokenizer.from_pretrained(folder)
+
+
+def make_pipeline(
+    folder: Path,
+    *,
+    num_attention_heads: int = 4,
+    attention_head_dim: int = 32,
+    num_layers: int = 2,
+    time_embed_dim: int = 64,
+    text_width: int = 64,
+    text_layers: int = 2,
+    max_text_seq_length: int = 226,
+    latent_channels: int = 16,
+    vae_channels: tuple[int, ...] = (16, 16, 32, 32),
+    vae_layers: int = 1,
+    vae_groups: int = 8,
+    sample_size: int = 60,
+    scheduler_class=CogVideoXDDIMScheduler,
+    seed: int = 0,
+) -> None:
+    """Write a pipeline with seeded random weights, float32, to `folder`.
+
+    Args:
+        folder: where to write; made if missing.
+        sample_size: the largest height and width in latent pixels that the rotary embedding covers.
+        The other names are those of the diffusers and transformers configurations.
+    """
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(folder / "tokenizer", max_text_seq_length)
+    text_encoder = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=text_width,
+            d_kv=text_width // 4,
+            d_ff=2 * text_width,
+            num_heads=4,
+            num_layers=text_layers,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+    vae = AutoencoderKLCogVideoX(
+        block_out_channels=vae_channels,
+        down_block_types=("CogVideoXDownBlock3D",) * len(vae_channels),
+        up_block_types=("CogVideoXUpBlock3D",) * len(vae_channels),
+        latent_channels=latent_channels,
+        layers_per_block=vae_layers,
+        norm_num_groups=vae_groups,
+        scaling_factor=0.7,
+    )
+    transformer = CogVideoXTransformer3DModel(
+        num_attention_heads=num_attention_heads,
+        attention_head_dim=attention_head_dim,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        num_layers=num_layers,
+        time_embed_dim=time_embed_dim,
+        text_embed_dim=text_width,
+        max_text_seq_length=max_text_seq_length,
+        patch_size=2,
+        patch_size_t=2,
+        sample_width=sample_size,
+        sample_height=sample_size,
+        sample_frames=81,
+        use_rotary_positional_embeddings=True,
+        patch_bias=False,
+    )
+    CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler_class(**SCHEDULER)).save_pretrained(folder)
+    # The published model has the sentencepiece file alone; with tokenizer.json beside it that would never be read.
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("tiny_model"))
+    arguments = parser.parse_args()
+    make_pipeline(arguments.output_dir)
+    size = sum(file.stat().st_size for file in arguments.output_dir.rglob("*") if file.is_file())
+    print(f"tiny model: {arguments.output_dir} ({size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()

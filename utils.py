@@ -1,0 +1,177 @@
+"""What the stages share: their defaults, the files that pass between them, and the video's frames.
+
+Light on purpose: importing it loads neither jax nor torch, so that wrong arguments are answered at once.
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from console import UserError
+
+# Defaults of the command lines.
+MODEL_NAME = "zai-org/CogVideoX1.5-5B"
+WIDTH = 1360
+HEIGHT = 768
+FRAMES = 81
+FPS = 8
+NUM_STEPS = 10
+GUIDANCE_SCALE = 6.0
+SEED = 42
+WARMUP_STEPS = 2
+STAGE_OUTPUTS = Path("stage_outputs")
+
+# The files that pass between the stages, and the entries that each stage adds to the config, with their types.
+CONFIG = "generation_config.json"
+EMBEDDINGS = "stage1_embeddings.safetensors"
+LATENTS = "stage2_latents.safetensors"
+VIDEO = "output_video.mp4"
+TEXT_ENTRIES = {"model_id": str, "prompt": str, "negative_prompt": str}
+VIDEO_ENTRIES = {
+    "height": int,
+    "width": int,
+    "frames": int,
+    "fps": int,
+    "num_inference_steps": int,
+    "guidance_scale": float,
+    "seed": int,
+    "scheduler": str,
+}
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[str]:
+    """Yield a temporary path beside `path` and move it there on success: a reader finds the old file or the new one.
+
+    Raises:
+        UserError: the file cannot be written (rights, space, a folder in its place).
+    """
+    with _write_errors(path):
+        temporary = _temporary_beside(path)
+        try:
+            yield temporary
+            os.umask(umask := os.umask(0))
+            os.chmod(temporary, 0o666 & ~umask)  # temporary files shut out everyone but their owner
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def check_writable(path: Path) -> None:
+    """Raise UserError now if `path` could not be written later; touches no file that exists."""
+    with _write_errors(path):
+        os.unlink(_temporary_beside(path))
+
+
+def _temporary_beside(path: Path) -> str:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    os.close(handle)
+    return temporary
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+        raise UserError(f"cannot write {path}: {reason}; give another place or make room") from error
+
+
+def path(text: str) -> Path:
+    """An argparse type: a path that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text).expanduser()
+
+
+def write_config(directory: Path, entries: Mapping) -> None:
+    """Write generation_config.json in `directory`."""
+    with replacing(directory / CONFIG) as temporary:
+        Path(temporary).write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_config(directory: Path, stages: Mapping[int, Mapping[str, type]]) -> dict:
+    """Read generation_config.json and check that each of `stages` (number -> its entries) has left its entries.
+
+    Raises:
+        UserError: no file, no JSON, or an entry missing or of another type.
+    """
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path} does not exist; run stage 1 first, or correct --input_dir") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); run stage 1 again") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold a JSON object; run stage 1 again")
+    for stage, entries in stages.items():
+        for name, kind in entries.items():
+            if name not in config:
+                raise UserError(f"{path} has no entry '{name}'; run stage {stage} (again)")
+            value = config[name]
+            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+                raise UserError(
+                    f"{path}: '{name}' must be of type {kind.__name__}, not {value!r}; run stage {stage} again"
+                )
+    return config
+
+
+def made_from(config: Mapping, entries: Iterable[str]) -> dict[str, str]:
+    """Safetensors metadata: the config entries that a tensor file was made from."""
+    return {"made_from": json.dumps({name: config[name] for name in entries})}
+
+
+def tensor_shapes(path: Path, stage: int, names: Iterable[str], config: Mapping) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors `names` of a stage's file, from its header alone.
+
+    Raises:
+        UserError: the file is missing, truncated, lacks a tensor, or was made from another config than `config`.
+    """
+    try:
+        with safe_open(path, framework="np") as file:
+            metadata = file.metadata() or {}
+            missing = set(names) - set(file.keys())
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in set(names) - missing}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; run stage {stage} first") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a complete safetensors file ({error}); run stage {stage} again") from error
+    if missing:
+        raise UserError(f"{path} has no tensor '{min(missing)}'; run stage {stage} again")
+    for name, value in json.loads(metadata.get("made_from", "{}")).items():
+        if config.get(name) != value:
+            raise UserError(
+                f"{path} was made with {name} = {value!r}, but {CONFIG} says {config.get(name)!r}; "
+                f"run stage {stage} again"
+            )
+    return shapes
+
+
+def prepare_video_for_export(video: np.ndarray, frames: int) -> list[np.ndarray]:
+    """Decoded pixels as the list that `diffusers.utils.export_to_video` takes.
+
+    Args:
+        video: float [decoded frames, height, width, 3] in [0, 1].
+        frames: how many to keep: the last ones. With an even number of latent frames the decoder doubles the first
+            latent frame too, and gives three surplus frames ahead of the video.
+
+    Returns:
+        `frames` float32 arrays [height, width, 3] in [0, 1].
+    """
+    return list(np.clip(video[len(video) - frames :], 0.0, 1.0).astype(np.float32))
