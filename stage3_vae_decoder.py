@@ -41,7 +41,6 @@ def main(decoder: str = "torchax") -> None:
     with report.phase("load"):
         import jax
         import numpy as np
-        from diffusers.utils import export_to_video
         from safetensors.flax import load_file
 
         from models.decoder import CompiledDecoder
@@ -67,8 +66,7 @@ def main(decoder: str = "torchax") -> None:
 
     with report.phase("save"):
         with utils.replacing(output_video) as temporary:
-            # Sizes are even, which is all that H.264 needs; the default of 16 would rescale smaller multiples.
-            export_to_video(video, temporary, fps=fps, macro_block_size=2)
+            write_video(video, temporary, fps)
         if arguments.output_frames:
             from safetensors.numpy import save_file
 
@@ -96,6 +94,22 @@ def check_latents(shape: tuple[int, ...], config: dict, vae: dict, path) -> None
             f"{path}: latents have shape {list(shape)}, but {utils.CONFIG} and the VAE say {list(expected)}; "
             "run stage 2 again"
         )
+
+
+def write_video(video: list, path: str, fps: int) -> None:
+    """Encode frames (float [H, W, 3] in [0, 1]) to `path`; raises OSError if they did not all get there."""
+    from diffusers.utils import export_to_video
+    from imageio_ffmpeg import count_frames_and_secs
+
+    try:
+        # Sizes are even, which is all that H.264 needs; the default of 16 would rescale smaller multiples.
+        export_to_video(video, path, fps=fps, macro_block_size=2)
+        # imageio does not ask how ffmpeg ended: on a full disk it may leave half a file and say nothing.
+        written, _ = count_frames_and_secs(path)
+    except (OSError, RuntimeError):
+        written = 0
+    if written != len(video):
+        raise OSError(f"the encoder wrote {written} of {len(video)} frames")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
         raise UserError(f"cannot write {path}: {reason}; give another place or make room") from error
 
 
