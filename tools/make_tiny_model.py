@@ -21,6 +21,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 TOKENIZER_TEXT = (
     "a panda playing guitar in a bamboo forest",
@@ -140,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("tiny_model"))
     arguments = parser.parse_args()
+    disable_progress_bar()
     make_pipeline(arguments.output_dir)
     size = sum(file.stat().st_size for file in arguments.output_dir.rglob("*") if file.is_file())
     print(f"tiny model: {arguments.output_dir} ({size / 1e6:.1f} MB)")
