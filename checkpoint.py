@@ -2,9 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from console import UserError
@@ -66,28 +67,28 @@ def spatial_compression_ratio(vae_config: Mapping) -> int:
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
-def load_weights(model_id: str, component: str, names: Iterable[str], prefix: str = "") -> dict:
-    """The weights `prefix + name` of one component, by name, as JAX arrays in the dtype they are stored in.
+def tensor_reader(model_id: str, component: str, names: Iterable[str]) -> Callable[[str], np.ndarray]:
+    """A function from the name of a stored tensor to its array, in the dtype it is stored in; nothing is read before.
 
-    Reads these tensors and no others, one at a time, from one safetensors file or from its shards.
+    Args:
+        names: the tensors that will be asked for.
 
     Raises:
-        UserError: an unreadable file, or a weight in none of them.
+        UserError: an unreadable file, or a tensor in none of them.
     """
     folder = model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]) / component
-    missing, weights = set(names), {}
+    files = {}
     with load_errors(folder):
         for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
-            with safe_open(path, framework="flax") as file:
-                stored = set(file.keys())
-                weights |= {name: file.get_tensor(prefix + name) for name in missing if prefix + name in stored}
-        missing -= weights.keys()
+            file = safe_open(path, framework="np")
+            files |= dict.fromkeys(file.keys(), file)
+    missing = set(names) - files.keys()
     if missing:
         raise UserError(
-            f"{folder}: {len(missing)} weights are not in diffusion_pytorch_model*.safetensors, "
-            f"{prefix}{min(missing)} among them; get the model again"
+            f"{folder}: {len(missing)} tensors are not in diffusion_pytorch_model*.safetensors, "
+            f"{min(missing)} among them; get the model again"
         )
-    return weights
+    return lambda name: files[name].get_tensor(name)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Reads stage 1's files from --input_dir; writes stage2_latents.safetensors and th
 generation_config.json to --output_dir.
 """
 
+import argparse
 import shlex
 
 import checkpoint
@@ -32,7 +33,22 @@ def parse_arguments():
     parser.add_argument(
         "--warmup_steps", type=number(int, 0), default=utils.WARMUP_STEPS, help="untimed steps before the first"
     )
-    parser.add_argument("--attention", choices=["xla"], default="xla", help="attention implementation")
+    parser.add_argument(
+        "--attention", choices=utils.ATTENTION, help="attention implementation (default: splash on a TPU, else xla)"
+    )
+    yes_no = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--use_dp", action=yes_no, default=utils.USE_DP, help="split the two prompts of guidance over the chips"
+    )
+    parser.add_argument(
+        "--sp_num",
+        type=positive,
+        default=utils.SP_NUM,
+        help="chips that split the sequence; the others split the heads",
+    )
+    parser.add_argument(
+        "--use_fsdp", action=yes_no, default=utils.USE_FSDP, help="keep each weight in even shares on all chips"
+    )
     return parser.parse_args()
 
 
@@ -65,25 +81,33 @@ def main() -> None:
         from diffusers.utils.torch_utils import randn_tensor
         from safetensors.torch import load_file
 
+        from models.attention import attention_function
         from models.scheduler import SCHEDULERS, AffineScheduler
-        from models.transformer import build_transformer, make_denoise_step, rotary_embedding
+        from models.transformer import load_parameters, make_denoise_step, rotary_embedding, stored_names
 
-        module = build_transformer(transformer_config)
-        weights = checkpoint.load_weights(model_id, "transformer", module.state_dict())
-        dtype = weights["proj_out.weight"].dtype
-        report.say(f"loaded transformer: {sum(w.size for w in weights.values()):,} parameters, {dtype}")
-        report.say(f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, attention: {arguments.attention}")
+        parallelism = make_parallelism(arguments, transformer_config, jax.devices())
+        platform = jax.devices()[0].platform
+        attention = arguments.attention or ("splash" if platform == "tpu" else "xla")
+        report.say(
+            f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {dict(parallelism.mesh.shape)}"
+        )
+        report.say(f"parameters: {parallelism.layout} layout, attention: {attention}")
+        if guided:
+            report.say(f"guidance scale {arguments.guidance_scale:g}: negative and positive prompt in one batch")
+        else:
+            alone = ", dp is 1" if arguments.use_dp and len(jax.devices()) > 1 else ""
+            report.say(f"guidance scale {arguments.guidance_scale:g}: no guidance, the prompt alone{alone}")
+
+        read = checkpoint.tensor_reader(model_id, "transformer", stored_names(transformer_config))
+        parameters = load_parameters(read, transformer_config, parallelism)
+        dtype = parameters["proj_out.weight"].dtype
+        report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {dtype}")
 
         embeddings = load_file(embeddings_path)
         scheduler = AffineScheduler(
             SCHEDULERS[config["scheduler"]].from_config(scheduler_config), arguments.num_inference_steps
         )
         report.say(f"scheduler: {config['scheduler']}, {arguments.num_inference_steps} steps")
-        if guided:
-            report.say(f"guidance scale {arguments.guidance_scale:g}: negative and positive prompt in one batch")
-        else:
-            report.say(f"guidance scale {arguments.guidance_scale:g}: no guidance, the prompt alone")
-
         # The pipeline's own noise: drawn by torch, in its order and in the dtype of the embeddings.
         generator = torch.Generator().manual_seed(arguments.seed)
         prompt_embeds = embeddings["prompt_embeds"]
@@ -92,31 +116,36 @@ def main() -> None:
         if guided:
             prompt_embeds = torch.cat([embeddings["negative_prompt_embeds"], prompt_embeds])
 
-    def to_device(tensor: torch.Tensor | None) -> jax.Array | None:
-        return None if tensor is None else jnp.from_dlpack(tensor.contiguous()).astype(dtype)
+    everywhere = parallelism.sharding()
+
+    def to_device(tensor: torch.Tensor | None, dtype=dtype) -> jax.Array | None:
+        if tensor is None:
+            return None
+        return jax.device_put(jnp.from_dlpack(tensor.contiguous()).astype(dtype).copy(), everywhere)
 
     def step_inputs(i: int, generator: torch.Generator) -> tuple:
         """What changes from step to step: timestep, coefficients, noise."""
+        scalars = jnp.int32(scheduler.timesteps[i]), jnp.asarray(scheduler.coefficients[i])
         step_noise = scheduler.noise(i, latent_shape, noise.dtype, generator)
-        return jnp.int32(scheduler.timesteps[i]), jnp.asarray(scheduler.coefficients[i]), to_device(step_noise)
+        return *jax.device_put(scalars, everywhere), to_device(step_noise)
 
     def start() -> tuple[jax.Array, jax.Array]:
         """The initial noise and an empty prediction; new buffers each time, for the step reuses them."""
-        return to_device(noise).copy(), jnp.zeros(latent_shape, jnp.float32)
+        return to_device(noise), to_device(torch.zeros(latent_shape), jnp.float32)
 
-    condition = to_device(prompt_embeds), rotary_embedding(transformer_config, latent_shape)
-    scale = jnp.float32(arguments.guidance_scale)
+    condition = to_device(prompt_embeds), jax.device_put(rotary_embedding(transformer_config, latent_shape), everywhere)
+    scale = jax.device_put(jnp.float32(arguments.guidance_scale), everywhere)
 
     with report.phase("compile"):
         spare = torch.Generator()  # warm-up must not draw from the seed's noise
-        denoise = make_denoise_step(module, arguments.attention)
-        denoise = denoise.lower(weights, *start(), *condition, *step_inputs(0, spare), scale).compile()
+        denoise = make_denoise_step(transformer_config, parallelism, attention_function(attention, platform))
+        denoise = denoise.lower(parameters, *start(), *condition, *step_inputs(0, spare), scale).compile()
     report.say("compiled the denoising step")
 
     with report.phase(f"warm-up ({arguments.warmup_steps} steps)"):
         state = start()
         for _ in range(arguments.warmup_steps):
-            state = denoise(weights, *state, *condition, *step_inputs(0, spare), scale)
+            state = denoise(parameters, *state, *condition, *step_inputs(0, spare), scale)
         jax.block_until_ready(state)
 
     steps = arguments.num_inference_steps
@@ -124,7 +153,7 @@ def main() -> None:
         state = start()
         inputs = step_inputs(0, generator)
         for i in range(steps):
-            state = denoise(weights, *state, *condition, *inputs, scale)
+            state = denoise(parameters, *state, *condition, *inputs, scale)
             if i + 1 < steps:
                 inputs = step_inputs(i + 1, generator)  # on the host, while the device works
             jax.block_until_ready(state)
@@ -143,6 +172,19 @@ def main() -> None:
 
     report.add_array("latents", latents)
     report.close(shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
+
+
+def make_parallelism(arguments, transformer: dict, devices: list):
+    """The mesh and the layout of the parameters that the options ask for, on `devices`."""
+    from models.sharding import Parallelism, make_mesh, mesh_sizes
+
+    batch = 2 if arguments.guidance_scale > 1.0 else 1
+    heads = transformer["num_attention_heads"]
+    try:
+        sizes = mesh_sizes(len(devices), heads, batch, arguments.use_dp, arguments.sp_num)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return Parallelism(make_mesh(sizes, devices), "fsdp" if arguments.use_fsdp else "tp")
 
 
 def latent_frames_and_shape(arguments, batch: int, transformer: dict, vae: dict) -> tuple[int, tuple[int, ...]]:

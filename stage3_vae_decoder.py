@@ -40,13 +40,15 @@ def main(decoder: str = "torchax") -> None:
     report = Report(f"Stage 3: {decoder} VAE decoder of {model_id}")
     with report.phase("load"):
         import jax
+        import jax.numpy as jnp
         import numpy as np
         from safetensors.flax import load_file
 
         from models.decoder import CompiledDecoder
 
         vae = importlib.import_module(f"models.vae_{decoder}").make_decoder(vae_config)
-        weights = vae.convert_weights(checkpoint.load_weights(model_id, "vae", vae.weight_names, prefix="decoder."))
+        read = checkpoint.tensor_reader(model_id, "vae", [f"decoder.{name}" for name in vae.weight_names])
+        weights = vae.convert_weights({name: jnp.asarray(read(f"decoder.{name}")) for name in vae.weight_names})
         dtype = jax.tree.leaves(weights)[0].dtype
         report.say(f"loaded decoder: {sum(w.size for w in jax.tree.leaves(weights)):,} parameters, {dtype}")
         report.say(f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}")

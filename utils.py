@@ -27,6 +27,10 @@ NUM_STEPS = 10
 GUIDANCE_SCALE = 6.0
 SEED = 42
 WARMUP_STEPS = 2
+ATTENTION = ("splash", "xla")
+USE_DP = True
+SP_NUM = 1
+USE_FSDP = False
 STAGE_OUTPUTS = Path("stage_outputs")
 
 # The files that pass between the stages, and the entries that each stage adds to the config, with their types.

@@ -1,6 +1,15 @@
-"""One denoising step of CogVideoX 1.5 as one jitted function: guidance, transformer and scheduler update."""
+"""CogVideoX 1.5's transformer in JAX, and one denoising step of it as one jitted function.
 
-from collections.abc import Mapping
+The mathematics is that of diffusers' `CogVideoXTransformer3DModel`, which the tests hold it to; the arrangement is the
+TPU's. Text and video tokens are one sequence, padded once to what the mesh divides. The blocks are one `lax.scan` over
+stacked weights, so that compile time does not grow with depth. Inside `shard_map` each chip holds whole rows of the
+sequence between the matrix products and whole heads inside attention. Rotary pairs are stored as two halves instead of
+interleaved: the rows of the q and k weights are permuted once, when they are loaded.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -8,28 +17,85 @@ import numpy as np
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from jax.sharding import PartitionSpec
 
-from models.torch_function import jax_function
+from models import sharding
+from models.sharding import HIDDEN_STATES, Parallelism
 
-
-def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, **_) -> jax.Array:
-    """Plain softmax attention, left to XLA; [batch, heads, sequence, head_dim] in and out."""
-    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    return jnp.swapaxes(jax.nn.dot_product_attention(query, key, value), 1, 2)
-
-
-# The one place where attention is chosen: name on the command line -> function(query, key, value).
-ATTENTION = {"xla": xla_attention}
+QK_NORM_EPS = 1e-6  # CogVideoXBlock passes this to Attention; it is in no config
+ROTATED = ("attn1.to_q.", "attn1.to_k.", "attn1.norm_q.", "attn1.norm_k.")
+SEQUENCE_TILE = 16  # rows of a bfloat16 tile in a TPU's memory; each chip's share of the sequence is whole tiles
 
 
-def build_transformer(config: Mapping) -> CogVideoXTransformer3DModel:
-    """The diffusers module for a `transformer/config.json`, without memory for its weights."""
+# --- Parameters --------------------------------------------------------------------------------------------------
+
+
+def parameter_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of each parameter, the blocks' stacked: "blocks.attn1.to_q.weight" is [layers, out, in]."""
     with torch.device("meta"):
-        return CogVideoXTransformer3DModel.from_config(config).eval()
+        module = CogVideoXTransformer3DModel.from_config(config)
+    shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+    first, layers = "transformer_blocks.0.", config["num_layers"]
+    stacked = {f"blocks.{n.removeprefix(first)}": (layers, *s) for n, s in shapes.items() if n.startswith(first)}
+    return stacked | {name: shape for name, shape in shapes.items() if not name.startswith("transformer_blocks.")}
+
+
+def checkpoint_names(name: str, config: Mapping) -> list[str]:
+    """The checkpoint's names for a parameter: one for each layer of a stacked one."""
+    if not name.startswith("blocks."):
+        return [name]
+    return [f"transformer_blocks.{i}.{name.removeprefix('blocks.')}" for i in range(config["num_layers"])]
+
+
+def stored_names(config: Mapping) -> list[str]:
+    """The checkpoint's names of all parameters."""
+    return [stored for name in parameter_shapes(config) for stored in checkpoint_names(name, config)]
+
+
+def rotary_halves(name: str, weight: np.ndarray, config: Mapping) -> np.ndarray:
+    """Reorder the rows of one layer's q or k weight, bias or norm so that rotary pairs are the two halves of a head.
+
+    Scores do not change: q and k are reordered alike.
+    """
+    if not any(part in name for part in ROTATED):
+        return weight
+    heads = weight.reshape(-1, config["attention_head_dim"] // 2, 2, *weight.shape[1:])
+    return np.moveaxis(heads, 2, 1).reshape(weight.shape)
+
+
+def load_parameters(read: Callable[[str], np.ndarray], config: Mapping, parallelism: Parallelism) -> dict:
+    """Parameters as sharded JAX arrays; `read(checkpoint name)` gives one stored tensor.
+
+    One parameter at a time is on the host, and of it what one chip holds.
+    """
+
+    def load(name, shape):
+        names = checkpoint_names(name, config)
+        dtype = read(names[0]).dtype
+
+        def shard(index):
+            stacked = shape != read(names[0]).shape
+            tensors = (rotary_halves(name, read(n), config) for n in names)
+            return np.stack([t[index[1:]] for t in tensors]) if stacked else next(tensors)[index]
+
+        where = sharding.parameter_sharding(name, parallelism.layout, parallelism.mesh)
+        return jax.make_array_from_callback(shape, where, shard, dtype=dtype)
+
+    return {name: load(name, shape) for name, shape in parameter_shapes(config).items()}
+
+
+def abstract_parameters(config: Mapping, dtype, parallelism: Parallelism) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `load_parameters` returns, as shapes, for compiling without weights."""
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=sharding.parameter_sharding(name, parallelism.layout, parallelism.mesh)
+        )
+        for name, shape in parameter_shapes(config).items()
+    }
 
 
 def rotary_embedding(config: Mapping, latent_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of the 3D rotary embedding, float32 [video tokens, attention_head_dim] each.
+    """Cosines and sines of the 3D rotary embedding, float32 [video tokens, attention_head_dim / 2] each.
 
     Args:
         config: `transformer/config.json`.
@@ -47,29 +113,219 @@ def rotary_embedding(config: Mapping, latent_shape: tuple[int, ...]) -> tuple[np
         grid_type="slice",
         max_size=(config["sample_height"] // patch, config["sample_width"] // patch),
     )
-    return cos.numpy(), sin.numpy()
+    return cos[:, ::2].numpy(), sin[:, ::2].numpy()  # diffusers writes each value twice, once for each of a pair
 
 
-def make_denoise_step(module: CogVideoXTransformer3DModel, attention: str):
+# --- The model ---------------------------------------------------------------------------------------------------
+
+
+def linear(x: jax.Array, parameters: Mapping, name: str) -> jax.Array:
+    """x [..., in] to float32 [..., out]."""
+    y = jnp.einsum("...i,oi->...o", x, parameters[f"{name}.weight"], preferred_element_type=jnp.float32)
+    bias = parameters.get(f"{name}.bias")
+    return y if bias is None else y + bias.astype(jnp.float32)
+
+
+def layer_norm(x: jax.Array, parameters: Mapping, name: str, eps: float) -> jax.Array:
+    """Over the last axis, in float32; returns float32."""
+    x = x.astype(jnp.float32)
+    x = x - x.mean(-1, keepdims=True)
+    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+    if f"{name}.weight" in parameters:
+        x = x * parameters[f"{name}.weight"].astype(jnp.float32) + parameters[f"{name}.bias"].astype(jnp.float32)
+    return x
+
+
+def time_embedding(timestep: jax.Array, parameters: Mapping, config: Mapping, dtype) -> jax.Array:
+    """silu of the time embedding, [time_embed_dim], as every use of it wants it; source: `Timesteps`."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    half = width // 2
+    frequencies = np.exp(-math.log(10000) * np.arange(half) / (half - config["freq_shift"])).astype(np.float32)
+    angles = timestep.astype(jnp.float32) * frequencies
+    order = (jnp.cos, jnp.sin) if config["flip_sin_to_cos"] else (jnp.sin, jnp.cos)
+    x = jnp.concatenate([function(angles) for function in order]).astype(dtype)
+    x = jax.nn.silu(linear(x, parameters, "time_embedding.linear_1")).astype(dtype)
+    return jax.nn.silu(linear(x, parameters, "time_embedding.linear_2").astype(dtype))
+
+
+def transformer(
+    parameters: Mapping[str, jax.Array],
+    latents: jax.Array,
+    prompt_embeds: jax.Array,
+    timestep: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    *,
+    config: Mapping,
+    parallelism: Parallelism,
+    attention: Callable,
+) -> jax.Array:
+    """Predict, from noisy latents [batch, frames, channels, height, width], an array of that shape, float32.
+
+    Args:
+        parameters: see `load_parameters`.
+        prompt_embeds: [batch, text tokens, text width].
+        timestep: scalar.
+        rotary: see `rotary_embedding`.
+        attention: one of models/attention.py.
+    """
+    dtype = prompt_embeds.dtype
+    constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=parallelism.sharding(*HIDDEN_STATES))
+
+    text = linear(prompt_embeds, parameters, "patch_embed.text_proj").astype(dtype)
+    video = linear(patchify(latents, config), parameters, "patch_embed.proj").astype(dtype)
+    text_length, length = text.shape[1], text.shape[1] + video.shape[1]
+    padding = -length % (parallelism.sp * parallelism.tp * SEQUENCE_TILE)
+    hidden = constrain(jnp.pad(jnp.concatenate([text, video], axis=1), ((0, 0), (0, padding), (0, 0))))
+
+    # Text and padding are not rotated: angle 0.
+    edges = ((text_length, padding), (0, 0))
+    cos, sin = jnp.pad(rotary[0], edges, constant_values=1.0), jnp.pad(rotary[1], edges)
+    time = time_embedding(timestep, parameters, config, dtype)
+
+    blocks = {name: array for name, array in parameters.items() if name.startswith("blocks.")}
+    run = jax.shard_map(
+        functools.partial(
+            run_blocks,
+            config=config,
+            parallelism=parallelism,
+            attention=functools.partial(attention, kv_length=length),
+            text_length=text_length,
+        ),
+        mesh=parallelism.mesh,
+        in_specs=(
+            {name: sharding.parameter_spec(name, parallelism.layout) for name in blocks},
+            HIDDEN_STATES,
+            PartitionSpec(),
+            (PartitionSpec("sp"), PartitionSpec("sp")),
+        ),
+        out_specs=HIDDEN_STATES,
+        check_vma=False,
+    )
+    hidden = constrain(run(blocks, hidden, time, (cos, sin)))
+
+    hidden = layer_norm(hidden, parameters, "norm_final", config["norm_eps"]).astype(dtype)
+    shift, scale = jnp.split(linear(time, parameters, "norm_out.linear"), 2)
+    hidden = layer_norm(hidden, parameters, "norm_out.norm", config["norm_eps"]) * (1 + scale) + shift
+    output = linear(hidden.astype(dtype), parameters, "proj_out")
+    return unpatchify(output[:, text_length:length], latents.shape, config)
+
+
+def run_blocks(blocks, hidden, time, rotary, *, config, parallelism, attention, text_length):
+    """All blocks, on one chip's share [batch / dp, sequence / (sp * tp), embed] of the hidden states."""
+    share = hidden.shape[1]
+    position = (jax.lax.axis_index("sp") * parallelism.tp + jax.lax.axis_index("tp")) * share + jnp.arange(share)
+    is_text = (position < text_length)[:, None]
+
+    def step(hidden, parameters):
+        parameters = {name.removeprefix("blocks."): array for name, array in parameters.items()}
+        parameters = {name: gather_share(name, array, parallelism) for name, array in parameters.items()}
+        hidden = block(hidden, parameters, time, rotary, is_text, config, parallelism, attention)
+        return hidden, None
+
+    return jax.lax.scan(step, hidden, blocks)[0]
+
+
+def gather_share(name: str, array: jax.Array, parallelism: Parallelism) -> jax.Array:
+    where = sharding.gather_at_use(f"blocks.{name}", parallelism.layout)
+    return array if where is None else jax.lax.all_gather(array, where[1], axis=where[0], tiled=True)
+
+
+def block(hidden, parameters, time, rotary, is_text, config, parallelism, attention):
+    """One transformer block; source: `CogVideoXBlock`."""
+    dtype = hidden.dtype
+
+    def modulated(name):
+        """Normalised and modulated hidden states of all tokens of this sp share, and the gate of this chip's tokens."""
+        shift, scale, gate, text_shift, text_scale, text_gate = jnp.split(linear(time, parameters, f"{name}.linear"), 6)
+        x = layer_norm(hidden, parameters, f"{name}.norm", config["norm_eps"])
+        x = x * (1 + jnp.where(is_text, text_scale, scale)) + jnp.where(is_text, text_shift, shift)
+        x = jax.lax.all_gather(x.astype(dtype), "tp", axis=1, tiled=True)
+        return x, jnp.where(is_text, text_gate, gate)
+
+    def residual(hidden, partial_sum, name, gate):
+        """hidden + gate * (the sum over tp + bias), each chip its own tokens."""
+        x = jax.lax.psum_scatter(partial_sum.astype(dtype), "tp", scatter_dimension=1, tiled=True)
+        x = x.astype(jnp.float32)
+        if f"{name}.bias" in parameters:
+            x = x + parameters[f"{name}.bias"].astype(jnp.float32)
+        return (hidden.astype(jnp.float32) + gate * x).astype(dtype)
+
+    x, gate = modulated("norm1")
+    heads = config["num_attention_heads"] // parallelism.tp
+    query, key, value = (project_heads(x, parameters, f"attn1.to_{letter}", heads) for letter in "qkv")
+    query, key = (
+        rotate(layer_norm(heads_, parameters, f"attn1.norm_{letter}", QK_NORM_EPS), rotary).astype(dtype)
+        for letter, heads_ in (("q", query), ("k", key))
+    )
+    # From a share of the tokens with all of this chip's heads to all tokens with a share of the heads, and back.
+    exchange = functools.partial(jax.lax.all_to_all, axis_name="sp", tiled=True)
+    query, key, value = (exchange(y, split_axis=1, concat_axis=2) for y in (query, key, value.astype(dtype)))
+    x = exchange(attention(query, key, value), split_axis=2, concat_axis=1)
+    weight = parameters["attn1.to_out.0.weight"].reshape(hidden.shape[-1], heads, -1)
+    x = jnp.einsum("bnsh,onh->bso", x, weight, preferred_element_type=jnp.float32)
+    hidden = residual(hidden, x, "attn1.to_out.0", gate)
+
+    x, gate = modulated("norm2")
+    x = jax.nn.gelu(linear(x, parameters, "ff.net.0.proj"), approximate=True).astype(dtype)
+    x = jnp.einsum("bsi,oi->bso", x, parameters["ff.net.2.weight"], preferred_element_type=jnp.float32)
+    return residual(hidden, x, "ff.net.2", gate)
+
+
+def project_heads(x: jax.Array, parameters: Mapping, name: str, heads: int) -> jax.Array:
+    """x [batch, sequence, embed] to float32 [batch, heads, sequence, head_dim], the order that attention takes."""
+    weight = parameters[f"{name}.weight"].reshape(heads, -1, x.shape[-1])
+    y = jnp.einsum("bsi,nhi->bnsh", x, weight, preferred_element_type=jnp.float32)
+    if f"{name}.bias" in parameters:
+        y = y + parameters[f"{name}.bias"].astype(jnp.float32).reshape(heads, 1, -1)
+    return y
+
+
+def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding of [batch, heads, sequence, head_dim], pairs in halves."""
+    cos, sin = rotary
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def patchify(latents: jax.Array, config: Mapping) -> jax.Array:
+    """[batch, frames, channels, height, width] to [batch, video tokens, patch]; source: `CogVideoXPatchEmbed`."""
+    batch, frames, channels, height, width = latents.shape
+    p, pt = config["patch_size"], config["patch_size_t"]
+    x = latents.reshape(batch, frames // pt, pt, channels, height // p, p, width // p, p)
+    x = x.transpose(0, 1, 4, 6, 3, 2, 5, 7)
+    return x.reshape(batch, -1, channels * pt * p * p)
+
+
+def unpatchify(x: jax.Array, latent_shape: tuple[int, ...], config: Mapping) -> jax.Array:
+    """[batch, video tokens, patch] to [batch, frames, channels, height, width]."""
+    batch, frames, channels, height, width = latent_shape
+    p, pt = config["patch_size"], config["patch_size_t"]
+    x = x.reshape(batch, frames // pt, height // p, width // p, channels, pt, p, p)
+    return x.transpose(0, 1, 5, 4, 2, 6, 3, 7).reshape(batch, frames, channels, height, width)
+
+
+# --- The denoising step ------------------------------------------------------------------------------------------
+
+
+def make_denoise_step(config: Mapping, parallelism: Parallelism, attention: Callable) -> Callable:
     """A jitted denoising step, `latents` and `old_pred_original_sample` donated.
 
-    `step(weights, latents, old_pred_original_sample, prompt_embeds, rotary, timestep, coefficients, noise,
+    `step(parameters, latents, old_pred_original_sample, prompt_embeds, rotary, timestep, coefficients, noise,
     guidance_scale)` returns the next `latents` and `pred_original_sample`:
-        weights: name -> array, as in `module.state_dict()`.
+        parameters: see `load_parameters`.
         latents: [batch, frames, channels, height, width], the model's dtype.
         old_pred_original_sample: the second result of the step before, float32 of the same shape (zeros at first).
         prompt_embeds: [batch, text tokens, text width], or, for classifier-free guidance, [2 * batch, ...] with the
             negative prompts first.
         rotary: see `rotary_embedding`.
-        timestep: int scalar; coefficients: [2, 3]; noise: like `latents`, or None. See `AffineScheduler`.
-        guidance_scale: float scalar, read only with guidance.
+        timestep: int32 scalar; coefficients: float32 [2, 3]; noise: like `latents`, or None. See `AffineScheduler`.
+        guidance_scale: float32 scalar, read only with guidance.
 
     Source: the loop body of `CogVideoXPipeline.__call__`.
     """
-    transformer = jax_function(module, {torch.nn.functional.scaled_dot_product_attention: ATTENTION[attention]})
 
     def step(
-        weights,
+        parameters,
         latents,
         old_pred_original_sample,
         prompt_embeds,
@@ -80,25 +336,60 @@ def make_denoise_step(module: CogVideoXTransformer3DModel, attention: str):
         guidance_scale,
     ):
         copies = prompt_embeds.shape[0] // latents.shape[0]
-        (model_output,) = transformer(
-            weights,
-            hidden_states=jnp.tile(latents, (copies, 1, 1, 1, 1)),
-            encoder_hidden_states=prompt_embeds,
-            timestep=jnp.full(prompt_embeds.shape[0], timestep),
-            image_rotary_emb=rotary,
-            return_dict=False,
-        )
-        model_output = model_output.astype(jnp.float32)
+        # float32 weights mean float32 products, which a TPU's default is not.
+        with jax.default_matmul_precision("highest" if latents.dtype == jnp.float32 else "default"):
+            model_output = transformer(
+                parameters,
+                jnp.tile(latents, (copies, 1, 1, 1, 1)),
+                prompt_embeds,
+                timestep,
+                rotary,
+                config=config,
+                parallelism=parallelism,
+                attention=attention,
+            )
         if copies == 2:
             negative, positive = jnp.split(model_output, 2)
             model_output = negative + guidance_scale * (positive - negative)
 
-        arrays = jnp.stack([latents.astype(jnp.float32), model_output, old_pred_original_sample])
-        prev_sample, pred_original_sample = jnp.tensordot(
-            coefficients, arrays, axes=1, precision=jax.lax.Precision.HIGHEST
+        arrays = latents.astype(jnp.float32), model_output, old_pred_original_sample
+        prev_sample, pred_original_sample = (
+            sum(c * a for c, a in zip(row, arrays, strict=True)) for row in coefficients
         )
         if noise is not None:
             prev_sample = prev_sample + noise
         return prev_sample.astype(latents.dtype), pred_original_sample
 
-    return jax.jit(step, donate_argnums=(1, 2))
+    replicated = parallelism.sharding()
+    return jax.jit(step, donate_argnums=(1, 2), out_shardings=(replicated, replicated))
+
+
+def abstract_step_arguments(
+    config: Mapping, parallelism: Parallelism, latent_shape: tuple[int, ...], guided: bool, noisy: bool, dtype
+) -> tuple:
+    """The arguments of a denoising step as shapes, for compiling without weights.
+
+    Args:
+        latent_shape: [batch, frames, channels, height, width].
+        guided: with classifier-free guidance; noisy: with a scheduler that adds noise.
+    """
+
+    def array(shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=parallelism.sharding())
+
+    tokens = math.prod(latent_shape) // latent_shape[0] // latent_shape[2]
+    tokens //= config["patch_size"] ** 2 * config["patch_size_t"]
+    latents = array(latent_shape, dtype)
+    rotary = array((tokens, config["attention_head_dim"] // 2))
+    text = (latent_shape[0] * (1 + guided), config["max_text_seq_length"], config["text_embed_dim"])
+    return (
+        abstract_parameters(config, dtype, parallelism),
+        latents,
+        array(latent_shape),
+        array(text, dtype),
+        (rotary, rotary),
+        array((), jnp.int32),
+        array((2, 3)),
+        latents if noisy else None,
+        array(()),
+    )

@@ -12,7 +12,10 @@ from console import prepare_libraries
 
 ROOT = Path(__file__).parent.parent
 
+VIRTUAL_DEVICES = "--xla_force_host_platform_device_count=8"
+
 prepare_libraries()  # before any test imports jax
+os.environ["XLA_FLAGS"] = VIRTUAL_DEVICES
 # The same programs are compiled by many of the stages' runs; once is enough.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -59,12 +62,15 @@ def other_model(tmp_path_factory) -> Path:
 def run_stage(tmp_path):
     """Run a stage's script in `tmp_path`, as a person would, and return the finished process.
 
-    `status` is the expected exit status; what the stage printed is in the assertion otherwise.
+    `status` is the expected exit status; what the stage printed is in the assertion otherwise. With `virtual_devices`
+    the CPU counts as eight devices.
     """
 
-    def run(script: str, *arguments, status: int = 0) -> subprocess.CompletedProcess:
+    def run(script: str, *arguments, status: int = 0, virtual_devices=False) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+        environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+        if virtual_devices:
+            environment["XLA_FLAGS"] = VIRTUAL_DEVICES
         process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert process.returncode == status, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
         return process

@@ -90,6 +90,19 @@ def test_embeddings_of_another_model(outputs, other_model, run_stage):
     assert "[B, 40, 48]" in process.stderr and len(process.stderr.splitlines()) == 1, process.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--guidance_scale", 1], ["8 chips", "4 attention heads"]),
+        (["--sp_num", 3], ["--sp_num 3", "[1, 2, 4]"]),
+    ],
+)
+def test_mesh_that_does_not_fit(options, words, outputs, run_stage):
+    process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, *options, status=2, virtual_devices=True)
+    assert len(process.stderr.splitlines()) == 1, process.stderr
+    assert all(word in process.stderr for word in words), process.stderr
+
+
 @pytest.mark.parametrize("script", [STAGE1, STAGE2, STAGE3])
 def test_full_disk(script, outputs, tiny_model, tmp_path):
     """A file size limit stands in for a full disk: one line, and the old files stay."""

@@ -25,6 +25,16 @@ def test_stage2_to_another_folder(outputs, run_stage, tmp_path):
     assert contents(tmp_path / "other")["stage2_latents.safetensors"] == before["stage2_latents.safetensors"]
 
 
+def test_stage2_on_eight_devices(outputs, run_stage, tmp_path):
+    """dp, sp and tp of two each give the latents of one device."""
+    options = ("--sp_num", 2, "--use_fsdp", "--output_dir", tmp_path / "mesh")
+    process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, *options, virtual_devices=True)
+    assert "{'dp': 2, 'sp': 2, 'tp': 2}" in process.stdout, process.stdout
+    one, eight = (safetensors.torch.load_file(f / "stage2_latents.safetensors") for f in (outputs, tmp_path / "mesh"))
+    error = (one["latents"] - eight["latents"]).abs().max() / one["latents"].abs().max()
+    assert error < 1e-4, f"latents differ by {error:.1e} of their scale"
+
+
 def test_stage3_alone(outputs, run_stage):
     before = contents(outputs)
     run_stage(STAGE3, "--input_dir", outputs, "--fps", 24)

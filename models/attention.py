@@ -1,0 +1,65 @@
+"""Attention implementations, one of which stage 2 chooses by name.
+
+Each is a function(query, key, value, kv_length) over the heads of one chip: arrays [batch, heads, sequence, head_dim],
+of whose keys only the first `kv_length` count. Scale is head_dim ** -0.5. Returns [batch, heads, sequence, head_dim].
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+
+def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int) -> jax.Array:
+    """Plain softmax attention, left to XLA; keeps the scores [batch, heads, sequence, sequence] in memory."""
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    lengths = jnp.full(query.shape[0], kv_length, jnp.int32) if kv_length < key.shape[1] else None
+    return jnp.swapaxes(jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths), 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Block sizes of JAX's Splash Attention; the defaults are those that the seed project began with."""
+
+    block_q: int = 2048
+    block_kv: int = 1024
+    block_kv_compute: int = 512
+
+
+def splash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    kv_length: int,
+    block_sizes: BlockSizes = BlockSizes(),
+    interpret: bool = False,
+) -> jax.Array:
+    """JAX's Splash Attention for TPU; the sequence is padded to whole blocks, and padded keys are masked."""
+    length = query.shape[2]
+    step = max(block_sizes.block_q, block_sizes.block_kv)
+    blocks = {
+        field.name: min(getattr(block_sizes, field.name), -(-length // 128) * 128)
+        for field in dataclasses.fields(block_sizes)
+    }
+    padded = -(-length // step) * step if length > step else -(-length // 128) * 128
+    query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, padded - length), (0, 0))) for x in (query, key, value))
+    mask = splash_attention_mask.MultiHeadMask(
+        [splash_attention_mask.FullMask((padded, padded)) for _ in range(query.shape[1])]
+    )
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        mask, block_sizes=splash_attention_kernel.BlockSizes(**blocks), interpret=interpret
+    )
+    real = (jnp.arange(padded) >= kv_length).astype(jnp.int32)
+    segments = splash_attention_kernel.SegmentIds(q=jnp.zeros(padded, jnp.int32), kv=real)
+    out = jax.vmap(kernel, in_axes=(0, 0, 0, None))(query * query.shape[-1] ** -0.5, key, value, segments)
+    return out[:, :, :length]
+
+
+def attention_function(name: str, platform: str) -> Callable:
+    """The implementation `name` for devices of `platform` ("tpu", "cpu", "gpu")."""
+    if name == "splash":
+        return functools.partial(splash_attention, interpret=platform != "tpu")
+    return {"xla": xla_attention}[name]

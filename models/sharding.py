@@ -1,0 +1,131 @@
+"""Where arrays live on the dp/sp/tp mesh: one table of logical axes for the parameters, one map from those to the mesh.
+
+dp splits the batch (the two prompts of classifier-free guidance), sp the sequence, tp the attention heads and the MLP.
+Between the matrix products the hidden states are split over the sequence by sp and tp together.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("dp", "sp", "tp")
+
+# Every transformer parameter matches exactly one pattern. Names are those of the diffusers module, the blocks' stacked
+# along a leading axis; weights are [out, in] as in torch.
+PARAMETER_AXES = (
+    (r"blocks\.attn1\.to_[qkv]\.weight", ("layers", "heads", "embed")),
+    (r"blocks\.attn1\.to_[qkv]\.bias", ("layers", "heads")),
+    (r"blocks\.attn1\.norm_[qk]\.(weight|bias)", ("layers", "head_dim")),
+    (r"blocks\.attn1\.to_out\.0\.weight", ("layers", "embed", "heads")),
+    (r"blocks\.attn1\.to_out\.0\.bias", ("layers", "embed")),
+    (r"blocks\.ff\.net\.0\.proj\.weight", ("layers", "mlp", "embed")),
+    (r"blocks\.ff\.net\.0\.proj\.bias", ("layers", "mlp")),
+    (r"blocks\.ff\.net\.2\.weight", ("layers", "embed", "mlp")),
+    (r"blocks\.ff\.net\.2\.bias", ("layers", "embed")),
+    (r"blocks\.norm[12]\.linear\.weight", ("layers", "modulation", "time")),
+    (r"blocks\.norm[12]\.linear\.bias", ("layers", "modulation")),
+    (r"blocks\.norm[12]\.norm\.(weight|bias)", ("layers", "embed")),
+    (r"patch_embed\.(proj|text_proj)\.weight", ("embed", "input")),
+    (r"patch_embed\.(proj|text_proj)\.bias", ("embed",)),
+    (r"time_embedding\.linear_[12]\.weight", ("time", "time_input")),
+    (r"time_embedding\.linear_[12]\.bias", ("time",)),
+    (r"norm_final\.(weight|bias)", ("embed",)),
+    (r"norm_out\.linear\.weight", ("modulation", "time")),
+    (r"norm_out\.linear\.bias", ("modulation",)),
+    (r"norm_out\.norm\.(weight|bias)", ("embed",)),
+    (r"proj_out\.weight", ("output", "embed")),
+    (r"proj_out\.bias", ("output",)),
+)
+
+# Parameter layouts: logical axis -> mesh axes; what is not named is replicated. In "fsdp" the weights are at rest in
+# even shares on all chips, and each block gathers its own over sp and dp when it runs.
+LAYOUTS = {
+    "tp": {"heads": ("tp",), "mlp": ("tp",)},
+    "fsdp": {"heads": ("tp", "sp", "dp"), "mlp": ("tp", "sp", "dp")},
+}
+
+HIDDEN_STATES = PartitionSpec("dp", ("sp", "tp"), None)  # [batch, sequence, embed]
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device], order: Sequence[str] = MESH_AXES) -> Mesh:
+    """A mesh with the axes dp, sp and tp of the given sizes; along the last axis of `order` devices are neighbours.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(f"a mesh of {dict(sizes)} does not fill {len(devices)} devices")
+    return Mesh(np.asarray(devices).reshape([sizes[axis] for axis in order]), tuple(order))
+
+
+def parameter_axes(name: str) -> tuple[str, ...]:
+    """Logical axes of the transformer parameter `name`; raises ValueError unless exactly one pattern matches."""
+    matches = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, name)]
+    if len(matches) != 1:
+        raise ValueError(f"{len(matches)} sharding rules match the parameter {name}")
+    return matches[0]
+
+
+def parameter_spec(name: str, layout: str) -> PartitionSpec:
+    """The mesh axes of each axis of the parameter `name` in one of LAYOUTS."""
+    return PartitionSpec(*(LAYOUTS[layout].get(axis) for axis in parameter_axes(name)))
+
+
+def parameter_sharding(name: str, layout: str, mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, parameter_spec(name, layout))
+
+
+def gather_at_use(name: str, layout: str) -> tuple[int, tuple[str, ...]] | None:
+    """(axis, mesh axes) over which one block's share of `name` (no layer axis) is gathered before use, or None."""
+    for axis, logical in enumerate(parameter_axes(name)[1:]):
+        extra = tuple(m for m in LAYOUTS[layout].get(logical, ()) if m != "tp")
+        if extra:
+            return axis, extra
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallelism:
+    """How stage 2 uses its chips: the mesh, and the layout of the parameters (a key of LAYOUTS)."""
+
+    mesh: Mesh
+    layout: str = "tp"
+
+    @property
+    def sp(self) -> int:
+        return self.mesh.shape["sp"]
+
+    @property
+    def tp(self) -> int:
+        return self.mesh.shape["tp"]
+
+    def sharding(self, *spec) -> NamedSharding:
+        """`NamedSharding(mesh, PartitionSpec(*spec))`; without arguments, replicated."""
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+
+def mesh_sizes(devices: int, heads: int, batch: int, use_dp: bool, sp_num: int) -> dict[str, int]:
+    """Sizes of dp, sp and tp for a number of devices: dp takes the batch if it can, tp what sp leaves.
+
+    Args:
+        heads: attention heads, which sp and tp together split.
+        batch: 2 with classifier-free guidance, else 1.
+
+    Raises:
+        ValueError: the devices or the heads do not divide; says which values work.
+    """
+    dp = batch if use_dp and devices % batch == 0 else 1
+    rest = devices // dp
+    works = [n for n in range(1, rest + 1) if rest % n == 0]
+    if heads % rest:
+        raise ValueError(
+            f"{rest} chips cannot share {heads} attention heads; use a number of chips that divides {heads}"
+        )
+    if sp_num not in works:
+        raise ValueError(f"--sp_num {sp_num} does not divide the {rest} chips that share the heads; {works} work")
+    return {"dp": dp, "sp": sp_num, "tp": rest // sp_num}
