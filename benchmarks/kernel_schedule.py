@@ -1,0 +1,413 @@
+"""The TPU compiler's static schedule of a Pallas kernel, on a machine without a TPU.
+
+    python benchmarks/kernel_schedule.py --kernel exp2_splash --heads 6 --q_len 25826
+
+A TPU core issues one bundle a cycle, so the bundles that a kernel's grid loop issues predict its cycles as long as its
+DMA is hidden and no unit is waited for. Everything here is the compiler's prediction, not a measurement.
+"""
+
+import argparse
+import dataclasses
+import functools
+import gzip
+import importlib
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CLOCK = {"v6e": 1.75e9}  # bundles a second
+DELAY_SLOTS = 4  # bundles after a branch that run whether it is taken or not
+GRIDS = "grids.json"  # written beside the dump: {kernel: grid}
+
+BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2})? *:", re.MULTILINE)
+BRANCH = re.compile(r"sbr\.rel (?:\((!?)%(\w+)\) )?target = \$region(\d+)")
+EXIT_TEST = re.compile(r"scmp\.ge\.s32\.totalorder %(\w+), (\d+) /\* loop exit test \*/")
+STAGE = re.compile(r"iteration index, stage = (\d+)")
+
+
+class ScheduleError(ValueError):
+    """A dump that does not say what is asked of it; the message names the kernel and the missing part."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Bundles [start, stop) of a program that run `times` times for each run of what encloses them.
+
+    `kind` is "grid" (one run a grid step), "loop" or "predicated". A predicated region has times < 1 where its
+    condition compares a grid index with a constant, and 1, an upper bound, for any other condition.
+    """
+
+    kind: str
+    start: int
+    stop: int
+    times: float
+
+    @property
+    def bundles(self) -> int:
+        return self.stop - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSchedule:
+    """The final schedule of one Pallas kernel.
+
+    Attributes:
+        name: the kernel's name in the compiled program.
+        grid: grid steps along each axis.
+        bundles: static length of the program.
+        regions: loops and predicated regions, outer before inner.
+        body_bundles: bundles issued in one grid step, averaged over the steps.
+        used: slots that each unit issues in one grid step: MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE,
+            VSTORE:SPILL, SALU; fills and spills are counted in their own column only if the compiler does so.
+        capacity: slots that each unit offers in one bundle.
+    """
+
+    name: str
+    grid: tuple[int, ...]
+    bundles: int
+    regions: tuple[Region, ...]
+    body_bundles: float
+    used: Mapping[str, float]
+    capacity: Mapping[str, int]
+
+    @property
+    def body(self) -> Region:
+        """The grid loop's body."""
+        return self.regions[0]
+
+    @property
+    def cycles(self) -> float:
+        """Predicted cycles of the whole call: every grid step, and what lies outside the grid loop once."""
+        return self.body_bundles * math.prod(self.grid) + self.bundles - self.body.bundles
+
+    def utilization(self, unit: str) -> float:
+        """Share of a unit's slots that is used in the grid loop's body, 0 to 1."""
+        return self.used[unit] / (self.body_bundles * self.capacity[unit])
+
+    def useful_scores_per_cycle(self, heads: int, q_len: int, kv_len: int) -> float:
+        """Unpadded scores (heads x q_len x kv_len) per predicted cycle."""
+        return heads * q_len * kv_len / self.cycles
+
+
+def read_schedules(folder: Path, grids: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, KernelSchedule]:
+    """Read every Pallas kernel in a folder of the compiler's dumps (plain or .gz), by kernel name.
+
+    Args:
+        grids: grid of each kernel, by its name in `pallas_call`; by default what `compile_kernel` left in the folder.
+
+    Raises:
+        ScheduleError: no Pallas kernel, a file is missing, or a trip count that cannot be read.
+    """
+    if grids is None:
+        path = Path(folder) / GRIDS
+        grids = json.loads(path.read_text()) if path.exists() else {}
+    schedules = {}
+    for path in sorted(Path(folder).glob("*-schedule-analysis_final_bundles.txt*")):
+        number, name = re.match(r"(\d+)-(.*)-\d+-schedule", path.name).groups()
+        if name == "TLP" or 'custom_call_target="tpu_custom_call"' not in _text(path):  # TLP: the program around them
+            continue
+        texts = []
+        for kind in ("final_bundles", "final_hlo-static-per-bundle-utilization"):
+            found = [file for file in Path(folder).glob(f"{number}-*-{kind}.txt*") if "schedule" not in file.name]
+            if not found:
+                raise ScheduleError(f"{name}: no *{kind}.txt in {folder}")
+            texts.append(_text(found[0]))
+        grid = grids.get(re.sub(r"\.\d+$", "", name))
+        if grid is None:
+            raise ScheduleError(f"{name}: its grid is not known; known are {', '.join(grids) or 'none'}")
+        schedules[name] = parse_schedule(name, tuple(grid), *texts)
+    if not schedules:
+        raise ScheduleError(f"no Pallas kernel in {folder}")
+    return schedules
+
+
+def parse_schedule(name: str, grid: tuple[int, ...], program: str, utilization: str) -> KernelSchedule:
+    """Parse the text of a kernel's `*final_bundles.txt` and `*final_hlo-static-per-bundle-utilization.txt`.
+
+    Raises:
+        ScheduleError: a trip count or a branch target that cannot be read, or a grid that is not the program's.
+    """
+    marks = [*BUNDLE.finditer(program)]
+    bundles = [program[mark.start() : stop.start()] for mark, stop in itertools.pairwise(marks)]
+    bundles.append(program[marks[-1].start() :] if marks else "")
+    head, _, rows = utilization.partition("== UTILIZATION:")
+    units, slots = head.splitlines()[1:3]
+    capacity = dict(zip(units.split(", "), map(int, slots.split()), strict=True))
+    usage = [[int(count) for count in row.split()] for row in rows.split("\n") if row.strip()]
+    if [int(mark[1], 16) for mark in marks] != list(range(len(usage))):
+        raise ScheduleError(f"{name}: {len(marks)} bundles, but the use of {len(usage)}")
+
+    values = _Scalars(bundles)
+    regions = sorted(_regions(name, grid, bundles, values), key=lambda region: (region.start, -region.stop))
+    if not regions or regions[0].kind != "grid":
+        raise ScheduleError(f"{name}: no single grid loop around the kernel's body")
+
+    weights = [1.0] * len(bundles)
+    for region in regions[1:]:
+        for address in range(region.start, region.stop):
+            weights[address] *= region.times
+    inside = range(regions[0].start, regions[0].stop)
+    used = {unit: sum(weights[i] * usage[i][column] for i in inside) for column, unit in enumerate(capacity)}
+    return KernelSchedule(name, grid, len(bundles), tuple(regions), sum(weights[i] for i in inside), used, capacity)
+
+
+def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Scalars") -> Iterator[Region]:
+    loops, forward = [], []
+    labels = {}
+    for address, text in enumerate(bundles):
+        for label in re.findall(r"Start(?:/End empty)? region (\d+)", text):
+            labels[label] = address
+    for address, text in enumerate(bundles):
+        for negated, predicate, label in BRANCH.findall(text):
+            if label not in labels:
+                raise ScheduleError(f"{name}: the branch at {address:#x} goes to region {label}, which is not there")
+            target = labels[label]
+            if target <= address:
+                loops.append((target, address + 1 + DELAY_SLOTS))
+            else:
+                forward.append((address + 1 + DELAY_SLOTS, target, predicate, bool(negated)))
+
+    steps = math.prod(grid)
+    for start, stop in loops:
+        outermost = not any(other[0] <= start and stop <= other[1] for other in loops if other != (start, stop))
+        inner = [other for other in loops if start <= other[0] and other[1] <= stop and other != (start, stop)]
+        text = "".join(
+            text
+            for address, text in enumerate(bundles[start:stop], start)
+            if not any(low <= address < high - DELAY_SLOTS for low, high in inner)
+        )
+        # The grid loop runs a few steps more than the grid has, for the input and output that it pipelines.
+        pipelined = max(map(int, STAGE.findall(text)), default=0) if outermost else 0
+        tests = EXIT_TEST.findall(text)
+        if len(tests) != 1:
+            raise ScheduleError(f"{name}: the loop at {start:#x} has no readable trip count")
+        count = values.trips(*tests[0])
+        if count is None:
+            raise ScheduleError(f"{name}: the loop at {start:#x} starts or steps by what is not a constant")
+        if outermost and count - pipelined != steps:
+            raise ScheduleError(f"{name}: the program runs {count - pipelined} grid steps, the grid {grid} has {steps}")
+        yield Region("grid", start, stop, steps) if outermost else Region("loop", start, stop, count)
+    for start, stop, predicate, negated in forward:
+        yield Region("predicated", start, stop, values.share(predicate, negated))
+
+
+class _Scalars:
+    """What the scalar registers of a program hold, as far as loop counts and grid indices need it."""
+
+    def __init__(self, bundles: Iterable[str]):
+        text = "\n".join(bundles)
+        self.definitions = {
+            name: (operation, operands) for name, operation, operands in re.findall(r"%(\w+) = (\S+) ([^;{}\n]*)", text)
+        }
+        self.spilled = {slot: value for slot, value in re.findall(r"sst \[smem:\[(#\w+)\]\] %(\w+)", text)}
+        self.bounds = {
+            counter: int(bound) for counter, bound in re.findall(r"scmp\.ge\.s32\.totalorder %(\w+), (\d+)", text)
+        }
+        # A grid index is the register that is counted up and compared with its axis.
+        self.axes = {}
+        for name, (operation, operands) in self.definitions.items():
+            if operation == "sadd.s32" and name in self.bounds and (match := re.match(r"1, %(\w+)", operands)):
+                self.axes[match[1]] = self.bounds[name]
+
+    def trips(self, counter: str, bound: str) -> int | None:
+        """Trips of a loop that counts `counter` up from a constant to `bound`, or None."""
+        operation, operands = self.definitions.get(counter, ("", ""))
+        step = re.match(r"(\d+), %(\w+)", operands)
+        if operation != "sadd.s32" or not step:
+            return None
+        operation, operands = self.definitions.get(step[2], ("", ""))
+        first = re.match(r"%(\w+), %(\w+)", operands)
+        if operation != "sphi" or not first or first[2] != counter:
+            return None
+        operation, operands = self.definitions.get(first[1], ("", ""))
+        start = re.match(r"(\d+)\b", operands)
+        return -((int(start[1]) - int(bound)) // int(step[1])) if operation == "smov" and start else None
+
+    def axis(self, name: str) -> int | None:
+        """Length of the grid axis whose index a register holds, or None; follows copies, spills and pipeline stages."""
+        for _ in range(16):
+            if name in self.axes:
+                return self.axes[name]
+            operation, operands = self.definitions.get(name, ("", ""))
+            if operation == "sld" and (slot := re.match(r"\[smem:\[(#\w+)\]\]", operands)):
+                name = self.spilled.get(slot[1], "")
+            elif operation in ("sphi", "smov") and (match := re.match(r"(?:%\w+, )?%(\w+)", operands)):
+                name = match[1]
+            else:
+                return None
+        return None
+
+    def share(self, predicate: str, negated: bool) -> float:
+        """Share of the grid steps that run a region which is jumped over when `predicate` holds; 1 if unknown."""
+        operation, operands = self.definitions.get(predicate, ("", ""))
+        compare = re.match(r"scmp\.(eq|ne)\.", operation)
+        index = re.match(r"(?:\(.*?\), )?%(\w+), \d+", operands)
+        length = self.axis(index[1]) if compare and index else None
+        if length is None:
+            return 1.0
+        return 1 / length if (compare[1] == "ne") != negated else 1 - 1 / length
+
+
+def compile_kernel(
+    folder: Path,
+    attention: str,
+    *,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    head_dim: int = 64,
+    dtype: str = "bfloat16",
+    topology: str = "v6e",
+    **options,
+) -> dict[str, KernelSchedule]:
+    """Compile an attention call for one TPU chip in a process of its own and read its kernels' schedules.
+
+    Args:
+        folder: where the compiler's dump goes.
+        attention: "module:function", called with query, key, value ([1, heads, length, head_dim]) and the options.
+        options: keyword arguments of the function, whatever JSON can hold.
+
+    Raises:
+        ScheduleError: the call does not compile (the compiler's last lines are in the message), or see read_schedules.
+    """
+    call = dict(attention=attention, heads=heads, q_len=q_len, kv_len=kv_len, head_dim=head_dim, dtype=dtype)
+    call |= dict(topology=topology, options=options)
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": f"{topology}-1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+        "--xla_jf_dump_llo_pass_label_regex=final.*",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a cached program leaves no dump
+    command = [sys.executable, __file__, "--worker", json.dumps(call), "--dump", str(folder)]
+    process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    if process.returncode:
+        lines = [line for line in process.stderr.splitlines() if line.strip()]
+        raise ScheduleError(f"{attention} does not compile for {topology}:\n" + "\n".join(lines[-8:]))
+    return read_schedules(folder)
+
+
+def _compile(call: dict, folder: Path) -> None:
+    """The other process: libtpu reads its flags once."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    chip = topologies.get_topology_desc(
+        f"{call['topology']}:1x1", platform="tpu", chips_per_host_bounds=[1, 1, 1]
+    ).devices
+    mesh = Mesh(np.array(chip), ("chip",))
+    module, function = call["attention"].split(":")
+    attention = functools.partial(getattr(importlib.import_module(module), function), **call["options"])
+
+    def array(length):
+        shape = (1, call["heads"], length, call["head_dim"])
+        return jax.ShapeDtypeStruct(shape, call["dtype"], sharding=NamedSharding(mesh, PartitionSpec()))
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(attention).trace(array(call["q_len"]), array(call["kv_len"]), array(call["kv_len"]))
+        grids = {equation.params["name"]: equation.params["grid_mapping"].grid for equation in _pallas(traced.jaxpr)}
+        (folder / GRIDS).write_text(json.dumps(grids))
+        traced.lower().compile()
+
+
+def _pallas(jaxpr) -> Iterator:
+    """The pallas_call equations of a jaxpr and of those inside it."""
+    import jax
+
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+        else:
+            for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+                if hasattr(value, "eqns"):
+                    yield from _pallas(getattr(value, "jaxpr", value))
+
+
+def jax_splash(query, key, value, *, block_q=2048, block_kv=1024, block_kv_compute=512):
+    """JAX's own Splash Attention, padded to its blocks; [1, heads, length, head_dim] in and out. To compare with."""
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    def padded(array, block):
+        return jnp.pad(array[0], ((0, 0), (0, -array.shape[2] % block), (0, 0)))
+
+    queries, keys, values = padded(query, block_q), padded(key, block_kv), padded(value, block_kv)
+    mask = masks.MultiHeadMask([masks.FullMask((queries.shape[1], keys.shape[1]))] * queries.shape[0])
+    blocks = kernel.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv_compute)
+    call = kernel.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
+    return call(queries, keys, values)[None, :, : query.shape[2]]
+
+
+def exp2_splash(query, key, value, **options):
+    """This project's kernel; `block_sizes` as a list of four."""
+    from custom_splash_attention import BlockSizes, splash_attention
+
+    blocks = options.pop("block_sizes", None)
+    return splash_attention(query, key, value, block_sizes=blocks and BlockSizes(*blocks), interpret=False, **options)
+
+
+def report(schedule: KernelSchedule, heads: int, q_len: int, kv_len: int) -> str:
+    """A few lines for people."""
+    lines = [
+        f"{schedule.name}: grid {' x '.join(map(str, schedule.grid))}, {schedule.body_bundles:,.0f} bundles a step, "
+        f"predicted {schedule.cycles:,.0f} cycles",
+        f"  useful scores per cycle, predicted: {schedule.useful_scores_per_cycle(heads, q_len, kv_len):.0f}",
+        "  units: " + ", ".join(f"{unit} {schedule.utilization(unit):.0%}" for unit in schedule.capacity),
+    ]
+    for region in schedule.regions:
+        lines.append(
+            f"  {region.kind:<10} {region.start:#8x} .. {region.stop:#x}  {region.bundles:>7,} x {region.times:g}"
+        )
+    return "\n".join(lines)
+
+
+def _text(path: Path) -> str:
+    return gzip.open(path, "rt").read() if path.suffix == ".gz" else path.read_text()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernel", choices=("exp2_splash", "jax_splash"), default="exp2_splash")
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--q_len", type=int, default=25826)
+    parser.add_argument("--kv_len", type=int, help="default: q_len")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--options", type=json.loads, default={}, help="keyword arguments of the kernel, as JSON")
+    parser.add_argument("--dump", type=Path, help="keep the compiler's dump in this folder")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        return _compile(arguments.worker, arguments.dump)
+    sizes = dict(heads=arguments.heads, q_len=arguments.q_len, kv_len=arguments.kv_len or arguments.q_len)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.dump or Path(temporary)
+        try:
+            schedules = compile_kernel(
+                folder,
+                f"benchmarks.kernel_schedule:{arguments.kernel}",
+                dtype=arguments.dtype,
+                **sizes,
+                **arguments.options,
+            )
+        except ScheduleError as error:
+            sys.exit(str(error))
+    for schedule in schedules.values():
+        print(report(schedule, **sizes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""The reader of the TPU compiler's schedules, on a small saved dump and on JAX's own Splash Attention."""
+
+import gzip
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kernel_schedule import GRIDS, Region, ScheduleError, compile_kernel, read_schedules
+
+# A kernel on a (2, 3, 4) grid that adds seven [128, 128] bf16 products to an accumulator, which it clears in the
+# first and writes in the last step of the innermost axis; v6e, libtpu 0.0.42.1. The counts below were taken from the listing by eye.
+SAVED = Path(__file__).parent / "data" / "looped_kernel"
+
+
+@pytest.fixture
+def dump(tmp_path) -> Path:
+    return Path(shutil.copytree(SAVED, tmp_path / "dump"))
+
+
+def edit(dump: Path, pattern: str, replacement: str) -> None:
+    """Change the saved program."""
+    (path,) = (file for file in dump.glob("*final_bundles*") if "schedule" not in file.name)
+    text, count = re.subn(pattern, replacement, gzip.decompress(path.read_bytes()).decode())
+    assert count, pattern
+    path.write_bytes(gzip.compress(text.encode()))
+
+
+def test_counts_of_a_saved_dump():
+    (schedule,) = read_schedules(SAVED).values()
+    assert schedule.regions == (
+        Region("grid", 0xA, 0xAD, 24),
+        Region("predicated", 0x39, 0x9C, 1),  # all of the body: not in the steps that only drain the pipeline
+        Region("predicated", 0x41, 0x4A, 1 / 4),
+        Region("loop", 0x4B, 0x79, 7),
+        Region("predicated", 0x7E, 0x87, 1 / 4),
+    )
+    # 163 bundles; 46 of them seven times, 9 and 9 in one step of four.
+    assert schedule.body_bundles == 163 + 6 * 46 - 2 * 9 * 3 / 4
+    assert schedule.cycles == 24 * schedule.body_bundles + 177 - 163
+    # A product pushes eight [16, 128] tiles of weights into each of two MXUs and four pairs of rows through them; its
+    # 16 results are added and stored. Clearing stores 16 more in one step of four, writing loads and stores 16.
+    assert schedule.used["MXU"] == 7 * (2 * 8 + 4)
+    assert schedule.used["VPOP"] == 7 * 16
+    assert schedule.used["VSTORE"] == 7 * 16 + 2 * 16 / 4
+    assert schedule.used["EUP"] == schedule.used["VSTORE:SPILL"] == schedule.used["VLOAD:FILL"] == 0
+    assert schedule.utilization("VPOP") == 7 * 16 / (2 * schedule.body_bundles)
+    assert schedule.useful_scores_per_cycle(2, 30, 40) == 2400 / schedule.cycles
+
+
+def test_a_loop_that_counts_in_steps(dump):
+    edit(dump, r"(%s188_s27 = sadd\.s32) 1,", r"\1 2,")
+    (schedule,) = read_schedules(dump).values()
+    assert schedule.regions[3].times == 4
+
+
+@pytest.mark.parametrize(
+    "pattern, replacement, message",
+    [
+        (r"7 /\* loop exit test \*/", "%s941_s12 /* loop exit test */", "no readable trip count"),
+        (r"%s1135_s27 = smov 0", "%s1135_s27 = smov %s941_s12", "not a constant"),
+        (r"target = \$region24", "target = $region999", "region 999"),
+        (r"26 /\* loop exit test \*/", "25 /* loop exit test */", "runs 23 grid steps"),
+        (r"  0xaa   :  \{\}\n", "", "176 bundles, but the use of 177"),
+    ],
+)
+def test_what_cannot_be_read_is_an_error(dump, pattern, replacement, message):
+    edit(dump, pattern, replacement)
+    with pytest.raises(ScheduleError, match=f"looped_kernel.*{message}"):
+        read_schedules(dump)
+
+
+def test_an_unknown_condition_counts_in_full(dump):
+    edit(dump, r"scmp\.ne\.s32\.totalorder %s941_s12, 0", "scmp.ne.s32.totalorder %s138_s11, 0")
+    (schedule,) = read_schedules(dump).values()
+    assert schedule.regions[2].times == 1
+
+
+def test_a_dump_without_what_is_needed(dump, tmp_path):
+    with pytest.raises(ScheduleError, match="no Pallas kernel"):
+        read_schedules(tmp_path)
+    (dump / GRIDS).write_text(json.dumps({"another": [1]}))
+    with pytest.raises(ScheduleError, match="looped_kernel.1: its grid is not known; known are another"):
+        read_schedules(dump)
+    next(dump.glob("*utilization*")).unlink()
+    with pytest.raises(ScheduleError, match="utilization"):
+        read_schedules(dump, {"looped_kernel": (2, 3, 4)})
+
+
+def test_jax_splash_attention_at_full_size(tmp_path):
+    pytest.importorskip("libtpu")
+    start = time.perf_counter()
+    sizes = dict(heads=6, q_len=25826, kv_len=25826)
+    (schedule,) = compile_kernel(tmp_path, "benchmarks.kernel_schedule:jax_splash", **sizes).values()
+    seconds = time.perf_counter() - start
+    useful = schedule.useful_scores_per_cycle(**sizes)
+    assert schedule.grid == (6, 13, 26)
+    assert seconds < 30, f"{seconds:.0f} s"
+    assert 300 < useful < 340, f"{useful:.0f} useful scores per cycle"
+
+
+def test_a_call_that_does_not_compile(tmp_path):
+    pytest.importorskip("libtpu")
+    with pytest.raises(ScheduleError, match="jax_splash does not compile for v6e"):
+        compile_kernel(tmp_path, "benchmarks.kernel_schedule:jax_splash", heads=1, q_len=9, kv_len=9, block_kv=100)
