@@ -58,6 +58,11 @@ def other_model(tmp_path_factory) -> Path:
     return folder
 
 
+def stage_environment() -> dict[str, str]:
+    """The environment of a person who starts a stage, without what this file sets for the tests' own process."""
+    return {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+
+
 @pytest.fixture
 def run_stage(tmp_path):
     """Run a stage's script in `tmp_path`, as a person would, and return the finished process.
@@ -68,9 +73,7 @@ def run_stage(tmp_path):
 
     def run(script: str, *arguments, status: int = 0, virtual_devices=False) -> subprocess.CompletedProcess:
         command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-        environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-        if virtual_devices:
-            environment["XLA_FLAGS"] = VIRTUAL_DEVICES
+        environment = stage_environment() | ({"XLA_FLAGS": VIRTUAL_DEVICES} if virtual_devices else {})
         process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert process.returncode == status, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
         return process
@@ -87,7 +90,8 @@ def finished_run(tmp_path_factory, tiny_model) -> Path:
         (STAGE2, "--input_dir", outputs, *SIZE),
         (STAGE3, "--input_dir", outputs),
     ):
-        subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)], check=True, capture_output=True)
+        command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+        subprocess.run(command, check=True, capture_output=True, env=stage_environment())
     return outputs
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SIZE, STAGE1, STAGE2, STAGE3, contents
+from tests.conftest import ROOT, SIZE, STAGE1, STAGE2, STAGE3, contents, stage_environment
 
 
 def edit_config(outputs: Path, **entries) -> None:
@@ -114,6 +114,7 @@ def test_full_disk(script, outputs, tiny_model, tmp_path):
     }[script]
     process = subprocess.run(
         [sys.executable, str(ROOT / script), *map(str, arguments)],
+        env=stage_environment(),
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
@@ -129,6 +130,7 @@ def test_killed_in_the_middle(kill, outputs):
     untouched = contents(outputs)
     process = subprocess.Popen(
         [sys.executable, str(ROOT / STAGE2), "--input_dir", str(outputs), *map(str, SIZE[:-1]), "1000"],
+        env=stage_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
