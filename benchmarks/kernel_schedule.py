@@ -25,12 +25,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CLOCK = {"v6e": 1.75e9}  # bundles a second
 DELAY_SLOTS = 4  # bundles after a branch that run whether it is taken or not
+PIPELINE_STEPS = 2  # the grid loop runs so many times more at most, to start and to drain the pipeline of its DMA
 GRIDS = "grids.json"  # written beside the dump: {kernel: grid}
 
 BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2})? *:", re.MULTILINE)
 BRANCH = re.compile(r"sbr\.rel (?:\((!?)%(\w+)\) )?target = \$region(\d+)")
 EXIT_TEST = re.compile(r"scmp\.ge\.s32\.totalorder %(\w+), (\d+) /\* loop exit test \*/")
-STAGE = re.compile(r"iteration index, stage = (\d+)")
 
 
 class ScheduleError(ValueError):
@@ -104,28 +104,23 @@ def read_schedules(folder: Path, grids: Mapping[str, tuple[int, ...]] | None = N
         grids: grid of each kernel, by its name in `pallas_call`; by default what `compile_kernel` left in the folder.
 
     Raises:
-        ScheduleError: no Pallas kernel, a file is missing, or a trip count that cannot be read.
+        ScheduleError: a kernel's files are missing, or a trip count cannot be read.
     """
     if grids is None:
         path = Path(folder) / GRIDS
         grids = json.loads(path.read_text()) if path.exists() else {}
     schedules = {}
-    for path in sorted(Path(folder).glob("*-schedule-analysis_final_bundles.txt*")):
-        number, name = re.match(r"(\d+)-(.*)-\d+-schedule", path.name).groups()
-        if name == "TLP" or 'custom_call_target="tpu_custom_call"' not in _text(path):  # TLP: the program around them
-            continue
-        texts = []
-        for kind in ("final_bundles", "final_hlo-static-per-bundle-utilization"):
-            found = [file for file in Path(folder).glob(f"{number}-*-{kind}.txt*") if "schedule" not in file.name]
-            if not found:
-                raise ScheduleError(f"{name}: no *{kind}.txt in {folder}")
-            texts.append(_text(found[0]))
+    for program in sorted(Path(folder).glob("*-final_bundles.txt*")):
+        number, name = re.match(r"(\d+)-(.*)-\d+-", program.name).groups()
         grid = grids.get(re.sub(r"\.\d+$", "", name))
-        if grid is None:
-            raise ScheduleError(f"{name}: its grid is not known; known are {', '.join(grids) or 'none'}")
-        schedules[name] = parse_schedule(name, tuple(grid), *texts)
-    if not schedules:
-        raise ScheduleError(f"no Pallas kernel in {folder}")
+        if grid is None or "schedule-analysis" in program.name:
+            continue
+        usage = [*Path(folder).glob(f"{number}-*-final_hlo-static-per-bundle-utilization.txt*")]
+        if not usage:
+            raise ScheduleError(f"{name}: no *-final_hlo-static-per-bundle-utilization.txt in {folder}")
+        schedules[name] = parse_schedule(name, tuple(grid), _text(program), _text(usage[0]))
+    if missing := grids.keys() - {re.sub(r"\.\d+$", "", name) for name in schedules} or (not grids and {"any"}):
+        raise ScheduleError(f"no schedule of {', '.join(sorted(missing))} kernel in {folder}")
     return schedules
 
 
@@ -184,16 +179,16 @@ def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Sca
             for address, text in enumerate(bundles[start:stop], start)
             if not any(low <= address < high - DELAY_SLOTS for low, high in inner)
         )
-        # The grid loop runs a few steps more than the grid has, for the input and output that it pipelines.
-        pipelined = max(map(int, STAGE.findall(text)), default=0) if outermost else 0
         tests = EXIT_TEST.findall(text)
         if len(tests) != 1:
             raise ScheduleError(f"{name}: the loop at {start:#x} has no readable trip count")
         count = values.trips(*tests[0])
         if count is None:
             raise ScheduleError(f"{name}: the loop at {start:#x} starts or steps by what is not a constant")
-        if outermost and count - pipelined != steps:
-            raise ScheduleError(f"{name}: the program runs {count - pipelined} grid steps, the grid {grid} has {steps}")
+        if outermost and not 0 <= count - steps <= PIPELINE_STEPS:
+            raise ScheduleError(
+                f"{name}: the program's grid loop runs {count} times, the grid {grid} has {steps} steps"
+            )
         yield Region("grid", start, stop, steps) if outermost else Region("loop", start, stop, count)
     for start, stop, predicate, negated in forward:
         yield Region("predicated", start, stop, values.share(predicate, negated))
