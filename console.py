@@ -23,9 +23,12 @@ class UserError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with defaults in the help, no abbreviated options, and errors of one line."""
 
-    def __init__(self, description: str):
+    def __init__(self, description: str | None = None, **options):
         super().__init__(
-            description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            **options,
         )
 
     def error(self, message: str):

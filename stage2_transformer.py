@@ -14,10 +14,22 @@ from console import ArgumentParser, Report, UserError, number, prepare_libraries
 
 def parse_arguments():
     parser = ArgumentParser("Stage 2 of CogVideoX text to video: denoise the latents.")
-    positive = number(int, 1)
     parser.add_argument("--input_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="stage 1's output folder")
     parser.add_argument("--output_dir", type=utils.path, help="where the files go (default: --input_dir)")
     parser.add_argument("--model_id", help="the model of stage 1, checked against it (default: what stage 1 used)")
+    add_step_options(parser)
+    parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=utils.SEED, help="of the noise")
+    parser.add_argument("--fps", type=number(int, 1), default=utils.FPS, help="frames per second, for stage 3")
+    parser.add_argument(
+        "--warmup_steps", type=number(int, 0), default=utils.WARMUP_STEPS, help="untimed steps before the first"
+    )
+    parser.add_argument("--executable", type=utils.path, help="use the step in this file instead of compiling")
+    return parser.parse_args()
+
+
+def add_step_options(parser) -> None:
+    """The options that the compiled step depends on: size, steps, guidance, attention, sharding."""
+    positive, yes_no = number(int, 1), argparse.BooleanOptionalAction
     parser.add_argument("--num_inference_steps", type=positive, default=utils.NUM_STEPS, help="denoising steps")
     parser.add_argument("--height", type=positive, default=utils.HEIGHT, help="of the video, in pixels")
     parser.add_argument("--width", type=positive, default=utils.WIDTH, help="of the video, in pixels")
@@ -28,28 +40,18 @@ def parse_arguments():
         default=utils.GUIDANCE_SCALE,
         help="classifier-free guidance; up to 1 there is none, and a step costs half",
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=utils.SEED, help="of the noise")
-    parser.add_argument("--fps", type=positive, default=utils.FPS, help="frames per second, for stage 3")
-    parser.add_argument(
-        "--warmup_steps", type=number(int, 0), default=utils.WARMUP_STEPS, help="untimed steps before the first"
-    )
     parser.add_argument(
         "--attention", choices=utils.ATTENTION, help="attention implementation (default: splash on a TPU, else xla)"
     )
-    yes_no = argparse.BooleanOptionalAction
     parser.add_argument(
         "--use_dp", action=yes_no, default=utils.USE_DP, help="split the two prompts of guidance over the chips"
     )
     parser.add_argument(
-        "--sp_num",
-        type=positive,
-        default=utils.SP_NUM,
-        help="chips that split the sequence; the others split the heads",
+        "--sp_num", type=positive, default=utils.SP_NUM, help="chips that split the sequence; the others split heads"
     )
     parser.add_argument(
         "--use_fsdp", action=yes_no, default=utils.USE_FSDP, help="keep each weight in even shares on all chips"
     )
-    return parser.parse_args()
 
 
 def main() -> None:
@@ -81,13 +83,14 @@ def main() -> None:
         from diffusers.utils.torch_utils import randn_tensor
         from safetensors.torch import load_file
 
-        from models.attention import attention_function
+        from executable import compile_or_load
+        from models.attention import attention_function, default_attention
         from models.scheduler import SCHEDULERS, AffineScheduler
         from models.transformer import load_parameters, make_denoise_step, rotary_embedding, stored_names
 
         parallelism = make_parallelism(arguments, transformer_config, jax.devices())
         platform = jax.devices()[0].platform
-        attention = arguments.attention or ("splash" if platform == "tpu" else "xla")
+        attention = arguments.attention or default_attention(platform)
         report.say(
             f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {dict(parallelism.mesh.shape)}"
         )
@@ -139,8 +142,10 @@ def main() -> None:
     with report.phase("compile"):
         spare = torch.Generator()  # warm-up must not draw from the seed's noise
         denoise = make_denoise_step(transformer_config, parallelism, attention_function(attention, platform))
-        denoise = denoise.lower(parameters, *start(), *condition, *step_inputs(0, spare), scale).compile()
-    report.say("compiled the denoising step")
+        traced = denoise.trace(parameters, *start(), *condition, *step_inputs(0, spare), scale)
+        options = program_options(parallelism, attention)
+        devices = parallelism.mesh.devices.flatten().tolist()
+        (denoise,) = compile_or_load(arguments.executable, "denoising step", devices, [traced], options, report)
 
     with report.phase(f"warm-up ({arguments.warmup_steps} steps)"):
         state = start()
@@ -185,6 +190,11 @@ def make_parallelism(arguments, transformer: dict, devices: list):
     except ValueError as error:
         raise UserError(str(error)) from error
     return Parallelism(make_mesh(sizes, devices), "fsdp" if arguments.use_fsdp else "tp")
+
+
+def program_options(parallelism, attention: str) -> dict:
+    """What the denoising step depends on beside the shapes of its arguments."""
+    return {"mesh": dict(parallelism.mesh.shape), "layout": parallelism.layout, "attention": attention}
 
 
 def latent_frames_and_shape(arguments, batch: int, transformer: dict, vae: dict) -> tuple[int, tuple[int, ...]]:

@@ -17,6 +17,7 @@ def parse_arguments():
     parser.add_argument("--output_video", type=utils.path, help=f"default: {utils.VIDEO} in --input_dir")
     parser.add_argument("--output_frames", type=utils.path, help="also save the frames, uncompressed, as safetensors")
     parser.add_argument("--fps", type=number(int, 1), help="frames per second (default: what stage 2 was told)")
+    parser.add_argument("--executable", type=utils.path, help="use the programs in this file instead of compiling")
     parser.add_argument("--model_id", help="the model of stage 1, checked against it (default: what stage 1 used)")
     return parser.parse_args()
 
@@ -44,23 +45,30 @@ def main(decoder: str = "torchax") -> None:
         import numpy as np
         from safetensors.flax import load_file
 
-        from models.decoder import CompiledDecoder
+        from executable import compile_or_load
+        from models.decoder import chunk_programs, decode
 
         vae = importlib.import_module(f"models.vae_{decoder}").make_decoder(vae_config)
-        read = checkpoint.tensor_reader(model_id, "vae", [f"decoder.{name}" for name in vae.weight_names])
-        weights = vae.convert_weights({name: jnp.asarray(read(f"decoder.{name}")) for name in vae.weight_names})
+        read = checkpoint.tensor_reader(model_id, "vae", [f"decoder.{name}" for name in vae.weight_shapes])
+        weights = vae.convert_weights({name: jnp.asarray(read(f"decoder.{name}")) for name in vae.weight_shapes})
         dtype = jax.tree.leaves(weights)[0].dtype
         report.say(f"loaded decoder: {sum(w.size for w in jax.tree.leaves(weights)):,} parameters, {dtype}")
         report.say(f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}")
         latents = load_file(latents_path)["latents"].astype(dtype) / vae_config["scaling_factor"]
 
     with report.phase("compile"):
-        decode = CompiledDecoder(vae.decode_chunk, weights, latents)
-    report.say("compiled the decoder: one program for the first frames, one for all others")
+        programs = compile_or_load(
+            arguments.executable,
+            f"{decoder} decoder",
+            jax.devices()[:1],
+            chunk_programs(vae, weights, latents),
+            {},
+            report,
+        )
 
     with report.phase("run") as run_phase, report.progress("decoding", "frame", config["frames"]) as bar:
         chunks = []
-        for pixels in decode(latents):
+        for pixels in decode(programs, weights, latents):
             chunks.append(pixels[0])
             bar.update(min(len(pixels[0]), bar.total - bar.n))
         video = utils.prepare_video_for_export(np.concatenate(chunks), config["frames"])

@@ -218,7 +218,7 @@ class _Scalars:
         step = re.match(r"(\d+), %(\w+)", operands)
         if operation != "sadd.s32" or not step:
             return None
-        operation, operands = self.definitions.get(step[2], ("", ""))
+        operation, operands = self.definitions.get(self.unspilled(step[2]), ("", ""))
         first = re.match(r"%(\w+), %(\w+)", operands)
         if operation != "sphi" or not first or first[2] != counter:
             return None
@@ -226,14 +226,20 @@ class _Scalars:
         start = re.match(r"(\d+)\b", operands)
         return -((int(start[1]) - int(bound)) // int(step[1])) if operation == "smov" and start else None
 
+    def unspilled(self, name: str) -> str:
+        """The register that `name` was loaded back from, if it is a reload of a spilled one."""
+        operation, operands = self.definitions.get(name, ("", ""))
+        slot = re.match(r"\[smem:\[(#\w+)\]\]", operands)
+        return self.spilled.get(slot[1], "") if operation == "sld" and slot else name
+
     def axis(self, name: str) -> int | None:
         """Length of the grid axis whose index a register holds, or None; follows copies, spills and pipeline stages."""
         for _ in range(16):
             if name in self.axes:
                 return self.axes[name]
             operation, operands = self.definitions.get(name, ("", ""))
-            if operation == "sld" and (slot := re.match(r"\[smem:\[(#\w+)\]\]", operands)):
-                name = self.spilled.get(slot[1], "")
+            if (before := self.unspilled(name)) != name:
+                name = before
             elif operation in ("sphi", "smov") and (match := re.match(r"(?:%\w+, )?%(\w+)", operands)):
                 name = match[1]
             else:
@@ -313,9 +319,13 @@ def _compile(call: dict, folder: Path) -> None:
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         traced = jax.jit(attention).trace(array(call["q_len"]), array(call["kv_len"]), array(call["kv_len"]))
-        grids = {equation.params["name"]: equation.params["grid_mapping"].grid for equation in _pallas(traced.jaxpr)}
-        (folder / GRIDS).write_text(json.dumps(grids))
+        (folder / GRIDS).write_text(json.dumps(grids(traced.jaxpr)))
         traced.lower().compile()
+
+
+def grids(jaxpr) -> dict[str, tuple[int, ...]]:
+    """Grid of every Pallas kernel in a jaxpr, by its name in `pallas_call`."""
+    return {equation.params["name"]: equation.params["grid_mapping"].grid for equation in _pallas(jaxpr)}
 
 
 def _pallas(jaxpr) -> Iterator:

@@ -20,12 +20,12 @@ class Decoder(NamedTuple):
             height, width], scaling factor removed; cache: what the causal convolutions remember of the chunk before,
             None for the first. Returns pixels, float32 [batch, frames, height, width, 3] in [0, 1], and the cache
             for the next chunk.
-        weight_names: the checkpoint's names of the weights, as in `CogVideoXDecoder3D.state_dict()`.
+        weight_shapes: shape of each weight by its name in the checkpoint, as in `CogVideoXDecoder3D.state_dict()`.
         convert_weights: takes a dict of those weights to the tree that `decode_chunk` takes.
     """
 
     decode_chunk: Callable
-    weight_names: list[str]
+    weight_shapes: dict[str, tuple[int, ...]]
     convert_weights: Callable[[dict[str, jax.Array]], Any]
 
 
@@ -42,28 +42,29 @@ def to_unit_range(pixels: jax.Array) -> jax.Array:
     return jnp.clip(pixels.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
 
 
-class CompiledDecoder:
-    """A decoder compiled for one latent shape: one program for the first chunk and one for all others."""
+def chunk_programs(decoder: Decoder, weights: Any, latents: jax.Array) -> list[jax.stages.Traced]:
+    """The programs that decode `latents` [batch, channels, frames, height, width]: first chunk, any later chunk.
 
-    def __init__(self, decode_chunk: Callable, weights: Any, latents: jax.Array):
-        """Compile; `latents` [batch, channels, frames, height, width] gives shape and dtype."""
-        self._weights = weights
-        sizes = chunk_sizes(latents.shape[2])
-        self._chunks = np.split(np.arange(latents.shape[2]), np.cumsum(sizes)[:-1])
-        chunks = [self._chunk(latents, i) for i in range(min(2, len(sizes)))]
-        self._first = decode_chunk.lower(weights, chunks[0], None).compile()
-        if len(sizes) > 1:
-            _, cache = jax.eval_shape(decode_chunk, weights, chunks[0], None)
-            self._next = decode_chunk.lower(weights, chunks[1], cache).compile()
+    Both arguments may be shapes, for compiling without data.
+    """
+    sizes = chunk_sizes(latents.shape[2])
+    batch, channels, _, height, width = latents.shape
 
-    def __call__(self, latents: jax.Array) -> Iterator[np.ndarray]:
-        """Yield the pixels of each chunk, float32 [batch, frames, height, width, 3] in [0, 1]."""
-        cache = None
-        for i in range(len(self._chunks)):
-            decode = self._first if i == 0 else self._next
-            pixels, cache = decode(self._weights, self._chunk(latents, i), cache)
-            yield np.asarray(pixels)
+    def chunk(frames):
+        return jax.ShapeDtypeStruct((batch, channels, frames, height, width), latents.dtype, sharding=latents.sharding)
 
-    def _chunk(self, latents, i):
-        frames = self._chunks[i]
-        return latents[:, :, frames[0] : frames[-1] + 1]
+    first = decoder.decode_chunk.trace(weights, chunk(sizes[0]), None)
+    if len(sizes) == 1:
+        return [first]
+    _, cache = jax.eval_shape(decoder.decode_chunk, weights, chunk(sizes[0]), None)
+    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=latents.sharding), cache)
+    return [first, decoder.decode_chunk.trace(weights, chunk(sizes[1]), cache)]
+
+
+def decode(programs: list[jax.stages.Compiled], weights: Any, latents: jax.Array) -> Iterator[np.ndarray]:
+    """Run the compiled `chunk_programs`; yields the pixels of each chunk, float32 [batch, frames, height, width, 3]."""
+    cache, start = None, 0
+    for i, size in enumerate(chunk_sizes(latents.shape[2])):
+        pixels, cache = programs[min(i, 1)](weights, latents[:, :, start : start + size], cache)
+        start += size
+        yield np.asarray(pixels)

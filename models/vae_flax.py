@@ -175,7 +175,8 @@ def make_decoder(config: Mapping) -> Decoder:
         pixels, cache = decoder(jnp.moveaxis(latents, 1, -1), cache or {})
         return to_unit_range(pixels), cache
 
-    return Decoder(decode_chunk, list(parameters), convert_weights)
+    shapes = {name: _diffusers_shape(path, parameter.shape) for name, (path, parameter) in parameters.items()}
+    return Decoder(decode_chunk, shapes, convert_weights)
 
 
 def _diffusers_name(path: tuple) -> str:
@@ -186,3 +187,7 @@ def _diffusers_name(path: tuple) -> str:
 def _flax_layout(path: tuple, weight: jax.Array) -> jax.Array:
     """Convolution kernels [out, in, ...] become [..., in, out]."""
     return jnp.moveaxis(weight, (0, 1), (-1, -2)) if path[-1] == "kernel" else weight
+
+
+def _diffusers_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[-1], shape[-2], *shape[:-2]) if path[-1] == "kernel" else shape

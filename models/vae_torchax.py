@@ -22,7 +22,8 @@ def make_decoder(config: Mapping) -> Decoder:
         pixels, cache = decoder(weights, latents, conv_cache=cache)
         return to_unit_range(jnp.moveaxis(pixels, 1, -1)), _without_pointwise(cache)
 
-    return Decoder(decode_chunk, list(module.state_dict()), dict)
+    shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+    return Decoder(decode_chunk, shapes, dict)
 
 
 def _without_pointwise(cache: dict) -> dict:

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from models import vae_flax, vae_torchax
-from models.decoder import CompiledDecoder, chunk_sizes
+from models.decoder import chunk_programs, chunk_sizes, decode
 
 VAES = {
     "three levels": dict(block_out_channels=(8, 8, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4),
@@ -45,11 +45,11 @@ def test_decode_matches_diffusers(decoder, sizes, latent_frames):
     ours = decoder.make_decoder(vae.config)
     weights = {name: jnp.asarray(weight.numpy()) for name, weight in vae.decoder.state_dict().items()}
     latents = jnp.asarray(latents.numpy())
-    pixels = np.concatenate(
-        list(CompiledDecoder(ours.decode_chunk, ours.convert_weights(weights), latents)(latents)), 1
-    )
+    converted = ours.convert_weights(weights)
+    programs = [traced.lower().compile() for traced in chunk_programs(ours, converted, latents)]
+    pixels = np.concatenate(list(decode(programs, converted, latents)), axis=1)
 
-    assert sorted(ours.weight_names) == sorted(weights)
+    assert ours.weight_shapes == {name: weight.shape for name, weight in weights.items()}
     assert pixels.shape == expected.shape and pixels.dtype == np.float32
     error = np.abs(pixels - expected).max()
     assert error < 1e-5, f"pixels differ by {error:.1e}"

@@ -1,0 +1,130 @@
+"""TPUs as the compiler sees them: slices to compile for without having one, and the figures that predictions need."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One JAX device of a TPU generation (a TensorCore where a chip shows two of them).
+
+    Peak, bandwidths and cores are those of Google's pages, docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x};
+    memory is what libtpu 0.0.42.1 says is available when a program asks for too much.
+
+    Attributes:
+        clock: cycles a second, peak FLOP/s over the FLOP that the matrix units can do in a cycle.
+        flops: peak bfloat16 FLOP/s.
+        hbm_gib: memory in GiB that a program can have.
+        hbm_bandwidth: bytes a second.
+        link_bandwidth: bytes a second of one link between chips, one way.
+    """
+
+    clock: float
+    flops: float
+    hbm_gib: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+
+
+CHIPS = {
+    "v4": Chip(1.05e9, 275e12 / 2, 15.25, 1.2e12 / 2, 50e9),
+    "v5e": Chip(1.5e9, 197e12, 15.75, 819e9, 50e9),
+    "v5p": Chip(1.75e9, 459e12, 95.74, 2765e9, 100e9),
+    "v6e": Chip(1.75e9, 918e12, 31.25, 1638e9, 100e9),
+    "7x": Chip(2.2e9, 2307e12 / 2, 94.75, 7380e9 / 2, 100e9),
+}
+
+
+# Slice -> what `topologies.get_topology_desc` takes.
+TOPOLOGIES = {
+    "v6e-1": ("v6e:1x1", {"chips_per_host_bounds": [1, 1, 1]}),
+    "v6e-4": ("v6e:2x2", {}),
+    "v6e-8": ("v6e:2x4", {}),
+    "v5e-1": ("v5e:1x1", {"chips_per_host_bounds": [1, 1, 1]}),
+    "v5e-4": ("v5e:2x2", {}),
+    "v5e-8": ("v5e:2x4", {}),
+    "v5p-4": ("v5p:2x2x1", {}),
+    "v4-4": ("v4:2x2x1", {}),
+    "7x-4": ("tpu7x:2x2x1", {}),
+    "cpu": None,  # this machine, to try the tool and the executables without a TPU
+}
+
+
+def chip(topology: str) -> Chip:
+    """The chip of a slice in TOPOLOGIES."""
+    return CHIPS[topology.split("-")[0]]
+
+
+def compiler_environment(topology: str, dump: os.PathLike | None = None) -> dict[str, str]:
+    """Environment variables for a process that compiles for a TPU it does not have; set before libtpu loads.
+
+    Args:
+        dump: folder for the final schedules of all kernels, if they are wanted.
+    """
+    if topology == "cpu":
+        return {"JAX_PLATFORMS": "cpu"}
+    environment = {
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": topology,
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "XLA_FLAGS": "",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",  # a cached program leaves no schedules
+    }
+    if dump is not None:
+        environment["LIBTPU_INIT_ARGS"] = (
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.*"
+        )
+    return environment
+
+
+def devices(topology: str) -> list:
+    """Compile-only JAX devices of a slice; `compiler_environment` must hold in this process."""
+    import jax
+    from jax.experimental import topologies
+
+    if topology == "cpu":
+        return jax.devices()
+    name, options = TOPOLOGIES[topology]
+    return topologies.get_topology_desc(name, platform="tpu", **options).devices
+
+
+def collective_seconds(
+    opcode: str, operand_bytes: int, group: Sequence[int], coordinates: dict[int, tuple], link_bandwidth: float
+) -> float:
+    """Predicted seconds of a collective, from the bytes that must cross the links of its group.
+
+    A gather, scatter or reduction is bound by the chip of the group with the fewest links, each of which carries one
+    link's bandwidth each way; an all-to-all also by the links that cross the middle of the group. Small slices have no
+    wrap-around links. Latency is left out.
+
+    Args:
+        operand_bytes: of one device's input.
+        group: device ids that take part; coordinates: id -> (x, y, z) of its chip.
+
+    Source of the model: jax-ml.github.io/scaling-book/sharding, for meshes without wrap-around.
+    """
+    n = len(group)
+    if n == 1:
+        return 0.0
+    places = [coordinates[device] for device in group]
+    links = [sum(sum(abs(i - j) for i, j in zip(a, b, strict=True)) == 1 for b in places) for a in places]
+    ports = max(1, min(links))
+    if opcode == "all-gather":
+        crossing = operand_bytes * (n - 1) / ports
+    elif opcode == "reduce-scatter":
+        crossing = operand_bytes * (n - 1) / n / ports
+    elif opcode == "all-reduce":
+        crossing = 2 * operand_bytes * (n - 1) / n / ports
+    elif opcode in ("all-to-all", "ragged-all-to-all"):
+        extent = [max(axis) - min(axis) for axis in zip(*places, strict=True)]
+        longest = extent.index(max(extent))
+        across = max(1, len({place[:longest] + place[longest + 1 :] for place in places}))
+        crossing = max(operand_bytes * (n - 1) / n / ports, operand_bytes * n / 4 / across)
+    elif opcode == "collective-permute":
+        crossing = operand_bytes
+    else:
+        raise ValueError(f"no model for the collective {opcode}")
+    return crossing / link_bandwidth

@@ -1,0 +1,97 @@
+"""Compiled programs in a file: written once (benchmarks/compile_for_tpu.py --save), loaded by a stage afterwards.
+
+The file begins with one line of JSON that says what the programs were made for; a stage uses them only if every entry
+is what it would compile itself. Loading runs code from the file (pickle), so take such files only from yourself.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from jax.experimental import serialize_executable
+
+from console import Report, UserError
+
+SOURCES = sorted(
+    [*Path(__file__).parent.glob("models/*.py"), *Path(__file__).parent.glob("custom_splash_attention.py")]
+)
+
+
+class Mismatch(Exception):
+    """The programs in a file are not the ones that are wanted; the message says in what."""
+
+
+def description(what: str, devices: Sequence[jax.Device], traced: Sequence[jax.stages.Traced], options: dict) -> dict:
+    """What makes compiled programs the right ones.
+
+    Args:
+        what: their name, such as "denoising step".
+        traced: the programs before compilation; their arguments' shapes count.
+        options: whatever else they depend on.
+    """
+    arguments = [str(leaf) for program in traced for leaf in jax.tree.leaves(program.in_avals)]
+    return {
+        "program": what,
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "options": {name: str(value) for name, value in options.items()},
+        "argument shapes": hashlib.sha256(json.dumps(arguments).encode()).hexdigest(),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
+        "source files": hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest(),
+    }
+
+
+def compile_or_load(
+    path: Path | None,
+    what: str,
+    devices: Sequence[jax.Device],
+    traced: Sequence[jax.stages.Traced],
+    options: dict,
+    report: Report,
+) -> list[jax.stages.Compiled]:
+    """The programs of the file `path` if they are the right ones, else `traced` compiled; says which.
+
+    See `description` for the arguments; raises UserError if `path` is given and is no such file.
+    """
+    if path is not None:
+        try:
+            programs = load(path, description(what, devices, traced, options), devices)
+            report.say(f"loaded the {what} from {path}")
+            return programs
+        except Mismatch as mismatch:
+            report.say(f"WARNING: {path} does not fit, compiling instead: {mismatch}")
+    programs = [program.lower().compile() for program in traced]
+    report.say(f"compiled the {what}")
+    return programs
+
+
+def save(path: str, programs: Sequence[jax.stages.Compiled], made_for: dict) -> None:
+    """Write compiled programs and their description to `path`."""
+    payload = pickle.dumps([serialize_executable.serialize(program) for program in programs])
+    Path(path).write_bytes(json.dumps(made_for).encode() + b"\n" + payload)
+
+
+def load(path: Path, wanted: dict, devices: Sequence[jax.Device]) -> list[jax.stages.Compiled]:
+    """Read the programs of a file written by `save` back for `devices`.
+
+    Raises:
+        Mismatch: they were made for something else than `wanted`.
+        UserError: there is no such file, or it is not one of ours.
+    """
+    try:
+        header, _, payload = path.read_bytes().partition(b"\n")
+        made_for = json.loads(header)
+    except OSError as error:
+        raise UserError(f"cannot read --executable {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--executable {path} was not written by benchmarks/compile_for_tpu.py --save") from error
+    for name, value in wanted.items():
+        if made_for.get(name) != value:
+            raise Mismatch(f"it was made for other {name}: {made_for.get(name)}, not {value}")
+    return [
+        serialize_executable.deserialize_and_load(*program, execution_devices=list(devices))
+        for program in pickle.loads(payload)
+    ]
