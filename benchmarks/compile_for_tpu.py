@@ -8,7 +8,6 @@ The compiler in libtpu runs on any x86-64 Linux machine. What it says of memory 
 seconds are predictions from its schedules and cost model, no measurement (README.md, "Predicted").
 """
 
-import argparse
 import contextlib
 import importlib.metadata
 import importlib.util
@@ -76,9 +75,9 @@ def main() -> None:
         prepare_libraries()
         print(json.dumps(worker(arguments, Path(os.environ[DUMP]))))
         return
-    report = compile_in_a_process(sys.argv[1:], arguments.topology, f"{arguments.what} for {arguments.topology}")
-    if "error" in report:
-        raise UserError(report["error"])
+    report = compile_in_a_process(
+        __file__, sys.argv[1:], arguments.topology, f"{arguments.what} for {arguments.topology}"
+    )
     output = arguments.output or RESULTS / f"{name_of(report)}.json"
     with utils.replacing(output) as temporary:
         Path(temporary).write_text(json.dumps(report, indent=2) + "\n")
@@ -88,13 +87,16 @@ def main() -> None:
         sys.exit(1)
 
 
-def compile_in_a_process(command: list[str], topology: str, what: str) -> dict:
-    """Run this script's worker with `command` and return its report; shows the seconds that pass, on a terminal."""
+def compile_in_a_process(script: str, command: list[str], topology: str, what: str) -> dict:
+    """Run `script`, a benchmark of ours, as the worker for `command` and return the report that it prints.
+
+    Shows the seconds that pass, on a terminal; raises UserError where the worker does.
+    """
     with tempfile.TemporaryDirectory() as dump:
         environment = os.environ | tpu.compiler_environment(topology, dump) | {DUMP: dump}
         with open(Path(dump) / "log", "w+") as log:
             process = subprocess.Popen(
-                [sys.executable, __file__, *command], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
+                [sys.executable, script, *command], env=environment, stdout=subprocess.PIPE, stderr=log, text=True
             )
             start = time.monotonic()
             print(f"compiling {what} ...", file=sys.stderr, flush=True)
@@ -325,8 +327,8 @@ def memory(compiled, topology: str) -> dict:
         "program": one.generated_code_size_in_bytes,
     }
     sizes = {name: size / GIB for name, size in sizes.items()}
-    limit = tpu.chip(topology).hbm_gib if topology != "cpu" else float("inf")
-    return sizes | {"peak": sum(sizes.values()), "limit": limit, "fits": sum(sizes.values()) <= limit}
+    peak, limit = sum(sizes.values()), None if topology == "cpu" else tpu.chip(topology).hbm_gib
+    return sizes | {"peak": peak, "limit": limit, "fits": limit is None or peak <= limit}
 
 
 def out_of_memory(message: str, arguments) -> dict:
@@ -397,9 +399,11 @@ def text_of(report: dict) -> str:
     if "line" in sizes:
         return "\n".join([*lines, f"  memory     {sizes['line']}"])
     parts = ", ".join(f"{name} {sizes[name]:.2f}" for name in ("arguments", "temporaries", "output", "program"))
-    fits = "fits" if sizes["fits"] else "does not fit"
+    verdict = (
+        f" a chip of {sizes['limit']:.2f}: {'fits' if sizes['fits'] else 'does not fit'}" if sizes["limit"] else ""
+    )
     lines.append(f"  compiled   in {report['compile_seconds']:.0f} s")
-    lines.append(f"  memory     {sizes['peak']:.2f} GiB a chip of {sizes['limit']:.2f}: {fits} ({parts})")
+    lines.append(f"  memory     {sizes['peak']:.2f} GiB{verdict} ({parts})")
     lines.append(f"  work       {report['flops']:.3g} FLOP a chip")
     if "predicted_seconds" in report:
         total, floor = report["predicted_seconds"], report["floor"]

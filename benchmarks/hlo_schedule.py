@@ -200,28 +200,34 @@ def shape_bytes(shape: str) -> int:
     )
 
 
+def device_list(text: str):
+    """Device ids in the order that "[4,2]T(1,0)" (counted up in this shape, then transposed) or "0,4,1,5" gives."""
+    import numpy as np
+
+    match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
+    if not match:
+        return np.array([int(i) for i in text.split(",")])
+    shape = [int(i) for i in match[1].split(",")]
+    ids = np.arange(math.prod(shape)).reshape(shape)
+    return (ids.transpose([int(i) for i in match[2].split(",")]) if match[2] else ids).ravel()
+
+
 def replica_groups(text: str) -> list[list[int]]:
     """The groups of a collective: {{0,1},{2,3}}, [2,4]<=[8], [4,2]<=[2,4]T(1,0), or mesh['a'=2,...] {'a'}."""
     import numpy as np
 
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
         return [[int(i) for i in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", match[1])]
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-        shape, dims = ([int(i) for i in match[k].split(",")] for k in (1, 2))
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if match[3]:
-            ids = ids.transpose([int(i) for i in match[3].split(",")])
-        return ids.reshape(shape).tolist()
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([\d,]+)\))? \{([^}]*)\}", text):
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return device_list(match[2]).reshape([int(i) for i in match[1].split(",")]).tolist()
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text):
         axes = [(name, int(size)) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])]
-        names = [name for name, _ in axes]
+        names, sizes = [name for name, _ in axes], [size for _, size in axes]
         inside = [names.index(name) for name in re.findall(r"'([^']+)'", match[3])]
-        ids = np.arange(math.prod(size for _, size in axes))
-        if match[2]:
-            ids = np.array([int(i) for i in match[2].split(",")])
-        ids = ids.reshape([size for _, size in axes])
+        ids = device_list(match[2]) if match[2] else np.arange(math.prod(sizes))
         outside = [axis for axis in range(len(axes)) if axis not in inside]
-        return ids.transpose(outside + inside).reshape(-1, math.prod(axes[i][1] for i in inside)).tolist()
+        ids = ids.reshape(sizes).transpose(outside + inside)
+        return ids.reshape(-1, math.prod(sizes[i] for i in inside)).tolist()
     raise HloError(f"the groups of a collective cannot be read: {text[:200]}")
 
 
@@ -230,6 +236,7 @@ def costs(
     clock: float,
     kernel_cycles: Callable[[str], float],
     seconds_of_collective: Callable[[str, int, Sequence[int]], float],
+    rare_kernels: Sequence[str] = (),
 ) -> list[Cost]:
     """Predicted seconds of every instruction that takes time, in schedule order.
 
@@ -237,15 +244,18 @@ def costs(
         clock: cycles a second.
         kernel_cycles: name of a Pallas kernel's instruction -> cycles of one run.
         seconds_of_collective: (opcode, operand bytes, group of device ids) -> seconds.
+        rare_kernels: beginnings of the names of kernels that only unusual data call for, as often as the data say; a
+            loop around one of them counts as not run.
 
     Raises:
         HloError: a trip count or a collective's groups that cannot be read, or an instruction without an estimate.
     """
-    return list(_computation(program, program.entry, 1, clock, kernel_cycles, seconds_of_collective))
+    arguments = (clock, kernel_cycles, seconds_of_collective, tuple(rare_kernels))
+    return list(_computation(program, program.entry, 1, *arguments))
 
 
-def _computation(program, name, times, clock, kernel_cycles, seconds_of_collective) -> Iterator[Cost]:
-    arguments = (clock, kernel_cycles, seconds_of_collective)
+def _computation(program, name, times, *arguments) -> Iterator[Cost]:
+    clock, kernel_cycles, seconds_of_collective, rare_kernels = arguments
     shapes = {instruction.name: instruction.shape for instruction in program.computations[name]}
     busy = 0.0  # seconds of the core so far, in one run of this computation
     started = {}  # name of a collective's start -> (core seconds then, seconds that it takes)
@@ -258,6 +268,9 @@ def _computation(program, name, times, clock, kernel_cycles, seconds_of_collecti
     for instruction in program.computations[name]:
         opcode, calls = instruction.opcode, instruction.called("calls")
         if opcode == "while":
+            body = program.computations[instruction.called("body")]
+            if rare_kernels and any(inside.name.startswith(rare_kernels) for inside in body):
+                continue
             trips = program.trip_count(instruction, name)
             inside = list(_computation(program, instruction.called("body"), times * trips, *arguments))
         elif opcode == "call":

@@ -1,0 +1,85 @@
+"""The compile tool as a person runs it, on the TPU compiler itself, and executables made ahead of time."""
+
+import json
+
+import pytest
+
+from tests.conftest import SIZE, STAGE2
+
+TOOL = "benchmarks/compile_for_tpu.py"
+TINY_STEP = [*SIZE[:-2], "--dtype", "float32"]
+
+
+@pytest.fixture
+def compile_for(run_stage, tmp_path):
+    def compile_(*arguments, status: int = 0):
+        process = run_stage(TOOL, *arguments, "--output", "report.json", status=status)
+        return process, json.loads((tmp_path / "report.json").read_text()) if status != 2 else None
+
+    return compile_
+
+
+def test_kernel(compile_for):
+    """JAX's Splash Attention with segments; without them the design figure is 320 (tests/test_kernel_schedule.py)."""
+    _, report = compile_for("kernel", "--topology", "v6e-1", "--tokens", 25826, "--heads", 6)
+    (kernel,) = report["kernels"].values()
+    assert 290 < kernel["useful_scores_per_cycle"] < 310, kernel
+    assert report["predicted_seconds"] == pytest.approx(sum(report["split"].values()))
+
+
+def test_stage2_of_the_tiny_model(compile_for, tiny_model):
+    """All parts of a step: the loop over two blocks, collectives, the kernel; the parts make the whole."""
+    process, report = compile_for("stage2", "--topology", "v6e-4", "--model_id", tiny_model, *SIZE)
+    assert report["predicted_seconds"] == pytest.approx(sum(report["split"].values()))
+    assert all(report["split"][part] > 0 for part in ("attention kernel", "matrix products", "collectives"))
+    assert report["memory"]["fits"] and report["memory"]["limit"] == 31.25
+    assert "fits" in process.stdout and "predicted" in process.stdout
+
+
+def test_out_of_memory_is_one_line(compile_for, tiny_model):
+    size = ("--height", 480, "--width", 480, "--frames", 321)
+    process, report = compile_for(
+        "stage2", "--topology", "v6e-1", "--model_id", tiny_model, "--attention", "xla", *size, status=1
+    )
+    (line,) = (line for line in process.stdout.splitlines() if "does not fit" in line)
+    assert "GiB" in line and "--attention splash" in line, line
+    assert report["memory"]["peak"] > report["memory"]["limit"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["stage2", "--topology", "v9-8"], ["v9-8", "v6e-8"]),
+        (["stage2", "--topology", "v6e-8", "--sp_num", 3], ["--sp_num 3", "[1, 2, 4]"]),
+        (["stage2", "--topology", "v6e-1", "--height", 100], ["--height 100", "multiple of 16"]),
+        (["kernel", "--block_sizes", 1], ["--block_sizes"]),
+        (["stage4"], ["stage4"]),
+    ],
+)
+def test_bad_input(compile_for, arguments, words):
+    process, _ = compile_for(*arguments, status=2)
+    error = process.stderr.splitlines()[-1]
+    assert all(word in error for word in words) and "Traceback" not in process.stderr, process.stderr
+
+
+def test_executable_round_trip(compile_for, run_stage, outputs, tiny_model, tmp_path):
+    """Compiled ahead for this machine's CPU: the stage takes it and gives the same latents; others it refuses."""
+    step = ["stage2", "--model_id", tiny_model, *TINY_STEP]
+    compile_for(*step, "--topology", "cpu", "--save", "cpu.bin")
+    compile_for(*step, "--topology", "v6e-1", "--attention", "xla", "--save", "tpu.bin")
+    before = (outputs / "stage2_latents.safetensors").read_bytes()
+
+    run = lambda file, *options: run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--executable", file, *options)  # noqa: E731
+    assert "loaded the denoising step" in run("cpu.bin").stdout
+    assert (outputs / "stage2_latents.safetensors").read_bytes() == before
+    for file, options, reason in (
+        ("tpu.bin", [], "1 x TPU v6 lite, not 1 x cpu"),
+        ("cpu.bin", ["--frames", 17], "argument shapes"),
+    ):
+        process = run(file, *options)
+        (warning,) = (line for line in process.stdout.splitlines() if "WARNING" in line)
+        assert reason in warning and "compiled the denoising step" in process.stdout, process.stdout
+
+    (tmp_path / "broken.bin").write_bytes(b"\x00" * 100)
+    process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--executable", "broken.bin", status=2)
+    assert "broken.bin" in process.stderr.splitlines()[-1]
