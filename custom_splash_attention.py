@@ -2,7 +2,7 @@
 
 The kernel computes S^T = K Q^T and O^T = V^T P^T, so that nothing is transposed in it and the wide P^T is the
 stationary operand of the second product. What softmax subtracts from a row of scores, and the mask of padded keys,
-ride in the first product: a head fills only a part of the MXU's 256 rows, and columns appended to Q and K use some more.
+ride in the first product: a head fills only a part of the MXU's 256 rows, and columns appended to Q and K use more.
 
 Two kernels share this. The fast one subtracts an upper bound of the row's maximum, known beforehand: with the mean of
 the keys taken out (any constant in a row cancels in the softmax), |q . (k - mean)| <= |q| max|k - mean| by
@@ -22,15 +22,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 BQSIZE = 1536
-BKVSIZE = 8704
-BKVCOMPUTESIZE = 256
+BKVSIZE = 65536
+BKVCOMPUTESIZE = 4352
 BKVCOMPUTEINSIZE = 256
 USE_K_SMOOTH = True
 USE_CUSTOM_ATTENTION = True
 
 LANES = 128
 QUERY_TILE = 256  # queries in one product: the MXU's width
-LAG = 4  # tiles between a tile's two products: time for exp2, and for pushing P^T into the MXU
+LAG = 5  # tiles between a tile's two products: time for exp2, and for pushing P^T into the MXU
 VMEM_LIMIT = 64 * 2**20  # bytes
 SHIFT = 32  # fast path: weights are at most 2^SHIFT; the middle of float32's range is left for small ones
 LIMIT = 100  # fast path: the bound may exceed a row's maximum by this much (log2)
@@ -42,8 +42,8 @@ MASKED = -1e30
 class BlockSizes:
     """How the kernel divides its work; all in tokens.
 
-    block_q x block_kv is one grid step, unrolled. A step goes over its keys in passes of block_kv_compute, each over
-    all queries, in products of block_kv_compute_in keys; the last pass of a block may be shorter.
+    A grid step holds block_q queries and block_kv keys in VMEM, and goes over the keys in passes of block_kv_compute
+    (the last may be shorter). A pass is unrolled: products of block_kv_compute_in keys and 256 queries.
     """
 
     block_q: int = BQSIZE
@@ -55,39 +55,40 @@ class BlockSizes:
         """Raise ValueError, naming the nearest values that work, if the kernel cannot take these sizes."""
         for field in dataclasses.fields(self):
             name, size = field.name, getattr(self, field.name)
-            unit = self.block_kv_compute_in if name == "block_kv_compute" else LANES
-            if size < unit or size % unit:
-                below, above = size // unit * unit, (size // unit + 1) * unit
-                nearest = f"{below} and {above}" if below > 0 else above
-                raise ValueError(f"{name}={size} is not a multiple of {unit}; the nearest that work: {nearest}")
-        used, per_query, per_key = self._vmem(head_dim, itemsize)
+            if size < LANES or size % LANES:
+                nearest = sorted({max(size // LANES, 1) * LANES, (max(size, 0) // LANES + 1) * LANES})
+                raise ValueError(
+                    f"{name}={size} is not a multiple of {LANES}; the nearest that work: {_either(nearest)}"
+                )
+        per_query, per_key = _vmem(head_dim, itemsize)
+        used = self.block_q * per_query + self.block_kv * per_key
         if used > VMEM_LIMIT:
-            spare = VMEM_LIMIT // 2 // LANES * LANES
-            fits_q = (VMEM_LIMIT - self.block_kv * per_key) // per_query // LANES * LANES
-            fits_kv = (VMEM_LIMIT - self.block_q * per_query) // per_key // LANES * LANES
-            nearest = [f"block_q={fits_q}"] * (fits_q > 0) + [f"block_kv={fits_kv}"] * (fits_kv > 0)
-            nearest = nearest or [f"block_q={spare // per_query} with block_kv={spare // per_key}"]
+            block_q = (VMEM_LIMIT - self.block_kv * per_key) // per_query // LANES * LANES
+            block_kv = (VMEM_LIMIT - self.block_q * per_query) // per_key // LANES * LANES
+            fits = [f"block_q={block_q}"] * (block_q > 0) + [f"block_kv={block_kv}"] * (block_kv > 0)
+            half = [VMEM_LIMIT // 2 // size // LANES * LANES for size in (per_query, per_key)]
+            fits = fits or [f"block_q={half[0]} with block_kv={half[1]}"]
             raise ValueError(
-                f"block_q={self.block_q}, block_kv={self.block_kv} need {used / 2**20:.0f} MiB of VMEM, the kernel has "
-                f"{VMEM_LIMIT >> 20}; the nearest that work: {' or '.join(nearest)}"
+                f"block_q={self.block_q} and block_kv={self.block_kv} need {used / 2**20:.0f} MiB of VMEM, of "
+                f"{VMEM_LIMIT >> 20}; the nearest that work: {_either(fits)}"
             )
 
-    def _vmem(self, head_dim: int, itemsize: int) -> tuple[int, int, int]:
-        """Bytes that a grid step needs, per query and per key; inputs and the output are double-buffered."""
-        rows = _rows(head_dim)
-        per_query = 2 * itemsize * (rows + head_dim) + 4 * (head_dim + 16) + (4 + itemsize) * self.block_kv_compute
-        per_key = 2 * itemsize * (-(-rows // LANES) * LANES + head_dim)
-        return self.block_q * per_query + self.block_kv * per_key, per_query, per_key
+    def clipped(self, q_len: int, kv_len: int) -> "BlockSizes":
+        """No longer than the sequences."""
+        block_q, block_kv = min(self.block_q, _up(q_len, LANES)), min(self.block_kv, _up(kv_len, LANES))
+        return dataclasses.replace(self, block_q=block_q, block_kv=block_kv)
 
-    def fitted(self, q_len: int, kv_len: int) -> "BlockSizes":
-        """The same number of blocks, no longer than these lengths need."""
-
-        def fit(length, size, unit):
-            return min(size, _up(-(-length // -(-length // size)), unit))
-
-        return dataclasses.replace(
-            self, block_q=fit(q_len, self.block_q, QUERY_TILE), block_kv=fit(kv_len, self.block_kv, LANES)
-        )
+    def fitted(self, q_len: int, kv_len: int, head_dim: int, itemsize: int) -> "BlockSizes":
+        """These sizes as upper limits, with the least padding, in as few blocks of keys as VMEM allows."""
+        sizes = range(min(2 * QUERY_TILE, self.block_q), self.block_q + 1, QUERY_TILE)
+        block_q = min(sizes, key=lambda size: (_up(q_len, size), -size))
+        # The unrolled program stays as long: a float32 product takes about eight times the instructions.
+        work = self.block_q * self.block_kv_compute // (8 if itemsize == 4 else 1)
+        compute = max(work // block_q // self.block_kv_compute_in, 1) * self.block_kv_compute_in
+        per_query, per_key = _vmem(head_dim, itemsize)
+        block_kv = min(self.block_kv, (VMEM_LIMIT - block_q * per_query) // per_key)
+        block_kv = _up(-(-kv_len // -(-kv_len // block_kv)), LANES)
+        return BlockSizes(block_q, block_kv, compute, self.block_kv_compute_in).clipped(q_len, kv_len)
 
 
 DEFAULT_BLOCK_SIZES = BlockSizes()
@@ -122,12 +123,11 @@ def splash_attention(
     scale = head_dim**-0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    (block_sizes or DEFAULT_BLOCK_SIZES).check(head_dim, query.dtype.itemsize)
     if block_sizes is None:
-        blocks = DEFAULT_BLOCK_SIZES.fitted(q_len, kv_len)
+        blocks = DEFAULT_BLOCK_SIZES.fitted(q_len, kv_len, head_dim, query.dtype.itemsize)
     else:
-        short = min(block_sizes.block_q, _up(q_len, LANES)), min(block_sizes.block_kv, _up(kv_len, LANES))
-        blocks = dataclasses.replace(block_sizes, block_q=short[0], block_kv=short[1])
+        blocks = block_sizes.clipped(q_len, kv_len)
+        block_sizes.check(head_dim, query.dtype.itemsize)
 
     flat = [array.reshape(batch * heads, -1, head_dim) for array in (query, key, value)]
     operands, safe = _operands(*flat, scale * math.log2(math.e), blocks, k_smooth)
@@ -187,12 +187,14 @@ def _operands(query, key, value, factor, blocks, k_smooth):
 def _run(operands, safe, *, factor, blocks, interpret):
     """The fast kernel for all heads, then the online kernel over those, if any, that may not take it."""
     call = functools.partial(_call, factor=factor, blocks=blocks, interpret=interpret)
+    # Its program is longer, and speed is not what it is for.
+    short = dataclasses.replace(blocks, block_kv_compute=min(blocks.block_kv_compute, 4 * blocks.block_kv_compute_in))
 
     def repair(output):
         def head(index, output):
             def online(output):
                 arrays = [lax.dynamic_slice_in_dim(array, index, 1) for array in operands]
-                return lax.dynamic_update_slice_in_dim(output, call(*arrays, online=True), index, 0)
+                return lax.dynamic_update_slice_in_dim(output, call(*arrays, blocks=short, online=True), index, 0)
 
             return lax.cond(safe[index], lambda output: output, online, output)
 
@@ -237,24 +239,15 @@ def _call(queries, keys, values, *, factor, blocks, interpret, online=False):
 def _fast_kernel(q_ref, k_ref, v_ref, o_ref, output_ref, sum_ref, *, factor, blocks):
     """Weights relative to the bound, which is part of the first product."""
 
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        output_ref[...] = jnp.zeros_like(output_ref)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
+    def weigh(queries, keys):
+        weights = jnp.exp2(_scores(q_ref, k_ref, queries, keys) * factor)
+        sum_ref[:, queries] += _fold(weights)
+        return weights.astype(v_ref.dtype)
 
-    def weights(queries, keys):
-        weight = jnp.exp2(_scores(q_ref, k_ref, queries, keys) * factor)
-        sum_ref[:, queries] += _fold(weight, jnp.add)
-        return weight
+    def add(queries, keys, weights):
+        output_ref[:, queries] += _product(v_ref[0, :, keys], weights)
 
-    def add(queries, keys, weight):
-        output_ref[:, queries] += _product(v_ref[0, :, keys], weight)
-
-    _pipeline(blocks, weights, add)
-
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-    def _():
-        o_ref[0] = (output_ref[...] / sum_ref[...].sum(0, keepdims=True)).astype(o_ref.dtype)
+    _attend(o_ref, output_ref, sum_ref, blocks, weigh, add)
 
 
 def _online_kernel(q_ref, k_ref, v_ref, o_ref, output_ref, sum_ref, max_ref, *, factor, blocks):
@@ -262,43 +255,60 @@ def _online_kernel(q_ref, k_ref, v_ref, o_ref, output_ref, sum_ref, max_ref, *, 
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        output_ref[...] = jnp.zeros_like(output_ref)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
         max_ref[...] = jnp.full_like(max_ref, MASKED)
 
-    def weights(queries, keys):
+    def weigh(queries, keys):
         scores = _scores(q_ref, k_ref, queries, keys)
-        largest = jnp.maximum(max_ref[:, queries], scores.max(0, keepdims=True))
-        shrink = jnp.exp2((max_ref[:, queries] - largest) * factor)
+        before = max_ref[:, queries]
+        largest = jnp.maximum(before, scores.max(0, keepdims=True))
         max_ref[:, queries] = largest
-        weight = jnp.exp2((scores - largest) * factor)
-        sum_ref[:, queries] = sum_ref[:, queries] * shrink + _fold(weight, jnp.add)
-        return weight, shrink
+        shrink = jnp.exp2((before - largest) * factor)
+        weights = jnp.exp2((scores - largest) * factor)
+        sum_ref[:, queries] = sum_ref[:, queries] * shrink + _fold(weights)
+        return weights.astype(v_ref.dtype), shrink
 
-    def add(queries, keys, weight):
-        weight, shrink = weight
-        output_ref[:, queries] = output_ref[:, queries] * shrink + _product(v_ref[0, :, keys], weight)
+    def add(queries, keys, weighed):
+        weights, shrink = weighed
+        output_ref[:, queries] = output_ref[:, queries] * shrink + _product(v_ref[0, :, keys], weights)
 
-    _pipeline(blocks, weights, add)
+    _attend(o_ref, output_ref, sum_ref, blocks, weigh, add)
+
+
+def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add):
+    """A grid step: clear the sums before the first block of keys, add every pass, divide after the last block."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        output_ref[...] = jnp.zeros_like(output_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    passes, rest = divmod(blocks.block_kv, blocks.block_kv_compute)
+
+    @functools.partial(lax.fori_loop, 0, passes, init_val=None)
+    def _(index, _):
+        first = pl.multiple_of(index * blocks.block_kv_compute, LANES)
+        _pipeline(first, blocks.block_kv_compute, blocks, weigh, add)
+
+    _pipeline(passes * blocks.block_kv_compute, rest, blocks, weigh, add)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
         o_ref[0] = (output_ref[...] / sum_ref[...].sum(0, keepdims=True)).astype(o_ref.dtype)
 
 
-def _pipeline(blocks, weights, add):
-    """Unroll a grid step's tiles: weights(queries, keys) of a tile, and add(queries, keys, weights) LAG tiles later.
+def _pipeline(first, length, blocks, weigh, add):
+    """Unroll a pass over keys first ... first + length: weigh a tile, and add its values LAG tiles later.
 
     The MXU takes the products in this order, so the lag is what keeps it busy while a tile's weights are made.
     """
     pending = []
-    for start in range(0, blocks.block_kv, blocks.block_kv_compute):
-        stop = min(start + blocks.block_kv_compute, blocks.block_kv)
-        for queries in _slices(0, blocks.block_q, QUERY_TILE):
-            for keys in _slices(start, stop, blocks.block_kv_compute_in):
-                pending.append((queries, keys, weights(queries, keys)))
-                if len(pending) > LAG:
-                    add(*pending.pop(0))
+    for start in range(0, length, blocks.block_kv_compute_in):
+        keys = pl.ds(first + start, min(blocks.block_kv_compute_in, length - start))
+        for query in range(0, blocks.block_q, QUERY_TILE):
+            queries = pl.ds(query, min(QUERY_TILE, blocks.block_q - query))
+            pending.append((queries, keys, weigh(queries, keys)))
+            if len(pending) > LAG:
+                add(*pending.pop(0))
     for tile in pending:
         add(*tile)
 
@@ -309,24 +319,29 @@ def _scores(q_ref, k_ref, queries, keys):
 
 
 def _product(left, right):
-    """left @ right in float32; a float32 operand keeps its digits."""
+    """left @ right in float32; float32 operands keep their digits."""
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot(left, right.astype(left.dtype), precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot(left, right, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _fold(tile, operation):
-    """Combine a tile's rows down to 8, a register's height: no work across the rows of a register."""
-    rows = [tile[row : row + 8] for row in range(0, tile.shape[0], 8)]
-    return functools.reduce(operation, rows)
-
-
-def _slices(start, stop, step):
-    return [slice(low, min(low + step, stop)) for low in range(start, stop, step)]
+def _fold(weights):
+    """Sum a tile's rows down to 8, a register's height: no work across the rows of a register."""
+    return functools.reduce(jnp.add, [weights[row : row + 8] for row in range(0, weights.shape[0], 8)])
 
 
 def _rows(head_dim: int) -> int:
     """Rows of the first product: a head, the bound's two parts and the mask, in whole bfloat16 registers."""
     return _up(head_dim + 3, 16)
+
+
+def _vmem(head_dim: int, itemsize: int) -> tuple[int, int]:
+    """Bytes of VMEM that a query and a key take in a grid step; inputs and the output are double-buffered."""
+    rows = _rows(head_dim)
+    return 2 * itemsize * (rows + head_dim) + 4 * (head_dim + 16), 2 * itemsize * (_up(rows, LANES) + head_dim)
+
+
+def _either(values) -> str:
+    return " or ".join(map(str, values))
 
 
 def _up(length: int, unit: int) -> int:
