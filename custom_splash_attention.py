@@ -76,7 +76,7 @@ class BlockSizes:
     def clipped(self, q_len: int, kv_len: int) -> "BlockSizes":
         """No longer than the sequences."""
         block_q, block_kv = min(self.block_q, _up(q_len, LANES)), min(self.block_kv, _up(kv_len, LANES))
-        return dataclasses.replace(self, block_q=block_q, block_kv=block_kv)
+        return BlockSizes(block_q, block_kv, min(self.block_kv_compute, block_kv), self.block_kv_compute_in)
 
     def fitted(self, q_len: int, kv_len: int, head_dim: int, itemsize: int) -> "BlockSizes":
         """These sizes as upper limits, with the least padding, in as few blocks of keys as VMEM allows."""
@@ -326,7 +326,7 @@ def _product(left, right):
 
 def _fold(weights):
     """Sum a tile's rows down to 8, a register's height: no work across the rows of a register."""
-    return functools.reduce(jnp.add, [weights[row : row + 8] for row in range(0, weights.shape[0], 8)])
+    return weights.reshape(-1, 8, weights.shape[1]).sum(0)
 
 
 def _rows(head_dim: int) -> int:
