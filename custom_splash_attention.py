@@ -161,15 +161,15 @@ def _operands(query, key, value, factor, blocks, k_smooth):
         bound = centre + length * jnp.linalg.norm(keys - mean, axis=-1).max(1, keepdims=True)
     else:
         bound = length * jnp.linalg.norm(keys, axis=-1).max(1, keepdims=True)
-    safe = (factor * (bound - centre) <= LIMIT) & (factor * jnp.abs(bound) <= OFFSET_LIMIT)
-    safe = safe.all(1)
+    safe = ((factor * (bound - centre) <= LIMIT) & (factor * jnp.abs(bound) <= OFFSET_LIMIT)).all(1)
     bound = jnp.where(safe[:, None], bound - SHIFT / factor, 0)
-    high = bound.astype(dtype)
-    low = (bound - high.astype(jnp.float32)).astype(dtype)
+    digits = jnp.finfo(dtype)
+    high = lax.reduce_precision(bound, digits.nexp, digits.nmant)  # a pair of casts might be optimised away
+    low = (bound - high).astype(dtype)
     spare = _rows(head_dim) - head_dim - 3
 
     appended = [
-        -high[:, None],
+        -high[:, None].astype(dtype),
         -low[:, None],
         jnp.ones((heads, 1, q_len), dtype),
         jnp.zeros((heads, spare, q_len), dtype),
