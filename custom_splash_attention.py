@@ -129,128 +129,121 @@ def splash_attention(
         blocks = block_sizes.clipped(q_len, kv_len)
         block_sizes.check(head_dim, query.dtype.itemsize)
 
-    flat = [array.reshape(batch * heads, -1, head_dim) for array in (query, key, value)]
-    operands, safe = _operands(*flat, scale * math.log2(math.e), blocks, k_smooth)
-    run = functools.partial(_run, factor=scale * math.log2(math.e), blocks=blocks)
+    factor = scale * math.log2(math.e)
+    flat = [array.reshape(batch * heads, -1, head_dim).swapaxes(1, 2) for array in (query, key, value)]
+    bound, safe = _bound(*flat[:2], factor, k_smooth)
+    pads = [max(blocks.block_q - q_len, 0), -kv_len % blocks.block_kv, -kv_len % blocks.block_kv]
+    flat = [jnp.pad(array, ((0, 0), (0, 0), (0, pad))) if pad else array for array, pad in zip(flat, pads, strict=True)]
+    bound = jnp.pad(bound, ((0, 0), (0, 0), (0, pads[0])))
+    run = functools.partial(_run, factor=factor, blocks=blocks, kv_len=kv_len)
     if interpret is None:
-        output = lax.platform_dependent(
-            operands,
-            safe,
-            tpu=functools.partial(run, interpret=False),
-            default=functools.partial(run, interpret=True),
-        )
+        compiled, interpreted = (functools.partial(run, interpret=choice) for choice in (False, True))
+        output = lax.platform_dependent(*flat, bound, safe, tpu=compiled, default=interpreted)
     else:
-        output = run(operands, safe, interpret=interpret)
+        output = run(*flat, bound, safe, interpret=interpret)
     return output[:, :, :q_len].swapaxes(1, 2).reshape(query.shape)
 
 
-def _operands(query, key, value, factor, blocks, k_smooth):
-    """What the kernels read, and which heads [heads] may take the fast one.
+def _bound(queries, keys, factor, k_smooth):
+    """What the fast kernel subtracts from the scores of each row, and which heads may take it.
 
-    Appended to a query: minus its bound in two parts, the second for what bfloat16 drops from the first, and 1.
-    Appended to a key: 1, 1, and the mask. The online kernel gets no bound.
+    Args:
+        queries, keys: [heads, head_dim, length].
+
+    Returns:
+        [heads, 1, q_len], float32, in units of query . key; and [heads], bool.
     """
-    dtype = query.dtype
-    heads, q_len, head_dim = query.shape
-    kv_len = key.shape[1]
-    queries, keys = query.astype(jnp.float32), key.astype(jnp.float32)
-    mean = keys.mean(1, keepdims=True)
-    centre = jnp.einsum("hqd,hkd->hqk", queries, mean, precision="highest")[..., 0]  # the mean score of a row
-    length = jnp.linalg.norm(queries, axis=-1)
+    queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
+    mean = keys.mean(2, keepdims=True)
+    centre = (queries * mean).sum(1, keepdims=True)  # the mean score of a row
+    length = jnp.linalg.norm(queries, axis=1, keepdims=True)
     if k_smooth:
-        bound = centre + length * jnp.linalg.norm(keys - mean, axis=-1).max(1, keepdims=True)
+        bound = centre + length * jnp.linalg.norm(keys - mean, axis=1, keepdims=True).max(2, keepdims=True)
     else:
-        bound = length * jnp.linalg.norm(keys, axis=-1).max(1, keepdims=True)
-    safe = ((factor * (bound - centre) <= LIMIT) & (factor * jnp.abs(bound) <= OFFSET_LIMIT)).all(1)
-    bound = jnp.where(safe[:, None], bound - SHIFT / factor, 0)
-    digits = jnp.finfo(dtype)
-    high = lax.reduce_precision(bound, digits.nexp, digits.nmant)  # a pair of casts might be optimised away
-    low = (bound - high).astype(dtype)
-    spare = _rows(head_dim) - head_dim - 3
-
-    appended = [
-        -high[:, None].astype(dtype),
-        -low[:, None],
-        jnp.ones((heads, 1, q_len), dtype),
-        jnp.zeros((heads, spare, q_len), dtype),
-    ]
-    queries = jnp.concatenate([query.swapaxes(1, 2), *appended], 1)
-    pad = -kv_len % blocks.block_kv
-    row = jnp.zeros(3 + spare, dtype).at[:2].set(1)
-    appended = jnp.where(jnp.arange(kv_len + pad)[:, None] < kv_len, row, row.at[2].set(MASKED))
-    keys = jnp.pad(key, ((0, 0), (0, pad), (0, 0)))
-    keys = jnp.concatenate([keys, jnp.broadcast_to(appended, (heads, *appended.shape))], 2)
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, -q_len % blocks.block_q)))
-    return (queries, keys, jnp.pad(value.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad)))), safe
+        bound = length * jnp.linalg.norm(keys, axis=1, keepdims=True).max(2, keepdims=True)
+    safe = (factor * (bound - centre) <= LIMIT) & (factor * jnp.abs(bound) <= OFFSET_LIMIT)
+    return bound - SHIFT / factor, safe.all((1, 2))
 
 
-def _run(operands, safe, *, factor, blocks, interpret):
-    """The fast kernel for all heads, then the online kernel over those, if any, that may not take it."""
-    call = functools.partial(_call, factor=factor, blocks=blocks, interpret=interpret)
+def _run(queries, keys, values, bound, safe, *, factor, blocks, kv_len, interpret):
+    """The fast kernel for all heads, then the online kernel again for those, if any, that may not take it."""
+    call = functools.partial(_call, factor=factor, kv_len=kv_len, interpret=interpret)
     # Its program is longer, and speed is not what it is for.
     short = dataclasses.replace(blocks, block_kv_compute=min(blocks.block_kv_compute, 4 * blocks.block_kv_compute_in))
+    unsafe = jnp.argsort(safe)
 
-    def repair(output):
-        def head(index, output):
-            def online(output):
-                arrays = [lax.dynamic_slice_in_dim(array, index, 1) for array in operands]
-                return lax.dynamic_update_slice_in_dim(output, call(*arrays, blocks=short, online=True), index, 0)
+    def online(index, output):
+        return call(unsafe[index], queries, keys, values, jnp.zeros_like(bound), output, blocks=short)
 
-            return lax.cond(safe[index], lambda output: output, online, output)
-
-        return lax.fori_loop(0, safe.size, head, output)
-
-    output = call(*operands)
-    return lax.cond(safe.all(), lambda output: output, repair, output)
+    return lax.fori_loop(0, (~safe).sum(), online, call(0, queries, keys, values, bound, blocks=blocks))
 
 
-def _call(queries, keys, values, *, factor, blocks, interpret, online=False):
-    """One kernel over [heads, rows, q_len], [heads, kv_len, rows], [heads, head_dim, kv_len], lengths padded to blocks.
+def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, kv_len, interpret):
+    """The fast kernel over all heads, or where `output` is given the online kernel, which replaces one head in it.
 
-    Returns [heads, head_dim, q_len].
+    Takes [heads, head_dim, q_len], twice [heads, head_dim, keys] and [heads, 1, q_len]; returns the queries' shape. The
+    keys are padded to whole blocks, kv_len of them are real. A block of queries may reach over the end: what it reads
+    there is not written.
     """
-    heads, rows, q_len = queries.shape
-    head_dim, kv_len = values.shape[1:]
+    heads, head_dim, q_len = queries.shape
+    rows = _rows(head_dim)
     block_q, block_kv = blocks.block_q, blocks.block_kv
-    assert q_len % block_q == 0 and kv_len % block_kv == 0 and keys.shape == (heads, kv_len, rows)
+    assert keys.shape == values.shape and keys.shape[2] % block_kv == 0 and bound.shape == (heads, 1, q_len)
+    online = output is not None
+
+    def of_queries(rows):
+        return pl.BlockSpec((1, rows, block_q), lambda h, i, j, head: (head[0] + h, 0, i))
+
+    of_keys = pl.BlockSpec((1, head_dim, block_kv), lambda h, i, j, head: (head[0] + h, 0, j))
     return pl.pallas_call(
-        functools.partial(_online_kernel if online else _fast_kernel, factor=factor, blocks=blocks),
+        functools.partial(_online_kernel if online else _fast_kernel, factor=factor, blocks=blocks, kv_len=kv_len),
         name="exp2_splash_online" if online else "exp2_splash",
-        grid=(heads, q_len // block_q, kv_len // block_kv),
-        in_specs=[
-            pl.BlockSpec((1, rows, block_q), lambda h, i, j: (h, 0, i)),
-            pl.BlockSpec((1, block_kv, rows), lambda h, i, j: (h, j, 0)),
-            pl.BlockSpec((1, head_dim, block_kv), lambda h, i, j: (h, 0, j)),
-        ],
-        out_specs=pl.BlockSpec((1, head_dim, block_q), lambda h, i, j: (h, 0, i)),
-        out_shape=jax.ShapeDtypeStruct((heads, head_dim, q_len), queries.dtype),
-        scratch_shapes=[
-            pltpu.VMEM((head_dim, block_q), jnp.float32),
-            pltpu.VMEM((8, block_q), jnp.float32),
-            *[pltpu.VMEM((1, block_q), jnp.float32)] * online,
-        ],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(1 if online else heads, pl.cdiv(q_len, block_q), keys.shape[2] // block_kv),
+            in_specs=[
+                of_queries(head_dim),
+                of_keys,
+                of_keys,
+                of_queries(1),
+                *[pl.BlockSpec(memory_space=pl.ANY)] * online,
+            ],
+            out_specs=of_queries(head_dim),
+            scratch_shapes=[
+                pltpu.VMEM((rows, block_q), queries.dtype),
+                pltpu.VMEM((block_kv, rows), queries.dtype),
+                pltpu.VMEM((head_dim, block_q), jnp.float32),
+                pltpu.VMEM((8, block_q), jnp.float32),
+                *[pltpu.VMEM((1, block_q), jnp.float32)] * online,
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+        input_output_aliases={5: 0} if online else {},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         interpret=interpret,
-    )(queries, keys, values)
+    )(jnp.full(1, head, jnp.int32), queries, keys, values, bound, *[output] * online)
 
 
-def _fast_kernel(q_ref, k_ref, v_ref, o_ref, output_ref, sum_ref, *, factor, blocks):
+def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, query_ref, key_ref, output_ref, sum_ref, *, factor, **sizes):
     """Weights relative to the bound, which is part of the first product."""
 
     def weigh(queries, keys):
-        weights = jnp.exp2(_scores(q_ref, k_ref, queries, keys) * factor)
+        weights = jnp.exp2(_product(key_ref[keys, :], query_ref[:, queries]) * factor)
         sum_ref[:, queries] += _fold(weights)
         return weights.astype(v_ref.dtype)
 
     def add(queries, keys, weights):
         output_ref[:, queries] += _product(v_ref[0, :, keys], weights)
 
-    _attend(o_ref, output_ref, sum_ref, blocks, weigh, add)
+    _append(q_ref, k_ref, b_ref, query_ref, key_ref, **sizes)
+    _attend(o_ref, output_ref, sum_ref, weigh, add, **sizes)
 
 
-def _online_kernel(q_ref, k_ref, v_ref, o_ref, output_ref, sum_ref, max_ref, *, factor, blocks):
+def _online_kernel(
+    _, q_ref, k_ref, v_ref, b_ref, __, o_ref, query_ref, key_ref, output_ref, sum_ref, max_ref, *, factor, **sizes
+):
     """Weights relative to the largest score so far; what was summed before shrinks when it grows."""
 
     @pl.when(pl.program_id(2) == 0)
@@ -258,7 +251,7 @@ def _online_kernel(q_ref, k_ref, v_ref, o_ref, output_ref, sum_ref, max_ref, *, 
         max_ref[...] = jnp.full_like(max_ref, MASKED)
 
     def weigh(queries, keys):
-        scores = _scores(q_ref, k_ref, queries, keys)
+        scores = _product(key_ref[keys, :], query_ref[:, queries])
         before = max_ref[:, queries]
         largest = jnp.maximum(before, scores.max(0, keepdims=True))
         max_ref[:, queries] = largest
@@ -271,10 +264,37 @@ def _online_kernel(q_ref, k_ref, v_ref, o_ref, output_ref, sum_ref, max_ref, *, 
         weights, shrink = weighed
         output_ref[:, queries] = output_ref[:, queries] * shrink + _product(v_ref[0, :, keys], weights)
 
-    _attend(o_ref, output_ref, sum_ref, blocks, weigh, add)
+    _append(q_ref, k_ref, b_ref, query_ref, key_ref, **sizes)
+    _attend(o_ref, output_ref, sum_ref, weigh, add, **sizes)
 
 
-def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add):
+def _append(q_ref, k_ref, b_ref, query_ref, key_ref, *, blocks, kv_len):
+    """Append to each query minus its bound, as what its dtype holds and the rest, and 1; to a key 1, 1 and its mask.
+
+    The keys are transposed on the way, once for all blocks of queries unless they come in several blocks.
+    """
+    head_dim, rows = q_ref.shape[1], query_ref.shape[0]
+    first = pl.program_id(2) * blocks.block_kv
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        high = b_ref[0].astype(q_ref.dtype).astype(jnp.float32)
+        row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, blocks.block_q), 0)
+        appended = jnp.where(row == 0, -high, jnp.where(row == 1, high - b_ref[0], jnp.where(row == 2, 1.0, 0.0)))
+        query_ref[...] = jnp.concatenate([q_ref[0], appended.astype(q_ref.dtype)], 0)
+
+    @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1))
+    def _():
+        @functools.partial(lax.fori_loop, 0, blocks.block_kv // LANES, init_val=None)
+        def _(index, _):
+            keys = pl.ds(pl.multiple_of(index * LANES, LANES), LANES)
+            row, column = (lax.broadcasted_iota(jnp.int32, (rows - head_dim, LANES), axis) for axis in (0, 1))
+            padded = first + index * LANES + column >= kv_len
+            appended = jnp.where(row < 2, 1.0, jnp.where((row == 2) & padded, MASKED, 0.0))
+            key_ref[keys, :] = jnp.concatenate([k_ref[0, :, keys], appended.astype(k_ref.dtype)], 0).T
+
+
+def _attend(o_ref, output_ref, sum_ref, weigh, add, *, blocks, kv_len):
     """A grid step: clear the sums before the first block of keys, add every pass, divide after the last block."""
 
     @pl.when(pl.program_id(2) == 0)
@@ -313,11 +333,6 @@ def _pipeline(first, length, blocks, weigh, add):
         add(*tile)
 
 
-def _scores(q_ref, k_ref, queries, keys):
-    """Scores of a tile, transposed: [keys, queries], float32."""
-    return _product(k_ref[0, keys, :], q_ref[0, :, queries])
-
-
 def _product(left, right):
     """left @ right in float32; float32 operands keep their digits."""
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
@@ -337,7 +352,8 @@ def _rows(head_dim: int) -> int:
 def _vmem(head_dim: int, itemsize: int) -> tuple[int, int]:
     """Bytes of VMEM that a query and a key take in a grid step; inputs and the output are double-buffered."""
     rows = _rows(head_dim)
-    return 2 * itemsize * (rows + head_dim) + 4 * (head_dim + 16), 2 * itemsize * (_up(rows, LANES) + head_dim)
+    per_query = itemsize * (4 * head_dim + rows) + 4 * (head_dim + 8 + 8 + 2 * 8)
+    return per_query, itemsize * (4 * head_dim + _up(rows, LANES))
 
 
 def _either(values) -> str:
