@@ -132,10 +132,7 @@ def splash_attention(
     factor = scale * math.log2(math.e)
     flat = [array.reshape(batch * heads, -1, head_dim).swapaxes(1, 2) for array in (query, key, value)]
     bound, safe = _bound(*flat[:2], factor, k_smooth)
-    pads = [max(blocks.block_q - q_len, 0), -kv_len % blocks.block_kv, -kv_len % blocks.block_kv]
-    flat = [jnp.pad(array, ((0, 0), (0, 0), (0, pad))) if pad else array for array, pad in zip(flat, pads, strict=True)]
-    bound = jnp.pad(bound, ((0, 0), (0, 0), (0, pads[0])))
-    run = functools.partial(_run, factor=factor, blocks=blocks, kv_len=kv_len)
+    run = functools.partial(_run, factor=factor, blocks=blocks)
     if interpret is None:
         compiled, interpreted = (functools.partial(run, interpret=choice) for choice in (False, True))
         output = lax.platform_dependent(*flat, bound, safe, tpu=compiled, default=interpreted)
@@ -165,9 +162,9 @@ def _bound(queries, keys, factor, k_smooth):
     return bound - SHIFT / factor, safe.all((1, 2))
 
 
-def _run(queries, keys, values, bound, safe, *, factor, blocks, kv_len, interpret):
+def _run(queries, keys, values, bound, safe, *, factor, blocks, interpret):
     """The fast kernel for all heads, then the online kernel again for those, if any, that may not take it."""
-    call = functools.partial(_call, factor=factor, kv_len=kv_len, interpret=interpret)
+    call = functools.partial(_call, factor=factor, interpret=interpret)
     # Its program is longer, and speed is not what it is for.
     short = dataclasses.replace(blocks, block_kv_compute=min(blocks.block_kv_compute, 4 * blocks.block_kv_compute_in))
     unsafe = jnp.argsort(safe)
@@ -178,29 +175,33 @@ def _run(queries, keys, values, bound, safe, *, factor, blocks, kv_len, interpre
     return lax.fori_loop(0, (~safe).sum(), online, call(0, queries, keys, values, bound, blocks=blocks))
 
 
-def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, kv_len, interpret):
+def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, interpret):
     """The fast kernel over all heads, or where `output` is given the online kernel, which replaces one head in it.
 
-    Takes [heads, head_dim, q_len], twice [heads, head_dim, keys] and [heads, 1, q_len]; returns the queries' shape. The
-    keys are padded to whole blocks, kv_len of them are real. A block of queries may reach over the end: what it reads
-    there is not written.
+    Takes [heads, head_dim, q_len], twice [heads, head_dim, kv_len] and [heads, 1, q_len]; returns the queries' shape.
+    The last blocks may reach over the end, where a read is undefined and a write is dropped.
     """
     heads, head_dim, q_len = queries.shape
     rows = _rows(head_dim)
     block_q, block_kv = blocks.block_q, blocks.block_kv
-    assert keys.shape == values.shape and keys.shape[2] % block_kv == 0 and bound.shape == (heads, 1, q_len)
+    assert keys.shape == values.shape and bound.shape == (heads, 1, q_len)
     online = output is not None
+    arrays = [queries, keys, values, bound, *[output] * online]
+    if not interpret:  # XLA would put what fits into VMEM, which is the kernel's
+        arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
 
     def of_queries(rows):
         return pl.BlockSpec((1, rows, block_q), lambda h, i, j, head: (head[0] + h, 0, i))
 
     of_keys = pl.BlockSpec((1, head_dim, block_kv), lambda h, i, j, head: (head[0] + h, 0, j))
     return pl.pallas_call(
-        functools.partial(_online_kernel if online else _fast_kernel, factor=factor, blocks=blocks, kv_len=kv_len),
+        functools.partial(
+            _online_kernel if online else _fast_kernel, factor=factor, blocks=blocks, kv_len=keys.shape[2]
+        ),
         name="exp2_splash_online" if online else "exp2_splash",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(1 if online else heads, pl.cdiv(q_len, block_q), keys.shape[2] // block_kv),
+            grid=(1 if online else heads, pl.cdiv(q_len, block_q), pl.cdiv(keys.shape[2], block_kv)),
             in_specs=[
                 of_queries(head_dim),
                 of_keys,
@@ -212,6 +213,7 @@ def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, kv
             scratch_shapes=[
                 pltpu.VMEM((rows, block_q), queries.dtype),
                 pltpu.VMEM((block_kv, rows), queries.dtype),
+                pltpu.VMEM((head_dim, block_kv), queries.dtype),
                 pltpu.VMEM((head_dim, block_q), jnp.float32),
                 pltpu.VMEM((8, block_q), jnp.float32),
                 *[pltpu.VMEM((1, block_q), jnp.float32)] * online,
@@ -223,10 +225,12 @@ def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, kv
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         interpret=interpret,
-    )(jnp.full(1, head, jnp.int32), queries, keys, values, bound, *[output] * online)
+    )(jnp.full(1, head, jnp.int32), *arrays)
 
 
-def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, query_ref, key_ref, output_ref, sum_ref, *, factor, **sizes):
+def _fast_kernel(
+    _, q_ref, k_ref, v_ref, b_ref, o_ref, query_ref, key_ref, value_ref, output_ref, sum_ref, *, factor, **sizes
+):
     """Weights relative to the bound, which is part of the first product."""
 
     def weigh(queries, keys):
@@ -235,14 +239,29 @@ def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, query_ref, key_ref, outpu
         return weights.astype(v_ref.dtype)
 
     def add(queries, keys, weights):
-        output_ref[:, queries] += _product(v_ref[0, :, keys], weights)
+        output_ref[:, queries] += _product(value_ref[:, keys], weights)
 
-    _append(q_ref, k_ref, b_ref, query_ref, key_ref, **sizes)
+    _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, **sizes)
     _attend(o_ref, output_ref, sum_ref, weigh, add, **sizes)
 
 
 def _online_kernel(
-    _, q_ref, k_ref, v_ref, b_ref, __, o_ref, query_ref, key_ref, output_ref, sum_ref, max_ref, *, factor, **sizes
+    _,
+    q_ref,
+    k_ref,
+    v_ref,
+    b_ref,
+    __,
+    o_ref,
+    query_ref,
+    key_ref,
+    value_ref,
+    output_ref,
+    sum_ref,
+    max_ref,
+    *,
+    factor,
+    **sizes,
 ):
     """Weights relative to the largest score so far; what was summed before shrinks when it grows."""
 
@@ -262,16 +281,17 @@ def _online_kernel(
 
     def add(queries, keys, weighed):
         weights, shrink = weighed
-        output_ref[:, queries] = output_ref[:, queries] * shrink + _product(v_ref[0, :, keys], weights)
+        output_ref[:, queries] = output_ref[:, queries] * shrink + _product(value_ref[:, keys], weights)
 
-    _append(q_ref, k_ref, b_ref, query_ref, key_ref, **sizes)
+    _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, **sizes)
     _attend(o_ref, output_ref, sum_ref, weigh, add, **sizes)
 
 
-def _append(q_ref, k_ref, b_ref, query_ref, key_ref, *, blocks, kv_len):
+def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, *, blocks, kv_len):
     """Append to each query minus its bound, as what its dtype holds and the rest, and 1; to a key 1, 1 and its mask.
 
-    The keys are transposed on the way, once for all blocks of queries unless they come in several blocks.
+    Keys are transposed on the way, and with the values cleared beyond the end. One block of them does for all queries
+    of a head.
     """
     head_dim, rows = q_ref.shape[1], query_ref.shape[0]
     first = pl.program_id(2) * blocks.block_kv
@@ -287,11 +307,18 @@ def _append(q_ref, k_ref, b_ref, query_ref, key_ref, *, blocks, kv_len):
     def _():
         @functools.partial(lax.fori_loop, 0, blocks.block_kv // LANES, init_val=None)
         def _(index, _):
-            keys = pl.ds(pl.multiple_of(index * LANES, LANES), LANES)
-            row, column = (lax.broadcasted_iota(jnp.int32, (rows - head_dim, LANES), axis) for axis in (0, 1))
-            padded = first + index * LANES + column >= kv_len
+            tile = pl.multiple_of(index * LANES, LANES)
+            keys = pl.ds(tile, LANES)
+
+            def iota(rows, axis):
+                return lax.broadcasted_iota(jnp.int32, (rows, LANES), axis)
+
+            row, padded = iota(rows - head_dim, 0), first + tile + iota(rows - head_dim, 1) >= kv_len
             appended = jnp.where(row < 2, 1.0, jnp.where((row == 2) & padded, MASKED, 0.0))
-            key_ref[keys, :] = jnp.concatenate([k_ref[0, :, keys], appended.astype(k_ref.dtype)], 0).T
+            real = first + tile + iota(head_dim, 1) < kv_len
+            key, value = (jnp.where(real, ref[0, :, keys], 0) for ref in (k_ref, v_ref))
+            key_ref[keys, :] = jnp.concatenate([key, appended.astype(key.dtype)], 0).T
+            value_ref[:, keys] = value
 
 
 def _attend(o_ref, output_ref, sum_ref, weigh, add, *, blocks, kv_len):
@@ -353,7 +380,7 @@ def _vmem(head_dim: int, itemsize: int) -> tuple[int, int]:
     """Bytes of VMEM that a query and a key take in a grid step; inputs and the output are double-buffered."""
     rows = _rows(head_dim)
     per_query = itemsize * (4 * head_dim + rows) + 4 * (head_dim + 8 + 8 + 2 * 8)
-    return per_query, itemsize * (4 * head_dim + _up(rows, LANES))
+    return per_query, itemsize * (5 * head_dim + _up(rows, LANES))
 
 
 def _either(values) -> str:

@@ -223,7 +223,7 @@ class _Scalars:
         if operation != "sphi" or not first or first[2] != counter:
             return None
         operation, operands = self.definitions.get(first[1], ("", ""))
-        start = re.match(r"(\d+)\b", operands)
+        start = re.match(r"(?:\(.*?\), )?(\d+)\b", operands)
         return -((int(start[1]) - int(bound)) // int(step[1])) if operation == "smov" and start else None
 
     def axis(self, name: str) -> int | None:
