@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 BQSIZE = 1536
 BKVSIZE = 65536
-BKVCOMPUTESIZE = 4352
+BKVCOMPUTESIZE = 8704
 BKVCOMPUTEINSIZE = 256
 USE_K_SMOOTH = True
 USE_CUSTOM_ATTENTION = True
@@ -79,16 +79,19 @@ class BlockSizes:
         return BlockSizes(block_q, block_kv, min(self.block_kv_compute, block_kv), self.block_kv_compute_in)
 
     def fitted(self, q_len: int, kv_len: int, head_dim: int, itemsize: int) -> "BlockSizes":
-        """These sizes as upper limits, with the least padding, in as few blocks of keys as VMEM allows."""
+        """These sizes as limits: least padding, fewest blocks of keys, and fewest passes in no longer a program."""
         sizes = range(min(2 * QUERY_TILE, self.block_q), self.block_q + 1, QUERY_TILE)
         block_q = min(sizes, key=lambda size: (_up(q_len, size), -size))
-        # The unrolled program stays as long: a float32 product takes about eight times the instructions.
-        work = self.block_q * self.block_kv_compute // (8 if itemsize == 4 else 1)
-        compute = max(work // block_q // self.block_kv_compute_in, 1) * self.block_kv_compute_in
+        block_q = min(block_q, _up(q_len, LANES))
         per_query, per_key = _vmem(head_dim, itemsize)
         block_kv = min(self.block_kv, (VMEM_LIMIT - block_q * per_query) // per_key)
         block_kv = _up(-(-kv_len // -(-kv_len // block_kv)), LANES)
-        return BlockSizes(block_q, block_kv, compute, self.block_kv_compute_in).clipped(q_len, kv_len)
+        # A float32 product takes about eight times the instructions. A shorter last pass is unrolled beside the others.
+        unit = self.block_kv_compute_in
+        limit = self.block_q * self.block_kv_compute // (8 if itemsize == 4 else 1) // block_q
+        passes = [size for size in range(unit, limit + 1, unit) if size + block_kv % size <= limit] or [unit]
+        best = min(passes, key=lambda size: (-(-block_kv // size), size + block_kv % size))
+        return BlockSizes(block_q, block_kv, best, unit).clipped(q_len, kv_len)
 
 
 DEFAULT_BLOCK_SIZES = BlockSizes()
@@ -305,20 +308,20 @@ def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, *, blocks
 
     @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1))
     def _():
-        @functools.partial(lax.fori_loop, 0, blocks.block_kv // LANES, init_val=None)
-        def _(index, _):
-            tile = pl.multiple_of(index * LANES, LANES)
-            keys = pl.ds(tile, LANES)
+        def tile(start, length):
+            keys = pl.ds(start, length)
 
             def iota(rows, axis):
-                return lax.broadcasted_iota(jnp.int32, (rows, LANES), axis)
+                return lax.broadcasted_iota(jnp.int32, (rows, length), axis)
 
-            row, padded = iota(rows - head_dim, 0), first + tile + iota(rows - head_dim, 1) >= kv_len
+            row, padded = iota(rows - head_dim, 0), first + start + iota(rows - head_dim, 1) >= kv_len
             appended = jnp.where(row < 2, 1.0, jnp.where((row == 2) & padded, MASKED, 0.0))
-            real = first + tile + iota(head_dim, 1) < kv_len
+            real = first + start + iota(head_dim, 1) < kv_len
             key, value = (jnp.where(real, ref[0, :, keys], 0) for ref in (k_ref, v_ref))
             key_ref[keys, :] = jnp.concatenate([key, appended.astype(key.dtype)], 0).T
             value_ref[:, keys] = value
+
+        _loop(blocks.block_kv, 8 * LANES, tile)
 
 
 def _attend(o_ref, output_ref, sum_ref, weigh, add, *, blocks, kv_len):
@@ -329,21 +332,14 @@ def _attend(o_ref, output_ref, sum_ref, weigh, add, *, blocks, kv_len):
         output_ref[...] = jnp.zeros_like(output_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    passes, rest = divmod(blocks.block_kv, blocks.block_kv_compute)
-
-    @functools.partial(lax.fori_loop, 0, passes, init_val=None)
-    def _(index, _):
-        first = pl.multiple_of(index * blocks.block_kv_compute, LANES)
-        _pipeline(first, blocks.block_kv_compute, blocks, weigh, add)
-
-    _pipeline(passes * blocks.block_kv_compute, rest, blocks, weigh, add)
+    _loop(blocks.block_kv, blocks.block_kv_compute, functools.partial(_pipeline, blocks, weigh, add))
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
         o_ref[0] = (output_ref[...] / sum_ref[...].sum(0, keepdims=True)).astype(o_ref.dtype)
 
 
-def _pipeline(first, length, blocks, weigh, add):
+def _pipeline(blocks, weigh, add, first, length):
     """Unroll a pass over keys first ... first + length: weigh a tile, and add its values LAG tiles later.
 
     The MXU takes the products in this order, so the lag is what keeps it busy while a tile's weights are made.
@@ -358,6 +354,14 @@ def _pipeline(first, length, blocks, weigh, add):
                 add(*pending.pop(0))
     for tile in pending:
         add(*tile)
+
+
+def _loop(length, step, body):
+    """body(start, size) over [0, length) in steps, the last of which may be shorter; the others are a loop."""
+    step = min(step, length)
+    lax.fori_loop(0, length // step, lambda index, _: body(pl.multiple_of(index * step, LANES), step), None)
+    if length % step:
+        body(length - length % step, length % step)
 
 
 def _product(left, right):
