@@ -189,6 +189,7 @@ def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, in
     block_q, block_kv = blocks.block_q, blocks.block_kv
     assert keys.shape == values.shape and bound.shape == (heads, 1, q_len)
     online = output is not None
+    held = jnp.float32 if interpret else queries.dtype  # XLA's CPU backend lacks some products of bfloat16
     arrays = [queries, keys, values, bound, *[output] * online]
     if not interpret:  # XLA would put what fits into VMEM, which is the kernel's
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
@@ -214,9 +215,9 @@ def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, in
             ],
             out_specs=of_queries(head_dim),
             scratch_shapes=[
-                pltpu.VMEM((rows, block_q), queries.dtype),
-                pltpu.VMEM((block_kv, rows), queries.dtype),
-                pltpu.VMEM((head_dim, block_kv), queries.dtype),
+                pltpu.VMEM((rows, block_q), held),
+                pltpu.VMEM((block_kv, rows), held),
+                pltpu.VMEM((head_dim, block_kv), held),
                 pltpu.VMEM((head_dim, block_q), jnp.float32),
                 pltpu.VMEM((8, block_q), jnp.float32),
                 *[pltpu.VMEM((1, block_q), jnp.float32)] * online,
@@ -304,7 +305,7 @@ def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, *, blocks
         high = b_ref[0].astype(q_ref.dtype).astype(jnp.float32)
         row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, blocks.block_q), 0)
         appended = jnp.where(row == 0, -high, jnp.where(row == 1, high - b_ref[0], jnp.where(row == 2, 1.0, 0.0)))
-        query_ref[...] = jnp.concatenate([q_ref[0], appended.astype(q_ref.dtype)], 0)
+        query_ref[...] = jnp.concatenate([q_ref[0], appended.astype(q_ref.dtype)], 0).astype(query_ref.dtype)
 
     @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1))
     def _():
@@ -318,8 +319,8 @@ def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, *, blocks
             appended = jnp.where(row < 2, 1.0, jnp.where((row == 2) & padded, MASKED, 0.0))
             real = first + start + iota(head_dim, 1) < kv_len
             key, value = (jnp.where(real, ref[0, :, keys], 0) for ref in (k_ref, v_ref))
-            key_ref[keys, :] = jnp.concatenate([key, appended.astype(key.dtype)], 0).T
-            value_ref[:, keys] = value
+            key_ref[keys, :] = jnp.concatenate([key, appended.astype(key.dtype)], 0).T.astype(key_ref.dtype)
+            value_ref[:, keys] = value.astype(value_ref.dtype)
 
         _loop(blocks.block_kv, 8 * LANES, tile)
 
@@ -367,7 +368,7 @@ def _loop(length, step, body):
 def _product(left, right):
     """left @ right in float32; float32 operands keep their digits."""
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.dot(left, right, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot(left, right.astype(left.dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
 def _fold(weights):

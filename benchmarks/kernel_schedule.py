@@ -171,7 +171,12 @@ def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Sca
                 forward.append((address + 1 + DELAY_SLOTS, target, predicate, bool(negated)))
 
     steps = math.prod(grid)
+    if steps == 1 and not any("iteration index" in bundles[start] for start, _ in loops):
+        yield Region("grid", 0, len(bundles), 1)  # a grid of one step needs no loop
+        loops.append((0, len(bundles)))
     for start, stop in loops:
+        if (start, stop) == (0, len(bundles)):
+            continue
         outermost = not any(other[0] <= start and stop <= other[1] for other in loops if other != (start, stop))
         inner = [other for other in loops if start <= other[0] and other[1] <= stop and other != (start, stop)]
         text = "".join(
