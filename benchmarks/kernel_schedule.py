@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CLOCK = {"v6e": 1.75e9}  # bundles a second
 DELAY_SLOTS = 4  # bundles after a branch that run whether it is taken or not
 PIPELINE_STEPS = 2  # the grid loop runs so many times more at most, to start and to drain the pipeline of its DMA
 GRIDS = "grids.json"  # written beside the dump: {kernel: grid}
@@ -171,13 +170,12 @@ def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Sca
                 forward.append((address + 1 + DELAY_SLOTS, target, predicate, bool(negated)))
 
     steps = math.prod(grid)
-    if steps == 1 and not any("iteration index" in bundles[start] for start, _ in loops):
-        yield Region("grid", 0, len(bundles), 1)  # a grid of one step needs no loop
-        loops.append((0, len(bundles)))
+    looped = steps > 1 or any("iteration index" in bundles[start] for start, _ in loops)
+    if not looped:
+        yield Region("grid", 0, len(bundles), 1)
     for start, stop in loops:
-        if (start, stop) == (0, len(bundles)):
-            continue
-        outermost = not any(other[0] <= start and stop <= other[1] for other in loops if other != (start, stop))
+        around = [other for other in loops if other[0] <= start and stop <= other[1] and other != (start, stop)]
+        is_grid = looped and not around
         inner = [other for other in loops if start <= other[0] and other[1] <= stop and other != (start, stop)]
         text = "".join(
             text
@@ -190,11 +188,11 @@ def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Sca
         count = values.trips(*tests[0])
         if count is None:
             raise ScheduleError(f"{name}: the loop at {start:#x} starts or steps by what is not a constant")
-        if outermost and not 0 <= count - steps <= PIPELINE_STEPS:
+        if is_grid and not 0 <= count - steps <= PIPELINE_STEPS:
             raise ScheduleError(
                 f"{name}: the program's grid loop runs {count} times, the grid {grid} has {steps} steps"
             )
-        yield Region("grid", start, stop, steps) if outermost else Region("loop", start, stop, count)
+        yield Region("grid", start, stop, steps) if is_grid else Region("loop", start, stop, count)
     for start, stop, predicate, negated in forward:
         yield Region("predicated", start, stop, values.share(predicate, negated))
 
@@ -361,18 +359,18 @@ def exp2_splash(query, key, value, **options):
     return splash_attention(query, key, value, block_sizes=blocks and BlockSizes(*blocks), interpret=False, **options)
 
 
-def report(schedule: KernelSchedule, heads: int, q_len: int, kv_len: int) -> str:
-    """A few lines for people."""
+def report(schedule: KernelSchedule, q_len: int, kv_len: int) -> str:
+    """A few lines for people; the grid's first axis counts the heads."""
+    useful = schedule.useful_scores_per_cycle(schedule.grid[0], q_len, kv_len)
     lines = [
         f"{schedule.name}: grid {' x '.join(map(str, schedule.grid))}, {schedule.body_bundles:,.0f} bundles a step, "
         f"predicted {schedule.cycles:,.0f} cycles",
-        f"  useful scores per cycle, predicted: {schedule.useful_scores_per_cycle(heads, q_len, kv_len):.0f}",
+        f"  useful scores per cycle, predicted: {useful:.0f}",
         "  units: " + ", ".join(f"{unit} {schedule.utilization(unit):.0%}" for unit in schedule.capacity),
     ]
     for region in schedule.regions:
-        lines.append(
-            f"  {region.kind:<10} {region.start:#8x} .. {region.stop:#x}  {region.bundles:>7,} x {region.times:g}"
-        )
+        start, stop = f"{region.start:#x}", f"{region.stop:#x}"
+        lines.append(f"  {region.kind:<10} {start:>7} .. {stop:<7} {region.bundles:>7,} bundles x {region.times:g}")
     return "\n".join(lines)
 
 
@@ -407,7 +405,7 @@ def main() -> None:
         except ScheduleError as error:
             sys.exit(str(error))
     for schedule in schedules.values():
-        print(report(schedule, **sizes))
+        print(report(schedule, sizes["q_len"], sizes["kv_len"]))
 
 
 if __name__ == "__main__":
