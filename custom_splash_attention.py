@@ -2,7 +2,7 @@
 
 The kernel computes S^T = K Q^T and O^T = V^T P^T, so that nothing is transposed in it and the wide P^T is the
 stationary operand of the second product. What softmax subtracts from a row of scores, and the mask of padded keys,
-ride in the first product: a head fills only a part of the MXU's 256 rows, and columns appended to Q and K use some more.
+ride in the first product: a head fills only a part of the MXU's 256 rows, and columns appended to Q and K use more.
 
 Two kernels share this. The fast one subtracts an upper bound of the row's maximum, known beforehand: with the mean of
 the keys taken out (any constant in a row cancels in the softmax), |q . (k - mean)| <= |q| max|k - mean| by
@@ -22,15 +22,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 BQSIZE = 1536
-BKVSIZE = 8704
-BKVCOMPUTESIZE = 256
+BKVSIZE = 65536
+BKVCOMPUTESIZE = 8704
 BKVCOMPUTEINSIZE = 256
 USE_K_SMOOTH = True
 USE_CUSTOM_ATTENTION = True
 
 LANES = 128
 QUERY_TILE = 256  # queries in one product: the MXU's width
-LAG = 4  # tiles between a tile's two products: time for exp2, and for pushing P^T into the MXU
+LAG = 5  # tiles between a tile's two products: time for exp2, and for pushing P^T into the MXU
 VMEM_LIMIT = 64 * 2**20  # bytes
 SHIFT = 32  # fast path: weights are at most 2^SHIFT; the middle of float32's range is left for small ones
 LIMIT = 100  # fast path: the bound may exceed a row's maximum by this much (log2)
@@ -42,8 +42,8 @@ MASKED = -1e30
 class BlockSizes:
     """How the kernel divides its work; all in tokens.
 
-    block_q x block_kv is one grid step, unrolled. A step goes over its keys in passes of block_kv_compute, each over
-    all queries, in products of block_kv_compute_in keys; the last pass of a block may be shorter.
+    A grid step holds block_q queries and block_kv keys in VMEM, and goes over the keys in passes of block_kv_compute
+    (the last may be shorter). A pass is unrolled: products of block_kv_compute_in keys and 256 queries.
     """
 
     block_q: int = BQSIZE
@@ -55,39 +55,43 @@ class BlockSizes:
         """Raise ValueError, naming the nearest values that work, if the kernel cannot take these sizes."""
         for field in dataclasses.fields(self):
             name, size = field.name, getattr(self, field.name)
-            unit = self.block_kv_compute_in if name == "block_kv_compute" else LANES
-            if size < unit or size % unit:
-                below, above = size // unit * unit, (size // unit + 1) * unit
-                nearest = f"{below} and {above}" if below > 0 else above
-                raise ValueError(f"{name}={size} is not a multiple of {unit}; the nearest that work: {nearest}")
-        used, per_query, per_key = self._vmem(head_dim, itemsize)
+            if size < LANES or size % LANES:
+                nearest = sorted({max(size // LANES, 1) * LANES, (max(size, 0) // LANES + 1) * LANES})
+                raise ValueError(
+                    f"{name}={size} is not a multiple of {LANES}; the nearest that work: {_either(nearest)}"
+                )
+        per_query, per_key = _vmem(head_dim, itemsize)
+        used = self.block_q * per_query + self.block_kv * per_key
         if used > VMEM_LIMIT:
-            spare = VMEM_LIMIT // 2 // LANES * LANES
-            fits_q = (VMEM_LIMIT - self.block_kv * per_key) // per_query // LANES * LANES
-            fits_kv = (VMEM_LIMIT - self.block_q * per_query) // per_key // LANES * LANES
-            nearest = [f"block_q={fits_q}"] * (fits_q > 0) + [f"block_kv={fits_kv}"] * (fits_kv > 0)
-            nearest = nearest or [f"block_q={spare // per_query} with block_kv={spare // per_key}"]
+            block_q = (VMEM_LIMIT - self.block_kv * per_key) // per_query // LANES * LANES
+            block_kv = (VMEM_LIMIT - self.block_q * per_query) // per_key // LANES * LANES
+            fits = [f"block_q={block_q}"] * (block_q > 0) + [f"block_kv={block_kv}"] * (block_kv > 0)
+            half = [VMEM_LIMIT // 2 // size // LANES * LANES for size in (per_query, per_key)]
+            fits = fits or [f"block_q={half[0]} with block_kv={half[1]}"]
             raise ValueError(
-                f"block_q={self.block_q}, block_kv={self.block_kv} need {used / 2**20:.0f} MiB of VMEM, the kernel has "
-                f"{VMEM_LIMIT >> 20}; the nearest that work: {' or '.join(nearest)}"
+                f"block_q={self.block_q} and block_kv={self.block_kv} need {used / 2**20:.0f} MiB of VMEM, of "
+                f"{VMEM_LIMIT >> 20}; the nearest that work: {_either(fits)}"
             )
 
-    def _vmem(self, head_dim: int, itemsize: int) -> tuple[int, int, int]:
-        """Bytes that a grid step needs, per query and per key; inputs and the output are double-buffered."""
-        rows = _rows(head_dim)
-        per_query = 2 * itemsize * (rows + head_dim) + 4 * (head_dim + 16) + (4 + itemsize) * self.block_kv_compute
-        per_key = 2 * itemsize * (-(-rows // LANES) * LANES + head_dim)
-        return self.block_q * per_query + self.block_kv * per_key, per_query, per_key
+    def clipped(self, q_len: int, kv_len: int) -> "BlockSizes":
+        """No longer than the sequences."""
+        block_q, block_kv = min(self.block_q, _up(q_len, LANES)), min(self.block_kv, _up(kv_len, LANES))
+        return BlockSizes(block_q, block_kv, min(self.block_kv_compute, block_kv), self.block_kv_compute_in)
 
-    def fitted(self, q_len: int, kv_len: int) -> "BlockSizes":
-        """The same number of blocks, no longer than these lengths need."""
-
-        def fit(length, size, unit):
-            return min(size, _up(-(-length // -(-length // size)), unit))
-
-        return dataclasses.replace(
-            self, block_q=fit(q_len, self.block_q, QUERY_TILE), block_kv=fit(kv_len, self.block_kv, LANES)
-        )
+    def fitted(self, q_len: int, kv_len: int, head_dim: int, itemsize: int) -> "BlockSizes":
+        """These sizes as limits: least padding, fewest blocks of keys, and fewest passes in no longer a program."""
+        sizes = range(min(2 * QUERY_TILE, self.block_q), self.block_q + 1, QUERY_TILE)
+        block_q = min(sizes, key=lambda size: (_up(q_len, size), -size))
+        block_q = min(block_q, _up(q_len, LANES))
+        per_query, per_key = _vmem(head_dim, itemsize)
+        block_kv = min(self.block_kv, (VMEM_LIMIT - block_q * per_query) // per_key)
+        block_kv = _up(-(-kv_len // -(-kv_len // block_kv)), LANES)
+        # A float32 product takes about eight times the instructions. A shorter last pass is unrolled beside the others.
+        unit = self.block_kv_compute_in
+        limit = self.block_q * self.block_kv_compute // (8 if itemsize == 4 else 1) // block_q
+        passes = [size for size in range(unit, limit + 1, unit) if size + block_kv % size <= limit] or [unit]
+        best = min(passes, key=lambda size: (-(-block_kv // size), size + block_kv % size))
+        return BlockSizes(block_q, block_kv, best, unit).clipped(q_len, kv_len)
 
 
 DEFAULT_BLOCK_SIZES = BlockSizes()
@@ -122,211 +126,270 @@ def splash_attention(
     scale = head_dim**-0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    (block_sizes or DEFAULT_BLOCK_SIZES).check(head_dim, query.dtype.itemsize)
     if block_sizes is None:
-        blocks = DEFAULT_BLOCK_SIZES.fitted(q_len, kv_len)
+        blocks = DEFAULT_BLOCK_SIZES.fitted(q_len, kv_len, head_dim, query.dtype.itemsize)
     else:
-        short = min(block_sizes.block_q, _up(q_len, LANES)), min(block_sizes.block_kv, _up(kv_len, LANES))
-        blocks = dataclasses.replace(block_sizes, block_q=short[0], block_kv=short[1])
+        blocks = block_sizes.clipped(q_len, kv_len)
+        block_sizes.check(head_dim, query.dtype.itemsize)
 
-    flat = [array.reshape(batch * heads, -1, head_dim) for array in (query, key, value)]
-    operands, safe = _operands(*flat, scale * math.log2(math.e), blocks, k_smooth)
-    run = functools.partial(_run, factor=scale * math.log2(math.e), blocks=blocks)
+    factor = scale * math.log2(math.e)
+    flat = [array.reshape(batch * heads, -1, head_dim).swapaxes(1, 2) for array in (query, key, value)]
+    bound, safe = _bound(*flat[:2], factor, k_smooth)
+    run = functools.partial(_run, factor=factor, blocks=blocks)
     if interpret is None:
-        output = lax.platform_dependent(
-            operands,
-            safe,
-            tpu=functools.partial(run, interpret=False),
-            default=functools.partial(run, interpret=True),
-        )
+        compiled, interpreted = (functools.partial(run, interpret=choice) for choice in (False, True))
+        output = lax.platform_dependent(*flat, bound, safe, tpu=compiled, default=interpreted)
     else:
-        output = run(operands, safe, interpret=interpret)
+        output = run(*flat, bound, safe, interpret=interpret)
     return output[:, :, :q_len].swapaxes(1, 2).reshape(query.shape)
 
 
-def _operands(query, key, value, factor, blocks, k_smooth):
-    """What the kernels read, and which heads [heads] may take the fast one.
+def _bound(queries, keys, factor, k_smooth):
+    """What the fast kernel subtracts from the scores of each row, and which heads may take it.
 
-    Appended to a query: minus its bound in two parts, the second for what bfloat16 drops from the first, and 1.
-    Appended to a key: 1, 1, and the mask. The online kernel gets no bound.
+    Args:
+        queries, keys: [heads, head_dim, length].
+
+    Returns:
+        [heads, 1, q_len], float32, in units of query . key; and [heads], bool.
     """
-    dtype = query.dtype
-    heads, q_len, head_dim = query.shape
-    kv_len = key.shape[1]
-    queries, keys = query.astype(jnp.float32), key.astype(jnp.float32)
-    mean = keys.mean(1, keepdims=True)
-    centre = jnp.einsum("hqd,hkd->hqk", queries, mean, precision="highest")[..., 0]  # the mean score of a row
-    length = jnp.linalg.norm(queries, axis=-1)
+    queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
+    mean = keys.mean(2, keepdims=True)
+    centre = (queries * mean).sum(1, keepdims=True)  # the mean score of a row
+    length = jnp.linalg.norm(queries, axis=1, keepdims=True)
     if k_smooth:
-        bound = centre + length * jnp.linalg.norm(keys - mean, axis=-1).max(1, keepdims=True)
+        bound = centre + length * jnp.linalg.norm(keys - mean, axis=1, keepdims=True).max(2, keepdims=True)
     else:
-        bound = length * jnp.linalg.norm(keys, axis=-1).max(1, keepdims=True)
+        bound = length * jnp.linalg.norm(keys, axis=1, keepdims=True).max(2, keepdims=True)
     safe = (factor * (bound - centre) <= LIMIT) & (factor * jnp.abs(bound) <= OFFSET_LIMIT)
-    safe = safe.all(1)
-    bound = jnp.where(safe[:, None], bound - SHIFT / factor, 0)
-    high = bound.astype(dtype)
-    low = (bound - high.astype(jnp.float32)).astype(dtype)
-    spare = _rows(head_dim) - head_dim - 3
-
-    appended = [
-        -high[:, None],
-        -low[:, None],
-        jnp.ones((heads, 1, q_len), dtype),
-        jnp.zeros((heads, spare, q_len), dtype),
-    ]
-    queries = jnp.concatenate([query.swapaxes(1, 2), *appended], 1)
-    pad = -kv_len % blocks.block_kv
-    row = jnp.zeros(3 + spare, dtype).at[:2].set(1)
-    appended = jnp.where(jnp.arange(kv_len + pad)[:, None] < kv_len, row, row.at[2].set(MASKED))
-    keys = jnp.pad(key, ((0, 0), (0, pad), (0, 0)))
-    keys = jnp.concatenate([keys, jnp.broadcast_to(appended, (heads, *appended.shape))], 2)
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, -q_len % blocks.block_q)))
-    return (queries, keys, jnp.pad(value.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad)))), safe
+    return bound - SHIFT / factor, safe.all((1, 2))
 
 
-def _run(operands, safe, *, factor, blocks, interpret):
-    """The fast kernel for all heads, then the online kernel over those, if any, that may not take it."""
-    call = functools.partial(_call, factor=factor, blocks=blocks, interpret=interpret)
+def _run(queries, keys, values, bound, safe, *, factor, blocks, interpret):
+    """The fast kernel for all heads, then the online kernel again for those, if any, that may not take it."""
+    call = functools.partial(_call, factor=factor, interpret=interpret)
+    # Its program is longer, and speed is not what it is for.
+    short = dataclasses.replace(blocks, block_kv_compute=min(blocks.block_kv_compute, 4 * blocks.block_kv_compute_in))
+    unsafe = jnp.argsort(safe)
 
-    def repair(output):
-        def head(index, output):
-            def online(output):
-                arrays = [lax.dynamic_slice_in_dim(array, index, 1) for array in operands]
-                return lax.dynamic_update_slice_in_dim(output, call(*arrays, online=True), index, 0)
+    def online(index, output):
+        return call(unsafe[index], queries, keys, values, jnp.zeros_like(bound), output, blocks=short)
 
-            return lax.cond(safe[index], lambda output: output, online, output)
-
-        return lax.fori_loop(0, safe.size, head, output)
-
-    output = call(*operands)
-    return lax.cond(safe.all(), lambda output: output, repair, output)
+    return lax.fori_loop(0, (~safe).sum(), online, call(0, queries, keys, values, bound, blocks=blocks))
 
 
-def _call(queries, keys, values, *, factor, blocks, interpret, online=False):
-    """One kernel over [heads, rows, q_len], [heads, kv_len, rows], [heads, head_dim, kv_len], lengths padded to blocks.
+def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, interpret):
+    """The fast kernel over all heads, or where `output` is given the online kernel, which replaces one head in it.
 
-    Returns [heads, head_dim, q_len].
+    Takes [heads, head_dim, q_len], twice [heads, head_dim, kv_len] and [heads, 1, q_len]; returns the queries' shape.
+    The last blocks may reach over the end, where a read is undefined and a write is dropped.
     """
-    heads, rows, q_len = queries.shape
-    head_dim, kv_len = values.shape[1:]
+    heads, head_dim, q_len = queries.shape
+    rows = _rows(head_dim)
     block_q, block_kv = blocks.block_q, blocks.block_kv
-    assert q_len % block_q == 0 and kv_len % block_kv == 0 and keys.shape == (heads, kv_len, rows)
+    assert keys.shape == values.shape and bound.shape == (heads, 1, q_len)
+    online = output is not None
+    held = jnp.float32 if interpret else queries.dtype  # XLA's CPU backend lacks some products of bfloat16
+    arrays = [queries, keys, values, bound, *[output] * online]
+    if not interpret:  # XLA would put what fits into VMEM, which is the kernel's
+        arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
+
+    def of_queries(rows):
+        return pl.BlockSpec((1, rows, block_q), lambda h, i, j, head: (head[0] + h, 0, i))
+
+    of_keys = pl.BlockSpec((1, head_dim, block_kv), lambda h, i, j, head: (head[0] + h, 0, j))
     return pl.pallas_call(
-        functools.partial(_online_kernel if online else _fast_kernel, factor=factor, blocks=blocks),
+        functools.partial(
+            _online_kernel if online else _fast_kernel, factor=factor, blocks=blocks, kv_len=keys.shape[2]
+        ),
         name="exp2_splash_online" if online else "exp2_splash",
-        grid=(heads, q_len // block_q, kv_len // block_kv),
-        in_specs=[
-            pl.BlockSpec((1, rows, block_q), lambda h, i, j: (h, 0, i)),
-            pl.BlockSpec((1, block_kv, rows), lambda h, i, j: (h, j, 0)),
-            pl.BlockSpec((1, head_dim, block_kv), lambda h, i, j: (h, 0, j)),
-        ],
-        out_specs=pl.BlockSpec((1, head_dim, block_q), lambda h, i, j: (h, 0, i)),
-        out_shape=jax.ShapeDtypeStruct((heads, head_dim, q_len), queries.dtype),
-        scratch_shapes=[
-            pltpu.VMEM((head_dim, block_q), jnp.float32),
-            pltpu.VMEM((8, block_q), jnp.float32),
-            *[pltpu.VMEM((1, block_q), jnp.float32)] * online,
-        ],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(1 if online else heads, pl.cdiv(q_len, block_q), pl.cdiv(keys.shape[2], block_kv)),
+            in_specs=[
+                of_queries(head_dim),
+                of_keys,
+                of_keys,
+                of_queries(1),
+                *[pl.BlockSpec(memory_space=pl.ANY)] * online,
+            ],
+            out_specs=of_queries(head_dim),
+            scratch_shapes=[
+                pltpu.VMEM((rows, block_q), held),
+                pltpu.VMEM((block_kv, rows), held),
+                pltpu.VMEM((head_dim, block_kv), held),
+                pltpu.VMEM((head_dim, block_q), jnp.float32),
+                pltpu.VMEM((8, block_q), jnp.float32),
+                *[pltpu.VMEM((1, block_q), jnp.float32)] * online,
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+        input_output_aliases={5: 0} if online else {},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         interpret=interpret,
-    )(queries, keys, values)
+    )(jnp.full(1, head, jnp.int32), *arrays)
 
 
-def _fast_kernel(q_ref, k_ref, v_ref, o_ref, output_ref, sum_ref, *, factor, blocks):
+def _fast_kernel(
+    _, q_ref, k_ref, v_ref, b_ref, o_ref, query_ref, key_ref, value_ref, output_ref, sum_ref, *, factor, **sizes
+):
     """Weights relative to the bound, which is part of the first product."""
 
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        output_ref[...] = jnp.zeros_like(output_ref)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
+    def weigh(queries, keys):
+        weights = jnp.exp2(_product(key_ref[keys, :], query_ref[:, queries]) * factor)
+        sum_ref[:, queries] += _fold(weights)
+        return weights.astype(v_ref.dtype)
 
-    def weights(queries, keys):
-        weight = jnp.exp2(_scores(q_ref, k_ref, queries, keys) * factor)
-        sum_ref[:, queries] += _fold(weight, jnp.add)
-        return weight
+    def add(queries, keys, weights):
+        output_ref[:, queries] += _product(value_ref[:, keys], weights)
 
-    def add(queries, keys, weight):
-        output_ref[:, queries] += _product(v_ref[0, :, keys], weight)
-
-    _pipeline(blocks, weights, add)
-
-    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
-    def _():
-        o_ref[0] = (output_ref[...] / sum_ref[...].sum(0, keepdims=True)).astype(o_ref.dtype)
+    _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, **sizes)
+    _attend(o_ref, output_ref, sum_ref, weigh, add, **sizes)
 
 
-def _online_kernel(q_ref, k_ref, v_ref, o_ref, output_ref, sum_ref, max_ref, *, factor, blocks):
+def _online_kernel(
+    _,
+    q_ref,
+    k_ref,
+    v_ref,
+    b_ref,
+    __,
+    o_ref,
+    query_ref,
+    key_ref,
+    value_ref,
+    output_ref,
+    sum_ref,
+    max_ref,
+    *,
+    factor,
+    **sizes,
+):
     """Weights relative to the largest score so far; what was summed before shrinks when it grows."""
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        output_ref[...] = jnp.zeros_like(output_ref)
-        sum_ref[...] = jnp.zeros_like(sum_ref)
         max_ref[...] = jnp.full_like(max_ref, MASKED)
 
-    def weights(queries, keys):
-        scores = _scores(q_ref, k_ref, queries, keys)
-        largest = jnp.maximum(max_ref[:, queries], scores.max(0, keepdims=True))
-        shrink = jnp.exp2((max_ref[:, queries] - largest) * factor)
+    def weigh(queries, keys):
+        scores = _product(key_ref[keys, :], query_ref[:, queries])
+        before = max_ref[:, queries]
+        largest = jnp.maximum(before, scores.max(0, keepdims=True))
         max_ref[:, queries] = largest
-        weight = jnp.exp2((scores - largest) * factor)
-        sum_ref[:, queries] = sum_ref[:, queries] * shrink + _fold(weight, jnp.add)
-        return weight, shrink
+        shrink = jnp.exp2((before - largest) * factor)
+        weights = jnp.exp2((scores - largest) * factor)
+        sum_ref[:, queries] = sum_ref[:, queries] * shrink + _fold(weights)
+        return weights.astype(v_ref.dtype), shrink
 
-    def add(queries, keys, weight):
-        weight, shrink = weight
-        output_ref[:, queries] = output_ref[:, queries] * shrink + _product(v_ref[0, :, keys], weight)
+    def add(queries, keys, weighed):
+        weights, shrink = weighed
+        output_ref[:, queries] = output_ref[:, queries] * shrink + _product(value_ref[:, keys], weights)
 
-    _pipeline(blocks, weights, add)
+    _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, **sizes)
+    _attend(o_ref, output_ref, sum_ref, weigh, add, **sizes)
+
+
+def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, *, blocks, kv_len):
+    """Append to each query minus its bound, as what its dtype holds and the rest, and 1; to a key 1, 1 and its mask.
+
+    Keys are transposed on the way, and with the values cleared beyond the end. One block of them does for all queries
+    of a head.
+    """
+    head_dim, rows = q_ref.shape[1], query_ref.shape[0]
+    first = pl.program_id(2) * blocks.block_kv
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        high = b_ref[0].astype(q_ref.dtype).astype(jnp.float32)
+        row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, blocks.block_q), 0)
+        appended = jnp.where(row == 0, -high, jnp.where(row == 1, high - b_ref[0], jnp.where(row == 2, 1.0, 0.0)))
+        query_ref[...] = jnp.concatenate([q_ref[0], appended.astype(q_ref.dtype)], 0).astype(query_ref.dtype)
+
+    @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1))
+    def _():
+        def tile(start, length):
+            keys = pl.ds(start, length)
+
+            def iota(rows, axis):
+                return lax.broadcasted_iota(jnp.int32, (rows, length), axis)
+
+            row, padded = iota(rows - head_dim, 0), first + start + iota(rows - head_dim, 1) >= kv_len
+            appended = jnp.where(row < 2, 1.0, jnp.where((row == 2) & padded, MASKED, 0.0))
+            real = first + start + iota(head_dim, 1) < kv_len
+            key, value = (jnp.where(real, ref[0, :, keys], 0) for ref in (k_ref, v_ref))
+            key_ref[keys, :] = jnp.concatenate([key, appended.astype(key.dtype)], 0).T.astype(key_ref.dtype)
+            value_ref[:, keys] = value.astype(value_ref.dtype)
+
+        _loop(blocks.block_kv, 8 * LANES, tile)
+
+
+def _attend(o_ref, output_ref, sum_ref, weigh, add, *, blocks, kv_len):
+    """A grid step: clear the sums before the first block of keys, add every pass, divide after the last block."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        output_ref[...] = jnp.zeros_like(output_ref)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    _loop(blocks.block_kv, blocks.block_kv_compute, functools.partial(_pipeline, blocks, weigh, add))
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
         o_ref[0] = (output_ref[...] / sum_ref[...].sum(0, keepdims=True)).astype(o_ref.dtype)
 
 
-def _pipeline(blocks, weights, add):
-    """Unroll a grid step's tiles: weights(queries, keys) of a tile, and add(queries, keys, weights) LAG tiles later.
+def _pipeline(blocks, weigh, add, first, length):
+    """Unroll a pass over keys first ... first + length: weigh a tile, and add its values LAG tiles later.
 
     The MXU takes the products in this order, so the lag is what keeps it busy while a tile's weights are made.
     """
     pending = []
-    for start in range(0, blocks.block_kv, blocks.block_kv_compute):
-        stop = min(start + blocks.block_kv_compute, blocks.block_kv)
-        for queries in _slices(0, blocks.block_q, QUERY_TILE):
-            for keys in _slices(start, stop, blocks.block_kv_compute_in):
-                pending.append((queries, keys, weights(queries, keys)))
-                if len(pending) > LAG:
-                    add(*pending.pop(0))
+    for start in range(0, length, blocks.block_kv_compute_in):
+        keys = pl.ds(first + start, min(blocks.block_kv_compute_in, length - start))
+        for query in range(0, blocks.block_q, QUERY_TILE):
+            queries = pl.ds(query, min(QUERY_TILE, blocks.block_q - query))
+            pending.append((queries, keys, weigh(queries, keys)))
+            if len(pending) > LAG:
+                add(*pending.pop(0))
     for tile in pending:
         add(*tile)
 
 
-def _scores(q_ref, k_ref, queries, keys):
-    """Scores of a tile, transposed: [keys, queries], float32."""
-    return _product(k_ref[0, keys, :], q_ref[0, :, queries])
+def _loop(length, step, body):
+    """body(start, size) over [0, length) in steps, the last of which may be shorter; the others are a loop."""
+    step = min(step, length)
+    lax.fori_loop(0, length // step, lambda index, _: body(pl.multiple_of(index * step, LANES), step), None)
+    if length % step:
+        body(length - length % step, length % step)
 
 
 def _product(left, right):
-    """left @ right in float32; a float32 operand keeps its digits."""
+    """left @ right in float32; float32 operands keep their digits."""
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot(left, right.astype(left.dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _fold(tile, operation):
-    """Combine a tile's rows down to 8, a register's height: no work across the rows of a register."""
-    rows = [tile[row : row + 8] for row in range(0, tile.shape[0], 8)]
-    return functools.reduce(operation, rows)
-
-
-def _slices(start, stop, step):
-    return [slice(low, min(low + step, stop)) for low in range(start, stop, step)]
+def _fold(weights):
+    """Sum a tile's rows down to 8, a register's height: no work across the rows of a register."""
+    return weights.reshape(-1, 8, weights.shape[1]).sum(0)
 
 
 def _rows(head_dim: int) -> int:
     """Rows of the first product: a head, the bound's two parts and the mask, in whole bfloat16 registers."""
     return _up(head_dim + 3, 16)
+
+
+def _vmem(head_dim: int, itemsize: int) -> tuple[int, int]:
+    """Bytes of VMEM that a query and a key take in a grid step; inputs and the output are double-buffered."""
+    rows = _rows(head_dim)
+    per_query = itemsize * (4 * head_dim + rows) + 4 * (head_dim + 8 + 8 + 2 * 8)
+    return per_query, itemsize * (5 * head_dim + _up(rows, LANES))
+
+
+def _either(values) -> str:
+    return " or ".join(map(str, values))
 
 
 def _up(length: int, unit: int) -> int:

@@ -23,7 +23,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CLOCK = {"v6e": 1.75e9}  # bundles a second
 DELAY_SLOTS = 4  # bundles after a branch that run whether it is taken or not
 PIPELINE_STEPS = 2  # the grid loop runs so many times more at most, to start and to drain the pipeline of its DMA
 GRIDS = "grids.json"  # written beside the dump: {kernel: grid}
@@ -171,8 +170,12 @@ def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Sca
                 forward.append((address + 1 + DELAY_SLOTS, target, predicate, bool(negated)))
 
     steps = math.prod(grid)
+    looped = steps > 1 or any("iteration index" in bundles[start] for start, _ in loops)
+    if not looped:
+        yield Region("grid", 0, len(bundles), 1)
     for start, stop in loops:
-        outermost = not any(other[0] <= start and stop <= other[1] for other in loops if other != (start, stop))
+        around = [other for other in loops if other[0] <= start and stop <= other[1] and other != (start, stop)]
+        is_grid = looped and not around
         inner = [other for other in loops if start <= other[0] and other[1] <= stop and other != (start, stop)]
         text = "".join(
             text
@@ -185,11 +188,11 @@ def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Sca
         count = values.trips(*tests[0])
         if count is None:
             raise ScheduleError(f"{name}: the loop at {start:#x} starts or steps by what is not a constant")
-        if outermost and not 0 <= count - steps <= PIPELINE_STEPS:
+        if is_grid and not 0 <= count - steps <= PIPELINE_STEPS:
             raise ScheduleError(
                 f"{name}: the program's grid loop runs {count} times, the grid {grid} has {steps} steps"
             )
-        yield Region("grid", start, stop, steps) if outermost else Region("loop", start, stop, count)
+        yield Region("grid", start, stop, steps) if is_grid else Region("loop", start, stop, count)
     for start, stop, predicate, negated in forward:
         yield Region("predicated", start, stop, values.share(predicate, negated))
 
@@ -223,7 +226,7 @@ class _Scalars:
         if operation != "sphi" or not first or first[2] != counter:
             return None
         operation, operands = self.definitions.get(first[1], ("", ""))
-        start = re.match(r"(\d+)\b", operands)
+        start = re.match(r"(?:\(.*?\), )?(\d+)\b", operands)
         return -((int(start[1]) - int(bound)) // int(step[1])) if operation == "smov" and start else None
 
     def unspilled(self, name: str) -> str:
@@ -286,6 +289,7 @@ def compile_kernel(
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": f"{topology}-1",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock protects a chip; compilations may run side by side
         "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
         "--xla_jf_dump_llo_pass_label_regex=final.*",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -365,18 +369,18 @@ def exp2_splash(query, key, value, **options):
     return splash_attention(query, key, value, block_sizes=blocks and BlockSizes(*blocks), interpret=False, **options)
 
 
-def report(schedule: KernelSchedule, heads: int, q_len: int, kv_len: int) -> str:
-    """A few lines for people."""
+def report(schedule: KernelSchedule, q_len: int, kv_len: int) -> str:
+    """A few lines for people; the grid's first axis counts the heads."""
+    useful = schedule.useful_scores_per_cycle(schedule.grid[0], q_len, kv_len)
     lines = [
         f"{schedule.name}: grid {' x '.join(map(str, schedule.grid))}, {schedule.body_bundles:,.0f} bundles a step, "
         f"predicted {schedule.cycles:,.0f} cycles",
-        f"  useful scores per cycle, predicted: {schedule.useful_scores_per_cycle(heads, q_len, kv_len):.0f}",
+        f"  useful scores per cycle, predicted: {useful:.0f}",
         "  units: " + ", ".join(f"{unit} {schedule.utilization(unit):.0%}" for unit in schedule.capacity),
     ]
     for region in schedule.regions:
-        lines.append(
-            f"  {region.kind:<10} {region.start:#8x} .. {region.stop:#x}  {region.bundles:>7,} x {region.times:g}"
-        )
+        start, stop = f"{region.start:#x}", f"{region.stop:#x}"
+        lines.append(f"  {region.kind:<10} {start:>7} .. {stop:<7} {region.bundles:>7,} bundles x {region.times:g}")
     return "\n".join(lines)
 
 
@@ -411,7 +415,7 @@ def main() -> None:
         except ScheduleError as error:
             sys.exit(str(error))
     for schedule in schedules.values():
-        print(report(schedule, **sizes))
+        print(report(schedule, sizes["q_len"], sizes["kv_len"]))
 
 
 if __name__ == "__main__":

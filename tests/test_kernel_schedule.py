@@ -100,6 +100,15 @@ def test_jax_splash_attention_at_full_size(tmp_path):
     assert 300 < useful < 340, f"{useful:.0f} useful scores per cycle"
 
 
+def test_a_grid_of_one_step(tmp_path):
+    """The compiler makes no loop of it."""
+    pytest.importorskip("libtpu")
+    schedules = compile_kernel(tmp_path, "benchmarks.kernel_schedule:exp2_splash", heads=1, q_len=200, kv_len=200)
+    for schedule in schedules.values():
+        assert schedule.grid == (1, 1, 1)
+        assert schedule.body == Region("grid", 0, schedule.bundles, 1)
+
+
 def test_a_call_that_does_not_compile(tmp_path):
     pytest.importorskip("libtpu")
     with pytest.raises(ScheduleError, match="jax_splash does not compile for v6e"):

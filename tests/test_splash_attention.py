@@ -1,0 +1,227 @@
+"""The Splash Attention kernel in Pallas' interpreter beside attention in float64, and its compilation for v6e."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import custom_splash_attention
+from benchmarks.kernel_schedule import compile_kernel
+from custom_splash_attention import DEFAULT_BLOCK_SIZES, SEED_BLOCK_SIZES, BlockSizes, splash_attention
+
+TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-3}
+SMALL = BlockSizes(256, 256, 128, 128)
+HEAD_DIM = 64
+
+
+def attention(query, key, value, scale=None):
+    query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
+    scores = np.einsum("bhqd,bhkd->bhqk", query, key) * (scale or query.shape[-1] ** -0.5)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhqk,bhkd->bhqd", weights, value) / weights.sum(-1, keepdims=True)
+
+
+def check(query, key, value, dtype, scale=None, block_sizes=SMALL, **options):
+    """Compare with the reference, head by head, on inputs rounded to `dtype`."""
+    query, key, value = (jnp.asarray(array, dtype) for array in (query, key, value))
+    run = jax.jit(lambda *arrays: splash_attention(*arrays, scale=scale, block_sizes=block_sizes, **options))
+    output = run(query, key, value)
+    assert output.dtype == dtype and output.shape == query.shape
+    expected = attention(query, key, value, scale)
+    difference = np.linalg.norm(np.asarray(output, np.float64) - expected, axis=(2, 3))
+    error = (difference / np.linalg.norm(expected, axis=(2, 3))).max()
+    assert error <= TOLERANCE[dtype], f"normwise relative error {error:.2e}, {dtype}"
+
+
+def random(q_len, kv_len, heads=2, head_dim=HEAD_DIM, batch=1, seed=0):
+    generator = np.random.default_rng(seed)
+    shapes = [(batch, heads, length, head_dim) for length in (q_len, kv_len, kv_len)]
+    return [generator.normal(size=shape) for shape in shapes]
+
+
+def layer_norm(array):
+    return (array - array.mean(-1, keepdims=True)) / array.std(-1, keepdims=True)
+
+
+def layer_normed():
+    query, key, value = random(300, 500)
+    return layer_norm(query) * 2.5, layer_norm(key) * 2.5 + 1, value
+
+
+def huge_norms():
+    query, key, value = random(300, 500)
+    return 1000 * query, 1000 * key, value
+
+
+def one_dominant_key():
+    query, key, value = random(300, 500)
+    key[:, :, 137] = 40 * query.mean(2)
+    return query + query.mean(2, keepdims=True), key, value
+
+
+def equal_keys():
+    query, key, value = random(300, 500)
+    key[:] = 30 * key[:, :, :1]
+    return 30 * query, key, value
+
+
+def far_bound():
+    """Rows whose bound is hundreds above their maximum: one long key that is orthogonal to every query."""
+    query, key, value = random(300, 500)
+    query[..., 0] = 0
+    key[:, :, 400] = 0
+    key[:, :, 400, 0] = 2000
+    return query, key, value
+
+
+def negative_scores():
+    """All scores hundreds below 0, where a padded key that is not masked would win."""
+    query, key, value = random(300, 300)
+    query[..., 0], key[..., 0] = 60, -60
+    return query, key, value
+
+
+def large_common_offset():
+    query, key, value = random(300, 500)
+    return query, key + 50, value
+
+
+def mixed_heads():
+    """One head for each kernel and back."""
+    query, key, value = random(300, 500, heads=4)
+    factor = np.array([1, 40, 1, 1000])[:, None, None]
+    return query * factor, key * factor, value
+
+
+INPUTS = [layer_normed, huge_norms, one_dominant_key, equal_keys, far_bound, negative_scores]
+INPUTS += [large_common_offset, mixed_heads]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("inputs", INPUTS, ids=lambda inputs: inputs.__name__)
+def test_accuracy(inputs, dtype):
+    check(*inputs(), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    "lengths", [(1, 1), (300, 1), (1, 300), (255, 257), (257, 255), (256, 256), (512, 511), (40, 513)]
+)
+def test_lengths(lengths, dtype):
+    check(*random(*lengths), dtype)
+
+
+@pytest.mark.parametrize(
+    "block_sizes",
+    [
+        BlockSizes(128, 512, 384, 128),  # two passes of unequal length in a block
+        BlockSizes(384, 128, 256, 256),  # a pass longer than the block
+        BlockSizes(640, 1024, 512, 256),  # tiles of 128 queries at the end
+        SEED_BLOCK_SIZES,
+        None,
+    ],
+    ids=str,
+)
+def test_block_sizes(block_sizes):
+    check(*random(700, 1000), "bfloat16", block_sizes=block_sizes)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_without_k_smooth(dtype):
+    check(*layer_normed(), dtype, k_smooth=False)
+    check(*large_common_offset(), dtype, k_smooth=False)
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 128])
+def test_head_dims_batch_and_scale(head_dim):
+    check(*random(200, 300, head_dim=head_dim, batch=2), "bfloat16", scale=0.3)
+
+
+def test_uninitialized_memory_is_never_read():
+    query, key, value = (jnp.asarray(array, "bfloat16") for array in random(256, 512))
+    strict = pltpu.InterpretParams(uninitialized_memory="nan")
+    for factor in (1, 1000):
+        output = splash_attention(factor * query, key, value, block_sizes=SMALL, interpret=strict)
+        assert jnp.isfinite(output).all()
+
+
+def test_each_head_takes_the_kernel_that_it_needs():
+    query, key, _ = (jnp.asarray(array[0], "float32") for array in mixed_heads())
+    factor = HEAD_DIM**-0.5 / np.log(2)
+    _, safe = custom_splash_attention._bound(query.swapaxes(1, 2), key.swapaxes(1, 2), factor, k_smooth=True)
+    assert safe.tolist() == [True, False, True, False]
+    # The bound holds, and no row's maximum is further below it than the fast kernel can represent.
+    for head in (0, 2):
+        scores = np.asarray(query[head] @ (key[head] - key[head].mean(0)).T) * factor
+        bound = (
+            factor * np.linalg.norm(query[head], axis=1) * np.linalg.norm(key[head] - key[head].mean(0), axis=1).max()
+        )
+        assert (scores.max(1) >= 0).all() and (scores.max(1) <= bound).all() and bound.max() <= 100
+
+
+@pytest.mark.parametrize(
+    "sizes, named",
+    [
+        ((100, 256, 128, 128), "block_q=100 is not a multiple of 128; the nearest that work: 128"),
+        ((256, 300, 128, 128), "block_kv=300 is not a multiple of 128; the nearest that work: 256 or 384"),
+        ((256, 256, 0, 128), "block_kv_compute=0 is not a multiple of 128; the nearest that work: 128"),
+        ((256, 256, 128, 130), "block_kv_compute_in=130 is not a multiple of 128; the nearest that work: 128 or 256"),
+    ],
+)
+def test_block_sizes_that_are_no_multiples(sizes, named):
+    with pytest.raises(ValueError, match=rf"^{named}\b"):
+        check(*random(8, 8), "bfloat16", block_sizes=BlockSizes(*sizes))
+
+
+@pytest.mark.parametrize("block_q, block_kv", [(1536, 99968), (65536, 65536), (262144, 262144)])
+def test_block_sizes_beyond_vmem(block_q, block_kv):
+    arrays = [jax.ShapeDtypeStruct((1, 1, 300000, HEAD_DIM), "bfloat16")] * 3
+
+    def trace(block_q, block_kv):
+        blocks = BlockSizes(block_q, block_kv, 256, 256)
+        return jax.eval_shape(lambda *arrays: splash_attention(*arrays, block_sizes=blocks), *arrays)
+
+    with pytest.raises(ValueError, match=f"block_q={block_q} and block_kv={block_kv} need .* of VMEM") as error:
+        trace(block_q, block_kv)
+    nearest = error.value.args[0].partition("nearest that work: ")[2]
+    for choice in nearest.split(" or "):
+        sizes = dict(block_q=block_q, block_kv=block_kv) | {
+            name: int(size) for name, size in re.findall(r"(block_\w+)=(\d+)", choice)
+        }
+        BlockSizes(**sizes).check(HEAD_DIM, 2)
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(1, 1), (25826, 25826), (45106, 45106), (11277, 45106), (300000, 300000)])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_default_block_sizes_fit_any_length(q_len, kv_len, itemsize):
+    blocks = DEFAULT_BLOCK_SIZES.fitted(q_len, kv_len, HEAD_DIM, itemsize)
+    blocks.check(HEAD_DIM, itemsize)
+    padded = -(-q_len // blocks.block_q) * blocks.block_q, -(-kv_len // blocks.block_kv) * blocks.block_kv
+    assert padded[0] <= 1.02 * q_len + 128 and padded[1] <= 1.01 * kv_len + 128
+
+
+def test_wrong_shapes_and_dtypes():
+    query, key, value = random(8, 8)
+    with pytest.raises(ValueError, match="shapes do not fit together"):
+        splash_attention(query, key, value[:, :, :7])
+    with pytest.raises(ValueError, match="expected bfloat16 or float32"):
+        splash_attention(*(jnp.asarray(array, "float16") for array in (query, key, value)))
+    with pytest.raises(ValueError, match="scale must be positive"):
+        splash_attention(*(jnp.asarray(array, "float32") for array in (query, key, value)), scale=0)
+
+
+def test_default_kernels_compile_for_v6e(tmp_path):
+    pytest.importorskip("libtpu")
+    sizes = dict(heads=6, q_len=25826, kv_len=25826)
+    schedules = compile_kernel(tmp_path, "benchmarks.kernel_schedule:exp2_splash", **sizes)
+    assert sorted(name.partition(".")[0] for name in schedules) == ["exp2_splash", "exp2_splash_online"]
+    (fast,) = (schedule for name, schedule in schedules.items() if "online" not in name)
+    useful = fast.useful_scores_per_cycle(**sizes)
+    assert useful >= 700, f"{useful:.0f} useful scores per cycle, predicted"
+    # P^T waits in VMEM for its product, which the compiler books as spills; they must stay in the shade of the MXU.
+    spills = max(fast.utilization("VSTORE:SPILL"), fast.utilization("VLOAD:FILL"))
+    assert spills <= 0.2, f"{spills:.0%} of the load or store slots"
+    assert fast.utilization("MXU") >= 0.9, f"MXU {fast.utilization('MXU'):.0%}"
