@@ -32,6 +32,7 @@ LANES = 128
 QUERY_TILE = 256  # queries in one product: the MXU's width
 LAG = 5  # tiles between a tile's two products: time for exp2, and for pushing P^T into the MXU
 VMEM_LIMIT = 64 * 2**20  # bytes
+VMEM_FOR_BLOCKS = 60 * 2**20  # bytes; the rest is for what the compiler parks between a tile's two products
 SHIFT = 32  # fast path: weights are at most 2^SHIFT; the middle of float32's range is left for small ones
 LIMIT = 100  # fast path: the bound may exceed a row's maximum by this much (log2)
 OFFSET_LIMIT = 2**12  # fast path: what is subtracted may be this large (log2) before float32 sums lose digits
@@ -62,15 +63,15 @@ class BlockSizes:
                 )
         per_query, per_key = _vmem(head_dim, itemsize)
         used = self.block_q * per_query + self.block_kv * per_key
-        if used > VMEM_LIMIT:
-            block_q = (VMEM_LIMIT - self.block_kv * per_key) // per_query // LANES * LANES
-            block_kv = (VMEM_LIMIT - self.block_q * per_query) // per_key // LANES * LANES
+        if used > VMEM_FOR_BLOCKS:
+            block_q = (VMEM_FOR_BLOCKS - self.block_kv * per_key) // per_query // LANES * LANES
+            block_kv = (VMEM_FOR_BLOCKS - self.block_q * per_query) // per_key // LANES * LANES
             fits = [f"block_q={block_q}"] * (block_q > 0) + [f"block_kv={block_kv}"] * (block_kv > 0)
-            half = [VMEM_LIMIT // 2 // size // LANES * LANES for size in (per_query, per_key)]
+            half = [VMEM_FOR_BLOCKS // 2 // size // LANES * LANES for size in (per_query, per_key)]
             fits = fits or [f"block_q={half[0]} with block_kv={half[1]}"]
             raise ValueError(
                 f"block_q={self.block_q} and block_kv={self.block_kv} need {used / 2**20:.0f} MiB of VMEM, of "
-                f"{VMEM_LIMIT >> 20}; the nearest that work: {_either(fits)}"
+                f"{VMEM_FOR_BLOCKS >> 20}; the nearest that work: {_either(fits)}"
             )
 
     def clipped(self, q_len: int, kv_len: int) -> "BlockSizes":
@@ -80,12 +81,13 @@ class BlockSizes:
 
     def fitted(self, q_len: int, kv_len: int, head_dim: int, itemsize: int) -> "BlockSizes":
         """These sizes as limits: least padding, fewest blocks of keys, and fewest passes in no longer a program."""
-        sizes = range(min(2 * QUERY_TILE, self.block_q), self.block_q + 1, QUERY_TILE)
-        block_q = min(sizes, key=lambda size: (_up(q_len, size), -size))
-        block_q = min(block_q, _up(q_len, LANES))
         per_query, per_key = _vmem(head_dim, itemsize)
-        block_kv = min(self.block_kv, (VMEM_LIMIT - block_q * per_query) // per_key)
-        block_kv = _up(-(-kv_len // -(-kv_len // block_kv)), LANES)
+        block_kv = min(self.block_kv, (VMEM_FOR_BLOCKS - self.block_q * per_query) // per_key)
+        blocks = -(-kv_len // block_kv)
+        block_kv = _up(-(-kv_len // blocks), LANES)
+        # Several blocks of keys are transposed again for every block of queries, which should be long then.
+        sizes = range(min(2 * QUERY_TILE, self.block_q) if blocks == 1 else self.block_q, self.block_q + 1, QUERY_TILE)
+        block_q = min(_up(q_len, LANES), min(sizes, key=lambda size: (_up(q_len, size), -size)))
         # A float32 product takes about eight times the instructions. A shorter last pass is unrolled beside the others.
         unit = self.block_kv_compute_in
         limit = self.block_q * self.block_kv_compute // (8 if itemsize == 4 else 1) // block_q
@@ -141,7 +143,7 @@ def splash_attention(
         output = lax.platform_dependent(*flat, bound, safe, tpu=compiled, default=interpreted)
     else:
         output = run(*flat, bound, safe, interpret=interpret)
-    return output[:, :, :q_len].swapaxes(1, 2).reshape(query.shape)
+    return output.swapaxes(1, 2).reshape(query.shape)
 
 
 def _bound(queries, keys, factor, k_smooth):
@@ -232,10 +234,9 @@ def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, in
     )(jnp.full(1, head, jnp.int32), *arrays)
 
 
-def _fast_kernel(
-    _, q_ref, k_ref, v_ref, b_ref, o_ref, query_ref, key_ref, value_ref, output_ref, sum_ref, *, factor, **sizes
-):
+def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, *scratch, factor, blocks, kv_len):
     """Weights relative to the bound, which is part of the first product."""
+    query_ref, key_ref, value_ref, output_ref, sum_ref = scratch
 
     def weigh(queries, keys):
         weights = jnp.exp2(_product(key_ref[keys, :], query_ref[:, queries]) * factor)
@@ -245,29 +246,13 @@ def _fast_kernel(
     def add(queries, keys, weights):
         output_ref[:, queries] += _product(value_ref[:, keys], weights)
 
-    _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, **sizes)
-    _attend(o_ref, output_ref, sum_ref, weigh, add, **sizes)
+    _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, kv_len)
+    _attend(o_ref, output_ref, sum_ref, blocks, weigh, add)
 
 
-def _online_kernel(
-    _,
-    q_ref,
-    k_ref,
-    v_ref,
-    b_ref,
-    __,
-    o_ref,
-    query_ref,
-    key_ref,
-    value_ref,
-    output_ref,
-    sum_ref,
-    max_ref,
-    *,
-    factor,
-    **sizes,
-):
+def _online_kernel(_, q_ref, k_ref, v_ref, b_ref, __, o_ref, *scratch, factor, blocks, kv_len):
     """Weights relative to the largest score so far; what was summed before shrinks when it grows."""
+    query_ref, key_ref, value_ref, output_ref, sum_ref, max_ref = scratch
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -287,11 +272,11 @@ def _online_kernel(
         weights, shrink = weighed
         output_ref[:, queries] = output_ref[:, queries] * shrink + _product(value_ref[:, keys], weights)
 
-    _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, **sizes)
-    _attend(o_ref, output_ref, sum_ref, weigh, add, **sizes)
+    _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, kv_len)
+    _attend(o_ref, output_ref, sum_ref, blocks, weigh, add)
 
 
-def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, *, blocks, kv_len):
+def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, kv_len):
     """Append to each query minus its bound, as what its dtype holds and the rest, and 1; to a key 1, 1 and its mask.
 
     Keys are transposed on the way, and with the values cleared beyond the end. One block of them does for all queries
@@ -325,7 +310,7 @@ def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, *, blocks
         _loop(blocks.block_kv, 8 * LANES, tile)
 
 
-def _attend(o_ref, output_ref, sum_ref, weigh, add, *, blocks, kv_len):
+def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add):
     """A grid step: clear the sums before the first block of keys, add every pass, divide after the last block."""
 
     @pl.when(pl.program_id(2) == 0)
