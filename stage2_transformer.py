@@ -41,7 +41,9 @@ def add_step_options(parser) -> None:
         help="classifier-free guidance; up to 1 there is none, and a step costs half",
     )
     parser.add_argument(
-        "--attention", choices=utils.ATTENTION, help="attention implementation (default: splash on a TPU, else xla)"
+        "--attention",
+        choices=utils.ATTENTION,
+        help="attention implementation (default: splash_exp2 on a TPU, else xla)",
     )
     parser.add_argument(
         "--use_dp", action=yes_no, default=utils.USE_DP, help="split the two prompts of guidance over the chips"

@@ -62,16 +62,16 @@ def compiler_environment(topology: str, dump: os.PathLike | None = None) -> dict
     Args:
         dump: folder for the final schedules of all kernels, if they are wanted.
     """
+    # A program from the cache leaves no schedules, and the CPU's cannot be serialised again.
+    environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if topology == "cpu":
-        return {"JAX_PLATFORMS": "cpu"}
-    environment = {
-        "JAX_PLATFORMS": "cpu",
+        return environment
+    environment |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": topology,
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # no TPU is touched, so several compilers may run at once
         "XLA_FLAGS": "",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # a cached program leaves no schedules
     }
     if dump is not None:
         environment["LIBTPU_INIT_ARGS"] = (

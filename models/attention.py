@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
+import custom_splash_attention
+
 
 def xla_attention(query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int) -> jax.Array:
     """Plain softmax attention, left to XLA; keeps the scores [batch, heads, sequence, sequence] in memory."""
@@ -61,13 +63,27 @@ def splash_attention(
     return out.reshape(batch, heads, padded, head_dim)[:, :, :length]
 
 
+def exp2_attention(query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int, **options) -> jax.Array:
+    """This project's kernel; `options` are those of `custom_splash_attention.splash_attention`."""
+    key, value = key[:, :, :kv_length], value[:, :, :kv_length]
+    return custom_splash_attention.splash_attention(query, key, value, **options)
+
+
+def block_sizes_of(name: str) -> type:
+    """The dataclass of the block sizes that the kernel `name` takes as `block_sizes`."""
+    return {"splash_exp2": custom_splash_attention.BlockSizes, "splash": BlockSizes}[name]
+
+
 def default_attention(platform: str) -> str:
     """The name of the best implementation for devices of `platform` ("tpu", "cpu", "gpu")."""
-    return "splash" if platform == "tpu" else "xla"
+    return "splash_exp2" if platform == "tpu" else "xla"
 
 
 def attention_function(name: str, platform: str) -> Callable:
     """The implementation `name` for devices of `platform` ("tpu", "cpu", "gpu")."""
-    if name == "splash":
-        return functools.partial(splash_attention, interpret=platform != "tpu")
-    return {"xla": xla_attention}[name]
+    interpret = platform != "tpu"
+    return {
+        "splash_exp2": functools.partial(exp2_attention, interpret=interpret),
+        "splash": functools.partial(splash_attention, interpret=interpret),
+        "xla": xla_attention,
+    }[name]
