@@ -49,7 +49,9 @@ def add_step_options(parser) -> None:
         "--use_dp", action=yes_no, default=utils.USE_DP, help="split the two prompts of guidance over the chips"
     )
     parser.add_argument(
-        "--sp_num", type=positive, default=utils.SP_NUM, help="chips that split the sequence; the others split heads"
+        "--sp_num",
+        type=positive,
+        help="chips that split the sequence; the others split heads (default: all that dp leaves)",
     )
     parser.add_argument(
         "--use_fsdp", action=yes_no, default=utils.USE_FSDP, help="keep each weight in even shares on all chips"

@@ -29,7 +29,6 @@ SEED = 42
 WARMUP_STEPS = 2
 ATTENTION = ("splash_exp2", "splash", "xla")
 USE_DP = True
-SP_NUM = 1
 USE_FSDP = False
 STAGE_OUTPUTS = Path("stage_outputs")
 

@@ -109,18 +109,20 @@ class Parallelism:
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
 
-def mesh_sizes(devices: int, heads: int, batch: int, use_dp: bool, sp_num: int) -> dict[str, int]:
+def mesh_sizes(devices: int, heads: int, batch: int, use_dp: bool, sp_num: int | None = None) -> dict[str, int]:
     """Sizes of dp, sp and tp for a number of devices: dp takes the batch if it can, tp what sp leaves.
 
     Args:
         heads: attention heads, which sp and tp together split.
         batch: 2 with classifier-free guidance, else 1.
+        sp_num: size of sp; None for all that dp leaves, which moves the fewest bytes where the weights fit a chip.
 
     Raises:
         ValueError: the devices or the heads do not divide; says which values work.
     """
     dp = batch if use_dp and devices % batch == 0 else 1
     rest = devices // dp
+    sp_num = rest if sp_num is None else sp_num
     works = [n for n in range(1, rest + 1) if rest % n == 0]
     if heads % rest:
         raise ValueError(

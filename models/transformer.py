@@ -239,7 +239,7 @@ def block(hidden, parameters, time, rotary, is_text, config, parallelism, attent
         shift, scale, gate, text_shift, text_scale, text_gate = jnp.split(linear(time, parameters, f"{name}.linear"), 6)
         x = layer_norm(hidden, parameters, f"{name}.norm", config["norm_eps"])
         x = x * (1 + jnp.where(is_text, text_scale, scale)) + jnp.where(is_text, text_shift, shift)
-        x = jax.lax.all_gather(x.astype(dtype), "tp", axis=1, tiled=True)
+        x = materialized(jax.lax.all_gather(x.astype(dtype), "tp", axis=1, tiled=True))
         return x, jnp.where(is_text, text_gate, gate)
 
     def residual(hidden, partial_sum, name, gate):
@@ -266,9 +266,14 @@ def block(hidden, parameters, time, rotary, is_text, config, parallelism, attent
     hidden = residual(hidden, x, "attn1.to_out.0", gate)
 
     x, gate = modulated("norm2")
-    x = jax.nn.gelu(linear(x, parameters, "ff.net.0.proj"), approximate=True).astype(dtype)
+    x = materialized(jax.nn.gelu(linear(x, parameters, "ff.net.0.proj"), approximate=True).astype(dtype))
     x = jnp.einsum("bsi,oi->bso", x, parameters["ff.net.2.weight"], preferred_element_type=jnp.float32)
     return residual(hidden, x, "ff.net.2", gate)
+
+
+def materialized(x: jax.Array) -> jax.Array:
+    """Keep XLA from computing `x` again for every tile of a matrix product that reads it."""
+    return jax.lax.optimization_barrier(x)
 
 
 def project_heads(x: jax.Array, parameters: Mapping, name: str, heads: int) -> jax.Array:

@@ -112,7 +112,9 @@ def test_every_parameter_of_the_5b_model_has_one_rule():
         (8, 48, 2, True, 4, (2, 4, 1)),
         (8, 48, 1, True, 1, (1, 1, 8)),
         (8, 48, 2, False, 2, (1, 2, 4)),
-        (8, 48, 2, True, 3, "do not|does not divide"),
+        (8, 48, 2, True, None, (2, 4, 1)),
+        (4, 48, 1, True, None, (1, 4, 1)),
+        (8, 48, 2, True, 3, "does not divide"),
         (8, 6, 1, True, 1, "6 attention heads"),
     ],
 )
