@@ -101,7 +101,7 @@ SEED_BLOCK_SIZES = BlockSizes(3328, 2816, 256, 256)
 
 
 def splash_attention(
-    query, key, value, *, scale=None, block_sizes=None, k_smooth=USE_K_SMOOTH, interpret=None
+    query, key, value, *, scale=None, block_sizes=None, k_smooth=USE_K_SMOOTH, interpret=None, kv_length=None
 ) -> jax.Array:
     """softmax(scale query key^T) value, without a mask.
 
@@ -111,6 +111,7 @@ def splash_attention(
         scale: positive factor of the scores; by default head_dim ** -0.5.
         block_sizes: by default DEFAULT_BLOCK_SIZES, made shorter where that saves padding.
         k_smooth: take the mean of the keys out of the bound, exact for softmax; fewer heads need the online kernel.
+        kv_length: how many of the keys count, from the first on; by default all.
         interpret: run in Pallas' interpreter; by default where the call is not compiled for a TPU.
 
     Returns:
@@ -125,19 +126,22 @@ def splash_attention(
         raise ValueError(f"shapes do not fit together: query {query.shape}, key {key.shape}, value {value.shape}")
     if not query.dtype == key.dtype == value.dtype or query.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"expected bfloat16 or float32 throughout, got {query.dtype}, {key.dtype}, {value.dtype}")
+    kv_length = kv_len if kv_length is None else kv_length
+    if not 0 < kv_length <= kv_len:
+        raise ValueError(f"kv_length must be from 1 to the {kv_len} keys, got {kv_length}")
     scale = head_dim**-0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     if block_sizes is None:
-        blocks = DEFAULT_BLOCK_SIZES.fitted(q_len, kv_len, head_dim, query.dtype.itemsize)
+        blocks = DEFAULT_BLOCK_SIZES.fitted(q_len, kv_length, head_dim, query.dtype.itemsize)
     else:
-        blocks = block_sizes.clipped(q_len, kv_len)
+        blocks = block_sizes.clipped(q_len, kv_length)
         block_sizes.check(head_dim, query.dtype.itemsize)
 
     factor = scale * math.log2(math.e)
     flat = [array.reshape(batch * heads, -1, head_dim).swapaxes(1, 2) for array in (query, key, value)]
-    bound, safe = _bound(*flat[:2], factor, k_smooth)
-    run = functools.partial(_run, factor=factor, blocks=blocks)
+    bound, safe = _bound(flat[0], flat[1][:, :, :kv_length], factor, k_smooth)
+    run = functools.partial(_run, factor=factor, blocks=blocks, kv_len=kv_length)
     if interpret is None:
         compiled, interpreted = (functools.partial(run, interpret=choice) for choice in (False, True))
         output = lax.platform_dependent(*flat, bound, safe, tpu=compiled, default=interpreted)
@@ -167,9 +171,9 @@ def _bound(queries, keys, factor, k_smooth):
     return bound - SHIFT / factor, safe.all((1, 2))
 
 
-def _run(queries, keys, values, bound, safe, *, factor, blocks, interpret):
+def _run(queries, keys, values, bound, safe, *, factor, blocks, kv_len, interpret):
     """The fast kernel for all heads, then the online kernel again for those, if any, that may not take it."""
-    call = functools.partial(_call, factor=factor, interpret=interpret)
+    call = functools.partial(_call, factor=factor, kv_len=kv_len, interpret=interpret)
     # Its program is longer, and speed is not what it is for.
     short = dataclasses.replace(blocks, block_kv_compute=min(blocks.block_kv_compute, 4 * blocks.block_kv_compute_in))
     unsafe = jnp.argsort(safe)
@@ -180,7 +184,7 @@ def _run(queries, keys, values, bound, safe, *, factor, blocks, interpret):
     return lax.fori_loop(0, (~safe).sum(), online, call(0, queries, keys, values, bound, blocks=blocks))
 
 
-def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, interpret):
+def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, kv_len, interpret):
     """The fast kernel over all heads, or where `output` is given the online kernel, which replaces one head in it.
 
     Takes [heads, head_dim, q_len], twice [heads, head_dim, kv_len] and [heads, 1, q_len]; returns the queries' shape.
@@ -201,13 +205,11 @@ def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, in
 
     of_keys = pl.BlockSpec((1, head_dim, block_kv), lambda h, i, j, head: (head[0] + h, 0, j))
     return pl.pallas_call(
-        functools.partial(
-            _online_kernel if online else _fast_kernel, factor=factor, blocks=blocks, kv_len=keys.shape[2]
-        ),
+        functools.partial(_online_kernel if online else _fast_kernel, factor=factor, blocks=blocks, kv_len=kv_len),
         name="exp2_splash_online" if online else "exp2_splash",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(1 if online else heads, pl.cdiv(q_len, block_q), pl.cdiv(keys.shape[2], block_kv)),
+            grid=(1 if online else heads, pl.cdiv(q_len, block_q), pl.cdiv(kv_len, block_kv)),
             in_specs=[
                 of_queries(head_dim),
                 of_keys,

@@ -63,12 +63,6 @@ def splash_attention(
     return out.reshape(batch, heads, padded, head_dim)[:, :, :length]
 
 
-def exp2_attention(query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int, **options) -> jax.Array:
-    """This project's kernel; `options` are those of `custom_splash_attention.splash_attention`."""
-    key, value = key[:, :, :kv_length], value[:, :, :kv_length]
-    return custom_splash_attention.splash_attention(query, key, value, **options)
-
-
 def block_sizes_of(name: str) -> type:
     """The dataclass of the block sizes that the kernel `name` takes as `block_sizes`."""
     return {"splash_exp2": custom_splash_attention.BlockSizes, "splash": BlockSizes}[name]
@@ -83,7 +77,7 @@ def attention_function(name: str, platform: str) -> Callable:
     """The implementation `name` for devices of `platform` ("tpu", "cpu", "gpu")."""
     interpret = platform != "tpu"
     return {
-        "splash_exp2": functools.partial(exp2_attention, interpret=interpret),
+        "splash_exp2": functools.partial(custom_splash_attention.splash_attention, interpret=interpret),
         "splash": functools.partial(splash_attention, interpret=interpret),
         "xla": xla_attention,
     }[name]

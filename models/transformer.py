@@ -24,6 +24,7 @@ from models.sharding import HIDDEN_STATES, Parallelism
 
 QK_NORM_EPS = 1e-6  # CogVideoXBlock passes this to Attention; it is in no config
 ROTATED = ("attn1.to_q.", "attn1.to_k.", "attn1.norm_q.", "attn1.norm_k.")
+FEED_FORWARD_TOKENS = 2048  # tokens of a chip that go through the MLP at a time
 SEQUENCE_TILE = 16  # rows of a bfloat16 tile in a TPU's memory; each chip's share of the sequence is whole tiles
 
 
@@ -129,11 +130,23 @@ def linear(x: jax.Array, parameters: Mapping, name: str) -> jax.Array:
 def layer_norm(x: jax.Array, parameters: Mapping, name: str, eps: float) -> jax.Array:
     """Over the last axis, in float32; returns float32."""
     x = x.astype(jnp.float32)
-    x = x - x.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
-    if f"{name}.weight" in parameters:
-        x = x * parameters[f"{name}.weight"].astype(jnp.float32) + parameters[f"{name}.bias"].astype(jnp.float32)
-    return x
+    mean, scale = moments(x, eps)
+    return affine((x - mean) * scale, parameters, name)
+
+
+def moments(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    """Mean and 1 / standard deviation over the last axis, from one reading of float32 `x`."""
+    mean = x.mean(-1, keepdims=True)
+    variance = jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean)
+    return mean, jax.lax.rsqrt(jnp.maximum(variance, 0.0) + eps)
+
+
+def affine(x: jax.Array, parameters: Mapping, name: str, part: slice = slice(None)) -> jax.Array:
+    """x * weight + bias with `part` of a norm's parameters, if it has any."""
+    if f"{name}.weight" not in parameters:
+        return x
+    weight, bias = (parameters[f"{name}.{kind}"][part].astype(jnp.float32) for kind in ("weight", "bias"))
+    return x * weight + bias
 
 
 def time_embedding(timestep: jax.Array, parameters: Mapping, config: Mapping, dtype) -> jax.Array:
@@ -234,8 +247,8 @@ def block(hidden, parameters, time, rotary, is_text, config, parallelism, attent
     """One transformer block; source: `CogVideoXBlock`."""
     dtype = hidden.dtype
 
-    def modulated(name):
-        """Normalised and modulated hidden states of all tokens of this sp share, and the gate of this chip's tokens."""
+    def modulated(hidden, is_text, name):
+        """Normalised and modulated hidden states, tokens gathered over tp, and the gate of this chip's tokens."""
         shift, scale, gate, text_shift, text_scale, text_gate = jnp.split(linear(time, parameters, f"{name}.linear"), 6)
         x = layer_norm(hidden, parameters, f"{name}.norm", config["norm_eps"])
         x = x * (1 + jnp.where(is_text, text_scale, scale)) + jnp.where(is_text, text_shift, shift)
@@ -250,12 +263,20 @@ def block(hidden, parameters, time, rotary, is_text, config, parallelism, attent
             x = x + parameters[f"{name}.bias"].astype(jnp.float32)
         return (hidden.astype(jnp.float32) + gate * x).astype(dtype)
 
-    x, gate = modulated("norm1")
+    def feed_forward(hidden, is_text):
+        x, gate = modulated(hidden, is_text, "norm2")
+        x = jax.nn.gelu(linear(x, parameters, "ff.net.0.proj"), approximate=True).astype(dtype)
+        x = jnp.einsum(
+            "bsi,oi->bso", materialized(x), parameters["ff.net.2.weight"], preferred_element_type=jnp.float32
+        )
+        return residual(hidden, x, "ff.net.2", gate)
+
+    x, gate = modulated(hidden, is_text, "norm1")
     heads = config["num_attention_heads"] // parallelism.tp
     query, key, value = (project_heads(x, parameters, f"attn1.to_{letter}", heads) for letter in "qkv")
     query, key = (
-        rotate(layer_norm(heads_, parameters, f"attn1.norm_{letter}", QK_NORM_EPS), rotary).astype(dtype)
-        for letter, heads_ in (("q", query), ("k", key))
+        normalized_and_rotated(x, parameters, f"attn1.norm_{letter}", rotary).astype(dtype)
+        for letter, x in (("q", query), ("k", key))
     )
     # From a share of the tokens with all of this chip's heads to all tokens with a share of the heads, and back.
     exchange = functools.partial(jax.lax.all_to_all, axis_name="sp", tiled=True)
@@ -265,10 +286,11 @@ def block(hidden, parameters, time, rotary, is_text, config, parallelism, attent
     x = jnp.einsum("bnsh,onh->bso", x, weight, preferred_element_type=jnp.float32)
     hidden = residual(hidden, x, "attn1.to_out.0", gate)
 
-    x, gate = modulated("norm2")
-    x = materialized(jax.nn.gelu(linear(x, parameters, "ff.net.0.proj"), approximate=True).astype(dtype))
-    x = jnp.einsum("bsi,oi->bso", x, parameters["ff.net.2.weight"], preferred_element_type=jnp.float32)
-    return residual(hidden, x, "ff.net.2", gate)
+    # A few tokens at a time, so that what lies between the two products stays in VMEM.
+    pieces = max(1, round(hidden.shape[1] * parallelism.tp / FEED_FORWARD_TOKENS))
+    bounds = [hidden.shape[1] * i // pieces // SEQUENCE_TILE * SEQUENCE_TILE for i in range(1, pieces)]
+    tokens = zip(jnp.split(hidden, bounds, axis=1), jnp.split(is_text, bounds), strict=True)
+    return jnp.concatenate([feed_forward(*piece) for piece in tokens], axis=1)
 
 
 def materialized(x: jax.Array) -> jax.Array:
@@ -285,10 +307,17 @@ def project_heads(x: jax.Array, parameters: Mapping, name: str, heads: int) -> j
     return y
 
 
-def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding of [batch, heads, sequence, head_dim], pairs in halves."""
+def normalized_and_rotated(x: jax.Array, parameters: Mapping, name: str, rotary: tuple) -> jax.Array:
+    """Layer norm and rotary embedding of [batch, heads, sequence, head_dim], pairs in halves; in float32.
+
+    Both are done on the halves, so that XLA makes one pass of them.
+    """
     cos, sin = rotary
-    first, second = jnp.split(x, 2, axis=-1)
+    half = x.shape[-1] // 2
+    mean, scale = moments(x, QK_NORM_EPS)
+    first, second = (
+        affine((x[..., part] - mean) * scale, parameters, name, part) for part in (slice(half), slice(half, None))
+    )
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 

@@ -11,7 +11,7 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from models import transformer
-from models.attention import attention_function, splash_attention, xla_attention
+from models.attention import attention_function, xla_attention
 from models.sharding import LAYOUTS, Parallelism, make_mesh, mesh_sizes, parameter_axes
 
 MESHES = [(1, 1, 1), (2, 1, 4), (2, 2, 2), (1, 2, 4), (1, 8, 1), (1, 1, 8), (2, 4, 1)]
@@ -88,12 +88,13 @@ def test_optional_parameters():
         assert (error := relative_error(ours, theirs)) < 1e-5, f"{options}: {error:.1e}"
 
 
-def test_splash_attention_matches_xla():
-    """JAX's kernel in the Pallas interpreter: a length that is no multiple of its blocks, padded keys ignored."""
+@pytest.mark.parametrize("name", ["splash", "splash_exp2"])
+def test_kernels_match_xla(name):
+    """In the Pallas interpreter: a length that is no multiple of the blocks, padded keys ignored."""
     random = np.random.default_rng(0)
     query, key, value = (jnp.asarray(random.standard_normal((2, 2, 300, 64)), jnp.float32) for _ in range(3))
-    ours = splash_attention(query, key, value, kv_length=270, interpret=True)
-    assert (error := relative_error(ours, xla_attention(query, key, value, 270))) < 1e-3, f"{error:.1e}"
+    ours = attention_function(name, "cpu")(query, key, value, kv_length=270)
+    assert (error := relative_error(ours, xla_attention(query, key, value, 270))) < 1e-3, f"{name}: {error:.1e}"
 
 
 def test_every_parameter_of_the_5b_model_has_one_rule():
