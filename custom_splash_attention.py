@@ -18,6 +18,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -181,7 +182,9 @@ def _run(queries, keys, values, bound, safe, *, factor, blocks, kv_len, interpre
     def online(index, output):
         return call(unsafe[index], queries, keys, values, jnp.zeros_like(bound), output, blocks=short)
 
-    return lax.fori_loop(0, (~safe).sum(), online, call(0, queries, keys, values, bound, blocks=blocks))
+    output = lax.fori_loop(0, (~safe).sum(), online, call(0, queries, keys, values, bound, blocks=blocks))
+    # Otherwise XLA may lay the loop's array out as its reader wants it, and copy what the kernel wrote.
+    return with_layout_constraint(output, Layout(major_to_minor=(0, 1, 2)))
 
 
 def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, kv_len, interpret):
