@@ -56,6 +56,16 @@ def add_step_options(parser) -> None:
     parser.add_argument(
         "--use_fsdp", action=yes_no, default=utils.USE_FSDP, help="keep each weight in even shares on all chips"
     )
+    parser.add_argument(
+        "--use_tp", dest="use_fsdp", action="store_false", help="the same as --no-use_fsdp: weights split by tp alone"
+    )
+    parser.add_argument("--mesh_order", help="axes of the mesh, neighbouring chips last (default: dp,sp,tp)")
+    parser.add_argument(
+        "--block_sizes", type=int, nargs="+", help="of the kernel, in the order of its BlockSizes (default: its choice)"
+    )
+    parser.add_argument(
+        "--use_k_smooth", action=yes_no, help="take the mean of the keys out in attention (default: the kernel's)"
+    )
 
 
 def main() -> None:
@@ -88,26 +98,26 @@ def main() -> None:
         from safetensors.torch import load_file
 
         from executable import compile_or_load
-        from models.attention import attention_function, default_attention
         from models.scheduler import SCHEDULERS, AffineScheduler
         from models.transformer import load_parameters, make_denoise_step, rotary_embedding, stored_names
 
         parallelism = make_parallelism(arguments, transformer_config, jax.devices())
         platform = jax.devices()[0].platform
-        attention = arguments.attention or default_attention(platform)
-        report.say(
-            f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}, mesh {dict(parallelism.mesh.shape)}"
-        )
-        report.say(f"parameters: {parallelism.layout} layout, attention: {attention}")
+        read = checkpoint.tensor_reader(model_id, "transformer", stored_names(transformer_config))
+        dtype = jnp.dtype(read("proj_out.weight").dtype)
+        attention = make_attention(arguments, platform, transformer_config, dtype)
+        by = "chosen" if arguments.attention else f"the default on a {platform}"
+        blocks = attention.block_sizes or "the kernel's own choice"
+        report.say(f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}")
+        report.say(f"mesh: {dict(parallelism.mesh.shape)}, {parallelism.layout} layout of the parameters")
+        report.say(f"attention: {attention.name}, {by}" + (f"; blocks: {blocks}" if attention.name != "xla" else ""))
         if guided:
             report.say(f"guidance scale {arguments.guidance_scale:g}: negative and positive prompt in one batch")
         else:
             alone = ", dp is 1" if arguments.use_dp and len(jax.devices()) > 1 else ""
             report.say(f"guidance scale {arguments.guidance_scale:g}: no guidance, the prompt alone{alone}")
 
-        read = checkpoint.tensor_reader(model_id, "transformer", stored_names(transformer_config))
         parameters = load_parameters(read, transformer_config, parallelism)
-        dtype = parameters["proj_out.weight"].dtype
         report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {dtype}")
 
         embeddings = load_file(embeddings_path)
@@ -145,7 +155,7 @@ def main() -> None:
 
     with report.phase("compile"):
         spare = torch.Generator()  # warm-up must not draw from the seed's noise
-        denoise = make_denoise_step(transformer_config, parallelism, attention_function(attention, platform))
+        denoise = make_denoise_step(transformer_config, parallelism, attention)
         traced = denoise.trace(parameters, *start(), *condition, *step_inputs(0, spare), scale)
         options = program_options(parallelism, attention)
         devices = parallelism.mesh.devices.flatten().tolist()
@@ -185,20 +195,42 @@ def main() -> None:
 
 def make_parallelism(arguments, transformer: dict, devices: list):
     """The mesh and the layout of the parameters that the options ask for, on `devices`."""
-    from models.sharding import Parallelism, make_mesh, mesh_sizes
+    from models.sharding import MESH_AXES, Parallelism, make_mesh, mesh_sizes
 
+    order = tuple(arguments.mesh_order.split(",")) if arguments.mesh_order else MESH_AXES
+    if sorted(order) != sorted(MESH_AXES):
+        raise UserError(f"--mesh_order {arguments.mesh_order} is not an order of {','.join(MESH_AXES)}")
     batch = 2 if arguments.guidance_scale > 1.0 else 1
     heads = transformer["num_attention_heads"]
     try:
         sizes = mesh_sizes(len(devices), heads, batch, arguments.use_dp, arguments.sp_num)
     except ValueError as error:
         raise UserError(str(error)) from error
-    return Parallelism(make_mesh(sizes, devices), "fsdp" if arguments.use_fsdp else "tp")
+    return Parallelism(make_mesh(sizes, devices, order), "fsdp" if arguments.use_fsdp else "tp")
 
 
-def program_options(parallelism, attention: str) -> dict:
+def make_attention(arguments, platform: str, transformer: dict, dtype):
+    """The attention that the options ask for, on devices of `platform`, for arrays of `dtype`."""
+    from models.attention import Attention
+
+    head_dim = transformer["attention_head_dim"]
+    try:
+        return Attention.choose(
+            arguments.attention, platform, arguments.block_sizes, arguments.use_k_smooth, head_dim, dtype
+        )
+    except ValueError as error:
+        raise UserError(f"--block_sizes: {error}") from error
+
+
+def program_options(parallelism, attention) -> dict:
     """What the denoising step depends on beside the shapes of its arguments."""
-    return {"mesh": dict(parallelism.mesh.shape), "layout": parallelism.layout, "attention": attention}
+    return {
+        "mesh": dict(parallelism.mesh.shape),
+        "layout": parallelism.layout,
+        "attention": attention.name,
+        "blocks": attention.block_sizes or "default",
+        "k_smooth": attention.k_smooth,
+    }
 
 
 def latent_frames_and_shape(arguments, batch: int, transformer: dict, vae: dict) -> tuple[int, tuple[int, ...]]:

@@ -63,6 +63,7 @@ def parse_arguments():
                 "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of query, key, value"
             )
             sub.add_argument("--block_sizes", type=int, nargs="+", help="of the kernel, in the order of its BlockSizes")
+            sub.set_defaults(use_k_smooth=None)
     return parser.parse_args()
 
 
@@ -182,7 +183,6 @@ def trace_stage2(arguments, devices):
     import jax.numpy as jnp
 
     import checkpoint
-    from models.attention import attention_function, default_attention
     from models.scheduler import CogVideoXDPMScheduler
     from models.transformer import abstract_step_arguments, make_denoise_step
 
@@ -191,11 +191,11 @@ def trace_stage2(arguments, devices):
     stage2.check_sizes(arguments, config, vae, scheduler)
     parallelism = stage2.make_parallelism(arguments, config, devices)
     platform = "cpu" if arguments.topology == "cpu" else "tpu"
-    attention = arguments.attention or default_attention(platform)
+    attention = stage2.make_attention(arguments, platform, config, arguments.dtype)
     _, shape = stage2.latent_frames_and_shape(arguments, 1, config, vae)
     guided = arguments.guidance_scale > 1.0
     noisy = scheduler["_class_name"] == CogVideoXDPMScheduler.__name__
-    step = make_denoise_step(config, parallelism, attention_function(attention, platform))
+    step = make_denoise_step(config, parallelism, attention)
     values = abstract_step_arguments(config, parallelism, shape, guided, noisy, jnp.dtype(arguments.dtype))
     with compiling_for(parallelism.mesh):
         traced = step.trace(*values)
@@ -244,21 +244,13 @@ def trace_stage3(arguments, devices):
 
 
 def trace_kernel(arguments, devices):
-    import dataclasses
     import functools
 
     import jax
     import jax.numpy as jnp
 
-    from models import attention
-
-    function = attention.attention_function(arguments.attention, "tpu")
-    if arguments.block_sizes:
-        kind = attention.block_sizes_of(arguments.attention)
-        names = [field.name for field in dataclasses.fields(kind)]
-        if len(arguments.block_sizes) != len(names):
-            raise UserError(f"--block_sizes takes {len(names)} numbers: {', '.join(names)}")
-        function = functools.partial(function, block_sizes=kind(*arguments.block_sizes))
+    config = {"attention_head_dim": arguments.head_dim}
+    function = stage2.make_attention(arguments, "tpu", config, arguments.dtype)
     where = jax.sharding.SingleDeviceSharding(devices[0])
     shape = (1, arguments.heads, arguments.tokens, arguments.head_dim)
     array = jax.ShapeDtypeStruct(shape, jnp.dtype(arguments.dtype), sharding=where)
@@ -410,6 +402,10 @@ def text_of(report: dict) -> str:
     lines.append(f"  work       {report['flops']:.3g} FLOP a chip")
     if "predicted_seconds" in report:
         total, floor = report["predicted_seconds"], report["floor"]
+        if report["what"] == "stage2":
+            lines.append(
+                "  caution    such predictions were 1.26 to 1.37 x what the seed project measured (reproduce_tables.py)"
+            )
         lines.append(f"  predicted  {total:.4g} s, {floor['ratio']:.2f} x the floor"
                      f" (compute {floor['compute']:.4g} s, bytes {floor['bytes']:.4g} s)")  # fmt: skip
         lines += [f"    {seconds:9.4f} s  {seconds / total:4.0%}  {name}" for name, seconds in report["split"].items()]

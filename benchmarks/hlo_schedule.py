@@ -17,15 +17,13 @@ DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16"
 DTYPE_BYTES |= {"s64": 8, "u64": 8, "f64": 8}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 MATRIX = {"convolution", "dot"}
-MOVEMENT = set(
-    "parameter constant bitcast copy transpose reshape slice dynamic-slice dynamic-update-slice concatenate pad "
-    "broadcast iota get-tuple-element tuple convert fusion bitcast-convert".split()
-)
-# What takes no time of the core, or no time worth an estimate to the compiler: bookkeeping, scalars, started copies.
-FREE = set(
-    "parameter constant bitcast tuple get-tuple-element after-all add-dependency opt-barrier partition-id replica-id "
-    "copy-start copy-done slice-start slice-done".split()
-)
+# fmt: off
+MOVEMENT = {
+    "parameter", "constant", "bitcast", "copy", "transpose", "reshape", "slice", "dynamic-slice",
+    "dynamic-update-slice", "concatenate", "pad", "broadcast", "iota", "get-tuple-element", "tuple", "convert",
+    "fusion", "bitcast-convert",
+}
+# fmt: on
 
 
 class HloError(ValueError):

@@ -95,9 +95,11 @@ def test_embeddings_of_another_model(outputs, other_model, run_stage):
     [
         (["--guidance_scale", 1], ["8 chips", "4 attention heads"]),
         (["--sp_num", 3], ["--sp_num 3", "[1, 2, 4]"]),
+        (["--mesh_order", "tp,sp"], ["--mesh_order", "dp,sp,tp"]),
+        (["--attention", "splash", "--block_sizes", 100, 128, 128], ["--block_sizes", "block_q=100", "128 works"]),
     ],
 )
-def test_mesh_that_does_not_fit(options, words, outputs, run_stage):
+def test_mesh_or_blocks_that_do_not_fit(options, words, outputs, run_stage):
     process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, *options, status=2, virtual_devices=True)
     assert len(process.stderr.splitlines()) == 1, process.stderr
     assert all(word in process.stderr for word in words), process.stderr

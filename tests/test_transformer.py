@@ -11,7 +11,7 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from models import transformer
-from models.attention import attention_function, xla_attention
+from models.attention import Attention, xla_attention
 from models.sharding import LAYOUTS, Parallelism, make_mesh, mesh_sizes, parameter_axes
 
 MESHES = [(1, 1, 1), (2, 1, 4), (2, 2, 2), (1, 2, 4), (1, 8, 1), (1, 1, 8), (2, 4, 1)]
@@ -93,7 +93,7 @@ def test_kernels_match_xla(name):
     """In the Pallas interpreter: a length that is no multiple of the blocks, padded keys ignored."""
     random = np.random.default_rng(0)
     query, key, value = (jnp.asarray(random.standard_normal((2, 2, 300, 64)), jnp.float32) for _ in range(3))
-    ours = attention_function(name, "cpu")(query, key, value, kv_length=270)
+    ours = Attention(name, "cpu")(query, key, value, kv_length=270)
     assert (error := relative_error(ours, xla_attention(query, key, value, 270))) < 1e-3, f"{name}: {error:.1e}"
 
 
@@ -127,6 +127,23 @@ def test_mesh_sizes(devices, heads, batch, use_dp, sp_num, expected):
         assert tuple(mesh_sizes(devices, heads, batch, use_dp, sp_num).values()) == expected
 
 
-def test_unknown_attention():
-    with pytest.raises(KeyError):
-        attention_function("magic", "cpu")
+@pytest.mark.parametrize(
+    ("name", "sizes", "words"),
+    [
+        ("xla", [128], "xla has no block sizes"),
+        ("splash", [2048, 1024], "3 block sizes, not 2: block_q, block_kv, block_kv_compute"),
+        ("splash", [2000, 1024, 512], "block_q=2000 .* 2048 works"),
+        ("splash", [2048, 1024, 384], "does not divide block_kv=1024; 128 does"),
+        ("splash", [65536, 1024, 1024], "VMEM"),
+        ("splash_exp2", [1536, 25856, 6400, 200], "block_kv_compute_in=200"),
+        ("splash_exp2", [65536, 65536, 8704, 256], "VMEM"),
+    ],
+)
+def test_block_sizes_that_do_not_work(name, sizes, words):
+    with pytest.raises(ValueError, match=words):
+        Attention.choose(name, "tpu", sizes, True, 64, jnp.bfloat16)
+
+
+def test_default_attention():
+    assert Attention.choose(None, "tpu", None, True, 64, jnp.bfloat16).name == "splash_exp2"
+    assert Attention.choose(None, "cpu", None, True, 64, jnp.float32).name == "xla"
