@@ -278,6 +278,7 @@ def prediction(topology, dump, devices, traced, times, compiled, facts) -> dict:
     grids = {}
     for program in traced:
         grids |= kernel_schedule.grids(program.jaxpr)
+    grids = {name: grid for name, grid in grids.items() if name not in RARE_KERNELS}
     kernels = kernel_schedule.read_schedules(dump, grids) if grids else {}
     coordinates = {device.id: tuple(device.coords) for device in devices}
 
@@ -306,7 +307,6 @@ def prediction(topology, dump, devices, traced, times, compiled, facts) -> dict:
                 "units": {unit: kernel.utilization(unit) for unit in kernel.capacity},
             }
             for name, kernel in kernels.items()
-            if not name.startswith(RARE_KERNELS)
         },
     }
 

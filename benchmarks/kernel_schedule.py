@@ -85,7 +85,7 @@ class KernelSchedule:
     @property
     def cycles(self) -> float:
         """Predicted cycles of the whole call: every grid step, and what lies outside the grid loop once."""
-        return self.body_bundles * math.prod(self.grid) + self.bundles - self.body.bundles
+        return self.body_bundles * self.body.times + self.bundles - self.body.bundles
 
     def utilization(self, unit: str) -> float:
         """Share of a unit's slots that is used in the grid loop's body, 0 to 1."""
@@ -188,11 +188,16 @@ def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Sca
         count = values.trips(*tests[0])
         if count is None:
             raise ScheduleError(f"{name}: the loop at {start:#x} starts or steps by what is not a constant")
-        if is_grid and not 0 <= count - steps <= PIPELINE_STEPS:
-            raise ScheduleError(
-                f"{name}: the program's grid loop runs {count} times, the grid {grid} has {steps} steps"
-            )
-        yield Region("grid", start, stop, steps) if is_grid else Region("loop", start, stop, count)
+        if is_grid:
+            # A chip whose two cores are one device shares out the grid.
+            shares = [steps // cores for cores in (1, 2) if steps % cores == 0]
+            shares = [share for share in shares if 0 <= count - share <= PIPELINE_STEPS]
+            if not shares:
+                raise ScheduleError(
+                    f"{name}: the program's grid loop runs {count} times, the grid {grid} has {steps} steps"
+                )
+            count = shares[0]
+        yield Region("grid" if is_grid else "loop", start, stop, count)
     for start, stop, predicate, negated in forward:
         yield Region("predicated", start, stop, values.share(predicate, negated))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One JAX device of a TPU generation (a TensorCore where a chip shows two of them).
+    """One JAX device of a TPU generation: a chip, or a TensorCore where a chip shows two of them (v4, 7x).
 
     Peak, bandwidths and cores are those of Google's pages, docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x};
     memory is what libtpu 0.0.42.1 says is available when a program asks for too much.
