@@ -244,8 +244,12 @@ def latent_frames_and_shape(arguments, batch: int, transformer: dict, vae: dict)
 
 def check_sizes(arguments, transformer: dict, vae: dict, scheduler: dict) -> None:
     """Raise UserError for what this model cannot take: its kind, height, width, frames or number of steps."""
-    if transformer.get("patch_size_t") is None or not transformer["use_rotary_positional_embeddings"]:
-        raise UserError("this model is not a CogVideoX 1.5 (temporal patches and rotary embedding); correct --model_id")
+    kind = {"use_rotary_positional_embeddings": True, "activation_fn": "gelu-approximate", "ofs_embed_dim": None}
+    if transformer.get("patch_size_t") is None or any(transformer.get(name) != kind[name] for name in kind):
+        raise UserError(
+            "this model is not a CogVideoX 1.5 for text to video (temporal patches, rotary embedding, no image input); "
+            "correct --model_id"
+        )
     from models.scheduler import SCHEDULERS
 
     if scheduler["_class_name"] not in SCHEDULERS:
