@@ -23,6 +23,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import tpu  # noqa: E402
+
 DELAY_SLOTS = 4  # bundles after a branch that run whether it is taken or not
 PIPELINE_STEPS = 2  # the grid loop runs so many times more at most, to start and to drain the pipeline of its DMA
 GRIDS = "grids.json"  # written beside the dump: {kernel: grid}
@@ -274,7 +278,7 @@ def compile_kernel(
     kv_len: int,
     head_dim: int = 64,
     dtype: str = "bfloat16",
-    topology: str = "v6e",
+    topology: str = "v6e-1",
     **options,
 ) -> dict[str, KernelSchedule]:
     """Compile an attention call for one TPU chip in a process of its own and read its kernels' schedules.
@@ -289,17 +293,7 @@ def compile_kernel(
     """
     call = dict(attention=attention, heads=heads, q_len=q_len, kv_len=kv_len, head_dim=head_dim, dtype=dtype)
     call |= dict(topology=topology, options=options)
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": f"{topology}-1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # its lock protects a chip; compilations may run side by side
-        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
-        "--xla_jf_dump_llo_pass_label_regex=final.*",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a cached program leaves no dump
+    environment = os.environ | tpu.compiler_environment(topology, folder)
     command = [sys.executable, __file__, "--worker", json.dumps(call), "--dump", str(folder)]
     process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     if process.returncode:
@@ -312,13 +306,9 @@ def _compile(call: dict, folder: Path) -> None:
     """The other process: libtpu reads its flags once."""
     import jax
     import numpy as np
-    from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    chip = topologies.get_topology_desc(
-        f"{call['topology']}:1x1", platform="tpu", chips_per_host_bounds=[1, 1, 1]
-    ).devices
-    mesh = Mesh(np.array(chip), ("chip",))
+    mesh = Mesh(np.array(tpu.devices(call["topology"])[:1]), ("chip",))
     module, function = call["attention"].split(":")
     attention = functools.partial(getattr(importlib.import_module(module), function), **call["options"])
 
