@@ -109,7 +109,10 @@ def main() -> None:
         by = "chosen" if arguments.attention else f"the default on a {platform}"
         blocks = attention.block_sizes or "the kernel's own choice"
         report.say(f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}")
-        report.say(f"mesh: {dict(parallelism.mesh.shape)}, {parallelism.layout} layout of the parameters")
+        why = (
+            "as --sp_num says" if arguments.sp_num else "sp has all chips that dp leaves, which moves the fewest bytes"
+        )
+        report.say(f"mesh: {dict(parallelism.mesh.shape)}, {why}; {parallelism.layout} layout of the parameters")
         report.say(f"attention: {attention.name}, {by}" + (f"; blocks: {blocks}" if attention.name != "xla" else ""))
         if guided:
             report.say(f"guidance scale {arguments.guidance_scale:g}: negative and positive prompt in one batch")

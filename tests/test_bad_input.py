@@ -90,6 +90,21 @@ def test_embeddings_of_another_model(outputs, other_model, run_stage):
     assert "[B, 40, 48]" in process.stderr and len(process.stderr.splitlines()) == 1, process.stderr
 
 
+@pytest.mark.parametrize("entry", [{"patch_size_t": None}, {"ofs_embed_dim": 512}])
+def test_a_transformer_of_another_kind(entry, outputs, tiny_model, tmp_path, run_stage):
+    """CogVideoX 1.0, and a CogVideoX 1.5 that begins with an image."""
+    import safetensors.torch
+
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    config = model / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | entry))
+    tensors = safetensors.torch.load_file(outputs / EMBEDDINGS)
+    safetensors.torch.save_file(tensors, outputs / EMBEDDINGS)  # without metadata
+    edit_config(outputs, model_id=str(model))
+    process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, status=2)
+    assert "not a CogVideoX 1.5" in process.stderr and len(process.stderr.splitlines()) == 1, process.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
