@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import pickle
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -63,7 +64,8 @@ def compile_or_load(
             return programs
         except Mismatch as mismatch:
             report.say(f"WARNING: {path} does not fit, compiling instead: {mismatch}")
-    programs = [program.lower().compile() for program in traced]
+    with ThreadPoolExecutor() as pool:
+        programs = list(pool.map(lambda program: program.lower().compile(), traced))
     report.say(f"compiled the {what}")
     return programs
 

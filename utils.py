@@ -1,4 +1,4 @@
-"""What the stages share: their defaults, the files that pass between them, and the video's frames.
+"""What the stages share: their defaults, and the files that pass between them.
 
 Light on purpose: importing it loads neither jax nor torch, so that wrong arguments are answered at once.
 """
@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from console import UserError
@@ -37,6 +36,7 @@ CONFIG = "generation_config.json"
 EMBEDDINGS = "stage1_embeddings.safetensors"
 LATENTS = "stage2_latents.safetensors"
 VIDEO = "output_video.mp4"
+VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")  # containers for H.264
 TEXT_ENTRIES = {"model_id": str, "prompt": str, "negative_prompt": str}
 VIDEO_ENTRIES = {
     "height": int,
@@ -164,17 +164,3 @@ def tensor_shapes(path: Path, stage: int, names: Iterable[str], config: Mapping)
                 f"run stage {stage} again"
             )
     return shapes
-
-
-def prepare_video_for_export(video: np.ndarray, frames: int) -> list[np.ndarray]:
-    """Decoded pixels as the list that `diffusers.utils.export_to_video` takes.
-
-    Args:
-        video: float [decoded frames, height, width, 3] in [0, 1].
-        frames: how many to keep: the last ones. With an even number of latent frames the decoder doubles the first
-            latent frame too, and gives three surplus frames ahead of the video.
-
-    Returns:
-        `frames` float32 arrays [height, width, 3] in [0, 1].
-    """
-    return list(np.clip(video[len(video) - frames :], 0.0, 1.0).astype(np.float32))

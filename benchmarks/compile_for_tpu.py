@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import stage2_transformer as stage2  # noqa: E402
+import stage3_vae_decoder as stage3  # noqa: E402
 import utils  # noqa: E402
 from benchmarks import tpu  # noqa: E402
 from console import ArgumentParser, UserError, number, prepare_libraries, run  # noqa: E402
@@ -54,6 +55,7 @@ def parse_arguments():
             sub.add_argument("--decoder", default="torchax", choices=["torchax", "flax"], help="which decoder")
             for name, default in (("height", utils.HEIGHT), ("width", utils.WIDTH), ("frames", utils.FRAMES)):
                 sub.add_argument(f"--{name}", type=number(int, 1), default=default, help="of the video")
+            stage3.add_split_options(sub)
         if what == "kernel":
             sub.add_argument("--attention", default="splash_exp2", choices=[a for a in utils.ATTENTION if a != "xla"])
             sub.add_argument("--tokens", type=number(int, 1), default=25826, help="length of the sequence")
@@ -221,23 +223,22 @@ def trace_stage3(arguments, devices):
     from models.decoder import chunk_programs, chunk_sizes
 
     vae = checkpoint.read_config(arguments.model_id, "vae")
-    where = jax.sharding.SingleDeviceSharding(devices[0])
-    ratio = checkpoint.spatial_compression_ratio(vae)
-    frames = (arguments.frames - 1) // vae["temporal_compression_ratio"] + 1
-    shape = (1, vae["latent_channels"], frames, arguments.height // ratio, arguments.width // ratio)
+    shape = stage3.latent_shape(vars(arguments), vae)
+    split = stage3.make_split(arguments, devices, shape)
     decoder = importlib.import_module(f"models.vae_{arguments.decoder}").make_decoder(vae)
 
     def abstract(shape):
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(arguments.dtype), sharding=where)
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(arguments.dtype), sharding=split.replicated)
 
     weights = {name: abstract(shape) for name, shape in decoder.weight_shapes.items()}
     weights = jax.tree.map(lambda x: abstract(x.shape), jax.eval_shape(decoder.convert_weights, weights))
-    traced = chunk_programs(decoder, weights, abstract(shape))
-    return traced, [1, len(chunk_sizes(frames)) - 1][: len(traced)], {
-        "devices": devices[:1],
+    with compiling_for(split.mesh):
+        traced = chunk_programs(decoder, weights, shape, split)
+    return traced, [1, len(chunk_sizes(shape[2])) - 1][: len(traced)], {
+        "devices": split.mesh.devices.flatten().tolist(),
         "name": f"{arguments.decoder} decoder",
-        "program_options": {},
-        "options": size_of(arguments) | {"decoder": arguments.decoder},
+        "program_options": stage3.program_options(split),
+        "options": size_of(arguments) | {"decoder": arguments.decoder, "split": split},
         "scores_per_kernel": 0,
         "attention_flops": 0,
     }  # fmt: skip
@@ -286,10 +287,17 @@ def prediction(topology, dump, devices, traced, times, compiled, facts) -> dict:
         group = [devices[i].id for i in group]  # a program numbers its devices by their place in the mesh
         return tpu.collective_seconds(opcode, size, group, coordinates, chip.link_bandwidth)
 
+    def kernel(name, size):  # as long as its schedule or, if that is more, as its bytes take between HBM and VMEM
+        cycles = kernels.get(name) or next(k for other, k in kernels.items() if base(other) == base(name))
+        return max(cycles.cycles / chip.clock, size / chip.hbm_bandwidth)
+
+    def base(name):  # calls of one kernel, numbered by the compiler, which keeps one program for all
+        return re.sub(r"\.\d+$", "", name)
+
     costs = []
     for n, program in zip(times, compiled, strict=True):
         parsed = hlo_schedule.Program.parse(program.as_text())
-        found = hlo_schedule.costs(parsed, chip.clock, lambda name: kernels[name].cycles, collective, RARE_KERNELS)
+        found = hlo_schedule.costs(parsed, chip.clock, kernel, collective, RARE_KERNELS)
         costs += [cost for cost in found for _ in range(n)]
     split = Counter(dict.fromkeys(hlo_schedule.CATEGORIES, 0.0))
     operations = Counter()

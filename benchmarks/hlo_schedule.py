@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-CATEGORIES = ("attention kernel", "matrix products", "collectives", "layout copies", "elementwise and rest")
+CATEGORIES = ("Pallas kernels", "matrix products", "collectives", "layout copies", "elementwise and rest")
 
 DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 DTYPE_BYTES |= {"s64": 8, "u64": 8, "f64": 8}
@@ -232,7 +232,7 @@ def replica_groups(text: str) -> list[list[int]]:
 def costs(
     program: Program,
     clock: float,
-    kernel_cycles: Callable[[str], float],
+    seconds_of_kernel: Callable[[str, int], float],
     seconds_of_collective: Callable[[str, int, Sequence[int]], float],
     rare_kernels: Sequence[str] = (),
 ) -> list[Cost]:
@@ -240,7 +240,7 @@ def costs(
 
     Args:
         clock: cycles a second.
-        kernel_cycles: name of a Pallas kernel's instruction -> cycles of one run.
+        seconds_of_kernel: (name of a Pallas kernel's instruction, bytes of its operands and results) -> seconds.
         seconds_of_collective: (opcode, operand bytes, group of device ids) -> seconds.
         rare_kernels: beginnings of the names of kernels that only unusual data call for, as often as the data say; a
             loop around one of them counts as not run.
@@ -248,12 +248,12 @@ def costs(
     Raises:
         HloError: a trip count or a collective's groups that cannot be read, or an instruction without an estimate.
     """
-    arguments = (clock, kernel_cycles, seconds_of_collective, tuple(rare_kernels))
+    arguments = (clock, seconds_of_kernel, seconds_of_collective, tuple(rare_kernels))
     return list(_computation(program, program.entry, 1, *arguments))
 
 
 def _computation(program, name, times, *arguments) -> Iterator[Cost]:
-    clock, kernel_cycles, seconds_of_collective, rare_kernels = arguments
+    clock, seconds_of_kernel, seconds_of_collective, rare_kernels = arguments
     shapes = {instruction.name: instruction.shape for instruction in program.computations[name]}
     busy = 0.0  # seconds of the core so far, in one run of this computation
     started = {}  # name of a collective's start -> (core seconds then, seconds that it takes)
@@ -305,7 +305,10 @@ def _computation(program, name, times, *arguments) -> Iterator[Cost]:
             then, seconds = started.pop(instruction.operands[0])
             yield cost(instruction, "collectives", max(0.0, seconds - (busy - then)))
         elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.text:
-            yield cost(instruction, "attention kernel", kernel_cycles(instruction.name) / clock)
+            size = shape_bytes(instruction.shape) + sum(
+                shape_bytes(shapes[operand]) for operand in instruction.operands
+            )
+            yield cost(instruction, "Pallas kernels", seconds_of_kernel(instruction.name, size))
         elif instruction.cycles is not None:
             opcodes = program.opcodes(calls) if calls else {opcode}
             category = "elementwise and rest"

@@ -14,6 +14,7 @@ import importlib
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import subprocess
@@ -45,7 +46,7 @@ class Region:
     """Bundles [start, stop) of a program that run `times` times for each run of what encloses them.
 
     `kind` is "grid" (one run a grid step), "loop" or "predicated". A predicated region has times < 1 where its
-    condition compares a grid index with a constant, and 1, an upper bound, for any other condition.
+    condition compares grid indices with constants, and 1, an upper bound, for any other condition.
     """
 
     kind: str
@@ -218,10 +219,17 @@ class _Scalars:
         self.bounds = {
             counter: int(bound) for counter, bound in re.findall(r"scmp\.ge\.s32\.totalorder %(\w+), (\d+)", text)
         }
-        # A grid index is the register that is counted up and compared with its axis.
+        for counter, _ in EXIT_TEST.findall(text):
+            self.bounds.pop(counter, None)
+        # A grid index is the register that is counted up, perhaps only where an inner index is at its end, and compared
+        # with the length of its axis.
         self.axes = {}
         for name, (operation, operands) in self.definitions.items():
-            if operation == "sadd.s32" and name in self.bounds and (match := re.match(r"1, %(\w+)", operands)):
+            old = re.match(r"(?:\(!?%\w+, %\w+\), )?%(\w+)", operands) if operation == "smov" else None
+            new = re.match(r"\(!?%\w+, %(\w+)\)", operands) if old else None
+            counted = self.definitions.get(new[1]) if new else (operation, operands)
+            match = re.match(r"1, %(\w+)", counted[1]) if counted and counted[0] == "sadd.s32" else None
+            if name in self.bounds and match and (not old or old[1] == match[1]):
                 self.axes[match[1]] = self.bounds[name]
 
     def trips(self, counter: str, bound: str) -> int | None:
@@ -244,11 +252,11 @@ class _Scalars:
         slot = re.match(r"\[smem:\[(#\w+)\]\]", operands)
         return self.spilled.get(slot[1], "") if operation == "sld" and slot else name
 
-    def axis(self, name: str) -> int | None:
-        """Length of the grid axis whose index a register holds, or None; follows copies, spills and pipeline stages."""
+    def axis(self, name: str) -> str | None:
+        """The grid index (a key of `axes`) that a register holds, or None; follows copies, spills, pipeline stages."""
         for _ in range(16):
             if name in self.axes:
-                return self.axes[name]
+                return name
             operation, operands = self.definitions.get(name, ("", ""))
             if (before := self.unspilled(name)) != name:
                 name = before
@@ -258,15 +266,32 @@ class _Scalars:
                 return None
         return None
 
+    def predicate(self, name: str):
+        """Value of a predicate register in each grid step: a boolean array with an axis for each of `axes`, or None.
+
+        It is known if it is made of comparisons of grid indices with constants.
+        """
+        import numpy as np
+
+        operation, operands = self.definitions.get(name, ("", ""))
+        compare = re.fullmatch(r"scmp\.(eq|ne|lt|le|gt|ge)\.s32\.totalorder", operation)
+        index = re.match(r"(?:\(.*?\), )?%(\w+), (\d+)", operands)
+        if compare and index and (axis := self.axis(index[1])):
+            shape = [-1 if other == axis else 1 for other in self.axes]
+            return getattr(operator, compare[1])(np.arange(self.axes[axis]), int(index[2])).reshape(shape)
+        values = [self.predicate(operand) for operand in re.findall(r"%(p\w+)", operands)]
+        logic = {"por": np.logical_or, "pand": np.logical_and, "pnor": np.logical_or, "pnand": np.logical_and}
+        if any(value is None for value in values):
+            return None
+        if operation in logic and len(values) == 2:
+            value = logic[operation](*values)
+            return ~value if operation in ("pnor", "pnand") else value
+        return ~values[0] if operation == "pneg" and len(values) == 1 else None
+
     def share(self, predicate: str, negated: bool) -> float:
         """Share of the grid steps that run a region which is jumped over when `predicate` holds; 1 if unknown."""
-        operation, operands = self.definitions.get(predicate, ("", ""))
-        compare = re.match(r"scmp\.(eq|ne)\.", operation)
-        index = re.match(r"(?:\(.*?\), )?%(\w+), \d+", operands)
-        length = self.axis(index[1]) if compare and index else None
-        if length is None:
-            return 1.0
-        return 1 / length if (compare[1] == "ne") != negated else 1 - 1 / length
+        value = self.predicate(predicate)
+        return 1.0 if value is None else float((value if negated else ~value).mean())
 
 
 def compile_kernel(

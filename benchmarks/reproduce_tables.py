@@ -143,7 +143,7 @@ def predict_seed(row: Row, dump: Path) -> dict:
     report = compile_for_tpu.prediction(row.topology, dump, devices, [traced], [layers], compiled, facts)
     split = report["split"]
     if row.exp2:
-        split["attention kernel"] = layers * scores / SEED_EXP2_SCORES_PER_CYCLE / tpu.chip(row.topology).clock
+        split["Pallas kernels"] = layers * scores / SEED_EXP2_SCORES_PER_CYCLE / tpu.chip(row.topology).clock
     return {"split": split, "predicted_seconds": sum(split.values())}
 
 

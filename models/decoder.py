@@ -1,4 +1,4 @@
-"""What the TorchAx and the Flax decoder share: the chunks in time, the pixel range, the loop over chunks."""
+"""What the TorchAx and the Flax decoder share: chunks in time, the split in space, conversion to pixels, the loop."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+from models.spatial_split import Split
 
 # AutoencoderKLCogVideoX.num_latent_frames_batch_size. The group norms see one chunk at a time, so the chunks are part
 # of the result, and the VAE was trained with this number: it is no option.
@@ -16,10 +19,10 @@ class Decoder(NamedTuple):
     """A VAE decoder as functions of arrays.
 
     Attributes:
-        decode_chunk: jitted `decode_chunk(weights, latents, cache)`. latents: one chunk, [batch, channels, frames,
-            height, width], scaling factor removed; cache: what the causal convolutions remember of the chunk before,
-            None for the first. Returns pixels, float32 [batch, frames, height, width, 3] in [0, 1], and the cache
-            for the next chunk.
+        decode_chunk: `decode_chunk(weights, latents, cache, split)`, to be run on each chip of the split. latents: its
+            part of one chunk, [frames, height, width, strips, channels], scaling factor removed; cache: what the
+            causal convolutions remember of the chunk before, None for the first. Returns pixels around [-1, 1],
+            [frames, height, width, strips, 3], and the cache for the next chunk.
         weight_shapes: shape of each weight by its name in the checkpoint, as in `CogVideoXDecoder3D.state_dict()`.
         convert_weights: takes a dict of those weights to the tree that `decode_chunk` takes.
     """
@@ -37,34 +40,78 @@ def chunk_sizes(latent_frames: int) -> list[int]:
     return [LATENT_FRAMES_PER_CHUNK + odd] + [LATENT_FRAMES_PER_CHUNK] * (chunks - 1)
 
 
-def to_unit_range(pixels: jax.Array) -> jax.Array:
-    """Decoder output around [-1, 1] to float32 in [0, 1]; source: `VaeImageProcessor.denormalize`."""
-    return jnp.clip(pixels.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+def to_pixels(x: jax.Array, dtype) -> jax.Array:
+    """Decoder output around [-1, 1] to [0, 1], or to 0 ... 255 for an integer dtype.
 
-
-def chunk_programs(decoder: Decoder, weights: Any, latents: jax.Array) -> list[jax.stages.Traced]:
-    """The programs that decode `latents` [batch, channels, frames, height, width]: first chunk, any later chunk.
-
-    Both arguments may be shapes, for compiling without data.
+    Source: `VaeImageProcessor.denormalize` and `numpy_to_pil`, which rounds.
     """
-    sizes = chunk_sizes(latents.shape[2])
-    batch, channels, _, height, width = latents.shape
+    x = jnp.clip(x.astype(jnp.float32) * 0.5 + 0.5, 0.0, 1.0)
+    return jnp.round(x * 255.0).astype(dtype) if jnp.issubdtype(dtype, jnp.integer) else x.astype(dtype)
+
+
+def chunk_programs(
+    decoder: Decoder, weights: Any, latent_shape: tuple[int, ...], split: Split, pixel_dtype=jnp.uint8
+) -> list[jax.stages.Traced]:
+    """The programs that decode latents [1, channels, frames, height, width]: the first chunk, and any later one.
+
+    The second gives up the cache that it is handed. `weights` may be shapes, for compiling without data.
+    """
+    sizes = chunk_sizes(latent_shape[2])
+    dtype = jax.tree.leaves(weights)[0].dtype
+
+    def decode_chunk(weights, latents, cache=None):
+        x, cache = decoder.decode_chunk(weights, latents, cache, split)
+        return split.image(to_pixels(x, pixel_dtype)), cache
+
+    def program(*arguments):
+        specs = PartitionSpec(), *[split.latents.spec] * (len(arguments) - 1)
+        mapped = jax.shard_map(
+            decode_chunk,
+            mesh=split.mesh,
+            in_specs=specs,
+            out_specs=(split.pixels.spec, split.latents.spec),
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=tuple(range(2, len(arguments)))).trace(*arguments)
 
     def chunk(frames):
-        return jax.ShapeDtypeStruct((batch, channels, frames, height, width), latents.dtype, sharding=latents.sharding)
+        empty = np.empty((1, latent_shape[1], frames, *latent_shape[3:]))
+        return jax.ShapeDtypeStruct(split.tiles(empty).shape, dtype, sharding=split.latents)
 
-    first = decoder.decode_chunk.trace(weights, chunk(sizes[0]), None)
+    first = program(weights, chunk(sizes[0]))
     if len(sizes) == 1:
         return [first]
-    _, cache = jax.eval_shape(decoder.decode_chunk, weights, chunk(sizes[0]), None)
-    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=latents.sharding), cache)
-    return [first, decoder.decode_chunk.trace(weights, chunk(sizes[1]), cache)]
+    _, cache = first.out_info
+    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split.latents), cache)
+    return [first, program(weights, chunk(sizes[1]), cache)]
 
 
-def decode(programs: list[jax.stages.Compiled], weights: Any, latents: jax.Array) -> Iterator[np.ndarray]:
-    """Run the compiled `chunk_programs`; yields the pixels of each chunk, float32 [batch, frames, height, width, 3]."""
-    cache, start = None, 0
-    for i, size in enumerate(chunk_sizes(latents.shape[2])):
-        pixels, cache = programs[min(i, 1)](weights, latents[:, :, start : start + size], cache)
-        start += size
-        yield np.asarray(pixels)
+def decode(
+    programs: list[jax.stages.Compiled], weights: Any, latents: np.ndarray, split: Split
+) -> Iterator[np.ndarray]:
+    """Run the compiled `chunk_programs` on latents [1, channels, frames, height, width].
+
+    Yields the pixels of each chunk, [frames, height, width, 3], while the next one is decoded. Of an even number of
+    latent frames the programs enlarge the first one in time too, though it stands for a single frame of the video; the
+    surplus in front is dropped.
+    """
+    sizes = chunk_sizes(latents.shape[2])
+    starts = np.cumsum([0, *sizes])
+    cache, waiting = [], None
+    for i, size in enumerate(sizes):
+        tiles = jax.device_put(split.tiles(latents[:, :, starts[i] : starts[i] + size]), split.latents)
+        pixels, *cache = programs[min(i, 1)](weights, tiles, *cache)
+        if i == 0 and size % 2 == 0:
+            pixels = pixels[len(pixels) // size - 1 :]
+        pixels.copy_to_host_async()
+        if waiting is not None:
+            yield _frames(waiting, latents, split)
+        waiting = pixels
+    yield _frames(waiting, latents, split)
+
+
+def _frames(pixels: jax.Array, latents: np.ndarray, split: Split) -> np.ndarray:
+    """Pixels as a program returned them to [frames, height, width, 3], without what lies beyond the frame."""
+    scale = pixels.shape[2] // (split.mesh.shape["rows"] * split.strips * split.strip_height)
+    height, width = (scale * size for size in latents.shape[3:])
+    return np.ascontiguousarray(np.moveaxis(np.asarray(pixels)[:, :, :height, :width], 1, -1))

@@ -1,4 +1,4 @@
-"""The Flax decoder: CogVideoX's VAE decoder in Flax NNX, channel-last, [batch, frames, height, width, channels].
+"""The Flax decoder: CogVideoX's VAE decoder in Flax NNX.
 
 The module tree and the attribute names are those of diffusers' `CogVideoXDecoder3D`
 (diffusers/models/autoencoders/autoencoder_kl_cogvideox.py), so that its weights load by name.
@@ -11,57 +11,36 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.decoder import Decoder, to_unit_range
-
-ACTIVATIONS = {"silu": jax.nn.silu, "swish": jax.nn.silu, "mish": jax.nn.mish, "relu": jax.nn.relu}
+from models.decoder import Decoder
+from models.spatial_split import Split
+from models.vae_layers import ACTIVATIONS, Pending, causal_conv, pointwise_conv, spatial_norm, upsample
 
 # Weights come from a checkpoint; under `nnx.eval_shape` these make none.
 RNGS = functools.partial(nnx.Rngs, 0)
-
-
-def upsample_nearest(x: jax.Array, size: tuple[int, int, int]) -> jax.Array:
-    """Repeat frames and pixels up to `size` = (frames, height, width), whole multiples of what `x` has.
-
-    For an odd number of frames above one the first frame stays a single frame: it is the frame that the causal
-    encoder did not compress.
-    """
-    frames, height, width = size
-    x = jnp.repeat(jnp.repeat(x, height // x.shape[2], axis=2), width // x.shape[3], axis=3)
-    if frames > 1 and frames % 2 == 1:
-        rest = jnp.repeat(x[:, 1:], (frames - 1) // (x.shape[1] - 1), axis=1)
-        return jnp.concatenate([x[:, :1], rest], axis=1)
-    return jnp.repeat(x, frames // x.shape[1], axis=1)
 
 
 class CausalConv3d(nnx.Module):
     """Convolution that sees this frame and the frames before it; `cache` holds the last ones of the chunk before."""
 
     def __init__(self, in_features: int, out_features: int, kernel_size: int = 3):
-        pad = (kernel_size // 2, kernel_size // 2)
-        self.history = kernel_size - 1
-        self.conv = nnx.Conv(in_features, out_features, (kernel_size,) * 3, padding=((0, 0), pad, pad), rngs=RNGS())
+        self.conv = nnx.Conv(in_features, out_features, (kernel_size,) * 3, rngs=RNGS())
 
-    def __call__(self, x, cache=None):
-        if not self.history:
-            return self.conv(x), None
-        if cache is None:
-            cache = jnp.repeat(x[:, :1], self.history, axis=1)
-        x = jnp.concatenate([cache, x], axis=1)
-        return self.conv(x), x[:, -self.history :]
+    def __call__(self, x: jax.Array | Pending, cache: jax.Array | None, split: Split):
+        return causal_conv(x, self.conv.kernel[...], self.conv.bias[...], cache, split)
 
 
 class SpatialNorm3D(nnx.Module):
     """Group norm whose scale and shift are 1 x 1 x 1 convolutions of the latents (https://arxiv.org/abs/2209.09002)."""
 
     def __init__(self, features: int, latent_features: int, groups: int):
-        self.norm_layer = nnx.GroupNorm(features, groups, epsilon=1e-6, use_fast_variance=False, rngs=RNGS())
+        self.norm_layer = nnx.GroupNorm(features, groups, rngs=RNGS())
         self.conv_y = CausalConv3d(latent_features, features, kernel_size=1)
         self.conv_b = CausalConv3d(latent_features, features, kernel_size=1)
 
-    def __call__(self, x, latents):
-        # A pointwise convolution and nearest upsampling commute; the small side is convolved.
-        scale, shift = (upsample_nearest(conv(latents)[0], x.shape[1:4]) for conv in (self.conv_y, self.conv_b))
-        return self.norm_layer(x) * scale + shift
+    def __call__(self, x: jax.Array, latents: jax.Array, split: Split) -> Pending:
+        norm = self.norm_layer.scale[...], self.norm_layer.bias[...]
+        conv_y, conv_b = ((c.conv.kernel[0, 0, 0], c.conv.bias[...]) for c in (self.conv_y, self.conv_b))
+        return spatial_norm(x, latents, norm, conv_y, conv_b, self.norm_layer.num_groups, split)
 
 
 class ResnetBlock3D(nnx.Module):
@@ -74,14 +53,14 @@ class ResnetBlock3D(nnx.Module):
         if in_features != out_features:
             self.conv_shortcut = nnx.Conv(in_features, out_features, (1, 1, 1), rngs=RNGS())
 
-    def __call__(self, x, latents, cache):
+    def __call__(self, x, latents, cache, split):
         new_cache = {}
-        hidden = self.activation(self.norm1(x, latents))
-        hidden, new_cache["conv1"] = self.conv1(hidden, cache.get("conv1"))
-        hidden = self.activation(self.norm2(hidden, latents))
-        hidden, new_cache["conv2"] = self.conv2(hidden, cache.get("conv2"))
+        hidden = self.norm1(x, latents, split).activated(self.activation)
+        hidden, new_cache["conv1"] = self.conv1(hidden, cache.get("conv1"), split)
+        hidden = self.norm2(hidden, latents, split).activated(self.activation)
+        hidden, new_cache["conv2"] = self.conv2(hidden, cache.get("conv2"), split)
         if hasattr(self, "conv_shortcut"):
-            x = self.conv_shortcut(x)
+            x = pointwise_conv(x, self.conv_shortcut.kernel[0, 0, 0], self.conv_shortcut.bias[...])
         return x + hidden, new_cache
 
 
@@ -90,13 +69,10 @@ class Upsample3D(nnx.Module):
 
     def __init__(self, features: int, compress_time: bool):
         self.compress_time = compress_time
-        self.conv = nnx.Conv(features, features, (3, 3), padding=1, rngs=RNGS())
+        self.conv = nnx.Conv(features, features, (3, 3), rngs=RNGS())
 
-    def __call__(self, x):
-        frames, height, width = x.shape[1:4]
-        if self.compress_time and frames > 1:
-            frames = 2 * frames - frames % 2
-        return self.conv(upsample_nearest(x, (frames, 2 * height, 2 * width)))
+    def __call__(self, x, split):
+        return upsample(x, self.conv.kernel[...], self.conv.bias[...], self.compress_time, split)
 
 
 class Block3D(nnx.Module):
@@ -108,17 +84,17 @@ class Block3D(nnx.Module):
         )
         self.upsamplers = nnx.List([Upsample3D(out_features, compress_time)] if upsample else [])
 
-    def __call__(self, x, latents, cache):
+    def __call__(self, x, latents, cache, split):
         new_cache = {}
         for i, resnet in enumerate(self.resnets):
-            x, new_cache[f"resnet_{i}"] = resnet(x, latents, cache.get(f"resnet_{i}", {}))
+            x, new_cache[f"resnet_{i}"] = resnet(x, latents, cache.get(f"resnet_{i}", {}), split)
         for upsampler in self.upsamplers:
-            x = upsampler(x)
+            x = upsampler(x, split)
         return x, new_cache
 
 
 class Decoder3D(nnx.Module):
-    """`CogVideoXDecoder3D`: latents [batch, frames, height, width, channels] to pixels around [-1, 1]."""
+    """`CogVideoXDecoder3D`: latents to pixels around [-1, 1], laid out as in models/spatial_split.py."""
 
     def __init__(self, config: Mapping):
         channels = list(reversed(config["block_out_channels"]))
@@ -147,14 +123,14 @@ class Decoder3D(nnx.Module):
         self.norm_out = SpatialNorm3D(channels[-1], config["latent_channels"], config["norm_num_groups"])
         self.conv_out = CausalConv3d(channels[-1], config["out_channels"])
 
-    def __call__(self, latents, cache):
+    def __call__(self, latents, cache, split):
         new_cache = {}
-        x, new_cache["conv_in"] = self.conv_in(latents, cache.get("conv_in"))
-        x, new_cache["mid_block"] = self.mid_block(x, latents, cache.get("mid_block", {}))
+        x, new_cache["conv_in"] = self.conv_in(latents, cache.get("conv_in"), split)
+        x, new_cache["mid_block"] = self.mid_block(x, latents, cache.get("mid_block", {}), split)
         for i, up_block in enumerate(self.up_blocks):
-            x, new_cache[f"up_block_{i}"] = up_block(x, latents, cache.get(f"up_block_{i}", {}))
-        x = jax.nn.silu(self.norm_out(x, latents))
-        x, new_cache["conv_out"] = self.conv_out(x, cache.get("conv_out"))
+            x, new_cache[f"up_block_{i}"] = up_block(x, latents, cache.get(f"up_block_{i}", {}), split)
+        x = self.norm_out(x, latents, split).activated(jax.nn.silu)
+        x, new_cache["conv_out"] = self.conv_out(x, cache.get("conv_out"), split)
         return x, new_cache
 
 
@@ -169,11 +145,8 @@ def make_decoder(config: Mapping) -> Decoder:
             for name, (path, parameter) in parameters.items()
         )
 
-    @jax.jit
-    def decode_chunk(weights, latents, cache):
-        decoder = nnx.merge(graph, weights)
-        pixels, cache = decoder(jnp.moveaxis(latents, 1, -1), cache or {})
-        return to_unit_range(pixels), cache
+    def decode_chunk(weights, latents, cache, split):
+        return nnx.merge(graph, weights)(latents, cache or {}, split)
 
     shapes = {name: _diffusers_shape(path, parameter.shape) for name, (path, parameter) in parameters.items()}
     return Decoder(decode_chunk, shapes, convert_weights)

@@ -1,35 +1,74 @@
-"""The TorchAx decoder: diffusers' own CogVideoX decoder, run by JAX."""
+"""The TorchAx decoder: diffusers' own CogVideoX decoder, run by JAX.
 
+diffusers' code holds the weights and says what follows what. Its layers are those of models/vae_layers.py, which know
+of the split in space; tensors are laid out as there.
+"""
+
+import functools
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import torch
 from diffusers import AutoencoderKLCogVideoX
+from diffusers.models.activations import get_activation
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
+    CogVideoXCausalConv3d,
+    CogVideoXSafeConv3d,
+    CogVideoXSpatialNorm3D,
+)
+from diffusers.models.upsampling import CogVideoXUpsample3D
 
-from models.decoder import Decoder, to_unit_range
+from models.decoder import Decoder
+from models.spatial_split import Split
 from models.torch_function import jax_function
+from models.vae_layers import ACTIVATIONS, Pending, causal_conv, pointwise_conv, spatial_norm, upsample
 
 
 def make_decoder(config: Mapping) -> Decoder:
     """Build the decoder of a `vae/config.json`."""
     with torch.device("meta"):
         module = AutoencoderKLCogVideoX.from_config(config).decoder.eval()
-    decoder = jax_function(module)
 
-    @jax.jit
-    def decode_chunk(weights, latents, cache):
-        pixels, cache = decoder(weights, latents, conv_cache=cache)
-        return to_unit_range(jnp.moveaxis(pixels, 1, -1)), _without_pointwise(cache)
+    def decode_chunk(weights, latents, cache, split):
+        layers = {
+            CogVideoXSpatialNorm3D: functools.partial(_spatial_norm, split=split),
+            CogVideoXCausalConv3d: functools.partial(_causal_conv, split=split),
+            CogVideoXUpsample3D: functools.partial(_upsample, split=split),
+            CogVideoXSafeConv3d: _pointwise_conv,
+            torch.nn.Dropout: lambda layer, weights, x: x,
+        }
+        for name, activation in ACTIVATIONS.items():
+            layers[type(get_activation(name))] = functools.partial(_activation, activation=activation)
+        return jax_function(module, layers)(weights, latents, conv_cache=cache)
 
     shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
     return Decoder(decode_chunk, shapes, dict)
 
 
-def _without_pointwise(cache: dict) -> dict:
-    """Drop what diffusers caches for the 1 x 1 x 1 convolutions: whole activations that are never read."""
-    return {
-        name: _without_pointwise(value) if isinstance(value, dict) else value
-        for name, value in cache.items()
-        if name not in ("conv_y", "conv_b")
-    }
+def _spatial_norm(layer, weights, x, latents, conv_cache=None, *, split: Split) -> tuple[Pending, dict]:
+    conv_y, conv_b = (
+        (_kernel(weights[f"{c}.conv.weight"])[0, 0, 0], weights[f"{c}.conv.bias"]) for c in ("conv_y", "conv_b")
+    )
+    norm = weights["norm_layer.weight"], weights["norm_layer.bias"]
+    return spatial_norm(x, latents, norm, conv_y, conv_b, layer.norm_layer.num_groups, split), {}
+
+
+def _causal_conv(layer, weights, x, conv_cache=None, *, split: Split) -> tuple[jax.Array, jax.Array]:
+    return causal_conv(x, _kernel(weights["conv.weight"]), weights["conv.bias"], conv_cache, split)
+
+
+def _upsample(layer, weights, x, *, split: Split) -> jax.Array:
+    return upsample(x, _kernel(weights["conv.weight"]), weights["conv.bias"], layer.compress_time, split)
+
+
+def _pointwise_conv(layer, weights, x) -> jax.Array:
+    return pointwise_conv(x, _kernel(weights["weight"])[0, 0, 0], weights["bias"])
+
+
+def _activation(layer, weights, x: Pending, *, activation) -> Pending:
+    return x.activated(activation)
+
+
+def _kernel(weight: jax.Array) -> jax.Array:
+    """[out, in, ...] of torch to [..., in, out] of JAX."""
+    return weight.transpose(*range(2, weight.ndim), 1, 0)

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from tests.conftest import ROOT, SIZE, STAGE1, STAGE2, STAGE3, contents, stage_environment
 
@@ -18,6 +21,19 @@ def edit_config(outputs: Path, **entries) -> None:
     path = outputs / "generation_config.json"
     config = json.loads(path.read_text()) | entries
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+
+
+def edit_latents(outputs: Path, change) -> None:
+    """Put change(latents) in the place of the latents, the metadata kept."""
+    with safe_open(outputs / LATENTS, "np") as file:
+        latents, metadata = file.get_tensor("latents"), file.metadata()
+    save_file({"latents": change(latents.copy())}, outputs / LATENTS, metadata)
+
+
+def poison(latents: np.ndarray) -> np.ndarray:
+    latents[0, 1, 2, 3, :2] = np.nan
+    latents[0, 0, 0, 0, 0] = -np.inf
+    return latents
 
 
 def truncate(file: Path) -> None:
@@ -59,7 +75,13 @@ CASES = {
     "frames of another type": (STAGE3, [], lambda o: edit_config(o, frames="9"), [CONFIG, "frames", "int"]),
     "other seed": (STAGE3, [], lambda o: edit_config(o, seed=1), [LATENTS, "seed", "stage 2"]),
     "fps zero": (STAGE3, ["--fps", 0], NOTHING, ["--fps"]),
-    "video is a folder": (STAGE3, ["--output_video", "outputs"], NOTHING, ["outputs", "directory"]),
+    "video is a folder": (STAGE3, ["--output_video", "outputs/x.mp4"], lambda o: (o / "x.mp4").mkdir(), ["directory"]),
+    "no video's name": (STAGE3, ["--output_video", "outputs/video.txt"], NOTHING, ["video.txt", ".mp4"]),
+    "other channels": (STAGE3, [], lambda o: edit_latents(o, lambda x: x[:, :3]), ["[1, 3, 3, 4, 6]", "[1, 16,"]),
+    "fewer frames": (STAGE3, [], lambda o: edit_latents(o, lambda x: x[:, :, :2]), ["[1, 16, 2,", "stage 2"]),
+    "NaN": (STAGE3, [], lambda o: edit_latents(o, poison), ["3 of 1,152", "frames 0, 2 of", "--allow_nan"]),
+    "no strips": (STAGE3, ["--strips", 0], NOTHING, ["--strips"]),
+    "rows of chips": (STAGE3, ["--chip_rows", 3], NOTHING, ["--chip_rows 3", "[1]"]),
 }  # fmt: skip
 
 

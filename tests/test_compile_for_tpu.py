@@ -33,7 +33,7 @@ def test_stage2_of_the_tiny_model(compile_for, tiny_model):
     """All parts of a step: the loop over two blocks, collectives, the kernel; the parts make the whole."""
     process, report = compile_for("stage2", "--topology", "v6e-4", "--model_id", tiny_model, *SIZE)
     assert report["predicted_seconds"] == pytest.approx(sum(report["split"].values()))
-    assert all(report["split"][part] > 0 for part in ("attention kernel", "matrix products", "collectives"))
+    assert all(report["split"][part] > 0 for part in ("Pallas kernels", "matrix products", "collectives"))
     assert report["memory"]["fits"] and report["memory"]["limit"] == 31.25
     assert "fits" in process.stdout and "predicted" in process.stdout
 

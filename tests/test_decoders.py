@@ -1,5 +1,9 @@
-"""Both decoders, chunk by chunk, against diffusers' decode in torch."""
+"""Both decoders, split in time and space, against diffusers' decode in torch."""
 
+import functools
+import json
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +11,10 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from models import vae_flax, vae_torchax
-from models.decoder import chunk_programs, chunk_sizes, decode
+from models.conv_input import conv_input, is_packed, plain_conv_input
+from models.decoder import chunk_programs, chunk_sizes, decode, to_pixels
+from models.spatial_split import choose_split
+from tests.conftest import ROOT
 
 VAES = {
     "three levels": dict(block_out_channels=(8, 8, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4),
@@ -27,34 +34,142 @@ VAES = {
         temporal_compression_ratio=8,
     ),
 }
+both_decoders = pytest.mark.parametrize("decoder", [vae_torchax, vae_flax], ids=["torchax", "flax"])
 
 
-@pytest.mark.parametrize("latent_frames", [1, 2, 3, 6, 7])
-@pytest.mark.parametrize("sizes", VAES.values(), ids=VAES)
-@pytest.mark.parametrize("decoder", [vae_torchax, vae_flax], ids=["torchax", "flax"])
-def test_decode_matches_diffusers(decoder, sizes, latent_frames):
+def make_vae(sizes: dict) -> AutoencoderKLCogVideoX:
+    """A VAE with random weights."""
     torch.manual_seed(0)
     levels = len(sizes["block_out_channels"])
-    vae = AutoencoderKLCogVideoX(
-        down_block_types=("CogVideoXDownBlock3D",) * levels, up_block_types=("CogVideoXUpBlock3D",) * levels, **sizes
-    )
-    latents = torch.randn(2, sizes["latent_channels"], latent_frames, 4, 6)
+    blocks = dict(down_block_types=("CogVideoXDownBlock3D",) * levels, up_block_types=("CogVideoXUpBlock3D",) * levels)
+    return AutoencoderKLCogVideoX(**sizes | blocks)
+
+
+@functools.cache
+def real_vae() -> AutoencoderKLCogVideoX:
+    """The VAE of CogVideoX1.5-5B at its real widths."""
+    config = json.loads((ROOT / "benchmarks" / "CogVideoX1.5-5B" / "vae" / "config.json").read_text())
+    return make_vae({name: value for name, value in config.items() if name in ("block_out_channels", "scaling_factor")})
+
+
+def expected_pixels(vae: AutoencoderKLCogVideoX, latents: torch.Tensor) -> np.ndarray:
+    """diffusers' frames [frames, height, width, 3] in [0, 1], without the surplus in front."""
     with torch.no_grad():
-        expected = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1).numpy()
+        frames = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)[0].numpy()
+    return frames[-((latents.shape[2] - 1) * vae.config.temporal_compression_ratio + 1) :]
 
+
+def our_pixels(
+    decoder, vae, latents: torch.Tensor, chips=1, rows=None, strips=None, dtype=jnp.float32, pixels=jnp.float32
+):
     ours = decoder.make_decoder(vae.config)
-    weights = {name: jnp.asarray(weight.numpy()) for name, weight in vae.decoder.state_dict().items()}
-    latents = jnp.asarray(latents.numpy())
-    converted = ours.convert_weights(weights)
-    programs = [traced.lower().compile() for traced in chunk_programs(ours, converted, latents)]
-    pixels = np.concatenate(list(decode(programs, converted, latents)), axis=1)
-
+    weights = {name: jnp.asarray(weight.numpy(), dtype) for name, weight in vae.decoder.state_dict().items()}
     assert ours.weight_shapes == {name: weight.shape for name, weight in weights.items()}
+    split = choose_split(jax.devices()[:chips], *latents.shape[3:], rows, strips)
+    weights = jax.device_put(ours.convert_weights(weights), split.replicated)
+    programs = [traced.lower().compile() for traced in chunk_programs(ours, weights, latents.shape, split, pixels)]
+    latents = np.asarray(jnp.asarray(latents.numpy(), dtype))
+    return np.concatenate(list(decode(programs, weights, latents, split)))
+
+
+def assert_close(pixels: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
     assert pixels.shape == expected.shape and pixels.dtype == np.float32
     error = np.abs(pixels - expected).max()
-    assert error < 1e-5, f"pixels differ by {error:.1e}"
+    assert error < tolerance, f"pixels differ by {error:.1e}"
+
+
+@pytest.mark.parametrize("latent_frames", [1, 2, 7])
+@pytest.mark.parametrize("sizes", VAES.values(), ids=VAES)
+@both_decoders
+def test_decode_matches_diffusers(decoder, sizes, latent_frames):
+    vae = make_vae(sizes)
+    latents = torch.randn(1, sizes["latent_channels"], latent_frames, 4, 6)
+    assert_close(our_pixels(decoder, vae, latents), expected_pixels(vae, latents))
+
+
+@pytest.mark.parametrize("frames", [17, 61, 81])
+@pytest.mark.parametrize(
+    ("chips", "rows", "strips", "size"),
+    [(1, 1, 3, (5, 4)), (2, 1, 1, (4, 6)), (4, 2, 2, (8, 6)), (8, 4, 1, (9, 5)), (8, 2, 8, (3, 7))],
+    ids=["strips", "even columns", "even, 2 x 2", "uneven, 4 x 2", "more strips than rows"],
+)
+@both_decoders
+def test_split_in_space_is_exact(decoder, chips, rows, strips, size, frames, tiny_model):
+    vae = AutoencoderKLCogVideoX.from_pretrained(tiny_model, subfolder="vae")
+    latents = torch.randn(1, vae.config.latent_channels, (frames - 1) // 4 + 1, *size, generator=torch.manual_seed(1))
+    pixels = our_pixels(decoder, vae, latents, chips, rows, strips)
+    assert len(pixels) == frames
+    assert_close(pixels, expected_pixels(vae, latents), 1e-4)
+
+
+@both_decoders
+def test_real_widths(decoder):
+    """At a small size, in float32 on four uneven parts, and in bfloat16."""
+    latents = torch.randn(1, 16, 5, 3, 5, generator=torch.manual_seed(1))
+    expected = expected_pixels(real_vae(), latents)
+    assert_close(our_pixels(decoder, real_vae(), latents, chips=4, rows=2), expected, 1e-3)
+    half = our_pixels(decoder, real_vae(), latents, dtype=jnp.bfloat16)
+    psnr = -10 * np.log10(np.square(half.astype(np.float64) - expected).mean())
+    assert psnr >= 45, f"bfloat16: {psnr:.1f} dB"
+
+
+def test_uint8_pixels_are_rounded():
+    x = jnp.linspace(-1.2, 1.2, 1001)
+    expected = np.round(np.clip(np.asarray(x, np.float64) / 2 + 0.5, 0, 1) * 255)
+    pixels = np.asarray(to_pixels(x, jnp.uint8))
+    assert pixels.dtype == np.uint8 and np.abs(pixels - expected).max() <= 1 and (pixels != expected).mean() < 0.01
 
 
 @pytest.mark.parametrize(("latent_frames", "sizes"), [(1, [1]), (2, [2]), (3, [3]), (5, [3, 2]), (16, [2] * 8)])
 def test_chunk_sizes(latent_frames, sizes):
     assert chunk_sizes(latent_frames) == sizes
+
+
+@pytest.mark.parametrize(
+    ("chips", "size", "shape", "even"),
+    [
+        (8, (96, 170), (2, 4), False),
+        (8, (80, 160), (1, 8), True),
+        (4, (96, 170), (1, 4), False),
+        (1, (60, 90), (1, 1), True),
+    ],
+)
+def test_split_with_the_least_to_do(chips, size, shape, even):
+    split = choose_split(jax.devices()[:chips], *size, strips=1 if chips == 1 else 8)
+    assert (tuple(split.mesh.shape.values()), split.is_even) == (shape, even), str(split)
+
+
+@pytest.mark.parametrize(
+    ("source", "frames", "factor", "scale", "history", "cached"),
+    [
+        ((3, 4, 6, 3, 5), 3, 1, (3, 2, 3), 2, False),
+        ((4, 4, 6, 8, 128), 4, 1, (2, 2, 3), 2, True),  # packed
+        ((3, 2, 3, 2, 7), 5, 2, None, 0, False),
+        ((5, 4, 6, 1, 256), 5, 1, (3, 2, 6), 2, True),
+        ((1, 2, 2, 2, 128), 1, 1, None, 2, False),
+        ((2, 3, 10, 8, 4), 4, 2, (2, 3, 10), 0, False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_conv_input_kernel(source, frames, factor, scale, history, cached, dtype):
+    """In Pallas' interpreter, against the same in jax.numpy."""
+    rng = np.random.default_rng(0)
+    array = lambda *shape, dtype=dtype: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+    source_frames, height, width, strips, channels = source
+    modulation = [array(*scale, strips, channels, dtype=jnp.float32) if scale else None for _ in range(2)]
+    rows = array(source_frames, 2, factor * width + 2, 1, channels)
+    columns = array(source_frames, factor * height, 2, strips, channels)
+    cache = array(history, factor * height + 2, factor * width + 2, strips, channels) if cached else None
+    arguments = (array(*source), *modulation, rows, columns, cache)
+    options = dict(activation=jax.nn.silu if scale else None, history=history, frames=frames, factor=factor)
+    expected, expected_cache = plain_conv_input(*arguments, **options)
+    padded, next_cache = conv_input(*arguments, **options, interpret=True)
+    if is_packed(channels, history):
+        expected = jnp.concatenate([expected[:, :, :-1], expected[:, :, 1:]], axis=-1)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(padded.astype(jnp.float32), expected.astype(jnp.float32), tolerance, tolerance)
+    assert (next_cache is None) == (history == 0)
+    if history:
+        np.testing.assert_allclose(
+            next_cache.astype(jnp.float32), expected_cache.astype(jnp.float32), tolerance, tolerance
+        )

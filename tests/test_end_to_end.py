@@ -96,11 +96,12 @@ def test_stages_match_the_pipeline(model, frames, guidance_scale, scheduler, req
     expected_mp4 = imageio.imread(tmp_path / "expected.mp4")
     for script in ("stage3_vae_decoder.py", "stage3_vae_decoder_flax.py"):
         run_stage(script, "--input_dir", outputs, "--output_frames", tmp_path / "frames.safetensors")
-        error = np.abs(load_file(tmp_path / "frames.safetensors")["frames"].numpy() - video).max()
+        error = np.abs(load_file(tmp_path / "frames.safetensors")["frames"].numpy() / 255 - video).max()
         assert error <= FRAME_TOLERANCE, f"{script}: frames differ by {error * 255:.2f} / 255"
 
         mp4 = imageio.imread(outputs / "output_video.mp4")
         assert mp4.shape == (frames, HEIGHT, WIDTH, 3)
         assert imageio.immeta(outputs / "output_video.mp4")["fps"] == FPS
-        error = np.abs(mp4.astype(float) - expected_mp4).mean()
-        assert error <= 2, f"{script}: the mp4 differs by {error:.2f} / 255 on average from diffusers' own"
+        # Encoded noise follows the last bit of its input, so the files are compared by what encoding cost each.
+        loss, expected_loss = (np.abs(decoded / 255 - video).mean() for decoded in (mp4, expected_mp4))
+        assert loss <= 1.02 * expected_loss, f"{script}: the mp4 loses {loss:.4f}, diffusers' own {expected_loss:.4f}"

@@ -72,6 +72,29 @@ def test_what_cannot_be_read_is_an_error(dump, pattern, replacement, message):
         read_schedules(dump)
 
 
+@pytest.mark.parametrize(
+    ("condition", "share"),
+    [
+        (r"scmp.ge.s32.totalorder \1, 3", 3 / 4),
+        (r"scmp.lt.s32.totalorder \1, 1", 3 / 4),
+        (r"pneg %p5_p5 }\n{ %p5_p5 = scmp.lt.s32.totalorder \1, 1", 1 / 4),
+        (
+            r"por %p5_p5, %p6_p6 }\n{ %p5_p5 = scmp.lt.s32.totalorder \1, 1 ;; %p6_p6 = scmp.eq.s32.totalorder \1, 3",
+            2 / 4,
+        ),
+        (
+            r"pnand %p5_p5, %p6_p6 }\n{ %p5_p5 = scmp.lt.s32.totalorder \1, 3 ;; %p6_p6 = scmp.gt.s32.totalorder \1, 0",
+            2 / 4,
+        ),
+        (r"pnand %p5_p5, %p6_p6 }\n{ %p5_p5 = scmp.lt.s32.totalorder \1, 3", 1),
+    ],
+)
+def test_conditions_on_grid_indices(dump, condition, share):
+    edit(dump, r"scmp\.ne\.s32\.totalorder (%s941_s12), 0", condition)
+    (schedule,) = read_schedules(dump).values()
+    assert schedule.regions[2].times == share
+
+
 def test_an_unknown_condition_counts_in_full(dump):
     edit(dump, r"scmp\.ne\.s32\.totalorder %s941_s12, 0", "scmp.ne.s32.totalorder %s138_s11, 0")
     (schedule,) = read_schedules(dump).values()

@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+import imageio.v3 as imageio
+import numpy as np
+import pytest
 import safetensors.torch
 import torch
 
+from stage3_vae_decoder import video_writer
 from tests.conftest import SIZE, STAGE1, STAGE2, STAGE3, contents
+from tests.test_bad_input import edit_latents, poison
+from utils import VIDEO_SUFFIXES
 
 
 def test_stage2_alone_with_another_seed(outputs, run_stage):
@@ -40,6 +46,30 @@ def test_stage3_alone(outputs, run_stage):
     run_stage(STAGE3, "--input_dir", outputs, "--fps", 24)
     changed = {name for name, content in contents(outputs).items() if before.get(name) != content}
     assert changed == {"output_video.mp4"}
+
+
+def test_stage3_on_eight_devices(outputs, run_stage, tmp_path):
+    """Split over a mesh and into strips: the frames of one device."""
+    run_stage(STAGE3, "--input_dir", outputs, "--output_frames", tmp_path / "one.safetensors")
+    options = ("--chip_rows", 2, "--strips", 2, "--output_frames", tmp_path / "eight.safetensors")
+    process = run_stage(STAGE3, "--input_dir", outputs, *options, virtual_devices=True)
+    assert "2 x 4 chips" in process.stdout and "2 strips" in process.stdout, process.stdout
+    one, eight = (safetensors.torch.load_file(tmp_path / f"{n}.safetensors")["frames"].int() for n in ("one", "eight"))
+    assert (one - eight).abs().max() <= 1
+
+
+@pytest.mark.parametrize("suffix", VIDEO_SUFFIXES)
+def test_every_video_suffix(suffix, tmp_path):
+    frames = np.zeros((3, 16, 32, 3), np.uint8)
+    with video_writer(str(tmp_path / f"video{suffix}"), fps=8) as append:
+        for frame in frames:
+            append(frame)
+    assert imageio.imread(tmp_path / f"video{suffix}").shape == frames.shape
+
+
+def test_nan_is_decoded_if_allowed(outputs, run_stage):
+    edit_latents(outputs, poison)
+    assert "wrote" in run_stage(STAGE3, "--input_dir", outputs, "--allow_nan").stdout
 
 
 def test_nothing_but_the_progress_bar_on_stderr(outputs, tiny_model, run_stage):

@@ -1,0 +1,155 @@
+"""How a frame is split in space: over a mesh of chips with the axes rows and columns, and on each chip into strips.
+
+Inside a chip's part of the program activations are [frames, height, width, strips, channels]. Strips are bands of rows,
+one below the other, in the place of a batch: the TPU's convolutions want about eight of something next to the channels,
+and a video has one frame of everything. Sizes are counted in latent pixels; every strip of every chip has the same
+size, so where the frame does not divide, the last ones reach over its edge.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("rows", "columns")
+STRIPS = {"tpu": 8}  # by platform; elsewhere 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A frame of `height` x `width` latent pixels on the chips of `mesh`, `strips` on each.
+
+    Everything but the properties is for use inside `shard_map`.
+    """
+
+    mesh: Mesh
+    strips: int
+    height: int
+    width: int
+
+    @property
+    def strip_height(self) -> int:
+        return math.ceil(self.height / (self.mesh.shape["rows"] * self.strips))
+
+    @property
+    def strip_width(self) -> int:
+        return math.ceil(self.width / self.mesh.shape["columns"])
+
+    @property
+    def is_even(self) -> bool:
+        """Whether no strip reaches over the frame's edge."""
+        rows, columns = self.mesh.shape["rows"], self.mesh.shape["columns"]
+        return (self.height, self.width) == (rows * self.strips * self.strip_height, columns * self.strip_width)
+
+    @property
+    def latents(self) -> NamedSharding:
+        """Of what `tiles` returns."""
+        return NamedSharding(self.mesh, PartitionSpec(None, *MESH_AXES))
+
+    @property
+    def pixels(self) -> NamedSharding:
+        """Of [frames, channels, height, width], which `image` returns on each chip."""
+        return NamedSharding(self.mesh, PartitionSpec(None, None, *MESH_AXES))
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def __str__(self) -> str:
+        rows, columns = self.mesh.shape["rows"], self.mesh.shape["columns"]
+        chips = f"{rows} x {columns} chips (rows x columns)" if rows * columns > 1 else "one chip"
+        strips = f", on each {self.strips} strips" if self.strips > 1 else ""
+        return f"{chips}{strips} of {self.strip_height} x {self.strip_width} latent pixels"
+
+    def tiles(self, latents: np.ndarray) -> np.ndarray:
+        """Lay latents [1, channels, frames, height, width] out as [frames, rows, columns, strips, channels].
+
+        The rows and columns of all chips are in the result, in the order of the mesh, with zeros beyond the edge.
+        """
+        rows, columns = self.mesh.shape["rows"], self.mesh.shape["columns"]
+        height, width = rows * self.strips * self.strip_height, columns * self.strip_width
+        x = np.moveaxis(latents[0], 0, -1)
+        x = np.pad(x, ((0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)))
+        x = x.reshape(len(x), rows, self.strips, self.strip_height, width, -1)
+        return np.moveaxis(x, 2, 4).reshape(len(x), rows * self.strip_height, width, self.strips, -1)
+
+    def image(self, x: jax.Array) -> jax.Array:
+        """One chip's [frames, height, width, strips, channels] to [frames, channels, strips * height, width]."""
+        frames, height, width, strips, channels = x.shape
+        return jnp.transpose(x, (0, 4, 3, 1, 2)).reshape(frames, channels, strips * height, width)
+
+    def inside(self, shape: tuple[int, ...]) -> jax.Array:
+        """True where an array of `shape` [frames, height, width, strips, channels] lies within the frame.
+
+        Returns bool [1, height, width, strips, 1].
+        """
+        height, width, strips = shape[1:4]
+        scale = height // self.strip_height
+        row, column, strip = (jax.lax.broadcasted_iota(jnp.int32, (1, height, width, strips, 1), i) for i in (1, 2, 3))
+        row += (jax.lax.axis_index("rows") * strips + strip) * height
+        column += jax.lax.axis_index("columns") * width
+        return (row < self.height * scale) & (column < self.width * scale)
+
+    def sum(self, x: jax.Array) -> jax.Array:
+        """The sum over all chips."""
+        return jax.lax.psum(x, MESH_AXES)
+
+    def neighbours(
+        self, first_row: jax.Array, last_row: jax.Array, first_column: jax.Array, last_column: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What lies around a chip's part of the frame: the edges of its neighbours' parts, zeros beyond the frame.
+
+        Args:
+            first_row, last_row: of the part, so of its first and its last strip, [frames, 1, width, 1, channels].
+            first_column, last_column: [frames, height, 1, strips, channels].
+
+        Returns:
+            The rows above and below with their corners, [frames, 2, width + 2, 1, channels], and the columns on the
+            left and right, [frames, height, 2, strips, channels].
+        """
+
+        def shifted(x, axis: str, by: int):
+            """x of the chip `by` places before this one; zeros where there is none."""
+            n = self.mesh.shape[axis]
+            pairs = [(i, i + by) for i in range(n) if 0 <= i + by < n]
+            return jax.lax.ppermute(x, axis, pairs) if n > 1 else jnp.zeros_like(x)
+
+        rows = jnp.concatenate([shifted(last_row, "rows", 1), shifted(first_row, "rows", -1)], axis=1)
+        corners = shifted(rows[:, :, -1:], "columns", 1), shifted(rows[:, :, :1], "columns", -1)
+        rows = jnp.concatenate([corners[0], rows, corners[1]], axis=2)
+        columns = shifted(last_column, "columns", 1), shifted(first_column, "columns", -1)
+        return rows, jnp.concatenate(columns, axis=2)
+
+
+def choose_split(
+    devices: Sequence[jax.Device],
+    height: int,
+    width: int,
+    rows: int | None = None,
+    strips: int | None = None,
+) -> Split:
+    """The split of a frame of `height` x `width` latent pixels that gives a chip the least to do.
+
+    Args:
+        rows: rows of chips; by default whatever leaves the smallest strips, their halo of one latent pixel included.
+        strips: strips on a chip; by default what the platform's convolutions like.
+
+    Raises:
+        ValueError: `rows` does not divide the number of devices.
+    """
+    strips = strips or STRIPS.get(devices[0].platform, 1)
+    works = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+    if rows is not None and rows not in works:
+        raise ValueError(f"{rows} rows do not divide {len(devices)} chips; {works} work")
+
+    def split(n: int) -> Split:
+        return Split(Mesh(np.asarray(devices).reshape(n, -1), MESH_AXES), strips, height, width)
+
+    return min(
+        (split(n) for n in ([rows] if rows else works)),
+        key=lambda s: (s.strip_height * 8 + 2) * (s.strip_width * 8 + 2),
+    )

@@ -1,0 +1,186 @@
+"""The layers of CogVideoX's VAE decoder on frames split in space, for both decoders; spatial_split.py has the layout.
+
+Each is exact: convolutions see their neighbours' edges, group norms the whole chunk. A norm is not carried out where
+it stands but by the convolution after it, together with the activation, the edges and the cache, as it writes its
+padded input: the one pass over the activations that there is beside the convolutions themselves.
+
+Source: diffusers/models/autoencoders/autoencoder_kl_cogvideox.py and diffusers/models/upsampling.py.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from models.conv_input import conv_input, modulated, plain_conv_input
+from models.spatial_split import Split
+
+# Activations of an act_fn; a convolution's padding is zero after them, so each must keep zero.
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+NORM_EPSILON = 1e-6
+DIMENSIONS = ("DHWNC", "DHWIO", "DHWNC")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """activation(values * scale + offset), to be carried out by a convolution.
+
+    values: [frames, height, width, strips, channels]; scale and offset: float32, the same at the latents' size, each
+    of whose elements counts for all the frames and pixels that it became; None for 1 and 0.
+    """
+
+    values: jax.Array
+    scale: jax.Array | None = None
+    offset: jax.Array | None = None
+    activation: Callable[[jax.Array], jax.Array] | None = None
+
+    def activated(self, activation: Callable[[jax.Array], jax.Array]) -> "Pending":
+        return dataclasses.replace(self, activation=activation)
+
+
+def spatial_norm(
+    x: jax.Array, latents: jax.Array, norm: tuple, conv_y: tuple, conv_b: tuple, groups: int, split: Split
+) -> Pending:
+    """`CogVideoXSpatialNorm3D`: a group norm, scaled and shifted by pointwise convolutions of the latents.
+
+    Args:
+        x: [frames, height, width, strips, channels].
+        latents: [latent frames, strip height, strip width, strips, latent channels].
+        norm: scale and bias of the group norm, [channels].
+        conv_y, conv_b: weight [latent channels, channels] and bias [channels].
+    """
+    channels = x.shape[-1]
+    values = x.astype(jnp.float32)
+    count = x.shape[0] * split.height * split.width * (x.shape[1] // split.strip_height) ** 2 * (channels // groups)
+    if not split.is_even:
+        values = jnp.where(split.inside(x.shape), values, 0.0)
+    sums = jnp.stack([values.sum((0, 1, 2, 3)), (values * values).sum((0, 1, 2, 3))])
+    mean, square = split.sum(sums.reshape(2, groups, -1).sum(-1)) / count
+    factor = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + NORM_EPSILON)
+    weight, bias = (parameter.astype(jnp.float32) for parameter in norm)
+    factor = weight * jnp.repeat(factor, channels // groups)
+    shift = bias - jnp.repeat(mean, channels // groups) * factor
+
+    # Pointwise convolutions commute with the repetition of the latents over frames and pixels; the small is convolved.
+    scale, offset = pointwise_conv(latents, *conv_y, jnp.float32), pointwise_conv(latents, *conv_b, jnp.float32)
+    scale, offset = scale * factor, scale * shift + offset
+    if not split.is_even:
+        scale, offset = (jnp.where(split.inside(scale.shape), value, 0.0) for value in (scale, offset))
+    return Pending(x, scale, offset)
+
+
+def pointwise_conv(x: jax.Array, weight: jax.Array, bias: jax.Array, dtype=None) -> jax.Array:
+    """A 1 x 1 x 1 convolution: weight [channels, out channels], bias [out channels]; `dtype` of the result."""
+    y = jnp.einsum("thwnc,cd->thwnd", x, weight, precision=precision(x), preferred_element_type=dtype or x.dtype)
+    return y + bias.astype(y.dtype)
+
+
+def causal_conv(
+    x: jax.Array | Pending, weight: jax.Array, bias: jax.Array, cache: jax.Array | None, split: Split
+) -> tuple[jax.Array, jax.Array]:
+    """`CogVideoXCausalConv3d`: sees this frame and the two before it.
+
+    Args:
+        x: [frames, height, width, strips, channels], zero beyond the frame's edge if it is not pending.
+        weight: [3, 3, 3, channels, out channels]; bias: [out channels].
+        cache: the last two frames of the chunk before, as this function returned them; None for the first chunk, which
+            repeats its first frame.
+
+    Returns:
+        [frames, height, width, strips, out channels] and the next cache.
+    """
+    history = weight.shape[0] - 1
+    channels = weight.shape[3]
+    x = x if isinstance(x, Pending) else Pending(x)
+    padded, cache = _input(x, split, cache=cache, history=history)
+    if padded.shape[-1] != channels:  # pairs of columns side by side
+        first, second, third = jnp.moveaxis(weight, 2, 0)
+        pairs = [jnp.concatenate(pair, axis=2) for pair in ((first, second), (jnp.zeros_like(third), third))]
+        weight = jnp.stack(pairs, axis=2)
+    return _convolve(padded, weight, bias), cache
+
+
+def upsample(x: jax.Array, weight: jax.Array, bias: jax.Array, compress_time: bool, split: Split) -> jax.Array:
+    """`CogVideoXUpsample3D`: twice the height and width and, with `compress_time`, twice the frames, and a convolution.
+
+    Of an odd number of frames above one the first stays single: the encoder did not compress it.
+    Weight: [3, 3, channels, channels]; bias: [channels].
+    """
+    frames = len(x)
+    if compress_time and frames > 1:
+        frames = 2 * frames - frames % 2
+    padded, _ = _input(_inside(x, split), split, frames=frames, factor=2)
+    return _convolve(padded, weight[None], bias)
+
+
+def precision(x: jax.Array) -> jax.lax.Precision:
+    """Of products: what the inputs have; without being told, a TPU would multiply float32 in bfloat16."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def _inside(x: jax.Array, split: Split) -> Pending:
+    """x, zero beyond the frame's edge."""
+    if split.is_even:
+        return Pending(x)
+    shape = (len(x), split.strip_height, split.strip_width, *x.shape[3:])
+    inside = split.inside(shape).astype(jnp.float32)
+    return Pending(x, jnp.broadcast_to(inside, shape), jnp.zeros(shape, jnp.float32))
+
+
+def _input(
+    x: Pending,
+    split: Split,
+    cache: jax.Array | None = None,
+    history: int = 0,
+    frames: int | None = None,
+    factor: int = 1,
+) -> tuple[jax.Array, jax.Array | None]:
+    """x, carried out and padded with its neighbours' edges and the cache; arguments as in `plain_conv_input`."""
+
+    everything, first, last = slice(None), slice(1), slice(-1, None)
+
+    def edge(rows=everything, columns=everything, strips=everything):
+        index = everything, rows, columns, strips
+        scale, offset = (value if value is None else value[index] for value in (x.scale, x.offset))
+        return modulated(x.values[index], scale, offset, x.activation)
+
+    rows, columns = split.neighbours(
+        edge(rows=first, strips=first), edge(rows=last, strips=last), edge(columns=first), edge(columns=last)
+    )
+    if factor > 1:
+        between = jnp.repeat(rows[:, :, 1:-1], factor, axis=2)
+        rows = jnp.concatenate([rows[:, :, :1], between, rows[:, :, -1:]], axis=2)
+        columns = jnp.repeat(columns, factor, axis=1)
+    on_tpu = split.mesh.devices.flat[0].platform == "tpu"
+    return (conv_input if on_tpu else plain_conv_input)(
+        x.values,
+        x.scale,
+        x.offset,
+        rows,
+        columns,
+        cache,
+        activation=x.activation,
+        history=history,
+        frames=frames or len(x.values),
+        factor=factor,
+    )
+
+
+def _convolve(padded: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    # With few output channels, three of the last convolution, the TPU compiler finds a layout that takes twice as long.
+    surplus = -len(bias) % 128 if padded.shape[-1] >= 128 else 0
+    weight = jnp.pad(weight, (*[(0, 0)] * (weight.ndim - 1), (0, surplus)))
+    y = jax.lax.conv_general_dilated(
+        padded, weight, (1, 1, 1), "VALID", dimension_numbers=DIMENSIONS, precision=precision(padded)
+    )
+    if surplus:
+        y = jax.lax.optimization_barrier(y)[..., : len(bias)]
+    return y + bias
