@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
 VMEM_BYTES = 100 * 2**20
 
 
@@ -60,18 +59,15 @@ def conv_input(
     history: int,
     frames: int,
     factor: int,
+    packed: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`plain_conv_input` as a TPU kernel, with pairs of columns side by side where `is_packed`.
+    """`plain_conv_input` as a TPU kernel; the next cache is written over the cache.
 
-    Packed, the first result is [..., width + 1, strips, 2 * channels]: column i beside column i + 1. With 128 channels
-    a convolution fills half of the MXU's 256 rows; two columns of its window fill them all.
-
-    The next cache is written over the cache.
+    With `packed` the first result is [..., width + 1, strips, 2 * channels], column i beside column i + 1.
     """
     source_frames, height, width, strips, channels = x.shape
     out_height, out_width = factor * height, factor * width
-    packed = is_packed(channels, history)
     has_cache = cache is not None
     assert rows.shape == (source_frames, 2, out_width + 2, 1, channels), rows.shape
     assert columns.shape == (source_frames, out_height, 2, strips, channels), columns.shape
@@ -149,11 +145,6 @@ def conv_input(
         name=f"conv_input_{'cached' if has_cache else 'first'}_{grid[0]}x{grid[1]}x{width}x{strips}x{channels}",
     )(*operands)
     return padded, cache[0] if cache else None
-
-
-def is_packed(channels: int, history: int) -> bool:
-    """Whether `conv_input` puts pairs of columns side by side: for 3 x 3 x 3 convolutions that fill half the MXU."""
-    return history > 0 and channels == LANES
 
 
 def _kernel(*refs, activation, history, out_height, factor, packed, has_scale, has_cache):

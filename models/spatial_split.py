@@ -23,6 +23,8 @@ STRIPS = {"tpu": 8}  # by platform; elsewhere 1
 class Split:
     """A frame of `height` x `width` latent pixels on the chips of `mesh`, `strips` on each.
 
+    With `for_tpu` the layers take the forms that a TPU runs fast, a Pallas kernel among them.
+
     Everything but the properties is for use inside `shard_map`.
     """
 
@@ -30,6 +32,11 @@ class Split:
     strips: int
     height: int
     width: int
+    for_tpu: bool
+
+    @property
+    def platform(self) -> str:
+        return self.mesh.devices.flat[0].platform
 
     @property
     def strip_height(self) -> int:
@@ -131,23 +138,27 @@ def choose_split(
     width: int,
     rows: int | None = None,
     strips: int | None = None,
+    for_tpu: bool | None = None,
 ) -> Split:
     """The split of a frame of `height` x `width` latent pixels that gives a chip the least to do.
 
     Args:
         rows: rows of chips; by default whatever leaves the smallest strips, their halo of one latent pixel included.
         strips: strips on a chip; by default what the platform's convolutions like.
+        for_tpu: see `Split`; by default whether the devices are TPUs.
 
     Raises:
         ValueError: `rows` does not divide the number of devices.
     """
-    strips = strips or STRIPS.get(devices[0].platform, 1)
+    platform = devices[0].platform
+    strips = strips or STRIPS.get(platform, 1)
+    for_tpu = platform == "tpu" if for_tpu is None else for_tpu
     works = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
     if rows is not None and rows not in works:
         raise ValueError(f"{rows} rows do not divide {len(devices)} chips; {works} work")
 
     def split(n: int) -> Split:
-        return Split(Mesh(np.asarray(devices).reshape(n, -1), MESH_AXES), strips, height, width)
+        return Split(Mesh(np.asarray(devices).reshape(n, -1), MESH_AXES), strips, height, width, for_tpu)
 
     return min(
         (split(n) for n in ([rows] if rows else works)),

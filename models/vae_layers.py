@@ -26,6 +26,8 @@ ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
 }
 NORM_EPSILON = 1e-6
+LANES = 128  # channels that lie side by side in a TPU's registers
+COLUMNS = 8  # see _convolve_columns
 DIMENSIONS = ("DHWNC", "DHWIO", "DHWNC")
 
 
@@ -97,14 +99,15 @@ def causal_conv(
     Returns:
         [frames, height, width, strips, out channels] and the next cache.
     """
-    history = weight.shape[0] - 1
-    channels = weight.shape[3]
+    history, channels, out_channels = weight.shape[0] - 1, *weight.shape[3:]
     x = x if isinstance(x, Pending) else Pending(x)
+    if split.for_tpu and COLUMNS * out_channels <= LANES and x.values.shape[2] % COLUMNS == 0:
+        padded, cache = _input(x, split, cache=cache, history=history)
+        return _convolve_columns(padded, weight, bias), cache
+    if split.for_tpu and channels == LANES:
+        padded, cache = _input(x, split, cache=cache, history=history, packed=True)
+        return _convolve(padded, _packed(weight), bias), cache
     padded, cache = _input(x, split, cache=cache, history=history)
-    if padded.shape[-1] != channels:  # pairs of columns side by side
-        first, second, third = jnp.moveaxis(weight, 2, 0)
-        pairs = [jnp.concatenate(pair, axis=2) for pair in ((first, second), (jnp.zeros_like(third), third))]
-        weight = jnp.stack(pairs, axis=2)
     return _convolve(padded, weight, bias), cache
 
 
@@ -142,8 +145,9 @@ def _input(
     history: int = 0,
     frames: int | None = None,
     factor: int = 1,
+    packed: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """x, carried out and padded with its neighbours' edges and the cache; arguments as in `plain_conv_input`."""
+    """x, carried out and padded with its neighbours' edges and the cache; arguments as in `conv_input`."""
 
     everything, first, last = slice(None), slice(1), slice(-1, None)
 
@@ -159,8 +163,11 @@ def _input(
         between = jnp.repeat(rows[:, :, 1:-1], factor, axis=2)
         rows = jnp.concatenate([rows[:, :, :1], between, rows[:, :, -1:]], axis=2)
         columns = jnp.repeat(columns, factor, axis=1)
-    on_tpu = split.mesh.devices.flat[0].platform == "tpu"
-    return (conv_input if on_tpu else plain_conv_input)(
+    if split.for_tpu:
+        function = functools.partial(conv_input, packed=packed, interpret=split.platform != "tpu")
+    else:
+        function = plain_conv_input
+    return function(
         x.values,
         x.scale,
         x.offset,
@@ -174,13 +181,39 @@ def _input(
     )
 
 
-def _convolve(padded: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-    # With few output channels, three of the last convolution, the TPU compiler finds a layout that takes twice as long.
-    surplus = -len(bias) % 128 if padded.shape[-1] >= 128 else 0
-    weight = jnp.pad(weight, (*[(0, 0)] * (weight.ndim - 1), (0, surplus)))
+def _convolve(padded: jax.Array, weight: jax.Array, bias: jax.Array, stride: int = 1) -> jax.Array:
+    """A convolution of a padded input; `stride` in columns."""
     y = jax.lax.conv_general_dilated(
-        padded, weight, (1, 1, 1), "VALID", dimension_numbers=DIMENSIONS, precision=precision(padded)
+        padded, weight, (1, 1, stride), "VALID", dimension_numbers=DIMENSIONS, precision=precision(padded)
     )
-    if surplus:
-        y = jax.lax.optimization_barrier(y)[..., : len(bias)]
     return y + bias
+
+
+def _packed(weight: jax.Array) -> jax.Array:
+    """Weights for columns in pairs: [..., 3, channels, out] to [..., 2, 2 * channels, out].
+
+    With 128 channels a product fills half of the 256 rows of a TPU's MXU, and all of them with two columns at a time.
+    """
+    first, second, third = jnp.moveaxis(weight, 2, 0)
+    pairs = (first, second), (jnp.zeros_like(third), third)
+    return jnp.stack([jnp.concatenate(pair, axis=2) for pair in pairs], axis=2)
+
+
+def _convolve_columns(padded: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """`_convolve` for few output channels: COLUMNS columns in one window, their results side by side.
+
+    A TPU takes as long for three output channels as for 128.
+    """
+    size, out_channels = weight.shape[2], weight.shape[4]
+    wide = sum(
+        jnp.pad(
+            weight, ((0, 0), (0, 0), (i, COLUMNS - 1 - i), (0, 0), (i * out_channels, (COLUMNS - 1 - i) * out_channels))
+        )
+        for i in range(COLUMNS)
+    )
+    assert wide.shape[2] == COLUMNS + size - 1
+    y = _convolve(padded, wide, jnp.tile(bias, COLUMNS), stride=COLUMNS)
+    y = jax.lax.optimization_barrier(y)
+    frames, height, width, strips, _ = y.shape
+    y = jnp.moveaxis(y.reshape(frames, height, width, strips, COLUMNS, out_channels), 4, 3)
+    return y.reshape(frames, height, width * COLUMNS, strips, out_channels)

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from models import vae_flax, vae_torchax
-from models.conv_input import conv_input, is_packed, plain_conv_input
+from models.conv_input import conv_input, plain_conv_input
 from models.decoder import chunk_programs, chunk_sizes, decode, to_pixels
 from models.spatial_split import choose_split
 from tests.conftest import ROOT
@@ -59,15 +59,13 @@ def expected_pixels(vae: AutoencoderKLCogVideoX, latents: torch.Tensor) -> np.nd
     return frames[-((latents.shape[2] - 1) * vae.config.temporal_compression_ratio + 1) :]
 
 
-def our_pixels(
-    decoder, vae, latents: torch.Tensor, chips=1, rows=None, strips=None, dtype=jnp.float32, pixels=jnp.float32
-):
+def our_pixels(decoder, vae, latents: torch.Tensor, chips=1, rows=None, strips=None, for_tpu=None, dtype=jnp.float32):
     ours = decoder.make_decoder(vae.config)
     weights = {name: jnp.asarray(weight.numpy(), dtype) for name, weight in vae.decoder.state_dict().items()}
     assert ours.weight_shapes == {name: weight.shape for name, weight in weights.items()}
-    split = choose_split(jax.devices()[:chips], *latents.shape[3:], rows, strips)
+    split = choose_split(jax.devices()[:chips], *latents.shape[3:], rows, strips, for_tpu)
     weights = jax.device_put(ours.convert_weights(weights), split.replicated)
-    programs = [traced.lower().compile() for traced in chunk_programs(ours, weights, latents.shape, split, pixels)]
+    programs = [traced.lower().compile() for traced in chunk_programs(ours, weights, latents.shape, split, jnp.float32)]
     latents = np.asarray(jnp.asarray(latents.numpy(), dtype))
     return np.concatenate(list(decode(programs, weights, latents, split)))
 
@@ -111,6 +109,15 @@ def test_real_widths(decoder):
     half = our_pixels(decoder, real_vae(), latents, dtype=jnp.bfloat16)
     psnr = -10 * np.log10(np.square(half.astype(np.float64) - expected).mean())
     assert psnr >= 45, f"bfloat16: {psnr:.1f} dB"
+
+
+@both_decoders
+def test_forms_for_a_tpu(decoder):
+    """The kernel in Pallas' interpreter, columns in pairs and by eights, two chips with strips that are not full."""
+    vae = make_vae(dict(block_out_channels=(128, 8), latent_channels=4, layers_per_block=1, norm_num_groups=4))
+    latents = torch.randn(1, 4, 5, 5, 8, generator=torch.manual_seed(1))
+    pixels = our_pixels(decoder, vae, latents, chips=2, rows=2, strips=2, for_tpu=True)
+    assert_close(pixels, expected_pixels(vae, latents))
 
 
 def test_uint8_pixels_are_rounded():
@@ -163,8 +170,9 @@ def test_conv_input_kernel(source, frames, factor, scale, history, cached, dtype
     arguments = (array(*source), *modulation, rows, columns, cache)
     options = dict(activation=jax.nn.silu if scale else None, history=history, frames=frames, factor=factor)
     expected, expected_cache = plain_conv_input(*arguments, **options)
-    padded, next_cache = conv_input(*arguments, **options, interpret=True)
-    if is_packed(channels, history):
+    packed = channels == 128
+    padded, next_cache = conv_input(*arguments, **options, packed=packed, interpret=True)
+    if packed:
         expected = jnp.concatenate([expected[:, :, :-1], expected[:, :, 1:]], axis=-1)
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(padded.astype(jnp.float32), expected.astype(jnp.float32), tolerance, tolerance)
