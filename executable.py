@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import pickle
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,7 +56,8 @@ def compile_or_load(
 ) -> list[jax.stages.Compiled]:
     """The programs of the file `path` if they are the right ones, else `traced` compiled; says which.
 
-    See `description` for the arguments; raises UserError if `path` is given and is no such file.
+    See `description` for the arguments; raises UserError if `path` is given and is no such file, and if the programs
+    do not fit the memory of a chip.
     """
     if path is not None:
         try:
@@ -64,10 +66,27 @@ def compile_or_load(
             return programs
         except Mismatch as mismatch:
             report.say(f"WARNING: {path} does not fit, compiling instead: {mismatch}")
-    with ThreadPoolExecutor() as pool:
-        programs = list(pool.map(lambda program: program.lower().compile(), traced))
+    try:
+        with ThreadPoolExecutor() as pool:
+            programs = list(pool.map(lambda program: program.lower().compile(), traced))
+    except jax.errors.JaxRuntimeError as error:
+        if shortage := memory_shortage(str(error)):
+            needed, there = shortage
+            raise UserError(
+                f"the {what} needs {needed:.1f} GiB of a chip's {there:.2f} GiB of memory; "
+                "use a slice of more chips, or make a smaller video"
+            ) from None
+        raise
     report.say(f"compiled the {what}")
     return programs
+
+
+def memory_shortage(message: str) -> tuple[float, float] | None:
+    """GiB that a program needs and that a TPU chip has, if that is what the compiler's error message is about."""
+    match = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message) or re.search(
+        r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message
+    )
+    return (float(match[1]), float(match[2])) if match else None
 
 
 def save(path: str, programs: Sequence[jax.stages.Compiled], made_for: dict) -> None:

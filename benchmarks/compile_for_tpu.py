@@ -336,14 +336,14 @@ def memory(compiled, topology: str) -> dict:
 
 def out_of_memory(message: str, arguments) -> dict:
     """The compiler's out-of-memory answer as numbers and one line; raises RuntimeError if it is another error."""
-    match = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message) or re.search(
-        r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message
-    )
-    if not match:
+    from executable import memory_shortage
+
+    shortage = memory_shortage(message)
+    if not shortage:
         raise RuntimeError(message)
-    peak, limit = float(match[1]), float(match[2])
+    peak, limit = shortage
     if arguments.what == "stage3":
-        help_ = "a smaller --height or --width"
+        help_ = "a slice of more chips, or a smaller --height or --width"
     elif arguments.what == "kernel":
         help_ = "fewer --tokens or --heads"
     elif (arguments.attention or "splash") == "xla":
@@ -420,6 +420,8 @@ def text_of(report: dict) -> str:
         lines.append("  dearest operations, predicted")
         lines += [f"    {seconds:9.4f} s  {name}" for name, seconds in report["dearest"].items()]
         for name, kernel in report["kernels"].items():
+            if not kernel["useful_scores_per_cycle"]:  # not attention: among the dearest operations if it matters
+                continue
             lines.append(
                 f"  kernel     {name}: {kernel['useful_scores_per_cycle']:.0f} useful scores per cycle, predicted"
             )

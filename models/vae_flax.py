@@ -8,12 +8,11 @@ import functools
 from collections.abc import Callable, Mapping
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from models.decoder import Decoder
+from models.decoder import Decoder, kernel
 from models.spatial_split import Split
-from models.vae_layers import ACTIVATIONS, Pending, causal_conv, pointwise_conv, spatial_norm, upsample
+from models.vae_layers import ACTIVATIONS, Pending, causal_conv, shortcut, spatial_norm, upsample
 
 # Weights come from a checkpoint; under `nnx.eval_shape` these make none.
 RNGS = functools.partial(nnx.Rngs, 0)
@@ -60,7 +59,7 @@ class ResnetBlock3D(nnx.Module):
         hidden = self.norm2(hidden, latents, split).activated(self.activation)
         hidden, new_cache["conv2"] = self.conv2(hidden, cache.get("conv2"), split)
         if hasattr(self, "conv_shortcut"):
-            x = pointwise_conv(x, self.conv_shortcut.kernel[0, 0, 0], self.conv_shortcut.bias[...])
+            x = shortcut(x, self.conv_shortcut.kernel[0, 0, 0], self.conv_shortcut.bias[...])
         return x + hidden, new_cache
 
 
@@ -158,8 +157,7 @@ def _diffusers_name(path: tuple) -> str:
 
 
 def _flax_layout(path: tuple, weight: jax.Array) -> jax.Array:
-    """Convolution kernels [out, in, ...] become [..., in, out]."""
-    return jnp.moveaxis(weight, (0, 1), (-1, -2)) if path[-1] == "kernel" else weight
+    return kernel(weight) if path[-1] == "kernel" else weight
 
 
 def _diffusers_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -85,6 +85,12 @@ def pointwise_conv(x: jax.Array, weight: jax.Array, bias: jax.Array, dtype=None)
     return y + bias.astype(y.dtype)
 
 
+def shortcut(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """`conv_shortcut` of `CogVideoXResnetBlock3D`, a pointwise convolution."""
+    # Kept to itself, so that what it is added to, and the sums of the next norm, stay with the larger convolution.
+    return jax.lax.optimization_barrier(pointwise_conv(x, weight, bias))
+
+
 def causal_conv(
     x: jax.Array | Pending, weight: jax.Array, bias: jax.Array, cache: jax.Array | None, split: Split
 ) -> tuple[jax.Array, jax.Array]:

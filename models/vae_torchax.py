@@ -18,10 +18,10 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
 )
 from diffusers.models.upsampling import CogVideoXUpsample3D
 
-from models.decoder import Decoder
+from models.decoder import Decoder, kernel
 from models.spatial_split import Split
 from models.torch_function import jax_function
-from models.vae_layers import ACTIVATIONS, Pending, causal_conv, pointwise_conv, spatial_norm, upsample
+from models.vae_layers import ACTIVATIONS, Pending, causal_conv, shortcut, spatial_norm, upsample
 
 
 def make_decoder(config: Mapping) -> Decoder:
@@ -34,41 +34,37 @@ def make_decoder(config: Mapping) -> Decoder:
             CogVideoXSpatialNorm3D: functools.partial(_spatial_norm, split=split),
             CogVideoXCausalConv3d: functools.partial(_causal_conv, split=split),
             CogVideoXUpsample3D: functools.partial(_upsample, split=split),
-            CogVideoXSafeConv3d: _pointwise_conv,
+            CogVideoXSafeConv3d: _shortcut,
             torch.nn.Dropout: lambda layer, weights, x: x,
         }
         for name, activation in ACTIVATIONS.items():
             layers[type(get_activation(name))] = functools.partial(_activation, activation=activation)
         return jax_function(module, layers)(weights, latents, conv_cache=cache)
 
+    def convert_weights(weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: kernel(weight) if weight.ndim > 1 else weight for name, weight in weights.items()}
+
     shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
-    return Decoder(decode_chunk, shapes, dict)
+    return Decoder(decode_chunk, shapes, convert_weights)
 
 
 def _spatial_norm(layer, weights, x, latents, conv_cache=None, *, split: Split) -> tuple[Pending, dict]:
-    conv_y, conv_b = (
-        (_kernel(weights[f"{c}.conv.weight"])[0, 0, 0], weights[f"{c}.conv.bias"]) for c in ("conv_y", "conv_b")
-    )
+    conv_y, conv_b = ((weights[f"{c}.conv.weight"][0, 0, 0], weights[f"{c}.conv.bias"]) for c in ("conv_y", "conv_b"))
     norm = weights["norm_layer.weight"], weights["norm_layer.bias"]
     return spatial_norm(x, latents, norm, conv_y, conv_b, layer.norm_layer.num_groups, split), {}
 
 
 def _causal_conv(layer, weights, x, conv_cache=None, *, split: Split) -> tuple[jax.Array, jax.Array]:
-    return causal_conv(x, _kernel(weights["conv.weight"]), weights["conv.bias"], conv_cache, split)
+    return causal_conv(x, weights["conv.weight"], weights["conv.bias"], conv_cache, split)
 
 
 def _upsample(layer, weights, x, *, split: Split) -> jax.Array:
-    return upsample(x, _kernel(weights["conv.weight"]), weights["conv.bias"], layer.compress_time, split)
+    return upsample(x, weights["conv.weight"], weights["conv.bias"], layer.compress_time, split)
 
 
-def _pointwise_conv(layer, weights, x) -> jax.Array:
-    return pointwise_conv(x, _kernel(weights["weight"])[0, 0, 0], weights["bias"])
+def _shortcut(layer, weights, x) -> jax.Array:
+    return shortcut(x, weights["weight"][0, 0, 0], weights["bias"])
 
 
 def _activation(layer, weights, x: Pending, *, activation) -> Pending:
     return x.activated(activation)
-
-
-def _kernel(weight: jax.Array) -> jax.Array:
-    """[out, in, ...] of torch to [..., in, out] of JAX."""
-    return weight.transpose(*range(2, weight.ndim), 1, 0)
