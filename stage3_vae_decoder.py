@@ -61,6 +61,8 @@ def main(decoder: str = "torchax") -> None:
 
     prepare_libraries()
     vae_config = checkpoint.read_config(model_id, "vae")
+    if vae_config.get("use_post_quant_conv"):
+        raise UserError("this model's VAE has a post_quant_conv, as no CogVideoX 1.5 for text has; correct --model_id")
     if shape != latent_shape(config, vae_config):
         raise UserError(
             f"{latents_path}: latents have shape {list(shape)}, but {utils.CONFIG} and the VAE say "

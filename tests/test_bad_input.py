@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import load_file as load_torch
+from safetensors.torch import save_file as save_torch
 
 from tests.conftest import ROOT, SIZE, STAGE1, STAGE2, STAGE3, contents, stage_environment
 
@@ -103,28 +105,29 @@ def test_one_line_and_exit_2(script, arguments, before, words, outputs, tiny_mod
 
 def test_embeddings_of_another_model(outputs, other_model, run_stage):
     """A config edited by hand to name another model: the shapes give it away."""
-    import safetensors.torch
-
-    tensors = safetensors.torch.load_file(outputs / EMBEDDINGS)
-    safetensors.torch.save_file(tensors, outputs / EMBEDDINGS)  # without metadata
+    save_torch(load_torch(outputs / EMBEDDINGS), outputs / EMBEDDINGS)  # without metadata
     edit_config(outputs, model_id=str(other_model))
     process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, status=2)
     assert "[B, 40, 48]" in process.stderr and len(process.stderr.splitlines()) == 1, process.stderr
 
 
-@pytest.mark.parametrize("entry", [{"patch_size_t": None}, {"ofs_embed_dim": 512}])
-def test_a_transformer_of_another_kind(entry, outputs, tiny_model, tmp_path, run_stage):
-    """CogVideoX 1.0, and a CogVideoX 1.5 that begins with an image."""
-    import safetensors.torch
-
+@pytest.mark.parametrize(
+    ("script", "component", "entry", "words"),
+    [
+        (STAGE2, "transformer", {"patch_size_t": None}, "not a CogVideoX 1.5"),  # CogVideoX 1.0
+        (STAGE2, "transformer", {"ofs_embed_dim": 512}, "not a CogVideoX 1.5"),  # begins with an image
+        (STAGE3, "vae", {"use_post_quant_conv": True}, "post_quant_conv"),
+    ],
+)
+def test_a_model_of_another_kind(script, component, entry, words, outputs, tiny_model, tmp_path, run_stage):
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
-    config = model / "transformer" / "config.json"
+    config = model / component / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | entry))
-    tensors = safetensors.torch.load_file(outputs / EMBEDDINGS)
-    safetensors.torch.save_file(tensors, outputs / EMBEDDINGS)  # without metadata
+    for name in (EMBEDDINGS, LATENTS):
+        save_torch(load_torch(outputs / name), outputs / name)  # without metadata
     edit_config(outputs, model_id=str(model))
-    process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, status=2)
-    assert "not a CogVideoX 1.5" in process.stderr and len(process.stderr.splitlines()) == 1, process.stderr
+    process = run_stage(script, "--input_dir", outputs, *(SIZE if script == STAGE2 else ()), status=2)
+    assert words in process.stderr and len(process.stderr.splitlines()) == 1, process.stderr
 
 
 @pytest.mark.parametrize(
