@@ -1,36 +1,20 @@
-"""The TPU compiler's static schedule of a Pallas kernel, on a machine without a TPU.
-
-    python benchmarks/kernel_schedule.py --kernel exp2_splash --heads 6 --q_len 25826
+"""The TPU compiler's static schedule of a Pallas kernel, read from the compiler's dumps (compile_for_tpu.py).
 
 A TPU core issues one bundle a cycle, so the bundles that a kernel's grid loop issues predict its cycles as long as its
 DMA is hidden and no unit is waited for. Everything here is the compiler's prediction, not a measurement.
 """
 
-import argparse
 import dataclasses
-import functools
 import gzip
-import importlib
 import itertools
-import json
 import math
 import operator
-import os
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from benchmarks import tpu  # noqa: E402
-
 DELAY_SLOTS = 4  # bundles after a branch that run whether it is taken or not
 PIPELINE_STEPS = 2  # the grid loop runs so many times more at most, to start and to drain the pipeline of its DMA
-GRIDS = "grids.json"  # written beside the dump: {kernel: grid}
 
 BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2})? *:", re.MULTILINE)
 BRANCH = re.compile(r"sbr\.rel (?:\((!?)%(\w+)\) )?target = \$region(\d+)")
@@ -96,23 +80,16 @@ class KernelSchedule:
         """Share of a unit's slots that is used in the grid loop's body, 0 to 1."""
         return self.used[unit] / (self.body_bundles * self.capacity[unit])
 
-    def useful_scores_per_cycle(self, heads: int, q_len: int, kv_len: int) -> float:
-        """Unpadded scores (heads x q_len x kv_len) per predicted cycle."""
-        return heads * q_len * kv_len / self.cycles
 
-
-def read_schedules(folder: Path, grids: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, KernelSchedule]:
-    """Read every Pallas kernel in a folder of the compiler's dumps (plain or .gz), by kernel name.
+def read_schedules(folder: Path, grids: Mapping[str, tuple[int, ...]]) -> dict[str, KernelSchedule]:
+    """Read Pallas kernels in a folder of the compiler's dumps (plain or .gz), by kernel name.
 
     Args:
-        grids: grid of each kernel, by its name in `pallas_call`; by default what `compile_kernel` left in the folder.
+        grids: grid of each kernel that is wanted, by its name in `pallas_call`.
 
     Raises:
         ScheduleError: a kernel's files are missing, or a trip count cannot be read.
     """
-    if grids is None:
-        path = Path(folder) / GRIDS
-        grids = json.loads(path.read_text()) if path.exists() else {}
     schedules = {}
     for program in sorted(Path(folder).glob("*-final_bundles.txt*")):
         number, name = re.match(r"(\d+)-(.*)-\d+-", program.name).groups()
@@ -123,7 +100,7 @@ def read_schedules(folder: Path, grids: Mapping[str, tuple[int, ...]] | None = N
         if not usage:
             raise ScheduleError(f"{name}: no *-final_hlo-static-per-bundle-utilization.txt in {folder}")
         schedules[name] = parse_schedule(name, tuple(grid), _text(program), _text(usage[0]))
-    if missing := grids.keys() - {re.sub(r"\.\d+$", "", name) for name in schedules} or (not grids and {"any"}):
+    if missing := grids.keys() - {re.sub(r"\.\d+$", "", name) for name in schedules}:
         raise ScheduleError(f"no schedule of {', '.join(sorted(missing))} kernel in {folder}")
     return schedules
 
@@ -294,59 +271,6 @@ class _Scalars:
         return 1.0 if value is None else float((value if negated else ~value).mean())
 
 
-def compile_kernel(
-    folder: Path,
-    attention: str,
-    *,
-    heads: int,
-    q_len: int,
-    kv_len: int,
-    head_dim: int = 64,
-    dtype: str = "bfloat16",
-    topology: str = "v6e-1",
-    **options,
-) -> dict[str, KernelSchedule]:
-    """Compile an attention call for one TPU chip in a process of its own and read its kernels' schedules.
-
-    Args:
-        folder: where the compiler's dump goes.
-        attention: "module:function", called with query, key, value ([1, heads, length, head_dim]) and the options.
-        options: keyword arguments of the function, whatever JSON can hold.
-
-    Raises:
-        ScheduleError: the call does not compile (the compiler's last lines are in the message), or see read_schedules.
-    """
-    call = dict(attention=attention, heads=heads, q_len=q_len, kv_len=kv_len, head_dim=head_dim, dtype=dtype)
-    call |= dict(topology=topology, options=options)
-    environment = os.environ | tpu.compiler_environment(topology, folder)
-    command = [sys.executable, __file__, "--worker", json.dumps(call), "--dump", str(folder)]
-    process = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    if process.returncode:
-        lines = [line for line in process.stderr.splitlines() if line.strip()]
-        raise ScheduleError(f"{attention} does not compile for {topology}:\n" + "\n".join(lines[-8:]))
-    return read_schedules(folder)
-
-
-def _compile(call: dict, folder: Path) -> None:
-    """The other process: libtpu reads its flags once."""
-    import jax
-    import numpy as np
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    mesh = Mesh(np.array(tpu.devices(call["topology"])[:1]), ("chip",))
-    module, function = call["attention"].split(":")
-    attention = functools.partial(getattr(importlib.import_module(module), function), **call["options"])
-
-    def array(length):
-        shape = (1, call["heads"], length, call["head_dim"])
-        return jax.ShapeDtypeStruct(shape, call["dtype"], sharding=NamedSharding(mesh, PartitionSpec()))
-
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        traced = jax.jit(attention).trace(array(call["q_len"]), array(call["kv_len"]), array(call["kv_len"]))
-        (folder / GRIDS).write_text(json.dumps(grids(traced.jaxpr)))
-        traced.lower().compile()
-
-
 def grids(jaxpr) -> dict[str, tuple[int, ...]]:
     """Grid of every Pallas kernel in a jaxpr, by its name in `pallas_call`."""
     return {equation.params["name"]: equation.params["grid_mapping"].grid for equation in _pallas(jaxpr)}
@@ -365,78 +289,5 @@ def _pallas(jaxpr) -> Iterator:
                     yield from _pallas(getattr(value, "jaxpr", value))
 
 
-def jax_splash(query, key, value, *, block_q=2048, block_kv=1024, block_kv_compute=512):
-    """JAX's own Splash Attention, padded to its blocks; [1, heads, length, head_dim] in and out. To compare with."""
-    import jax.numpy as jnp
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    def padded(array, block):
-        return jnp.pad(array[0], ((0, 0), (0, -array.shape[2] % block), (0, 0)))
-
-    queries, keys, values = padded(query, block_q), padded(key, block_kv), padded(value, block_kv)
-    mask = masks.MultiHeadMask([masks.FullMask((queries.shape[1], keys.shape[1]))] * queries.shape[0])
-    blocks = kernel.BlockSizes(block_q=block_q, block_kv=block_kv, block_kv_compute=block_kv_compute)
-    call = kernel.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
-    return call(queries, keys, values)[None, :, : query.shape[2]]
-
-
-def exp2_splash(query, key, value, **options):
-    """This project's kernel; `block_sizes` as a list of four."""
-    from custom_splash_attention import BlockSizes, splash_attention
-
-    blocks = options.pop("block_sizes", None)
-    return splash_attention(query, key, value, block_sizes=blocks and BlockSizes(*blocks), interpret=False, **options)
-
-
-def report(schedule: KernelSchedule, q_len: int, kv_len: int) -> str:
-    """A few lines for people; the grid's first axis counts the heads."""
-    useful = schedule.useful_scores_per_cycle(schedule.grid[0], q_len, kv_len)
-    lines = [
-        f"{schedule.name}: grid {' x '.join(map(str, schedule.grid))}, {schedule.body_bundles:,.0f} bundles a step, "
-        f"predicted {schedule.cycles:,.0f} cycles",
-        f"  useful scores per cycle, predicted: {useful:.0f}",
-        "  units: " + ", ".join(f"{unit} {schedule.utilization(unit):.0%}" for unit in schedule.capacity),
-    ]
-    for region in schedule.regions:
-        start, stop = f"{region.start:#x}", f"{region.stop:#x}"
-        lines.append(f"  {region.kind:<10} {start:>7} .. {stop:<7} {region.bundles:>7,} bundles x {region.times:g}")
-    return "\n".join(lines)
-
-
 def _text(path: Path) -> str:
     return gzip.open(path, "rt").read() if path.suffix == ".gz" else path.read_text()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kernel", choices=("exp2_splash", "jax_splash"), default="exp2_splash")
-    parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--q_len", type=int, default=25826)
-    parser.add_argument("--kv_len", type=int, help="default: q_len")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--options", type=json.loads, default={}, help="keyword arguments of the kernel, as JSON")
-    parser.add_argument("--dump", type=Path, help="keep the compiler's dump in this folder")
-    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.worker:
-        return _compile(arguments.worker, arguments.dump)
-    sizes = dict(heads=arguments.heads, q_len=arguments.q_len, kv_len=arguments.kv_len or arguments.q_len)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.dump or Path(temporary)
-        try:
-            schedules = compile_kernel(
-                folder,
-                f"benchmarks.kernel_schedule:{arguments.kernel}",
-                dtype=arguments.dtype,
-                **sizes,
-                **arguments.options,
-            )
-        except ScheduleError as error:
-            sys.exit(str(error))
-    for schedule in schedules.values():
-        print(report(schedule, sizes["q_len"], sizes["kv_len"]))
-
-
-if __name__ == "__main__":
-    main()
