@@ -126,6 +126,19 @@ def test_forms_for_a_tpu():
     assert_close(pixels, expected_pixels(vae, latents))
 
 
+@both_decoders
+def test_a_longer_video_needs_no_other_programs(decoder):
+    """So that the time to compile them does not grow: 17 and 81 frames, and 29 and 61."""
+    ours = decoder.make_decoder(make_vae(VAES["three levels"]).config)
+    weights = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in ours.weight_shapes.items()}
+    weights = jax.eval_shape(ours.convert_weights, weights)
+    split = choose_split(jax.devices()[:1], 4, 6)
+    for short, long in ((5, 21), (8, 16)):
+        programs = [chunk_programs(ours, weights, (1, 4, frames, 4, 6), split) for frames in (short, long)]
+        short, long = ([program.lower().as_text() for program in both] for both in programs)
+        assert len(short) == 2 and short == long
+
+
 def test_uint8_pixels_are_rounded():
     x = jnp.linspace(-1.2, 1.2, 1001)
     expected = np.round(np.clip(np.asarray(x, np.float64) / 2 + 0.5, 0, 1) * 255)
