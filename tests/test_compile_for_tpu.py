@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.conftest import SIZE, STAGE2
+from tests.conftest import SIZE, STAGE2, STAGE3
 
 TOOL = "benchmarks/compile_for_tpu.py"
 TINY_STEP = [*SIZE[:-2], "--dtype", "float32"]
@@ -96,3 +96,12 @@ def test_executable_round_trip(compile_for, run_stage, outputs, tiny_model, tmp_
     (tmp_path / "broken.bin").write_bytes(b"\x00" * 100)
     process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--executable", "broken.bin", status=2)
     assert "broken.bin" in process.stderr.splitlines()[-1]
+
+
+def test_decoder_round_trip(compile_for, run_stage, outputs, tiny_model):
+    """The same for stage 3, and programs for another split."""
+    size = ("--height", 32, "--width", 48, "--frames", 9, "--dtype", "float32")
+    compile_for("stage3", "--model_id", tiny_model, *size, "--topology", "cpu", "--save", "decoder.bin")
+    run = lambda *options: run_stage(STAGE3, "--input_dir", outputs, "--executable", "decoder.bin", *options).stdout  # noqa: E731
+    assert "loaded the torchax decoder" in run()
+    assert "made for other options" in run("--strips", 2)

@@ -2,6 +2,9 @@
 
 import functools
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
+from benchmarks import tpu
 from models import vae_flax, vae_torchax
 from models.conv_input import conv_input, plain_conv_input
 from models.decoder import chunk_programs, chunk_sizes, decode, to_pixels
@@ -200,3 +204,33 @@ def test_conv_input_kernel(source, frames, factor, scale, history, cached, dtype
         np.testing.assert_allclose(
             next_cache.astype(jnp.float32), expected_cache.astype(jnp.float32), tolerance, tolerance
         )
+
+
+COMPILE_CONV_INPUT = """
+import functools, jax, jax.numpy as jnp
+from benchmarks import tpu
+from benchmarks.compile_for_tpu import compiling_for
+from models.conv_input import conv_input
+device = tpu.devices("v6e-1")[0]
+array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+for channels, packed, factor, history in ((128, True, 1, 2), (256, False, 1, 2), (256, False, 2, 0)):
+    scale = array(2, 3, 43, 8, channels, dtype=jnp.float32)
+    size = 24 * factor + 2, 344 * factor + 2
+    cache = array(2, *size, 8, channels) if history else None
+    function = functools.partial(
+        conv_input, activation=jax.nn.silu, history=history, frames=8, factor=factor, packed=packed)
+    edges = array(8, 2, size[1], 1, channels), array(8, size[0] - 2, 2, 8, channels)
+    with compiling_for(jax.sharding.Mesh([device], ("chips",))):
+        lowered = jax.jit(function).lower(array(8, 24, 344, 8, channels), scale, scale, *edges, cache)
+    print("tpu_custom_call" in lowered.compile().as_text())
+"""
+
+
+def test_conv_input_compiles_for_v6e():
+    """The three forms that the decoder has of it, at full width on four chips."""
+    pytest.importorskip("libtpu")
+    environment = os.environ | tpu.compiler_environment("v6e-1", None)
+    command = [sys.executable, "-c", COMPILE_CONV_INPUT]
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.stdout == "True\n" * 3, process.stderr[-2000:]
