@@ -1,5 +1,6 @@
 """A torch module as a pure JAX function of its weights."""
 
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -8,11 +9,17 @@ import torch
 from models.torchax_compat import torchax
 
 
-def jax_function(module: torch.nn.Module, layers: Mapping[type[torch.nn.Module], Callable] | None = None) -> Callable:
+def jax_function(
+    module: torch.nn.Module,
+    overrides: Mapping[Callable, Callable] | None = None,
+    layers: Mapping[type[torch.nn.Module], Callable] | None = None,
+) -> Callable:
     """Turn `module.forward` into `function(weights, *args, **kwargs)` over JAX arrays, ready for `jax.jit`.
 
     Args:
-        module: may live on the "meta" device; only its structure is used.
+        module: may live on the "meta" device; only its structure is used. Where `layers` names its layers, they keep
+            the `forward` that they are given.
+        overrides: torch function -> JAX function that takes its place inside the module, same arguments.
         layers: class of a layer -> `function(layer, weights, *args, **kwargs)` over JAX arrays that takes the place of
             its `forward`; `weights` are the layer's own, by name.
 
@@ -22,17 +29,21 @@ def jax_function(module: torch.nn.Module, layers: Mapping[type[torch.nn.Module],
     """
     environment = torchax.tensor.Environment()
 
-    def on_torch(layer: torch.nn.Module, function: Callable) -> Callable:
-        def forward(*args, **kwargs):
-            weights = environment.t2j_iso(dict(layer.named_parameters()))
-            args, kwargs = environment.t2j_iso((args, kwargs))
-            return environment.j2t_iso(function(layer, weights, *args, **kwargs))
+    def on_torch(function: Callable) -> Callable:
+        def call(*args, **kwargs):
+            return environment.j2t_iso(function(*environment.t2j_iso(args), **environment.t2j_iso(kwargs)))
 
-        return forward
+        return call
 
+    def forward(layer: torch.nn.Module, *args, **kwargs):
+        function = functools.partial(layers[type(layer)], layer)
+        return on_torch(function)(dict(layer.named_parameters()), *args, **kwargs)
+
+    for torch_function, function in (overrides or {}).items():
+        environment.override_op_definition(torch_function, on_torch(function))
     for layer in module.modules():
         if type(layer) in (layers or {}):
-            layer.forward = on_torch(layer, layers[type(layer)])
+            layer.forward = functools.partial(forward, layer)
 
     def function(weights: Mapping[str, jax.Array], *args, **kwargs):
         weights, args, kwargs = environment.j2t_iso((dict(weights), args, kwargs))

@@ -39,7 +39,7 @@ def make_decoder(config: Mapping) -> Decoder:
         }
         for name, activation in ACTIVATIONS.items():
             layers[type(get_activation(name))] = functools.partial(_activation, activation=activation)
-        return jax_function(module, layers)(weights, latents, conv_cache=cache)
+        return jax_function(module, layers=layers)(weights, latents, conv_cache=cache)
 
     def convert_weights(weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         return {name: kernel(weight) if weight.ndim > 1 else weight for name, weight in weights.items()}
