@@ -67,6 +67,12 @@ def spatial_compression_ratio(vae_config: Mapping) -> int:
     return 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
+def latent_size(vae_config: Mapping, frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """Frames, height and width of the latents of a video of 4n + 1 frames."""
+    spatial = spatial_compression_ratio(vae_config)
+    return (frames - 1) // vae_config["temporal_compression_ratio"] + 1, height // spatial, width // spatial
+
+
 def tensor_reader(model_id: str, component: str, names: Iterable[str]) -> Callable[[str], np.ndarray]:
     """A function from the name of a stored tensor to its array, in the dtype it is stored in; nothing is read before.
 

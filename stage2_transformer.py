@@ -238,11 +238,9 @@ def program_options(parallelism, attention) -> dict:
 
 def latent_frames_and_shape(arguments, batch: int, transformer: dict, vae: dict) -> tuple[int, tuple[int, ...]]:
     """Latent frames put in front to fill the temporal patch, and the latents' shape [B, T, C, H, W] with them."""
-    frames = (arguments.frames - 1) // vae["temporal_compression_ratio"] + 1
+    frames, height, width = checkpoint.latent_size(vae, arguments.frames, arguments.height, arguments.width)
     surplus = -frames % transformer["patch_size_t"]
-    spatial = checkpoint.spatial_compression_ratio(vae)
-    size = (arguments.height // spatial, arguments.width // spatial)
-    return surplus, (batch, frames + surplus, transformer["in_channels"], *size)
+    return surplus, (batch, frames + surplus, transformer["in_channels"], height, width)
 
 
 def check_sizes(arguments, transformer: dict, vae: dict, scheduler: dict) -> None:

@@ -130,9 +130,8 @@ def main(decoder: str = "torchax") -> None:
 
 def latent_shape(config: Mapping, vae: Mapping) -> tuple[int, ...]:
     """Shape [1, C, T, H, W] of the latents of the config's height, width and frames."""
-    spatial = checkpoint.spatial_compression_ratio(vae)
-    frames = (config["frames"] - 1) // vae["temporal_compression_ratio"] + 1
-    return 1, vae["latent_channels"], frames, config["height"] // spatial, config["width"] // spatial
+    size = checkpoint.latent_size(vae, *(config[name] for name in ("frames", "height", "width")))
+    return 1, vae["latent_channels"], *size
 
 
 def make_split(arguments, devices: list, latents: tuple[int, ...]):

@@ -288,8 +288,8 @@ def prediction(topology, dump, devices, traced, times, compiled, facts) -> dict:
         return tpu.collective_seconds(opcode, size, group, coordinates, chip.link_bandwidth)
 
     def kernel(name, size):  # as long as its schedule or, if that is more, as its bytes take between HBM and VMEM
-        cycles = kernels.get(name) or next(k for other, k in kernels.items() if base(other) == base(name))
-        return max(cycles.cycles / chip.clock, size / chip.hbm_bandwidth)
+        schedule = kernels.get(name) or next(k for other, k in kernels.items() if base(other) == base(name))
+        return max(schedule.cycles / chip.clock, size / chip.hbm_bandwidth)
 
     def base(name):  # calls of one kernel, numbered by the compiler, which keeps one program for all
         return re.sub(r"\.\d+$", "", name)

@@ -72,7 +72,6 @@ def conv_input(
     assert rows.shape == (source_frames, 2, out_width + 2, 1, channels), rows.shape
     assert columns.shape == (source_frames, out_height, 2, strips, channels), columns.shape
     assert not has_cache or cache.shape == (history, out_height + 2, out_width + 2, strips, channels), cache.shape
-
     assert not has_cache or frames >= history, (frames, history)  # or the cache would be overwritten before it is read
 
     def at(t, r, array_frames, array_height):
@@ -84,16 +83,17 @@ def conv_input(
         row = jnp.where(r == 0, out_height - 1, jnp.where(r == out_height + 1, 0, r - 1)) * array_height // out_height
         return frame, jnp.where(t < history, 0, row) if has_cache else row
 
-    def of(array, *block, index):
-        return pl.BlockSpec((None, None, *block), lambda t, r: (*index(t, r), *(0,) * (array.ndim - 2)))
+    def of(array, index):
+        """One row of one frame of an array, `index(t, r)` says which."""
+        return pl.BlockSpec((None, None, *array.shape[2:]), lambda t, r: (*index(t, r), *(0,) * (array.ndim - 2)))
 
     def row_of(array):
-        return of(array, *array.shape[2:], index=lambda t, r: at(t, r, *array.shape[:2]))
+        return of(array, lambda t, r: at(t, r, *array.shape[:2]))
 
     operands = [x, rows, columns]
     specs = [
         row_of(x),
-        of(rows, *rows.shape[2:], index=lambda t, r: (at(t, r, len(rows), 1)[0], jnp.minimum(r, 1))),
+        of(rows, lambda t, r: (at(t, r, len(rows), 1)[0], jnp.minimum(r, 1))),
         row_of(columns),
     ]
     if scale is not None:
@@ -102,27 +102,15 @@ def conv_input(
     if has_cache:
         operands.append(cache)
         last = (history - 1, out_height + 1)
-        specs.append(
-            of(
-                cache,
-                *cache.shape[2:],
-                index=lambda t, r: (jnp.minimum(t, last[0]), jnp.where(t < history, r, last[1])),
-            )
-        )
+        specs.append(of(cache, lambda t, r: (jnp.minimum(t, last[0]), jnp.where(t < history, r, last[1]))))
     grid = (history + frames, out_height + 2)
     padded = (out_width + 1, strips, 2 * channels) if packed else (out_width + 2, strips, channels)
     out_shapes = [jax.ShapeDtypeStruct((*grid, *padded), x.dtype)]
-    out_specs = [pl.BlockSpec((None, None, *padded), lambda t, r: (t, r, 0, 0, 0))]
+    out_specs = [of(out_shapes[0], lambda t, r: (t, r))]
     if history:  # the last frames once more, as the next cache; before them its first block is written and rewritten
-        next_cache = (history, out_height + 2, out_width + 2, strips, channels)
-        out_shapes.append(jax.ShapeDtypeStruct(next_cache, x.dtype))
-        out_specs.append(
-            of(
-                out_shapes[1],
-                *next_cache[2:],
-                index=lambda t, r: (jnp.maximum(t - frames, 0), jnp.where(t < frames, 0, r)),
-            )
-        )
+        next_cache = jax.ShapeDtypeStruct((history, out_height + 2, out_width + 2, strips, channels), x.dtype)
+        out_shapes.append(next_cache)
+        out_specs.append(of(next_cache, lambda t, r: (jnp.maximum(t - frames, 0), jnp.where(t < frames, 0, r))))
     kernel = functools.partial(
         _kernel,
         activation=activation,

@@ -80,8 +80,7 @@ def chunk_programs(
         return jax.jit(mapped, donate_argnums=tuple(range(2, len(arguments)))).trace(*arguments)
 
     def chunk(frames):
-        empty = np.empty((1, latent_shape[1], frames, *latent_shape[3:]))
-        return jax.ShapeDtypeStruct(split.tiles(empty).shape, dtype, sharding=split.latents)
+        return jax.ShapeDtypeStruct(split.tiles_shape(frames, latent_shape[1]), dtype, sharding=split.latents)
 
     first = program(weights, chunk(sizes[0]))
     if len(sizes) == 1:
@@ -117,6 +116,6 @@ def decode(
 
 def _frames(pixels: jax.Array, latents: np.ndarray, split: Split) -> np.ndarray:
     """Pixels as a program returned them to [frames, height, width, 3], without what lies beyond the frame."""
-    scale = pixels.shape[2] // (split.mesh.shape["rows"] * split.strips * split.strip_height)
+    scale = pixels.shape[2] // split.covered[0]
     height, width = (scale * size for size in latents.shape[3:])
     return np.ascontiguousarray(np.moveaxis(np.asarray(pixels)[:, :, :height, :width], 1, -1))

@@ -25,7 +25,7 @@ class Split:
 
     With `for_tpu` the layers take the forms that a TPU runs fast, a Pallas kernel among them.
 
-    Everything but the properties is for use inside `shard_map`.
+    `image`, `inside`, `sum` and `neighbours` are for use inside `shard_map`.
     """
 
     mesh: Mesh
@@ -47,10 +47,15 @@ class Split:
         return math.ceil(self.width / self.mesh.shape["columns"])
 
     @property
+    def covered(self) -> tuple[int, int]:
+        """Height and width of all strips together."""
+        rows, columns = self.mesh.shape["rows"], self.mesh.shape["columns"]
+        return rows * self.strips * self.strip_height, columns * self.strip_width
+
+    @property
     def is_even(self) -> bool:
         """Whether no strip reaches over the frame's edge."""
-        rows, columns = self.mesh.shape["rows"], self.mesh.shape["columns"]
-        return (self.height, self.width) == (rows * self.strips * self.strip_height, columns * self.strip_width)
+        return self.covered == (self.height, self.width)
 
     @property
     def latents(self) -> NamedSharding:
@@ -72,17 +77,22 @@ class Split:
         strips = f", on each {self.strips} strips" if self.strips > 1 else ""
         return f"{chips}{strips} of {self.strip_height} x {self.strip_width} latent pixels"
 
+    def tiles_shape(self, frames: int, channels: int) -> tuple[int, int, int, int, int]:
+        """Of what `tiles` returns."""
+        height, width = self.covered
+        return frames, height // self.strips, width, self.strips, channels
+
     def tiles(self, latents: np.ndarray) -> np.ndarray:
         """Lay latents [1, channels, frames, height, width] out as [frames, rows, columns, strips, channels].
 
         The rows and columns of all chips are in the result, in the order of the mesh, with zeros beyond the edge.
         """
-        rows, columns = self.mesh.shape["rows"], self.mesh.shape["columns"]
-        height, width = rows * self.strips * self.strip_height, columns * self.strip_width
+        height, width = self.covered
         x = np.moveaxis(latents[0], 0, -1)
         x = np.pad(x, ((0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)))
-        x = x.reshape(len(x), rows, self.strips, self.strip_height, width, -1)
-        return np.moveaxis(x, 2, 4).reshape(len(x), rows * self.strip_height, width, self.strips, -1)
+        frames, channels = len(x), x.shape[-1]
+        x = x.reshape(frames, -1, self.strips, self.strip_height, width, channels)
+        return np.moveaxis(x, 2, 4).reshape(self.tiles_shape(frames, channels))
 
     def image(self, x: jax.Array) -> jax.Array:
         """One chip's [frames, height, width, strips, channels] to [frames, channels, strips * height, width]."""

@@ -107,14 +107,12 @@ def causal_conv(
     """
     history, channels, out_channels = weight.shape[0] - 1, *weight.shape[3:]
     x = x if isinstance(x, Pending) else Pending(x)
-    if split.for_tpu and COLUMNS * out_channels <= LANES and x.values.shape[2] % COLUMNS == 0:
-        padded, cache = _input(x, split, cache=cache, history=history)
+    few = split.for_tpu and COLUMNS * out_channels <= LANES and x.values.shape[2] % COLUMNS == 0
+    packed = split.for_tpu and not few and channels == LANES
+    padded, cache = _input(x, split, cache=cache, history=history, packed=packed)
+    if few:
         return _convolve_columns(padded, weight, bias), cache
-    if split.for_tpu and channels == LANES:
-        padded, cache = _input(x, split, cache=cache, history=history, packed=True)
-        return _convolve(padded, _packed(weight), bias), cache
-    padded, cache = _input(x, split, cache=cache, history=history)
-    return _convolve(padded, weight, bias), cache
+    return _convolve(padded, _packed(weight) if packed else weight, bias), cache
 
 
 def upsample(x: jax.Array, weight: jax.Array, bias: jax.Array, compress_time: bool, split: Split) -> jax.Array:
@@ -154,7 +152,6 @@ def _input(
     packed: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """x, carried out and padded with its neighbours' edges and the cache; arguments as in `conv_input`."""
-
     everything, first, last = slice(None), slice(1), slice(-1, None)
 
     def edge(rows=everything, columns=everything, strips=everything):

@@ -25,7 +25,7 @@ from tools.make_tiny_model import make_pipeline  # noqa: E402
 STAGE1, STAGE2, STAGE3 = "stage1_text_encoder.py", "stage2_transformer.py", "stage3_vae_decoder.py"
 SIZE = ("--height", 32, "--width", 48, "--frames", 9, "--num_inference_steps", 2)
 
-# A second model that shares no size with the embedded one.
+# A second model that shares no size with the first.
 OTHER_SIZES = dict(
     num_attention_heads=3,
     attention_head_dim=16,
@@ -44,9 +44,9 @@ OTHER_SIZES = dict(
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory) -> Path:
-    """The embedded model."""
-    folder = tmp_path_factory.mktemp("tiny_model")
+def random_model(tmp_path_factory) -> Path:
+    """A small model of CogVideoX 1.5's structure, untrained."""
+    folder = tmp_path_factory.mktemp("random_model")
     make_pipeline(folder)
     return folder
 
@@ -82,11 +82,11 @@ def run_stage(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory, tiny_model) -> Path:
+def finished_run(tmp_path_factory, random_model) -> Path:
     """The outputs of all three stages."""
     outputs = tmp_path_factory.mktemp("finished")
     for script, *arguments in (
-        (STAGE1, "--prompt", "a red circle", "--model_id", tiny_model, "--output_dir", outputs),
+        (STAGE1, "--prompt", "a red circle", "--model_id", random_model, "--output_dir", outputs),
         (STAGE2, "--input_dir", outputs, *SIZE),
         (STAGE3, "--input_dir", outputs),
     ):

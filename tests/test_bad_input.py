@@ -88,12 +88,12 @@ CASES = {
 
 
 @pytest.mark.parametrize(("script", "arguments", "before", "words"), CASES.values(), ids=CASES)
-def test_one_line_and_exit_2(script, arguments, before, words, outputs, tiny_model, run_stage, monkeypatch):
+def test_one_line_and_exit_2(script, arguments, before, words, outputs, random_model, run_stage, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before(outputs)
     untouched = contents(outputs)
     if script == STAGE1 and "--model_id" not in arguments:
-        arguments = ["--model_id", tiny_model, *arguments]
+        arguments = ["--model_id", random_model, *arguments]
     if script == STAGE1 and "--output_dir" not in arguments or script != STAGE1 and "--input_dir" not in arguments:
         arguments = ["--output_dir" if script == STAGE1 else "--input_dir", "outputs", *arguments]
     process = run_stage(script, *arguments, status=2)
@@ -119,8 +119,8 @@ def test_embeddings_of_another_model(outputs, other_model, run_stage):
         (STAGE3, "vae", {"use_post_quant_conv": True}, "post_quant_conv"),
     ],
 )
-def test_a_model_of_another_kind(script, component, entry, words, outputs, tiny_model, tmp_path, run_stage):
-    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+def test_a_model_of_another_kind(script, component, entry, words, outputs, random_model, tmp_path, run_stage):
+    model = Path(shutil.copytree(random_model, tmp_path / "model"))
     config = model / component / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | entry))
     for name in (EMBEDDINGS, LATENTS):
@@ -146,11 +146,11 @@ def test_mesh_or_blocks_that_do_not_fit(options, words, outputs, run_stage):
 
 
 @pytest.mark.parametrize("script", [STAGE1, STAGE2, STAGE3])
-def test_full_disk(script, outputs, tiny_model, tmp_path):
+def test_full_disk(script, outputs, random_model, tmp_path):
     """A file size limit stands in for a full disk: one line, and the old files stay."""
     untouched = contents(outputs)
     arguments = {
-        STAGE1: ["--prompt", "x", "--model_id", tiny_model, "--output_dir", outputs],
+        STAGE1: ["--prompt", "x", "--model_id", random_model, "--output_dir", outputs],
         STAGE2: ["--input_dir", outputs, *SIZE],
         STAGE3: ["--input_dir", outputs],
     }[script]

@@ -40,19 +40,19 @@ def test_kernel_of_one_grid_step(compile_for):
     assert 0 < kernel["cycles"] < 1e5, kernel
 
 
-def test_stage2_of_the_tiny_model(compile_for, tiny_model):
+def test_stage2_of_the_tiny_model(compile_for, random_model):
     """All parts of a step: the loop over two blocks, collectives, the kernel; the parts make the whole."""
-    process, report = compile_for("stage2", "--topology", "v6e-4", "--model_id", tiny_model, *SIZE)
+    process, report = compile_for("stage2", "--topology", "v6e-4", "--model_id", random_model, *SIZE)
     assert report["predicted_seconds"] == pytest.approx(sum(report["split"].values()))
     assert all(report["split"][part] > 0 for part in ("Pallas kernels", "matrix products", "collectives"))
     assert report["memory"]["fits"] and report["memory"]["limit"] == 31.25
     assert "fits" in process.stdout and "predicted" in process.stdout
 
 
-def test_out_of_memory_is_one_line(compile_for, tiny_model):
+def test_out_of_memory_is_one_line(compile_for, random_model):
     size = ("--height", 480, "--width", 480, "--frames", 321)
     process, report = compile_for(
-        "stage2", "--topology", "v6e-1", "--model_id", tiny_model, "--attention", "xla", *size, status=1
+        "stage2", "--topology", "v6e-1", "--model_id", random_model, "--attention", "xla", *size, status=1
     )
     (line,) = (line for line in process.stdout.splitlines() if "does not fit" in line)
     assert "GiB" in line and "--attention splash" in line, line
@@ -75,9 +75,9 @@ def test_bad_input(compile_for, arguments, words):
     assert all(word in error for word in words) and "Traceback" not in process.stderr, process.stderr
 
 
-def test_executable_round_trip(compile_for, run_stage, outputs, tiny_model, tmp_path):
+def test_executable_round_trip(compile_for, run_stage, outputs, random_model, tmp_path):
     """Compiled ahead for this machine's CPU: the stage takes it and gives the same latents; others it refuses."""
-    step = ["stage2", "--model_id", tiny_model, *TINY_STEP]
+    step = ["stage2", "--model_id", random_model, *TINY_STEP]
     compile_for(*step, "--topology", "cpu", "--save", "cpu.bin")
     compile_for(*step, "--topology", "v6e-1", "--attention", "xla", "--save", "tpu.bin")
     before = (outputs / "stage2_latents.safetensors").read_bytes()
@@ -98,10 +98,10 @@ def test_executable_round_trip(compile_for, run_stage, outputs, tiny_model, tmp_
     assert "broken.bin" in process.stderr.splitlines()[-1]
 
 
-def test_decoder_round_trip(compile_for, run_stage, outputs, tiny_model):
+def test_decoder_round_trip(compile_for, run_stage, outputs, random_model):
     """The same for stage 3, and programs for another split."""
     size = ("--height", 32, "--width", 48, "--frames", 9, "--dtype", "float32")
-    compile_for("stage3", "--model_id", tiny_model, *size, "--topology", "cpu", "--save", "decoder.bin")
+    compile_for("stage3", "--model_id", random_model, *size, "--topology", "cpu", "--save", "decoder.bin")
     run = lambda *options: run_stage(STAGE3, "--input_dir", outputs, "--executable", "decoder.bin", *options).stdout  # noqa: E731
     assert "loaded the torchax decoder" in run()
     assert "made for other options" in run("--strips", 2)

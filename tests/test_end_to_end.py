@@ -58,7 +58,7 @@ def cases():
     for frames in (17, 61, 81):
         for guidance_scale in (6.0, 1.0):
             for scheduler in (DDIM, DPM):
-                yield "tiny_model", frames, guidance_scale, scheduler
+                yield "random_model", frames, guidance_scale, scheduler
     yield "other_model", 17, 6.0, DDIM
     yield "other_model", 61, 1.0, DPM
     yield "other_model", 81, 6.0, DPM

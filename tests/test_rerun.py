@@ -72,9 +72,9 @@ def test_nan_is_decoded_if_allowed(outputs, run_stage):
     assert "wrote" in run_stage(STAGE3, "--input_dir", outputs, "--allow_nan").stdout
 
 
-def test_nothing_but_the_progress_bar_on_stderr(outputs, tiny_model, run_stage):
+def test_nothing_but_the_progress_bar_on_stderr(outputs, random_model, run_stage):
     for script, *arguments in (
-        (STAGE1, "--prompt", "x", "--model_id", tiny_model, "--output_dir", outputs),
+        (STAGE1, "--prompt", "x", "--model_id", random_model, "--output_dir", outputs),
         (STAGE2, "--input_dir", outputs, *SIZE),
         (STAGE3, "--input_dir", outputs),
         ("stage3_vae_decoder_flax.py", "--input_dir", outputs),
@@ -92,12 +92,12 @@ def test_long_prompt_is_cut_with_a_warning(other_model, run_stage, tmp_path):
     assert embeddings["prompt_embeds"].shape == (1, 40, 48)
 
 
-def test_bfloat16_stays_bfloat16(tiny_model, run_stage, tmp_path):
+def test_bfloat16_stays_bfloat16(random_model, run_stage, tmp_path):
     """A model stored in bfloat16, as the published one is: no file holds another dtype."""
     from diffusers import CogVideoXPipeline
 
     model = Path(tmp_path / "model")
-    CogVideoXPipeline.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(model)
+    CogVideoXPipeline.from_pretrained(random_model, dtype=torch.bfloat16).save_pretrained(model)
     run_stage(STAGE1, "--prompt", "a red circle", "--model_id", model, "--output_dir", tmp_path)
     run_stage(STAGE2, "--input_dir", tmp_path, *SIZE)
     run_stage(STAGE3, "--input_dir", tmp_path)

@@ -1,15 +1,16 @@
 """Make a small CogVideoX 1.5 pipeline with random weights, in diffusers' folder layout.
 
 It has every part of zai-org/CogVideoX1.5-5B (tokenizer, text encoder, transformer with temporal patches and rotary
-embedding, VAE, scheduler) at a size that a laptop runs in seconds. The weights are seeded and untrained: it shows that
-the stages work together, not what CogVideoX can draw.
+embedding, VAE, scheduler) at a size that a laptop runs in seconds. The weights are seeded and untrained: most tests run
+them, and train_tiny_model.py starts from them.
 
-    python tools/make_tiny_model.py --output_dir tiny_model
+    python tools/make_tiny_model.py --output_dir random_model
 """
 
 import argparse
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -46,8 +47,11 @@ SCHEDULER = dict(
 )
 
 
-def make_tokenizer(folder: Path, max_length: int) -> T5Tokenizer:
-    """Train a T5 sentencepiece vocabulary on a few lines; the folder holds `spiece.model`, as CogVideoX's does."""
+def make_tokenizer(folder: Path, max_length: int, words: Sequence[str] = ()) -> T5Tokenizer:
+    """Train a T5 sentencepiece vocabulary on a few lines; the folder holds `spiece.model`, as CogVideoX's does.
+
+    Each of `words` is a piece of its own; so few lines would leave it cut into letters.
+    """
     vocabulary = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TOKENIZER_TEXT * 10),
@@ -58,6 +62,7 @@ def make_tokenizer(folder: Path, max_length: int) -> T5Tokenizer:
         eos_id=1,
         unk_id=2,
         bos_id=-1,
+        user_defined_symbols=[f"\N{LOWER ONE EIGHTH BLOCK}{word}" for word in words],  # sentencepiece's mark of a space
         num_threads=1,
         minloglevel=2,
     )
@@ -83,6 +88,7 @@ def make_pipeline(
     vae_layers: int = 1,
     vae_groups: int = 8,
     sample_size: int = 60,
+    words: Sequence[str] = (),
     scheduler_class=CogVideoXDDIMScheduler,
     seed: int = 0,
 ) -> None:
@@ -90,11 +96,12 @@ def make_pipeline(
 
     Args:
         folder: where to write; made if missing.
+        words: pieces of the tokenizer in any case.
         sample_size: the largest height and width in latent pixels that the rotary embedding covers.
         The other names are those of the diffusers and transformers configurations.
     """
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(folder / "tokenizer", max_text_seq_length)
+    tokenizer = make_tokenizer(folder / "tokenizer", max_text_seq_length, words)
     text_encoder = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
@@ -139,12 +146,12 @@ def make_pipeline(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("tiny_model"))
+    parser.add_argument("--output_dir", type=Path, default=Path("random_model"))
     arguments = parser.parse_args()
     disable_progress_bar()
     make_pipeline(arguments.output_dir)
     size = sum(file.stat().st_size for file in arguments.output_dir.rglob("*") if file.is_file())
-    print(f"tiny model: {arguments.output_dir} ({size / 1e6:.1f} MB)")
+    print(f"model: {arguments.output_dir} ({size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

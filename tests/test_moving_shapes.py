@@ -1,0 +1,51 @@
+"""The measurement that judges generated clips, on clips whose caption is known."""
+
+import numpy as np
+import pytest
+
+from tools.moving_shapes import ALL, BACKGROUNDS, CHANCE, Caption, agreement, held_out, measure, render, trained_on
+
+
+@pytest.mark.parametrize(("frames", "size"), [(17, 64), (9, 64), (33, 96)], ids=str)
+@pytest.mark.parametrize("noise", [0, 10], ids=lambda noise: f"noise {noise}")
+def test_measure_knows_every_caption(noise, frames, size):
+    """Clean, and with as much noise as a reconstruction of 28 dB has error."""
+    generator = np.random.default_rng(0)
+    wrong = []
+    for caption in ALL:
+        clip = render(caption, generator, frames, size)
+        assert clip.shape == (frames, size, size, 3) and clip.dtype == np.uint8
+        measured = measure(np.clip(clip + generator.normal(0, noise, clip.shape), 0, 255).astype(np.uint8))
+        if measured != caption:
+            wrong.append((caption, measured))
+    assert not wrong, f"{len(wrong)} of {len(ALL)}, for example {wrong[0]}"
+
+
+def test_what_is_not_there_is_not_measured():
+    empty = np.full((17, 64, 64, 3), BACKGROUNDS["gray"], np.uint8)
+    assert measure(empty) == Caption(None, None, None, "gray")
+    still = np.repeat(render(ALL[0], np.random.default_rng(0))[:1], 17, axis=0)
+    assert measure(still) == ALL[0]._replace(direction=None)
+    noise = np.random.default_rng(0).integers(0, 256, (17, 64, 64, 3)).astype(np.uint8)
+    assert sum(agreement(ALL[0], measure(noise))) <= 2
+
+
+def test_the_measure_of_other_clips_is_chance():
+    """Captions that have nothing to do with the clip agree as often as chance says."""
+    generator = np.random.default_rng(1)
+    shown, expected = generator.permutation(ALL).tolist(), generator.permutation(ALL).tolist()
+    scores = np.mean(
+        [agreement(Caption(*a), measure(render(Caption(*b), generator))) for a, b in zip(expected, shown, strict=True)],
+        axis=0,
+    )
+    chance = np.array(list(CHANCE.values()))
+    spread = np.sqrt(chance * (1 - chance) / len(ALL))
+    assert (abs(scores - chance) < 4 * spread).all(), f"{scores} against {chance}"
+
+
+def test_held_out_captions_share_every_word_with_the_others():
+    assert len(ALL) == 216 == len(held_out()) + len(trained_on()) and 20 <= len(held_out()) <= 40
+    assert not set(held_out()) & set(trained_on())
+    for captions in (trained_on(), held_out()):
+        for i, attribute in enumerate(Caption._fields):
+            assert len({caption[i] for caption in captions}) == round(1 / CHANCE[attribute])

@@ -1,0 +1,68 @@
+"""The training script: all its parts on a few batches, and a run that goes on where it was interrupted."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import CogVideoXPipeline
+
+from tools import train_tiny_model
+from tools.moving_shapes import held_out
+
+FEW = (
+    *("--pieces", 2, "--half_clips", 1, "--whole_clips", 1, "--clips", 3, "--transformer_steps", 2),
+    *("--batch_size", 2, "--work_dir", "work", "--device", "cpu"),
+)
+
+
+def test_all_parts_and_the_folder_that_comes_out(run_stage, tmp_path):
+    script = ROOT / "tools" / "train_tiny_model.py"
+    run_stage(script, *FEW, "--output_dir", "once")
+    pipeline = CogVideoXPipeline.from_pretrained(tmp_path / "once", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    start = CogVideoXPipeline.from_pretrained(tmp_path / "work" / "untrained", dtype=torch.float32)
+    for name in ("text_encoder", "transformer", "vae"):
+        pairs = zip(getattr(start, name).parameters(), getattr(pipeline, name).parameters(), strict=True)
+        changed = [not torch.equal(before.bfloat16().float(), after) for before, after in pairs]
+        assert sum(changed) > 0.5 * len(changed), f"{name}: {sum(changed)} of {len(changed)} parameters were trained"
+    assert pipeline.vae.config.scaling_factor != start.vae.config.scaling_factor
+    video = pipeline(str(held_out()[0]), height=32, width=32, num_frames=9, num_inference_steps=1, output_type="np")
+    assert video.frames.shape == (1, 9, 32, 32, 3)
+
+    # Started again it has nothing left to do, and writes the same model.
+    run_stage(script, *FEW, "--output_dir", "again")
+    for file in (tmp_path / "once").rglob("*.*"):
+        assert file.read_bytes() == (tmp_path / "again" / file.relative_to(tmp_path / "once")).read_bytes(), file
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tiny_model, "CHECKPOINT_SECONDS", 0)
+
+    def train(folder, stop: int | None = None) -> torch.Tensor:
+        torch.manual_seed(0)
+        module = torch.nn.Linear(4, 4)
+
+        def loss(generator, step):
+            if step == stop:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 4) + torch.from_numpy(generator.normal(size=4)).float()
+            return (module(x).float() - x).square().mean()
+
+        folder.mkdir(exist_ok=True)
+        train_tiny_model.fit(
+            "module", {"module": module}, loss, 12, 0.1, SimpleNamespace(work_dir=folder, device="cpu", seed=3)
+        )
+        return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+    whole = train(tmp_path / "whole")
+    for stop in (5, 9):
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "parts", stop)
+    assert torch.equal(train(tmp_path / "parts"), whole)
+
+
+@pytest.mark.parametrize("option", [("--clips", 0), ("--batch_size", -1), ("--pieces", "many")], ids=str)
+def test_wrong_options(option, run_stage):
+    process = run_stage(ROOT / "tools" / "train_tiny_model.py", *option, status=2)
+    assert len(process.stderr.splitlines()) == 1 and option[0] in process.stderr

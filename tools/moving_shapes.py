@@ -1,0 +1,159 @@
+"""Made-up clips of one coloured shape moving over a plain background, their captions, and what a clip shows.
+
+A small model learns from these (tools/train_tiny_model.py); `measure` says by plain image measurement, without
+any model, what a clip shows.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+
+FRAMES, SIZE = 17, 64  # of the clips: height and width in pixels
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 80, 230),
+    "yellow": (235, 215, 40),
+    "purple": (160, 50, 200),
+    "orange": (245, 140, 30),
+}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 240, 240)}
+
+# Thresholds of `measure`; tests/test_moving_shapes.py checks them on clips whose caption is known.
+FOREGROUND = 60  # distance from the background's colour, of 441 at most
+# Share of its bounding box that a shape fills: a triangle 1/2, a circle pi/4, a square 1; between them
+TRIANGLE_CIRCLE, CIRCLE_SQUARE = 0.63, 0.90
+LEAST_PIXELS = 0.01  # of the frame; with less in it there is no shape
+LEAST_MOTION = 0.1  # of the frame's width, from the first frame to the last
+
+
+class Caption(NamedTuple):
+    """What a clip shows, one word for each attribute; None for what `measure` cannot see."""
+
+    colour: str | None
+    shape: str | None
+    direction: str | None
+    background: str | None
+
+    def __str__(self) -> str:
+        article = "an" if self.colour == "orange" else "a"
+        return f"{article} {self.colour} {self.shape} moving {self.direction} on a {self.background} background"
+
+
+ALL = tuple(itertools.starmap(Caption, itertools.product(COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS)))
+
+
+CHANCE = {
+    field: 1 / len(values)
+    for field, values in zip(Caption._fields, (COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS), strict=True)
+}
+
+
+@functools.cache
+def held_out() -> tuple[Caption, ...]:
+    """An eighth of all captions, never trained on; every word, and nearly every pair of words, is in the others."""
+    sizes = [len(values) for values in (COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS)]
+    places = itertools.product(*map(range, sizes))
+    return tuple(caption for caption, place in zip(ALL, places, strict=True) if np.dot(place, (1, 3, 5, 2)) % 8 == 0)
+
+
+@functools.cache
+def trained_on() -> tuple[Caption, ...]:
+    """All the other captions."""
+    return tuple(caption for caption in ALL if caption not in held_out())
+
+
+def render(
+    caption: Caption,
+    generator: np.random.Generator,
+    frames: int = FRAMES,
+    size: int = SIZE,
+    variety: float = 1.0,
+) -> np.ndarray:
+    """A clip that shows `caption`: uint8 [frames, size, size, 3].
+
+    Place, way and extent are drawn from all that fits with a variety of 1, and are those in the middle with 0.
+    """
+
+    def drawn(least: float, most: float) -> float:
+        return (least + most) / 2 + variety * (most - least) * (generator.random() - 0.5)
+
+    radius = size * drawn(0.16, 0.22)
+    margin = radius + 1
+    travel = drawn(0.4, 0.7) * (size - 2 * margin)
+    along = drawn(margin, size - margin - travel) + travel * np.linspace(0, 1, frames)
+    across = drawn(margin, size - margin)
+    dx, dy = DIRECTIONS[caption.direction]
+    if dx + dy < 0:
+        along = along[::-1]
+    centre_x, centre_y = (along, np.full(frames, across)) if dx else (np.full(frames, across), along)
+
+    pixel = np.arange(size) + 0.5
+    x = pixel[None, None, :] - centre_x[:, None, None]
+    y = pixel[None, :, None] - centre_y[:, None, None]
+    if caption.shape == "circle":
+        outside = np.hypot(x, y) - radius
+    elif caption.shape == "square":
+        outside = np.maximum(abs(x), abs(y)) - 0.9 * radius
+    else:
+        outside = np.maximum(abs(y) - radius, (abs(x) - (y + radius) / 2) / np.hypot(1, 0.5))
+    cover = np.clip(0.5 - outside, 0, 1)[..., None]  # of a pixel, by the distance from the edge: no jagged outlines
+    clip = cover * COLOURS[caption.colour] + (1 - cover) * BACKGROUNDS[caption.background]
+    return np.round(clip).astype(np.uint8)
+
+
+def measure(clip: np.ndarray) -> Caption:
+    """What a clip, uint8 [frames, height, width, 3], shows.
+
+    The background is the colour of the frame's border. What differs from it is the shape: its colour is taken from the
+    middle frame, its kind from how much of its bounding box it fills, the direction from the way of its centre. The
+    outline is where a pixel is half background and half shape, so that blur moves it nowhere.
+    """
+    clip = clip.astype(float)
+    border = np.concatenate([clip[:, 0], clip[:, -1], clip[:, :, 0], clip[:, :, -1]], axis=1)
+    plain = np.median(border, axis=(0, 1))
+    background = _nearest(plain, BACKGROUNDS)
+    distance = np.linalg.norm(clip - plain, axis=-1)
+    foreground = distance > FOREGROUND
+    seen = np.flatnonzero(foreground.mean(axis=(1, 2)) > LEAST_PIXELS)
+    if len(seen) == 0:
+        return Caption(None, None, None, background)
+    middle = seen[len(seen) // 2]
+    plain_colour = np.median(clip[middle][foreground[middle]], axis=0)
+    foreground = distance > max(FOREGROUND, np.linalg.norm(plain_colour - plain) / 2)
+    shape = _shape(np.median([_fill(foreground[frame]) for frame in seen]))
+    return Caption(_nearest(plain_colour, COLOURS), shape, _direction(foreground, seen), background)
+
+
+def agreement(expected: Caption, measured: Caption) -> list[bool]:
+    """Attribute by attribute, whether two captions agree."""
+    return [a == b for a, b in zip(expected, measured, strict=True)]
+
+
+def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
+    return min(palette, key=lambda name: np.linalg.norm(np.subtract(colour, palette[name])))
+
+
+def _fill(mask: np.ndarray) -> float:
+    """Share of its bounding box that a mask fills; rows and columns with a single pixel are taken for noise."""
+    rows, columns = (np.flatnonzero(mask.sum(axis=axis) > 1) for axis in (1, 0))
+    box = np.s_[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] if len(rows) and len(columns) else None
+    return float(mask[box].mean()) if box else 0.0
+
+
+def _shape(fill: float) -> str:
+    return "triangle" if fill < TRIANGLE_CIRCLE else "circle" if fill < CIRCLE_SQUARE else "square"
+
+
+def _direction(foreground: np.ndarray, seen: np.ndarray) -> str | None:
+    centres = [np.argwhere(foreground[frame]).mean(axis=0) for frame in (seen[0], seen[-1]) if foreground[frame].any()]
+    dy, dx = (centres[1] - centres[0]) / foreground.shape[2]
+    if max(abs(dx), abs(dy)) < LEAST_MOTION:
+        return None
+    if abs(dx) > abs(dy):
+        return "right" if dx > 0 else "left"
+    return "down" if dy > 0 else "up"
