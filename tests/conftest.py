@@ -11,6 +11,7 @@ import pytest
 from console import prepare_libraries
 
 ROOT = Path(__file__).parent.parent
+TINY_MODEL = ROOT / "tiny_model"  # the embedded model, which is trained
 
 VIRTUAL_DEVICES = "--xla_force_host_platform_device_count=8"
 

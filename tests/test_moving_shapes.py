@@ -3,13 +3,25 @@
 import numpy as np
 import pytest
 
-from tools.moving_shapes import ALL, BACKGROUNDS, CHANCE, Caption, agreement, held_out, measure, render, trained_on
+from tools.moving_shapes import (
+    ALL,
+    BACKGROUNDS,
+    CHANCE,
+    COLOURS,
+    SHAPES,
+    Caption,
+    agreement,
+    held_out,
+    measure,
+    render,
+    trained_on,
+)
 
 
-@pytest.mark.parametrize(("frames", "size"), [(17, 64), (9, 64), (33, 96)], ids=str)
-@pytest.mark.parametrize("noise", [0, 10], ids=lambda noise: f"noise {noise}")
+@pytest.mark.parametrize(("frames", "size"), [(17, 64), (9, 64), (9, 96)], ids=str)
+@pytest.mark.parametrize("noise", [0, 12], ids=lambda noise: f"noise {noise}")
 def test_measure_knows_every_caption(noise, frames, size):
-    """Clean, and with as much noise as a reconstruction of 28 dB has error."""
+    """Clean, and with more noise than a reconstruction of 28 dB has error."""
     generator = np.random.default_rng(0)
     wrong = []
     for caption in ALL:
@@ -19,6 +31,22 @@ def test_measure_knows_every_caption(noise, frames, size):
         if measured != caption:
             wrong.append((caption, measured))
     assert not wrong, f"{len(wrong)} of {len(ALL)}, for example {wrong[0]}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_faint_blocks_around_a_shape_do_not_change_it(shape):
+    """What a decoder leaves at times: blocks of 8 x 8 pixels around the shape, a little of its colour in them."""
+    generator = np.random.default_rng(2)
+    wrong = []
+    for caption in (caption for caption in ALL if caption.shape == shape):
+        clip = render(caption, generator).astype(float)
+        inside = np.linalg.norm(clip - clip[:, :1, :1], axis=-1, keepdims=True) > 60
+        blocks = generator.random((17, 8, 8, 1)) < 0.3
+        faint = 0.35 * np.kron(blocks, np.ones((1, 8, 8, 1))) * ~inside
+        clip += faint * (COLOURS[caption.colour] - clip)
+        if measure(clip.round().astype(np.uint8)) != caption:
+            wrong.append((caption, measure(clip.round().astype(np.uint8))))
+    assert not wrong, f"{len(wrong)}, for example {wrong[0]}"
 
 
 def test_what_is_not_there_is_not_measured():

@@ -10,15 +10,15 @@ from diffusers import CogVideoXPipeline
 from tools import train_tiny_model
 from tools.moving_shapes import held_out
 
-FEW = (
-    *("--pieces", 2, "--half_clips", 1, "--whole_clips", 1, "--clips", 3, "--transformer_steps", 2),
-    *("--batch_size", 2, "--work_dir", "work", "--device", "cpu"),
-)
+FEW = ("--effort", 0.002, "--work_dir", "work", "--device", "cpu")
 
 
 def test_all_parts_and_the_folder_that_comes_out(run_stage, tmp_path):
     script = ROOT / "tools" / "train_tiny_model.py"
-    run_stage(script, *FEW, "--output_dir", "once")
+    process = run_stage(script, *FEW, "--output_dir", "once")
+    assert [line.split(":")[0] for line in process.stdout.splitlines()[:-1]] == [
+        *("vae_taught", "vae_together", "vae_decoder", "encoding", "transformer")
+    ], process.stdout
     pipeline = CogVideoXPipeline.from_pretrained(tmp_path / "once", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     start = CogVideoXPipeline.from_pretrained(tmp_path / "work" / "untrained", dtype=torch.float32)
@@ -38,31 +38,32 @@ def test_all_parts_and_the_folder_that_comes_out(run_stage, tmp_path):
 
 def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.setattr(train_tiny_model, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setitem(train_tiny_model.PARTS, "part", train_tiny_model.Part(12, 0.1, "linear", 0.9))
 
     def train(folder, stop: int | None = None) -> torch.Tensor:
         torch.manual_seed(0)
-        module = torch.nn.Linear(4, 4)
+        module = torch.nn.ModuleDict({"block": torch.nn.Conv2d(4, 4, 2, padding="same"), "out": torch.nn.Linear(5, 5)})
 
-        def loss(generator, step):
-            if step == stop:
+        def loss(generator, progress):
+            if progress * 12 == stop:
                 raise KeyboardInterrupt
-            x = torch.randn(8, 4) + torch.from_numpy(generator.normal(size=4)).float()
-            return (module(x).float() - x).square().mean()
+            x = torch.randn(8, 4, 3, 5) + torch.from_numpy(generator.normal(size=5)).float()
+            return (module["out"](module["block"](x)).float() - x).square().mean()
 
         folder.mkdir(exist_ok=True)
-        train_tiny_model.fit(
-            "module", {"module": module}, loss, 12, 0.1, SimpleNamespace(work_dir=folder, device="cpu", seed=3)
-        )
+        arguments = SimpleNamespace(work_dir=folder, device="cpu", seed=3, effort=1)
+        train_tiny_model.fit("part", {"module": module}, loss, arguments)
         return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
 
     whole = train(tmp_path / "whole")
+    assert torch.equal(train(tmp_path / "whole"), whole)  # started again, with nothing left to do
     for stop in (5, 9):
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path / "parts", stop)
     assert torch.equal(train(tmp_path / "parts"), whole)
 
 
-@pytest.mark.parametrize("option", [("--clips", 0), ("--batch_size", -1), ("--pieces", "many")], ids=str)
+@pytest.mark.parametrize("option", [("--effort", -1), ("--seed", 1.5), ("--effort", "much")], ids=str)
 def test_wrong_options(option, run_stage):
     process = run_stage(ROOT / "tools" / "train_tiny_model.py", *option, status=2)
     assert len(process.stderr.splitlines()) == 1 and option[0] in process.stderr

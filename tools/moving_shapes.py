@@ -1,16 +1,18 @@
 """Made-up clips of one coloured shape moving over a plain background, their captions, and what a clip shows.
 
-A small model learns from these (tools/train_tiny_model.py); `measure` says by plain image measurement, without
-any model, what a clip shows.
+The embedded model is trained on these (tools/train_tiny_model.py); `measure` says by plain image measurement, without
+any model, what a generated clip shows (benchmarks/quality.py).
 """
 
 import functools
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 FRAMES, SIZE = 17, 64  # of the clips: height and width in pixels
+GUIDANCE_SCALE = 2.0  # that suits a model trained on them; more of it bends the shapes
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -19,15 +21,28 @@ COLOURS = {
     "purple": (160, 50, 200),
     "orange": (245, 140, 30),
 }
-SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 240, 240)}
 
+
+class Outline(NamedTuple):
+    """A shape that reaches from -1 to 1 in height and width, y pointing down."""
+
+    outside: Callable[[np.ndarray, np.ndarray], np.ndarray]  # distance of (x, y) from the edge, negative inside
+    area: float
+    centroid_y: float
+
+
+SHAPES = {
+    "circle": Outline(lambda x, y: np.hypot(x, y) - 1, np.pi, 0),
+    "square": Outline(lambda x, y: np.maximum(abs(x), abs(y)) - 1, 4, 0),
+    "triangle": Outline(lambda x, y: np.maximum(abs(y) - 1, (abs(x) - (y + 1) / 2) / np.hypot(1, 0.5)), 2, 1 / 3),
+}
+
 # Thresholds of `measure`; tests/test_moving_shapes.py checks them on clips whose caption is known.
 FOREGROUND = 60  # distance from the background's colour, of 441 at most
-# Share of its bounding box that a shape fills: a triangle 1/2, a circle pi/4, a square 1; between them
-TRIANGLE_CIRCLE, CIRCLE_SQUARE = 0.63, 0.90
 LEAST_PIXELS = 0.01  # of the frame; with less in it there is no shape
+LEAST_OVERLAP = 0.7  # with the best outline; clips with noise have 0.96 and more, a circle with a square 0.83
 LEAST_MOTION = 0.1  # of the frame's width, from the first frame to the last
 
 
@@ -82,9 +97,9 @@ def render(
     def drawn(least: float, most: float) -> float:
         return (least + most) / 2 + variety * (most - least) * (generator.random() - 0.5)
 
-    radius = size * drawn(0.16, 0.22)
+    radius = size * drawn(0.18, 0.24)
     margin = radius + 1
-    travel = drawn(0.4, 0.7) * (size - 2 * margin)
+    travel = drawn(0.5, 0.8) * (size - 2 * margin)
     along = drawn(margin, size - margin - travel) + travel * np.linspace(0, 1, frames)
     across = drawn(margin, size - margin)
     dx, dy = DIRECTIONS[caption.direction]
@@ -95,12 +110,7 @@ def render(
     pixel = np.arange(size) + 0.5
     x = pixel[None, None, :] - centre_x[:, None, None]
     y = pixel[None, :, None] - centre_y[:, None, None]
-    if caption.shape == "circle":
-        outside = np.hypot(x, y) - radius
-    elif caption.shape == "square":
-        outside = np.maximum(abs(x), abs(y)) - 0.9 * radius
-    else:
-        outside = np.maximum(abs(y) - radius, (abs(x) - (y + radius) / 2) / np.hypot(1, 0.5))
+    outside = radius * SHAPES[caption.shape].outside(x / radius, y / radius)
     cover = np.clip(0.5 - outside, 0, 1)[..., None]  # of a pixel, by the distance from the edge: no jagged outlines
     clip = cover * COLOURS[caption.colour] + (1 - cover) * BACKGROUNDS[caption.background]
     return np.round(clip).astype(np.uint8)
@@ -110,8 +120,8 @@ def measure(clip: np.ndarray) -> Caption:
     """What a clip, uint8 [frames, height, width, 3], shows.
 
     The background is the colour of the frame's border. What differs from it is the shape: its colour is taken from the
-    middle frame, its kind from how much of its bounding box it fills, the direction from the way of its centre. The
-    outline is where a pixel is half background and half shape, so that blur moves it nowhere.
+    middle frame, its kind from the ideal outline that it overlaps best with, the direction from the way of its centre.
+    The edge is where a pixel is half background and half shape, so that blur moves it nowhere.
     """
     clip = clip.astype(float)
     border = np.concatenate([clip[:, 0], clip[:, -1], clip[:, :, 0], clip[:, :, -1]], axis=1)
@@ -123,10 +133,10 @@ def measure(clip: np.ndarray) -> Caption:
     if len(seen) == 0:
         return Caption(None, None, None, background)
     middle = seen[len(seen) // 2]
-    plain_colour = np.median(clip[middle][foreground[middle]], axis=0)
+    strongest = distance[middle] > distance[middle].max() / 2  # and not what is faint around the shape
+    plain_colour = np.median(clip[middle][strongest], axis=0)
     foreground = distance > max(FOREGROUND, np.linalg.norm(plain_colour - plain) / 2)
-    shape = _shape(np.median([_fill(foreground[frame]) for frame in seen]))
-    return Caption(_nearest(plain_colour, COLOURS), shape, _direction(foreground, seen), background)
+    return Caption(_nearest(plain_colour, COLOURS), _shape(foreground[seen]), _direction(foreground, seen), background)
 
 
 def agreement(expected: Caption, measured: Caption) -> list[bool]:
@@ -138,15 +148,21 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> st
     return min(palette, key=lambda name: np.linalg.norm(np.subtract(colour, palette[name])))
 
 
-def _fill(mask: np.ndarray) -> float:
-    """Share of its bounding box that a mask fills; rows and columns with a single pixel are taken for noise."""
-    rows, columns = (np.flatnonzero(mask.sum(axis=axis) > 1) for axis in (1, 0))
-    box = np.s_[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] if len(rows) and len(columns) else None
-    return float(mask[box].mean()) if box else 0.0
+def _shape(masks: np.ndarray) -> str | None:
+    """The shape whose ideal outline overlaps best with the masks, [frames, height, width], over all frames."""
+    overlaps = {name: np.mean([_overlap(mask, outline) for mask in masks]) for name, outline in SHAPES.items()}
+    best = max(overlaps, key=overlaps.get)
+    return best if overlaps[best] > LEAST_OVERLAP else None
 
 
-def _shape(fill: float) -> str:
-    return "triangle" if fill < TRIANGLE_CIRCLE else "circle" if fill < CIRCLE_SQUARE else "square"
+def _overlap(mask: np.ndarray, outline: Outline) -> float:
+    """Intersection over union of a mask with the outline of the same area and centroid."""
+    if not mask.any():
+        return 0.0
+    radius = np.sqrt(mask.sum() / outline.area)
+    y, x = np.indices(mask.shape) - np.argwhere(mask).mean(axis=0)[:, None, None]
+    ideal = outline.outside(x / radius, y / radius + outline.centroid_y) < 0
+    return (mask & ideal).sum() / (mask | ideal).sum()
 
 
 def _direction(foreground: np.ndarray, seen: np.ndarray) -> str | None:
