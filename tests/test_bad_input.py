@@ -5,44 +5,34 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import save_file
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from tests.conftest import ROOT, SIZE, STAGE1, STAGE2, STAGE3, contents, stage_environment
-
-
-def edit_config(outputs: Path, **entries) -> None:
-    """Change entries of the config; None removes one."""
-    path = outputs / "generation_config.json"
-    config = json.loads(path.read_text()) | entries
-    path.write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
-
-
-def edit_latents(outputs: Path, change) -> None:
-    """Put change(latents) in the place of the latents, the metadata kept."""
-    with safe_open(outputs / LATENTS, "np") as file:
-        latents, metadata = file.get_tensor("latents"), file.metadata()
-    save_file({"latents": change(latents.copy())}, outputs / LATENTS, metadata)
-
-
-def poison(latents: np.ndarray) -> np.ndarray:
-    latents[0, 1, 2, 3, :2] = np.nan
-    latents[0, 0, 0, 0, 0] = -np.inf
-    return latents
+from tests.helpers import (
+    CONFIG,
+    EMBEDDINGS,
+    LATENTS,
+    SIZE,
+    STAGE1,
+    STAGE2,
+    STAGE3,
+    contents,
+    edit_config,
+    edit_latents,
+    poison,
+    run_command,
+    stage_command,
+    stage_environment,
+)
 
 
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-EMBEDDINGS, LATENTS, CONFIG = "stage1_embeddings.safetensors", "stage2_latents.safetensors", "generation_config.json"
 NOTHING = lambda outputs: None  # noqa: E731
 
 CASES = {
@@ -154,13 +144,8 @@ def test_full_disk(script, outputs, random_model, tmp_path):
         STAGE2: ["--input_dir", outputs, *SIZE],
         STAGE3: ["--input_dir", outputs],
     }[script]
-    process = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        env=stage_environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
-    )
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # noqa: E731
+    process = run_command(stage_command(script, *arguments), preexec_fn=limit)
     assert process.returncode == 2, process.stderr
     assert "cannot write" in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr, process.stderr
     assert contents(outputs) == untouched
@@ -171,7 +156,7 @@ def test_killed_in_the_middle(kill, outputs):
     """Ctrl-C, or worse, while stage 2 runs: the files of the run before are whole."""
     untouched = contents(outputs)
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / STAGE2), "--input_dir", str(outputs), *map(str, SIZE[:-1]), "1000"],
+        stage_command(STAGE2, "--input_dir", outputs, *SIZE[:-1], 1000),
         env=stage_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

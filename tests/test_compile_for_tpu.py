@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.conftest import SIZE, STAGE2, STAGE3
+from tests.helpers import SIZE, STAGE2, STAGE3, needs_libtpu
 
 TOOL = "benchmarks/compile_for_tpu.py"
 TINY_STEP = [*SIZE[:-2], "--dtype", "float32"]
@@ -19,6 +19,7 @@ def compile_for(run_stage, tmp_path):
     return compile_
 
 
+@needs_libtpu
 @pytest.mark.parametrize(("attention", "least", "most"), [("splash", 290, 310), ("splash_exp2", 700, 819)])
 def test_kernel(compile_for, attention, least, most):
     """JAX's kernel with segments (without them the design figure is 320), and ours, whose limit is the MXU's 819."""
@@ -33,6 +34,7 @@ def test_kernel(compile_for, attention, least, most):
     assert report["predicted_seconds"] == pytest.approx(sum(report["split"].values()))
 
 
+@needs_libtpu
 def test_kernel_of_one_grid_step(compile_for):
     """The compiler makes no loop of it."""
     _, report = compile_for("kernel", "--topology", "v6e-1", "--tokens", 200, "--heads", 1)
@@ -40,6 +42,7 @@ def test_kernel_of_one_grid_step(compile_for):
     assert 0 < kernel["cycles"] < 1e5, kernel
 
 
+@needs_libtpu
 def test_stage2_of_the_tiny_model(compile_for, random_model):
     """All parts of a step: the loop over two blocks, collectives, the kernel; the parts make the whole."""
     process, report = compile_for("stage2", "--topology", "v6e-4", "--model_id", random_model, *SIZE)
@@ -49,6 +52,7 @@ def test_stage2_of_the_tiny_model(compile_for, random_model):
     assert "fits" in process.stdout and "predicted" in process.stdout
 
 
+@needs_libtpu
 def test_out_of_memory_is_one_line(compile_for, random_model):
     size = ("--height", 480, "--width", 480, "--frames", 321)
     process, report = compile_for(
@@ -59,6 +63,7 @@ def test_out_of_memory_is_one_line(compile_for, random_model):
     assert report["memory"]["peak"] > report["memory"]["limit"]
 
 
+@needs_libtpu
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -75,6 +80,7 @@ def test_bad_input(compile_for, arguments, words):
     assert all(word in error for word in words) and "Traceback" not in process.stderr, process.stderr
 
 
+@needs_libtpu
 def test_executable_round_trip(compile_for, run_stage, outputs, random_model, tmp_path):
     """Compiled ahead for this machine's CPU: the stage takes it and gives the same latents; others it refuses."""
     step = ["stage2", "--model_id", random_model, *TINY_STEP]

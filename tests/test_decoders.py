@@ -18,7 +18,7 @@ from models import vae_flax, vae_torchax
 from models.conv_input import conv_input, plain_conv_input
 from models.decoder import chunk_programs, chunk_sizes, decode, to_pixels
 from models.spatial_split import choose_split
-from tests.conftest import ROOT
+from tests.helpers import ROOT, needs_libtpu
 
 VAES = {
     "three levels": dict(block_out_channels=(8, 8, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4),
@@ -227,9 +227,9 @@ for channels, packed, factor, history in ((128, True, 1, 2), (256, False, 1, 2),
 """
 
 
+@needs_libtpu
 def test_conv_input_compiles_for_v6e():
     """The three forms that the decoder has of it, at full width on four chips."""
-    pytest.importorskip("libtpu")
     environment = os.environ | tpu.compiler_environment("v6e-1", None)
     command = [sys.executable, "-c", COMPILE_CONV_INPUT]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

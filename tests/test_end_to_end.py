@@ -12,6 +12,8 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPi
 from diffusers.utils import export_to_video
 from safetensors.torch import load_file
 
+from tests.helpers import STAGE1, STAGE2, STAGE3, STAGE3_FLAX
+
 PROMPT = "A panda playing guitar in a bamboo forest"
 NEGATIVE = "blurry, low quality"
 HEIGHT, WIDTH, STEPS, SEED, FPS = 48, 80, 4, 7, 12
@@ -75,14 +77,14 @@ def test_stages_match_the_pipeline(model, frames, guidance_scale, scheduler, req
     outputs = tmp_path / "outputs"
 
     run_stage(
-        "stage1_text_encoder.py",
+        STAGE1,
         *("--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--model_id", model, "--output_dir", outputs),
     )
     saved = load_file(outputs / "stage1_embeddings.safetensors")
     assert torch.equal(torch.cat([saved["prompt_embeds"], saved["negative_prompt_embeds"]]), embeddings)
 
     run_stage(
-        "stage2_transformer.py",
+        STAGE2,
         *("--input_dir", outputs, "--height", HEIGHT, "--width", WIDTH, "--frames", frames, "--fps", FPS),
         *("--num_inference_steps", STEPS, "--guidance_scale", guidance_scale, "--seed", SEED, "--warmup_steps", 1),
     )
@@ -94,7 +96,7 @@ def test_stages_match_the_pipeline(model, frames, guidance_scale, scheduler, req
 
     export_to_video(list(video), str(tmp_path / "expected.mp4"), fps=FPS, macro_block_size=2)
     expected_mp4 = imageio.imread(tmp_path / "expected.mp4")
-    for script in ("stage3_vae_decoder.py", "stage3_vae_decoder_flax.py"):
+    for script in (STAGE3, STAGE3_FLAX):
         run_stage(script, "--input_dir", outputs, "--output_frames", tmp_path / "frames.safetensors")
         error = np.abs(load_file(tmp_path / "frames.safetensors")["frames"].numpy() / 255 - video).max()
         assert error <= FRAME_TOLERANCE, f"{script}: frames differ by {error * 255:.2f} / 255"

@@ -9,8 +9,7 @@ import safetensors.torch
 import torch
 
 from stage3_vae_decoder import video_writer
-from tests.conftest import SIZE, STAGE1, STAGE2, STAGE3, contents
-from tests.test_bad_input import edit_latents, poison
+from tests.helpers import SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, contents, edit_latents, poison
 from utils import VIDEO_SUFFIXES
 
 
@@ -77,7 +76,7 @@ def test_nothing_but_the_progress_bar_on_stderr(outputs, random_model, run_stage
         (STAGE1, "--prompt", "x", "--model_id", random_model, "--output_dir", outputs),
         (STAGE2, "--input_dir", outputs, *SIZE),
         (STAGE3, "--input_dir", outputs),
-        ("stage3_vae_decoder_flax.py", "--input_dir", outputs),
+        (STAGE3_FLAX, "--input_dir", outputs),
     ):
         lines = [line for line in run_stage(script, *arguments).stderr.replace("\r", "\n").splitlines() if line.strip()]
         assert all(line.startswith(("  denoising:", "  decoding:")) for line in lines), lines
@@ -101,7 +100,7 @@ def test_bfloat16_stays_bfloat16(random_model, run_stage, tmp_path):
     run_stage(STAGE1, "--prompt", "a red circle", "--model_id", model, "--output_dir", tmp_path)
     run_stage(STAGE2, "--input_dir", tmp_path, *SIZE)
     run_stage(STAGE3, "--input_dir", tmp_path)
-    run_stage("stage3_vae_decoder_flax.py", "--input_dir", tmp_path)
+    run_stage(STAGE3_FLAX, "--input_dir", tmp_path)
     for name in ("stage1_embeddings", "stage2_latents"):
         for tensor in safetensors.torch.load_file(tmp_path / f"{name}.safetensors").values():
             assert tensor.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""The embedded model makes sense: what its prompt says is what its video shows."""
+"""The tiny model makes sense: what its prompt says is what its video shows."""
 
 import json
 import re
@@ -6,8 +6,8 @@ import re
 import imageio.v3 as imageio
 import numpy as np
 import pytest
-from conftest import ROOT, STAGE1, STAGE2, TINY_MODEL
 
+from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, TINY_MODEL
 from tools.moving_shapes import ALL, FRAMES, SIZE, held_out, measure
 
 QUALITY = ROOT / "benchmarks" / "quality.py"
@@ -29,7 +29,7 @@ def demo_options() -> list[str]:
     return command[1].split()
 
 
-@pytest.mark.parametrize("decoder", ["stage3_vae_decoder.py", "stage3_vae_decoder_flax.py"])
+@pytest.mark.parametrize("decoder", [STAGE3, STAGE3_FLAX])
 def test_the_demo_shows_what_its_prompt_says(decoder, run_stage, tmp_path):
     """In the model's own dtype with the options of `make demo`, judged on the mp4 itself."""
     caption = next(caption for caption in held_out() if str(caption) == demo_prompt())

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 from diffusers import CogVideoXPipeline
 
+from tests.helpers import ROOT
 from tools import train_tiny_model
 from tools.moving_shapes import held_out
 
