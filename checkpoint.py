@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -83,7 +84,7 @@ def tensor_reader(model_id: str, component: str, names: Iterable[str]) -> Callab
         UserError: an unreadable file, or a tensor in none of them.
     """
     folder = model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]) / component
-    files = {}
+    files: dict[str, Any] = {}  # safetensors names no type for an open file
     with load_errors(folder):
         for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
             file = safe_open(path, framework="np")

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -23,7 +24,7 @@ class UserError(Exception):
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with defaults in the help, no abbreviated options, and errors of one line."""
 
-    def __init__(self, description: str | None = None, **options):
+    def __init__(self, description: str | None = None, **options: Any):
         super().__init__(
             description=description,
             allow_abbrev=False,
@@ -31,7 +32,7 @@ class ArgumentParser(argparse.ArgumentParser):
             **options,
         )
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
@@ -53,7 +54,7 @@ def _complain(message: str, status: int) -> int:
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
     """An argparse type: a finite `kind` (int or float) between `least` and `most`."""
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         value = kind(text)
         if not (least <= value <= most and math.isfinite(value)):
             bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
@@ -89,7 +90,7 @@ class Report:
     """Says what happens, one line each, takes the time of each phase, and prints the table at the end."""
 
     def __init__(self, title: str):
-        self._rows = []
+        self._rows: list[tuple[str, object]] = []
         print(title, flush=True)
 
     def say(self, line: str) -> None:
@@ -107,10 +108,10 @@ class Report:
         """A progress bar with time per unit and time left; use as a context, `update()` as units are done."""
         return tqdm(total=total, desc=f"  {description}", unit=unit)
 
-    def add(self, name: str, value) -> None:
+    def add(self, name: str, value: object) -> None:
         self._rows.append((name, value))
 
-    def add_array(self, name: str, array) -> None:
+    def add_array(self, name: str, array: Any) -> None:
         self.add(name, f"{list(array.shape)} {str(array.dtype).removeprefix('torch.')}")
 
     def close(self, next_command: str | None = None) -> None:

@@ -89,10 +89,12 @@ def poison(latents: np.ndarray) -> np.ndarray:
     return latents
 
 
-def run_command(command: list[str], env: Mapping[str, str] | None = None, **options) -> subprocess.CompletedProcess:
+def run_command(
+    command: list[str], env: Mapping[str, str] | None = None, check=False, **options
+) -> subprocess.CompletedProcess:
     """Run what `stage_command` returned, and return the finished process with its output as text.
 
     A module is found as it is from the project's folder, wherever the process runs; a script finds its own folder.
     """
     environment = stage_environment() | ({"PYTHONPATH": str(ROOT)} if "-m" in command[:2] else {}) | dict(env or {})
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, **options)
+    return subprocess.run(command, check=check, env=environment, capture_output=True, text=True, timeout=900, **options)

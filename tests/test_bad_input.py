@@ -84,7 +84,7 @@ def test_one_line_and_exit_2(script, arguments, before, words, outputs, random_m
     untouched = contents(outputs)
     if script == STAGE1 and "--model_id" not in arguments:
         arguments = ["--model_id", random_model, *arguments]
-    if script == STAGE1 and "--output_dir" not in arguments or script != STAGE1 and "--input_dir" not in arguments:
+    if (script == STAGE1 and "--output_dir" not in arguments) or (script != STAGE1 and "--input_dir" not in arguments):
         arguments = ["--output_dir" if script == STAGE1 else "--input_dir", "outputs", *arguments]
     process = run_stage(script, *arguments, status=2)
     assert len(process.stderr.splitlines()) == 1 and process.stderr.startswith(script), process.stderr
@@ -161,6 +161,7 @@ def test_killed_in_the_middle(kill, outputs):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     for line in process.stdout:
         if "compiled" in line:

@@ -23,7 +23,7 @@ DDIM, DPM = CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 
 def model_with_scheduler(model: Path, scheduler_class, folder: Path) -> Path:
-    """A copy of `model` that names another scheduler."""
+    """Copy `model` to `folder`, and let the copy name another scheduler."""
     shutil.copytree(model, folder)
     scheduler_class.from_pretrained(model, subfolder="scheduler").save_pretrained(folder / "scheduler")
     index = json.loads((folder / "model_index.json").read_text())
@@ -33,7 +33,7 @@ def model_with_scheduler(model: Path, scheduler_class, folder: Path) -> Path:
 
 
 def truth(model: Path, frames: int, guidance_scale: float) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """Embeddings [2, ...] (positive, negative), latents [B, T, C, H, W] and frames [F, H, W, 3] of the pipeline."""
+    """Return embeddings [2, ...] (positive, negative), latents [B, T, C, H, W], frames [F, H, W, 3] of the pipeline."""
     pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     limit = pipeline.transformer.config.max_text_seq_length

@@ -10,7 +10,7 @@ ESTIMATE = 'backend_config={{"window_config":{{"estimated_cycles":"{}"}}}}'
 
 
 def program(*, bound="constant(42)", start="constant(0)", body_cycles=1000) -> str:
-    """A loop over a fusion with a matrix product, a kernel and a collective, as the TPU compiler prints them."""
+    """Write a loop over a fusion with a matrix product, a kernel and a collective, as the TPU compiler prints them."""
     return f"""HloModule jit_f, is_scheduled=true
 
 FileNames

@@ -162,7 +162,7 @@ def test_each_head_takes_the_kernel_that_it_needs():
 
 
 @pytest.mark.parametrize(
-    "sizes, named",
+    ("sizes", "named"),
     [
         ((100, 256, 128, 128), "block_q=100 is not a multiple of 128; the nearest that work: 128"),
         ((256, 300, 128, 128), "block_kv=300 is not a multiple of 128; the nearest that work: 256 or 384"),
@@ -175,7 +175,7 @@ def test_block_sizes_that_are_no_multiples(sizes, named):
         check(*random(8, 8), "bfloat16", block_sizes=BlockSizes(*sizes))
 
 
-@pytest.mark.parametrize("block_q, block_kv", [(1536, 99968), (65536, 65536), (262144, 262144)])
+@pytest.mark.parametrize(("block_q", "block_kv"), [(1536, 99968), (65536, 65536), (262144, 262144)])
 def test_block_sizes_beyond_vmem(block_q, block_kv):
     arrays = [jax.ShapeDtypeStruct((1, 1, 300000, HEAD_DIM), "bfloat16")] * 3
 
@@ -193,7 +193,9 @@ def test_block_sizes_beyond_vmem(block_q, block_kv):
         BlockSizes(**sizes).check(HEAD_DIM, 2)
 
 
-@pytest.mark.parametrize("q_len, kv_len", [(1, 1), (25826, 25826), (45106, 45106), (11277, 45106), (300000, 300000)])
+@pytest.mark.parametrize(
+    ("q_len", "kv_len"), [(1, 1), (25826, 25826), (45106, 45106), (11277, 45106), (300000, 300000)]
+)
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_default_block_sizes_fit_any_length(q_len, kv_len, itemsize):
     blocks = DEFAULT_BLOCK_SIZES.fitted(q_len, kv_len, HEAD_DIM, itemsize)

@@ -34,7 +34,7 @@ def make_module(sizes: dict) -> CogVideoXTransformer3DModel:
 
 
 def run_both(module, batch, mesh, layout="tp", dtype=torch.float32, attention=xla_attention):
-    """The module's prediction in float32 and ours, of the same random input."""
+    """Return the module's prediction in float32 and ours, of the same random input."""
     config, shape = dict(module.config), (batch, 4, 4, 6, 10)
     torch.manual_seed(1)
     latents, prompts = torch.randn(shape), torch.randn(batch, 10, config["text_embed_dim"])

@@ -145,6 +145,7 @@ def make_pipeline(
 
 
 def main() -> None:
+    """Write a model to --output_dir, and say how large it is."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("random_model"))
     arguments = parser.parse_args()
