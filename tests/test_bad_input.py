@@ -93,6 +93,7 @@ def test_one_line_and_exit_2(script, arguments, before, words, outputs, random_m
     assert contents(outputs) == untouched
 
 
+@pytest.mark.slow
 def test_embeddings_of_another_model(outputs, other_model, run_stage):
     """A config edited by hand to name another model: the shapes give it away."""
     save_torch(load_torch(outputs / EMBEDDINGS), outputs / EMBEDDINGS)  # without metadata
@@ -101,6 +102,7 @@ def test_embeddings_of_another_model(outputs, other_model, run_stage):
     assert "[B, 40, 48]" in process.stderr and len(process.stderr.splitlines()) == 1, process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "component", "entry", "words"),
     [
@@ -120,6 +122,7 @@ def test_a_model_of_another_kind(script, component, entry, words, outputs, rando
     assert words in process.stderr and len(process.stderr.splitlines()) == 1, process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -135,6 +138,7 @@ def test_mesh_or_blocks_that_do_not_fit(options, words, outputs, run_stage):
     assert all(word in process.stderr for word in words), process.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", [STAGE1, STAGE2, STAGE3])
 def test_full_disk(script, outputs, random_model, tmp_path):
     """A file size limit stands in for a full disk: one line, and the old files stay."""
@@ -151,6 +155,7 @@ def test_full_disk(script, outputs, random_model, tmp_path):
     assert contents(outputs) == untouched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_killed_in_the_middle(kill, outputs):
     """Ctrl-C, or worse, while stage 2 runs: the files of the run before are whole."""

@@ -19,6 +19,7 @@ def compile_for(run_stage, tmp_path):
     return compile_
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(("attention", "least", "most"), [("splash", 290, 310), ("splash_exp2", 700, 819)])
 def test_kernel(compile_for, attention, least, most):
@@ -34,6 +35,7 @@ def test_kernel(compile_for, attention, least, most):
     assert report["predicted_seconds"] == pytest.approx(sum(report["split"].values()))
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_kernel_of_one_grid_step(compile_for):
     """The compiler makes no loop of it."""
@@ -42,6 +44,7 @@ def test_kernel_of_one_grid_step(compile_for):
     assert 0 < kernel["cycles"] < 1e5, kernel
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_stage2_of_the_tiny_model(compile_for, random_model):
     """All parts of a step: the loop over two blocks, collectives, the kernel; the parts make the whole."""
@@ -52,6 +55,7 @@ def test_stage2_of_the_tiny_model(compile_for, random_model):
     assert "fits" in process.stdout and "predicted" in process.stdout
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_out_of_memory_is_one_line(compile_for, random_model):
     size = ("--height", 480, "--width", 480, "--frames", 321)
@@ -63,6 +67,7 @@ def test_out_of_memory_is_one_line(compile_for, random_model):
     assert report["memory"]["peak"] > report["memory"]["limit"]
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -80,6 +85,7 @@ def test_bad_input(compile_for, arguments, words):
     assert all(word in error for word in words) and "Traceback" not in process.stderr, process.stderr
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_executable_round_trip(compile_for, run_stage, outputs, random_model, tmp_path):
     """Compiled ahead for this machine's CPU: the stage takes it and gives the same latents; others it refuses."""
@@ -104,6 +110,7 @@ def test_executable_round_trip(compile_for, run_stage, outputs, random_model, tm
     assert "broken.bin" in process.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_decoder_round_trip(compile_for, run_stage, outputs, random_model):
     """The same for stage 3, and programs for another split."""
     size = ("--height", 32, "--width", 48, "--frames", 9, "--dtype", "float32")

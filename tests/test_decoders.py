@@ -80,8 +80,12 @@ def assert_close(pixels: np.ndarray, expected: np.ndarray, tolerance: float = 1e
     assert error < tolerance, f"pixels differ by {error:.1e}"
 
 
-@pytest.mark.parametrize("latent_frames", [1, 2, 7])
-@pytest.mark.parametrize("sizes", VAES.values(), ids=VAES)
+@pytest.mark.parametrize("latent_frames", [*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 2)), 7])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(sizes, marks=[] if name == "three levels" else pytest.mark.slow) for name, sizes in VAES.items()],
+    ids=VAES,
+)
 @both_decoders
 def test_decode_matches_diffusers(decoder, sizes, latent_frames):
     vae = make_vae(sizes)
@@ -98,6 +102,7 @@ SPLITS = {  # chips, rows of chips, strips, latent size
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [17, 61, 81])
 @pytest.mark.parametrize("split", SPLITS)
 def test_split_in_space_is_exact(split, frames, random_model):
@@ -111,6 +116,7 @@ def test_split_in_space_is_exact(split, frames, random_model):
     assert_close(pixels, expected_pixels(vae, latents), 1e-4)
 
 
+@pytest.mark.slow
 @both_decoders
 def test_real_widths(decoder):
     """At a small size, in float32 on four uneven parts, and in bfloat16."""
@@ -122,6 +128,7 @@ def test_real_widths(decoder):
     assert psnr >= 45, f"bfloat16: {psnr:.1f} dB"
 
 
+@pytest.mark.slow
 def test_forms_for_a_tpu():
     """The kernel in Pallas' interpreter, columns in pairs and by eights, two chips with strips that are not full."""
     vae = make_vae(dict(block_out_channels=(128, 8), latent_channels=4, layers_per_block=1, norm_num_groups=4))
@@ -130,6 +137,7 @@ def test_forms_for_a_tpu():
     assert_close(pixels, expected_pixels(vae, latents))
 
 
+@pytest.mark.slow
 @both_decoders
 def test_a_longer_video_needs_no_other_programs(decoder):
     """So that the time to compile them does not grow: 17 and 81 frames, and 29 and 61."""
@@ -227,6 +235,7 @@ for channels, packed, factor, history in ((128, True, 1, 2), (256, False, 1, 2),
 """
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_conv_input_compiles_for_v6e():
     """The three forms that the decoder has of it, at full width on four chips."""

@@ -60,10 +60,10 @@ def cases():
     for frames in (17, 61, 81):
         for guidance_scale in (6.0, 1.0):
             for scheduler in (DDIM, DPM):
-                yield "random_model", frames, guidance_scale, scheduler
-    yield "other_model", 17, 6.0, DDIM
-    yield "other_model", 61, 1.0, DPM
-    yield "other_model", 81, 6.0, DPM
+                case = "random_model", frames, guidance_scale, scheduler
+                yield pytest.param(*case, marks=[] if case[1:] == (17, 6.0, DDIM) else pytest.mark.slow)
+    for case in ((17, 6.0, DDIM), (61, 1.0, DPM), (81, 6.0, DPM)):
+        yield pytest.param("other_model", *case, marks=pytest.mark.slow)
 
 
 def name(value):

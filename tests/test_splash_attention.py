@@ -105,6 +105,7 @@ def test_accuracy(inputs, dtype):
     check(*inputs(), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(
     "lengths", [(1, 1), (300, 1), (1, 300), (255, 257), (257, 255), (256, 256), (512, 511), (40, 513)]
@@ -113,6 +114,7 @@ def test_lengths(lengths, dtype):
     check(*random(*lengths), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "block_sizes",
     [
@@ -128,17 +130,20 @@ def test_block_sizes(block_sizes):
     check(*random(700, 1000), "bfloat16", block_sizes=block_sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_without_k_smooth(dtype):
     check(*layer_normed(), dtype, k_smooth=False)
     check(*large_common_offset(), dtype, k_smooth=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [16, 48, 128])
 def test_head_dims_batch_and_scale(head_dim):
     check(*random(200, 300, head_dim=head_dim, batch=2), "bfloat16", scale=0.3)
 
 
+@pytest.mark.slow
 def test_uninitialized_memory_is_never_read():
     query, key, value = (jnp.asarray(array, "bfloat16") for array in random(256, 512))
     strict = pltpu.InterpretParams(uninitialized_memory="nan")

@@ -29,6 +29,7 @@ def demo_options() -> list[str]:
     return command[1].split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", [STAGE3, STAGE3_FLAX])
 def test_the_demo_shows_what_its_prompt_says(decoder, run_stage, tmp_path):
     """In the model's own dtype with the options of `make demo`, judged on the mp4 itself."""
@@ -39,6 +40,7 @@ def test_the_demo_shows_what_its_prompt_says(decoder, run_stage, tmp_path):
     assert measure(imageio.imread(tmp_path / "stage_outputs" / "output_video.mp4")) == caption
 
 
+@pytest.mark.slow
 def test_quality_of_a_few_captions(run_stage, tmp_path):
     """Our stages with the project's kernel, in its reference form on the CPU, against diffusers."""
     outputs = ("--output", "report.json", "--sheet", "sheet.png", "--animation", "clips.gif")
@@ -58,6 +60,7 @@ def test_quality_of_a_few_captions(run_stage, tmp_path):
     assert all(f"wrote {name}" in process.stdout for name in ("report.json", "sheet.png", "clips.gif"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -13,6 +13,7 @@ from tools.moving_shapes import held_out
 FEW = ("--effort", 0.002, "--work_dir", "work", "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_all_parts_and_the_folder_that_comes_out(run_stage, tmp_path):
     script = ROOT / "tools" / "train_tiny_model.py"
     process = run_stage(script, *FEW, "--output_dir", "once")
