@@ -64,6 +64,7 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     assert torch.equal(train(tmp_path / "parts"), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [("--effort", -1), ("--seed", 1.5), ("--effort", "much")], ids=str)
 def test_wrong_options(option, run_stage):
     process = run_stage(ROOT / "tools" / "train_tiny_model.py", *option, status=2)
