@@ -45,9 +45,10 @@ OTHER_SIZES = dict(
 
 VIRTUAL_DEVICES = "--xla_force_host_platform_device_count=8"
 
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 # For tests that call the TPU compiler.
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
+    not HAS_LIBTPU,
     reason="libtpu, which holds the TPU compiler, is not installed; it exists for Linux on x86-64 only",
 )
 
