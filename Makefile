@@ -25,7 +25,7 @@ lint: $(VENV)/installed-for-tests  ## check style (ruff), format (ruff) and type
 	$(RUN) -m mypy
 
 test-fast: $(VENV)/installed-for-tests  ## run the quick tests: under two minutes on two cores
-	$(RUN) -m pytest -m "not slow" -n 2
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test: lint  ## check everything: lint, and all tests
 	$(RUN) -m pytest -n 2

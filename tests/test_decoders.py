@@ -188,7 +188,7 @@ def test_split_with_the_least_to_do(chips, size, shape, even):
         ((2, 3, 10, 8, 4), 4, 2, (2, 3, 10), 0, False),
     ],
 )
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_conv_input_kernel(source, frames, factor, scale, history, cached, dtype):
     """In Pallas' interpreter, against the same in jax.numpy."""
     rng = np.random.default_rng(0)

@@ -21,7 +21,7 @@ from tools.moving_shapes import (
 @pytest.mark.parametrize(
     ("frames", "size"), [(17, 64), *(pytest.param(9, size, marks=pytest.mark.slow) for size in (64, 96))]
 )
-@pytest.mark.parametrize("noise", [0, 12], ids=lambda noise: f"noise {noise}")
+@pytest.mark.parametrize("noise", [pytest.param(0, marks=pytest.mark.slow), 12], ids=lambda noise: f"noise {noise}")
 def test_measure_knows_every_caption(noise, frames, size):
     """Clean, and with more noise than a reconstruction of 28 dB has error."""
     generator = np.random.default_rng(0)
