@@ -101,7 +101,7 @@ def compile_or_load(
     options: dict,
     report: Report,
 ) -> list[jax.stages.Compiled]:
-    """The programs of the file `path` if they are the right ones, else `traced` compiled; says which.
+    """Return the programs of the file `path` if they are the right ones, else `traced` compiled; says which.
 
     See `description` for the arguments; raises UserError if `path` is given and is no such file, and if the programs
     do not fit the memory of a chip.

@@ -9,6 +9,7 @@ option can be judged. Beside them: true clips, the same through the VAE, the mod
 that must fail, and chance. It writes a report (JSON) and a contact sheet.
 """
 
+import argparse
 import contextlib
 import io
 import itertools
@@ -19,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -40,10 +41,15 @@ from tools.moving_shapes import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+if TYPE_CHECKING:
+    from diffusers import CogVideoXPipeline
+    from PIL import Image
+
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("--model_id", default=str(ROOT / "tiny_model"), help="one that train_tiny_model.py trained")
     parser.add_argument(
@@ -62,6 +68,7 @@ def parse_arguments():
 
 
 def main() -> None:
+    """Make the videos, score them, write report and contact sheet."""
     arguments = parse_arguments()
     for path in filter(None, (arguments.output, arguments.sheet, arguments.animation)):
         utils.check_writable(path)
@@ -129,7 +136,7 @@ def make_videos(arguments, cases: Sequence[Case], folder: Path) -> dict[str, lis
 
 
 def in_batches(name: str, function: Callable, items: Sequence, size: int = 13) -> list[np.ndarray]:
-    """The videos that `function` makes of `size` items at a time."""
+    """Return the videos that `function` makes of `size` items at a time."""
     from tqdm import tqdm
 
     videos = []
@@ -140,8 +147,8 @@ def in_batches(name: str, function: Callable, items: Sequence, size: int = 13) -
     return videos
 
 
-def untrained(pipeline):
-    """The pipeline with the weights of transformer and text encoder drawn anew."""
+def untrained(pipeline: "CogVideoXPipeline") -> "CogVideoXPipeline":
+    """Return the pipeline with the weights of transformer and text encoder drawn anew."""
     import torch
 
     torch.manual_seed(0)
@@ -153,7 +160,7 @@ def untrained(pipeline):
 
 
 def in_dtype(model: Path, pipeline, dtype, folder: Path) -> Path:
-    """A copy of a model folder with its weights in another dtype."""
+    """Copy a model folder with its weights in another dtype."""
     shutil.copytree(model, folder)
     for name in ("text_encoder", "transformer", "vae"):
         kind = type(getattr(pipeline, name))
@@ -219,7 +226,7 @@ def run_stages(model: Path, case: Case, stage2_options: Sequence[str], folder: P
 
 
 def judge(arguments, cases: Sequence[Case], videos: dict[str, list[np.ndarray]]) -> dict:
-    """The report: adherence (share of the videos that show what the caption says) and PSNR in dB."""
+    """Return the report: adherence (share of the videos that show what the caption says) and PSNR in dB."""
 
     def adherence(source: str, of_held_out: bool) -> dict[str, float]:
         pairs = zip(cases, videos[source], strict=True)
@@ -247,7 +254,7 @@ def judge(arguments, cases: Sequence[Case], videos: dict[str, list[np.ndarray]])
 
 
 def as_text(report: dict) -> str:
-    """The report as tables for people."""
+    """Return the report as tables for people."""
     lines = ["share of the videos that show what the caption says"]
     for group, rows in report["adherence"].items():
         lines.append(f"{f'captions {group}':<20}" + "".join(f"{attribute:>12}" for attribute in Caption._fields))
@@ -259,7 +266,7 @@ def as_text(report: dict) -> str:
 
 
 def write_sheet(path: str, shown: Sequence[tuple[Case, np.ndarray, np.ndarray]], columns: int = 4) -> None:
-    """A contact sheet: first, middle and last frame of each video by our stages, and by diffusers below them."""
+    """Write a contact sheet: first, middle and last frame of each video by our stages, diffusers' below them."""
     frames = (0, FRAMES // 2, FRAMES - 1)
 
     def cell(case: Case, *videos: np.ndarray) -> np.ndarray:
@@ -270,7 +277,7 @@ def write_sheet(path: str, shown: Sequence[tuple[Case, np.ndarray, np.ndarray]],
 
 
 def write_animation(path: str, shown: Sequence[tuple[Case, np.ndarray, np.ndarray]]) -> None:
-    """An animated picture of eight of our videos, evenly spread, three times as large."""
+    """Write an animated picture of eight of our videos, evenly spread, three times as large."""
     chosen = [shown[i] for i in np.linspace(0, len(shown) - 1, 8).round().astype(int)]
     pictures = [
         labelled([(case, ours[frame].repeat(3, axis=0).repeat(3, axis=1)) for case, ours, _ in chosen], columns=4)
@@ -280,8 +287,8 @@ def write_animation(path: str, shown: Sequence[tuple[Case, np.ndarray, np.ndarra
     pictures[0].save(path, "GIF", **options)
 
 
-def labelled(pictures: Sequence[tuple[Case, np.ndarray]], columns: int):
-    """One picture of many of the same size, each above its caption."""
+def labelled(pictures: Sequence[tuple[Case, np.ndarray]], columns: int) -> "Image.Image":
+    """Return one picture of many of the same size, each above its caption."""
     from PIL import Image, ImageDraw
 
     gap, text_height = 4, 30

@@ -20,13 +20,18 @@ import functools
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import checkpoint
 import utils
 from compile_for_tpu import compiler, prediction, programs, report, topologies
 from console import ArgumentParser, UserError, prepare_libraries, run
+
+if TYPE_CHECKING:
+    import jax
+    import torch
 
 ORIGINAL_EXP2_SCORES_PER_CYCLE = 451
 LARGE, MIDDLE, SMALL = (768, 1360, 81), (720, 1280, 81), (640, 1280, 61)
@@ -123,7 +128,7 @@ def video_tokens(size: tuple[int, int, int]) -> int:
     return math.ceil(((frames - 1) // 4 + 1) / 2) * (height // 16) * (width // 16)
 
 
-def original_block(config: dict):
+def original_block(config: dict) -> "torch.nn.Module":
     """Return diffusers' block of a transformer config, without weights."""
     import torch
     from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
@@ -138,7 +143,7 @@ def original_block(config: dict):
         ).eval()
 
 
-def original_attention(mesh, constraint: bool):
+def original_attention(mesh: "jax.sharding.Mesh", constraint: bool) -> Callable:
     """Return the original's attention: Splash Attention in shard_map, its output constrained or left to GSPMD."""
     import jax
     from jax.sharding import NamedSharding

@@ -38,6 +38,7 @@ def seconds(*command) -> float:
 
 
 def main() -> None:
+    """Time the pipeline and the stages, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_id", default=str(ROOT / "tiny_model"), help="default: the tiny model")
     parser.add_argument("--height", default="128")

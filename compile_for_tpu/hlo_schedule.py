@@ -10,6 +10,10 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CATEGORIES = ("Pallas kernels", "matrix products", "collectives", "layout copies", "elementwise and rest")
 
@@ -206,7 +210,7 @@ def shape_bytes(shape: str) -> int:
     )
 
 
-def device_list(text: str):
+def device_list(text: str) -> "np.ndarray":
     """Return the device ids in the order of "[4,2]T(1,0)" (counted up in that shape, then transposed) or "0,4,1,5"."""
     import numpy as np
 

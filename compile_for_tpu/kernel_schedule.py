@@ -40,6 +40,7 @@ class Region:
 
     @property
     def bundles(self) -> int:
+        """How many bundles there are."""
         return self.stop - self.start
 
 

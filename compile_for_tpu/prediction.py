@@ -179,8 +179,8 @@ def matrix_flops(jaxpr, devices: int) -> float:
             inside = 1 if name == "shard_map" else devices
             trips = params["length"] if name == "scan" else 1
             for value in params.values():
-                for inner in value if isinstance(value, (tuple, list)) else [value]:
-                    inner = getattr(inner, "jaxpr", inner)
+                for item in value if isinstance(value, (tuple, list)) else [value]:
+                    inner = getattr(item, "jaxpr", item)
                     if hasattr(inner, "eqns"):
                         total += trips * matrix_flops(inner, inside)
     return total

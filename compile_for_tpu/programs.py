@@ -51,8 +51,7 @@ def labels(arguments: argparse.Namespace, defaults: argparse.Namespace) -> list[
         found.append(f"model={model_name(model)}")
     for name, value in vars(arguments).items():
         if name not in NOT_IN_NAME and value != getattr(defaults, name):
-            value = ",".join(map(str, value)) if isinstance(value, list) else value
-            found.append(f"{name}={value}")
+            found.append(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
     return found
 
 

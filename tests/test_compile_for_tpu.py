@@ -28,6 +28,7 @@ def compile_for(run_stage, tmp_path):
     return compile_
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(("attention", "least", "most"), [("splash", 290, 310), ("splash_exp2", 700, 819)])
 def test_kernel(compile_for, attention, least, most):
@@ -43,6 +44,7 @@ def test_kernel(compile_for, attention, least, most):
     assert report["predicted_seconds"] == pytest.approx(sum(report["split"].values()))
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_kernel_of_one_grid_step(compile_for):
     """The compiler makes no loop of it."""
@@ -51,6 +53,7 @@ def test_kernel_of_one_grid_step(compile_for):
     assert 0 < kernel["cycles"] < 1e5, kernel
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_stage2_of_the_tiny_model(compile_for, random_model):
     """All parts of a step: the loop over two blocks, collectives, the kernel; the parts make the whole."""
@@ -63,6 +66,7 @@ def test_stage2_of_the_tiny_model(compile_for, random_model):
     assert sum(report["slowest"].values()) <= report["predicted_seconds"] * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_out_of_memory_is_one_line(compile_for, random_model):
     size = ("--height", 480, "--width", 480, "--frames", 321)
@@ -74,6 +78,7 @@ def test_out_of_memory_is_one_line(compile_for, random_model):
     assert report["memory"]["peak"] > report["memory"]["limit"]
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -91,6 +96,7 @@ def test_bad_input(compile_for, arguments, words):
     assert all(word in error for word in words) and "Traceback" not in process.stderr, process.stderr
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_executable_round_trip(compile_for, run_stage, outputs, random_model, tmp_path):
     """Compiled ahead for this machine's CPU: the stage takes it and gives the same latents; others it refuses."""
@@ -115,6 +121,7 @@ def test_executable_round_trip(compile_for, run_stage, outputs, random_model, tm
     assert "broken.bin" in process.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_executable_of_another_config(compile_for, run_stage, outputs, random_model, tmp_path):
     """A number in the model's config that changes no shape makes another program."""
     other = Path(shutil.copytree(random_model, tmp_path / "other_norms"))
@@ -137,6 +144,7 @@ def test_digest_sees_numbers_and_constants():
     assert len({digest(2.0, table), digest(3.0, table), digest(2.0, table + 1)}) == 3
 
 
+@pytest.mark.slow
 def test_decoder_round_trip(compile_for, run_stage, outputs, random_model):
     """The same for stage 3, and programs for another split."""
     size = ("--height", 32, "--width", 48, "--frames", 9, "--dtype", "float32")
@@ -197,6 +205,6 @@ def test_caution_is_what_the_tables_say(tmp_path):
 def test_without_libtpu(main, command, monkeypatch):
     monkeypatch.setattr("sys.argv", ["program", *command.split()])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="libtpu.*is not installed"):
+    with pytest.raises(UserError, match=r"libtpu.*is not installed"):
         main()
     topologies.check("cpu")
