@@ -47,7 +47,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _complain(message: str, status: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    program = Path(sys.argv[0])
+    name = program.parent.name if program.name == "__main__.py" else program.name  # a package's, after python -m
+    print(f"{name}: {message}", file=sys.stderr)
     return status
 
 

@@ -1,4 +1,4 @@
-"""Compiled programs in a file: written once (benchmarks/compile_for_tpu.py --save), loaded by a stage afterwards.
+"""Compiled programs in a file: written once (python -m compile_for_tpu ... --save), loaded by a stage afterwards.
 
 The file begins with one line of JSON that says what the programs were made for; a stage uses them only if every entry
 is what it would compile itself. Loading runs code from the file (pickle), so take such files only from yourself.
@@ -9,17 +9,26 @@ import importlib.metadata
 import json
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.experimental import serialize_executable
 
 from console import Report, UserError
 
 SOURCES = sorted(
     [*Path(__file__).parent.glob("models/*.py"), *Path(__file__).parent.glob("custom_splash_attention.py")]
+)
+# The libraries whose code is in the programs, or makes them.
+LIBRARIES = ("jax", "jaxlib", "libtpu", "diffusers", "torchax", "flax")
+
+# What a jaxpr's text says of the mesh that was set while it was traced, and of the hardware of its meshes. A stage sets
+# none, and "devices" in the description names the hardware.
+MESH_CONTEXT = re.compile(
+    r"context_mesh=\w+(?:\((?:[^()]|\([^()]*\))*\))?|, device_kind=[^,]*, num_cores=[^,]*, platform=\w+"
 )
 
 
@@ -28,11 +37,12 @@ class Mismatch(Exception):
 
 
 def description(what: str, devices: Sequence[jax.Device], traced: Sequence[jax.stages.Traced], options: dict) -> dict:
-    """What makes compiled programs the right ones.
+    """Return what makes compiled programs the right ones: a dict that JSON can hold.
 
     Args:
         what: their name, such as "denoising step".
-        traced: the programs before compilation; their arguments' shapes count.
+        traced: the programs before compilation. Their arguments' shapes count, and all that they compute: numbers from
+            a model's config that change no shape are in the digest of "operations".
         options: whatever else they depend on.
     """
     arguments = [str(leaf) for program in traced for leaf in jax.tree.leaves(program.in_avals)]
@@ -41,9 +51,46 @@ def description(what: str, devices: Sequence[jax.Device], traced: Sequence[jax.s
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "options": {name: str(value) for name, value in options.items()},
         "argument shapes": hashlib.sha256(json.dumps(arguments).encode()).hexdigest(),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "libtpu")},
+        "versions": versions(*LIBRARIES),
+        "operations": operations_digest(traced),
         "source files": hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest(),
     }
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Return the versions of libraries by name; libtpu, for one, is not installed everywhere."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def operations_digest(traced: Sequence[jax.stages.Traced]) -> str:
+    """Return the SHA-256 of all that traced programs compute: their operations and the constants in them.
+
+    It is the same in every process and working directory: the text of a jaxpr holds no source locations. Lowered text
+    would not do, because a Pallas kernel in it holds the paths of its source files. For CogVideoX1.5-5B it takes
+    0.3 seconds for the denoising step and 2 seconds for a decoder.
+    """
+    digest = hashlib.sha256()
+    for program in traced:
+        text = " ".join(str(program.jaxpr).split())
+        digest.update(MESH_CONTEXT.sub("", text).encode())
+        for constant in _constants(program.jaxpr):
+            digest.update(np.asarray(constant).tobytes())
+    return digest.hexdigest()
+
+
+def _constants(jaxpr) -> Iterator:
+    """Yield the arrays that a jaxpr and those inside it were closed over; the text names only their shapes."""
+    yield from getattr(jaxpr, "consts", ())
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+            if hasattr(value, "eqns"):
+                yield from _constants(value)
 
 
 def compile_or_load(
@@ -54,7 +101,7 @@ def compile_or_load(
     options: dict,
     report: Report,
 ) -> list[jax.stages.Compiled]:
-    """The programs of the file `path` if they are the right ones, else `traced` compiled; says which.
+    """Return the programs of the file `path` if they are the right ones, else `traced` compiled; says which.
 
     See `description` for the arguments; raises UserError if `path` is given and is no such file, and if the programs
     do not fit the memory of a chip.
@@ -108,7 +155,7 @@ def load(path: Path, wanted: dict, devices: Sequence[jax.Device]) -> list[jax.st
     except OSError as error:
         raise UserError(f"cannot read --executable {path}: {error.strerror}") from error
     except ValueError as error:
-        raise UserError(f"--executable {path} was not written by benchmarks/compile_for_tpu.py --save") from error
+        raise UserError(f"--executable {path} was not written by python -m compile_for_tpu ... --save") from error
     for name, value in wanted.items():
         if made_for.get(name) != value:
             digest = isinstance(value, str) and len(value) == 64

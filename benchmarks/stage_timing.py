@@ -1,6 +1,6 @@
 """Wall time of the three stages beside the diffusers pipeline in torch, same machine, model, size and run.
 
-    python benchmarks/stage_timing.py --height 128 --width 192 --frames 17
+    python -m benchmarks.stage_timing --height 128 --width 192 --frames 17
 
 Each stage counts as a person waits for it: a process from start to end, with imports, compilation and warm-up. The
 pipeline computes in float32, our stages in the dtype of the model's files. The figures are those of the machine at
@@ -38,8 +38,9 @@ def seconds(*command) -> float:
 
 
 def main() -> None:
+    """Time the pipeline and the stages, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model_id", default=str(ROOT / "tiny_model"), help="the embedded model without it")
+    parser.add_argument("--model_id", default=str(ROOT / "tiny_model"), help="default: the tiny model")
     parser.add_argument("--height", default="128")
     parser.add_argument("--width", default="192")
     parser.add_argument("--frames", default="17")

@@ -27,7 +27,8 @@ def jax_function(
         A function whose first argument maps the names of `module.state_dict()` to JAX arrays, and whose other
         arguments and results are trees of JAX arrays.
     """
-    environment = torchax.tensor.Environment()
+    with jax.ensure_compile_time_eval():  # it draws a random key, which would be in the program and never be used
+        environment = torchax.tensor.Environment()
 
     def on_torch(function: Callable) -> Callable:
         def call(*args, **kwargs):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from benchmarks import tpu
+from compile_for_tpu import topologies
 from models import vae_flax, vae_torchax
 from models.conv_input import conv_input, plain_conv_input
 from models.decoder import chunk_programs, chunk_sizes, decode, to_pixels
@@ -52,7 +52,7 @@ def make_vae(sizes: dict) -> AutoencoderKLCogVideoX:
 @functools.cache
 def real_vae() -> AutoencoderKLCogVideoX:
     """Make the VAE of CogVideoX1.5-5B at its real widths."""
-    config = json.loads((ROOT / "benchmarks" / "CogVideoX1.5-5B" / "vae" / "config.json").read_text())
+    config = json.loads((ROOT / "configs" / "CogVideoX1.5-5B" / "vae" / "config.json").read_text())
     return make_vae({name: value for name, value in config.items() if name in ("block_out_channels", "scaling_factor")})
 
 
@@ -216,10 +216,9 @@ def test_conv_input_kernel(source, frames, factor, scale, history, cached, dtype
 
 COMPILE_CONV_INPUT = """
 import functools, jax, jax.numpy as jnp
-from benchmarks import tpu
-from benchmarks.compile_for_tpu import compiling_for
+from compile_for_tpu import topologies
 from models.conv_input import conv_input
-device = tpu.devices("v6e-1")[0]
+device = topologies.devices("v6e-1")[0]
 array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
     shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
 for channels, packed, factor, history in ((128, True, 1, 2), (256, False, 1, 2), (256, False, 2, 0)):
@@ -229,7 +228,7 @@ for channels, packed, factor, history in ((128, True, 1, 2), (256, False, 1, 2),
     function = functools.partial(
         conv_input, activation=jax.nn.silu, history=history, frames=8, factor=factor, packed=packed)
     edges = array(8, 2, size[1], 1, channels), array(8, size[0] - 2, 2, 8, channels)
-    with compiling_for(jax.sharding.Mesh([device], ("chips",))):
+    with topologies.compiling_for(jax.sharding.Mesh([device], ("chips",))):
         lowered = jax.jit(function).lower(array(8, 24, 344, 8, channels), scale, scale, *edges, cache)
     print("tpu_custom_call" in lowered.compile().as_text())
 """
@@ -239,7 +238,7 @@ for channels, packed, factor, history in ((128, True, 1, 2), (256, False, 1, 2),
 @needs_libtpu
 def test_conv_input_compiles_for_v6e():
     """The three forms that the decoder has of it, at full width on four chips."""
-    environment = os.environ | tpu.compiler_environment("v6e-1", None)
+    environment = os.environ | topologies.compiler_environment("v6e-1", None)
     command = [sys.executable, "-c", COMPILE_CONV_INPUT]
     process = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.stdout == "True\n" * 3, process.stderr[-2000:]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_schedule import Region, ScheduleError, read_schedules
+from compile_for_tpu.kernel_schedule import Region, ScheduleError, read_schedules
 
 # A kernel on a (2, 3, 4) grid that adds seven [128, 128] bf16 products to an accumulator, which it clears in the
 # first and writes in the last step of the innermost axis; v6e, libtpu 0.0.42.1. Counted by eye in the listing.

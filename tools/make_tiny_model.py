@@ -4,7 +4,7 @@ It has every part of zai-org/CogVideoX1.5-5B (tokenizer, text encoder, transform
 embedding, VAE, scheduler) at a size that a laptop runs in seconds. The weights are seeded and untrained: most tests run
 them, and train_tiny_model.py starts from them.
 
-    python tools/make_tiny_model.py --output_dir random_model
+    python -m tools.make_tiny_model --output_dir random_model
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Train a small CogVideoX 1.5 on made-up clips of moving shapes, and save it in diffusers' folder layout.
 
-    python tools/train_tiny_model.py --output_dir tiny_model --work_dir training
+    python -m tools.train_tiny_model --output_dir tiny_model --work_dir training
 
 It makes a tokenizer, then trains the VAE, then text encoder and transformer together (v-prediction, prompts dropped at
 times for guidance). Two free CPU cores take about 20 minutes. Every part leaves a checkpoint in --work_dir each minute
@@ -8,7 +8,6 @@ and goes on from there when the script is started again.
 """
 
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,12 +22,10 @@ from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from console import ArgumentParser, number, prepare_libraries, run  # noqa: E402
-from tools import moving_shapes  # noqa: E402
-from tools.make_tiny_model import make_pipeline  # noqa: E402
-from tools.moving_shapes import FRAMES, SIZE, Caption  # noqa: E402
+from console import ArgumentParser, number, prepare_libraries, run
+from tools import moving_shapes
+from tools.make_tiny_model import make_pipeline
+from tools.moving_shapes import FRAMES, SIZE, Caption
 
 MODEL = dict(
     num_attention_heads=4,  # a number that the chips of a slice can share

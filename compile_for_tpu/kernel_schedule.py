@@ -1,7 +1,7 @@
-"""The TPU compiler's static schedule of a Pallas kernel, read from the compiler's dumps (compile_for_tpu.py).
+"""The TPU compiler's static schedule of a Pallas kernel, read from the compiler's dumps.
 
 A TPU core issues one bundle a cycle, so the bundles that a kernel's grid loop issues predict its cycles as long as its
-DMA is hidden and no unit is waited for. Everything here is the compiler's prediction, not a measurement.
+DMA is hidden and it waits for no unit. Everything here is the compiler's prediction, not a measurement.
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ class Region:
 
     @property
     def bundles(self) -> int:
+        """How many bundles there are."""
         return self.stop - self.start
 
 
@@ -77,7 +78,7 @@ class KernelSchedule:
         return self.body_bundles * self.body.times + self.bundles - self.body.bundles
 
     def utilization(self, unit: str) -> float:
-        """Share of a unit's slots that is used in the grid loop's body, 0 to 1."""
+        """Return the share of a unit's slots that is used in the grid loop's body, 0 to 1."""
         return self.used[unit] / (self.body_bundles * self.capacity[unit])
 
 
@@ -210,7 +211,7 @@ class _Scalars:
                 self.axes[match[1]] = self.bounds[name]
 
     def trips(self, counter: str, bound: str) -> int | None:
-        """Trips of a loop that counts `counter` up from a constant to `bound`, or None."""
+        """Return the trips of a loop that counts `counter` up from a constant to `bound`, or None."""
         operation, operands = self.definitions.get(counter, ("", ""))
         step = re.match(r"(\d+), %(\w+)", operands)
         if operation != "sadd.s32" or not step:
@@ -224,13 +225,13 @@ class _Scalars:
         return -((int(start[1]) - int(bound)) // int(step[1])) if operation == "smov" and start else None
 
     def unspilled(self, name: str) -> str:
-        """The register that `name` was loaded back from, if it is a reload of a spilled one."""
+        """Return the register that was spilled, if `name` is loaded back from its spill, else `name`."""
         operation, operands = self.definitions.get(name, ("", ""))
         slot = re.match(r"\[smem:\[(#\w+)\]\]", operands)
         return self.spilled.get(slot[1], "") if operation == "sld" and slot else name
 
     def axis(self, name: str) -> str | None:
-        """The grid index (a key of `axes`) that a register holds, or None; follows copies, spills, pipeline stages."""
+        """Return the grid index (a key of `axes`) that a register holds, or None; sees through copies and spills."""
         for _ in range(16):
             if name in self.axes:
                 return name
@@ -244,9 +245,10 @@ class _Scalars:
         return None
 
     def predicate(self, name: str):
-        """Value of a predicate register in each grid step: a boolean array with an axis for each of `axes`, or None.
+        """Return a predicate register's value in each grid step, or None if it is not known.
 
-        It is known if it is made of comparisons of grid indices with constants.
+        The value is a boolean array with an axis for each of `axes`. It is known if it is made of comparisons of grid
+        indices with constants.
         """
         import numpy as np
 
@@ -266,18 +268,18 @@ class _Scalars:
         return ~values[0] if operation == "pneg" and len(values) == 1 else None
 
     def share(self, predicate: str, negated: bool) -> float:
-        """Share of the grid steps that run a region which is jumped over when `predicate` holds; 1 if unknown."""
+        """Return the share of the grid steps that run a region which `predicate` jumps over; 1 if it is unknown."""
         value = self.predicate(predicate)
         return 1.0 if value is None else float((value if negated else ~value).mean())
 
 
 def grids(jaxpr) -> dict[str, tuple[int, ...]]:
-    """Grid of every Pallas kernel in a jaxpr, by its name in `pallas_call`."""
+    """Return the grid of every Pallas kernel in a jaxpr, by its name in `pallas_call`."""
     return {equation.params["name"]: equation.params["grid_mapping"].grid for equation in _pallas(jaxpr)}
 
 
 def _pallas(jaxpr) -> Iterator:
-    """The pallas_call equations of a jaxpr and of those inside it."""
+    """Yield the pallas_call equations of a jaxpr and of those inside it."""
     import jax
 
     for equation in jaxpr.eqns:

@@ -1,8 +1,12 @@
 """TPUs as the compiler sees them: slices to compile for without having one, and the figures that predictions need."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from console import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +55,31 @@ TOPOLOGIES = {
 }
 
 
+def check(topology: str) -> None:
+    """Raise UserError if a slice is not in TOPOLOGIES, or if libtpu, which compiles for it, is not installed."""
+    if topology not in TOPOLOGIES:
+        raise UserError(f"--topology {topology} is unknown; known are {', '.join(TOPOLOGIES)}")
+    if topology != "cpu" and importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "libtpu, which holds the TPU compiler, is not installed; on Linux x86-64, "
+            "pip install -r requirements.txt brings it"
+        )
+
+
 def chip(topology: str) -> Chip:
-    """The chip of a slice in TOPOLOGIES."""
+    """Return the chip of a slice in TOPOLOGIES."""
     return CHIPS[topology.split("-")[0]]
 
 
 def compiler_environment(topology: str, dump: os.PathLike | None = None) -> dict[str, str]:
-    """Environment variables for a process that compiles for a TPU it does not have; set before libtpu loads.
+    """Return the environment variables of a process that compiles for a TPU it does not have.
+
+    They must be set before libtpu loads.
 
     Args:
-        dump: folder for the final schedules of all kernels, if they are wanted.
+        dump: the folder for the final schedules of all kernels, if they are wanted.
     """
-    # A program from the cache leaves no schedules, and the CPU's cannot be serialised again.
+    # A program from the cache leaves no schedules, and a CPU's program from the cache cannot be serialised again.
     environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if topology == "cpu":
         return environment
@@ -81,7 +98,7 @@ def compiler_environment(topology: str, dump: os.PathLike | None = None) -> dict
 
 
 def devices(topology: str) -> list:
-    """Compile-only JAX devices of a slice; `compiler_environment` must hold in this process."""
+    """Return the compile-only JAX devices of a slice; `compiler_environment` must hold in this process."""
     import jax
     from jax.experimental import topologies
 
@@ -91,18 +108,33 @@ def devices(topology: str) -> list:
     return topologies.get_topology_desc(name, platform="tpu", **options).devices
 
 
+@contextlib.contextmanager
+def compiling_for(mesh) -> Iterator[None]:
+    """Trace and compile for the devices of a mesh: without it Pallas asks the CPU of this machine which TPU it is."""
+    import jax
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
 def collective_seconds(
     opcode: str, operand_bytes: int, group: Sequence[int], coordinates: dict[int, tuple], link_bandwidth: float
 ) -> float:
-    """Predicted seconds of a collective, from the bytes that must cross the links of its group.
+    """Predict the seconds of a collective from the bytes that must cross the links of its group.
 
-    A gather, scatter or reduction is bound by the chip of the group with the fewest links, each of which carries one
-    link's bandwidth each way; an all-to-all also by the links that cross the middle of the group. Small slices have no
-    wrap-around links. Latency is left out.
+    A gather, scatter or reduction is bound by the chip of the group with the fewest links, each of which carries the
+    link bandwidth in each direction. An all-to-all is bound by the links that cross the middle of the group, too. Small
+    slices have no wrap-around links. Latency is left out.
 
     Args:
-        operand_bytes: of one device's input.
-        group: device ids that take part; coordinates: id -> (x, y, z) of its chip.
+        opcode: the collective's name in HLO, such as "all-gather".
+        operand_bytes: bytes of one device's input.
+        group: ids of the devices that take part.
+        coordinates: device id -> (x, y, z) of its chip.
+        link_bandwidth: bytes a second of one link, one way.
+
+    Raises:
+        ValueError: a collective that is not modelled.
 
     Source of the model: jax-ml.github.io/scaling-book/sharding, for meshes without wrap-around.
     """

@@ -1,0 +1,1 @@
+"""What makes and trains the tiny model."""
