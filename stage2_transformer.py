@@ -98,8 +98,10 @@ def describe(plan, arguments: argparse.Namespace, report: Report) -> None:
     mesh = dict(plan.parallelism.mesh.shape)
     report.say(f"mesh: {mesh}, {why}; {plan.parallelism.layout} layout of the parameters")
     by = "chosen" if arguments.attention else f"the default on a {plan.attention.platform}"
-    blocks = f"; blocks: {plan.attention.block_sizes or "the kernel's own choice"}"
-    report.say(f"attention: {plan.attention.name}, {by}" + (blocks if plan.attention.name != "xla" else ""))
+    blocks = plan.attention.block_sizes or "the kernel's own choice"
+    report.say(
+        f"attention: {plan.attention.name}, {by}" + (f"; blocks: {blocks}" if plan.attention.name != "xla" else "")
+    )
     if plan.guided:
         report.say(f"guidance scale {plan.guidance_scale:g}: negative and positive prompt in one batch")
     else:
