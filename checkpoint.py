@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +61,6 @@ def read_config(model_id: str, component: str, name: str = "config.json") -> dic
         ) from None
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); get the model again") from error
-
-
-def spatial_compression_ratio(vae_config: Mapping) -> int:
-    """Pixels of the video per pixel of the latents, in height and in width."""
-    return 2 ** (len(vae_config["block_out_channels"]) - 1)
-
-
-def latent_size(vae_config: Mapping, frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """Frames, height and width of the latents of a video of 4n + 1 frames."""
-    spatial = spatial_compression_ratio(vae_config)
-    return (frames - 1) // vae_config["temporal_compression_ratio"] + 1, height // spatial, width // spatial
 
 
 def tensor_reader(model_id: str, component: str, names: Iterable[str]) -> Callable[[str], np.ndarray]:

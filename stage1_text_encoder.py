@@ -3,6 +3,7 @@
 Writes stage1_embeddings.safetensors and generation_config.json (text entries only) to --output_dir.
 """
 
+import argparse
 import shlex
 
 import checkpoint
@@ -10,7 +11,7 @@ import utils
 from console import ArgumentParser, Report, prepare_libraries, run
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser("Stage 1 of CogVideoX text to video: encode the prompt.")
     parser.add_argument("--prompt", required=True, help="what the video shows")
     parser.add_argument("--negative_prompt", default="", help="what it must not show (used with guidance)")

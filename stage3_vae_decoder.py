@@ -6,16 +6,17 @@ decoder in the place of the TorchAx one.
 
 import argparse
 import contextlib
-import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import checkpoint
 import utils
 from console import ArgumentParser, Report, UserError, number, prepare_libraries, run
+from options import add_decoding_options, decoding_plan
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = ArgumentParser("Stage 3 of CogVideoX text to video: decode the latents.")
     parser.add_argument("--input_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="stage 2's output folder")
     parser.add_argument("--output_video", type=video_path, help=f"default: {utils.VIDEO} in --input_dir")
@@ -24,7 +25,7 @@ def parse_arguments():
     parser.add_argument("--allow_nan", action="store_true", help="decode latents that hold NaN or infinity")
     parser.add_argument("--executable", type=utils.path, help="use the programs in this file instead of compiling")
     parser.add_argument("--model_id", help="the model of stage 1, checked against it (default: what stage 1 used)")
-    add_split_options(parser)
+    add_decoding_options(parser)
     return parser.parse_args()
 
 
@@ -34,17 +35,6 @@ def video_path(text: str) -> Path:
     if path.suffix.lower() not in utils.VIDEO_SUFFIXES:
         raise argparse.ArgumentTypeError(f"{path} is no video's name; it must end in {', '.join(utils.VIDEO_SUFFIXES)}")
     return path
-
-
-def add_split_options(parser) -> None:
-    """The options that the compiled decoder depends on: the split in space."""
-    positive = number(int, 1)
-    parser.add_argument(
-        "--chip_rows",
-        type=positive,
-        help="rows of chips that split a frame (default: what leaves a chip the least to do)",
-    )
-    parser.add_argument("--strips", type=positive, help="bands of rows on a chip (default: 8 on a TPU, else 1)")
 
 
 def main(decoder: str = "torchax") -> None:
@@ -60,61 +50,46 @@ def main(decoder: str = "torchax") -> None:
     fps = arguments.fps or config["fps"]
 
     prepare_libraries()
-    vae_config = checkpoint.read_config(model_id, "vae")
-    if vae_config.get("use_post_quant_conv"):
-        raise UserError("this model's VAE has a post_quant_conv, as no CogVideoX 1.5 for text has; correct --model_id")
-    if shape != latent_shape(config, vae_config):
-        raise UserError(
-            f"{latents_path}: latents have shape {list(shape)}, but {utils.CONFIG} and the VAE say "
-            f"{list(latent_shape(config, vae_config))}; run stage 2 again"
-        )
-
     import jax
     import jax.numpy as jnp
     import numpy as np
     from safetensors.flax import load_file
 
+    size = {name: config[name] for name in ("height", "width", "frames")}
     latents = load_file(latents_path)["latents"]
+    plan = decoding_plan(arguments, model_id, decoder, size, jax.devices(), latents.dtype)
+    check_shape(shape, plan.latent_shape, latents_path)
     if not arguments.allow_nan:
         check_finite(np.asarray(latents.astype(jnp.float32)), latents_path)
-    split = make_split(arguments, jax.devices(), shape)
 
     report = Report(f"Stage 3: {decoder} VAE decoder of {model_id}")
     with report.phase("load"):
-        from executable import compile_or_load
-        from models.decoder import chunk_programs, decode
-
-        vae = importlib.import_module(f"models.vae_{decoder}").make_decoder(vae_config)
+        vae = plan.make_decoder()
         read = checkpoint.tensor_reader(model_id, "vae", [f"decoder.{name}" for name in vae.weight_shapes])
         weights = vae.convert_weights({name: jnp.asarray(read(f"decoder.{name}")) for name in vae.weight_shapes})
-        weights = jax.device_put(weights, split.replicated)
+        weights = jax.device_put(weights, plan.split.replicated)
         dtype = jax.tree.leaves(weights)[0].dtype
         report.say(f"loaded decoder: {sum(w.size for w in jax.tree.leaves(weights)):,} parameters, {dtype}")
         report.say(f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}")
         chosen = "as the options say" if arguments.chip_rows or arguments.strips else "the least to do for a chip"
-        report.say(f"split: {split}; {chosen}; exact")
-        latents = np.asarray(latents.astype(dtype) / vae_config["scaling_factor"])
+        report.say(f"split: {plan.split}; {chosen}; exact")
+        latents = np.asarray(latents.astype(dtype) / plan.vae["scaling_factor"])
 
     with report.phase("compile"):
-        traced = chunk_programs(vae, weights, shape, split)
-        devices = split.mesh.devices.flatten().tolist()
+        from executable import compile_or_load
+
+        traced = plan.programs(vae, weights)
+        devices = plan.split.mesh.devices.flatten().tolist()
         programs = compile_or_load(
-            arguments.executable, f"{decoder} decoder", devices, traced, program_options(split), report
+            arguments.executable, f"{decoder} decoder", devices, traced, plan.program_options, report
         )
 
-    with contextlib.ExitStack() as stack:
-        run_phase = stack.enter_context(report.phase("run, with encoding"))
-        bar = stack.enter_context(report.progress("decoding", "frame", config["frames"]))
-        video = stack.enter_context(utils.replacing(output_video))
-        append = stack.enter_context(video_writer(video, fps))
-        kept = []
-        for frames in decode(programs, weights, latents, split):
-            for frame in frames:
-                append(frame)
-                bar.update()
-            if arguments.output_frames:
-                kept.append(frames)
-    report.add("per frame", f"{run_phase.seconds / config['frames']:.3f} s")
+    with report.phase("run, with encoding") as run_phase, report.progress("decoding", "frame", plan.frames) as bar:
+        from models.decoder import decode
+
+        chunks = decode(programs, weights, latents, plan.split)
+        kept = write_video(chunks, output_video, fps, bar, keep=arguments.output_frames is not None)
+    report.add("per frame", f"{run_phase.seconds / plan.frames:.3f} s")
 
     if arguments.output_frames:
         from safetensors.numpy import save_file
@@ -124,32 +99,20 @@ def main(decoder: str = "torchax") -> None:
     report.say(f"wrote {output_video}" + (f" and {arguments.output_frames}" if arguments.output_frames else ""))
 
     report.add_array("latents", latents)
-    report.add("video", f"{bar.n} frames, {config['width']} x {config['height']}, {fps} frames per second")
+    report.add("video", f"{bar.n} frames, {plan.width} x {plan.height}, {fps} frames per second")
     report.close()
 
 
-def latent_shape(config: Mapping, vae: Mapping) -> tuple[int, ...]:
-    """Shape [1, C, T, H, W] of the latents of the config's height, width and frames."""
-    size = checkpoint.latent_size(vae, *(config[name] for name in ("frames", "height", "width")))
-    return 1, vae["latent_channels"], *size
+def check_shape(shape: tuple[int, ...], expected: tuple[int, ...], path: Path) -> None:
+    """Raise UserError unless the latents have the shape that the config and the VAE say."""
+    if shape != expected:
+        raise UserError(
+            f"{path}: latents have shape {list(shape)}, but {utils.CONFIG} and the VAE say {list(expected)}; "
+            "run stage 2 again"
+        )
 
 
-def make_split(arguments, devices: list, latents: tuple[int, ...]):
-    """The split in space that the options ask for, of latents [1, C, T, H, W] on `devices`."""
-    from models.spatial_split import choose_split
-
-    try:
-        return choose_split(devices, *latents[3:], arguments.chip_rows, arguments.strips)
-    except ValueError as error:
-        raise UserError(f"--chip_rows {error}") from error
-
-
-def program_options(split) -> dict:
-    """What the decoder's programs depend on beside the shapes of their arguments."""
-    return {"mesh": dict(split.mesh.shape), "strips": split.strips}
-
-
-def check_finite(latents, path) -> None:
+def check_finite(latents, path: Path) -> None:
     """Raise UserError if latents [1, C, T, H, W] hold NaN or Inf; says how many and where."""
     import numpy as np
 
@@ -160,6 +123,19 @@ def check_finite(latents, path) -> None:
             f"{path}: {bad.sum():,} of {bad.size:,} values are NaN or infinite, in latent frames {frames} of "
             f"0 to {latents.shape[2] - 1}; run stage 2 again, or decode them all the same with --allow_nan"
         )
+
+
+def write_video(chunks: Iterable, path: Path, fps: int, bar, keep: bool) -> list:
+    """Encode frames as they come, each chunk uint8 [frames, height, width, 3]; with `keep` return the chunks too."""
+    kept = []
+    with utils.replacing(path) as temporary, video_writer(temporary, fps) as append:
+        for frames in chunks:
+            for frame in frames:
+                append(frame)
+                bar.update()
+            if keep:
+                kept.append(frames)
+    return kept
 
 
 @contextlib.contextmanager

@@ -26,9 +26,8 @@ NUM_STEPS = 10
 GUIDANCE_SCALE = 6.0
 SEED = 42
 WARMUP_STEPS = 2
-ATTENTION = ("splash_exp2", "splash", "xla")
 USE_DP = True
-USE_FSDP = False
+LAYOUT = "tp"
 STAGE_OUTPUTS = Path("stage_outputs")
 
 # The files that pass between the stages, and the entries that each stage adds to the config, with their types.

@@ -1,6 +1,6 @@
 """What the TorchAx and the Flax decoder share: chunks in time, the split in space, conversion to pixels, the loop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from models import tap
 from models.spatial_split import Split
 
 # AutoencoderKLCogVideoX.num_latent_frames_batch_size. The group norms see one chunk at a time, so the chunks are part
@@ -40,8 +41,8 @@ def chunk_sizes(latent_frames: int) -> list[int]:
     return [LATENT_FRAMES_PER_CHUNK + odd] + [LATENT_FRAMES_PER_CHUNK] * (chunks - 1)
 
 
-def kernel(weight: jax.Array) -> jax.Array:
-    """A convolution's weight as in torch, [out, in, ...], to [..., in, out], with which a TPU is faster."""
+def channels_last(weight: jax.Array) -> jax.Array:
+    """Transpose a convolution's weight from torch's [out, in, ...] to [..., in, out], with which a TPU is faster."""
     return jnp.moveaxis(weight, (0, 1), (-1, -2))
 
 
@@ -55,11 +56,23 @@ def to_pixels(x: jax.Array, dtype) -> jax.Array:
 
 
 def chunk_programs(
-    decoder: Decoder, weights: Any, latent_shape: tuple[int, ...], split: Split, pixel_dtype=jnp.uint8
+    decoder: Decoder,
+    weights: Any,
+    latent_shape: tuple[int, ...],
+    split: Split,
+    pixel_dtype: jax.typing.DTypeLike = jnp.uint8,
+    tapped: Sequence[str] = (),
 ) -> list[jax.stages.Traced]:
     """The programs that decode latents [1, channels, frames, height, width]: the first chunk, and any later one.
 
-    The second gives up the cache that it is handed. `weights` may be shapes, for compiling without data.
+    Args:
+        weights: the tree that the decoder takes; shapes will do, for compiling without data.
+        tapped: patterns of names. With them a program returns also what models/tap.py collects: the outputs of modules
+            as [frames, channels, height, width], which may reach beyond the frame's edge.
+
+    Returns:
+        One or two programs from weights, latents and cache to pixels and the next cache. The second program donates the
+        cache that it is handed.
     """
     sizes = chunk_sizes(latent_shape[2])
     dtype = jax.tree.leaves(weights)[0].dtype
@@ -70,14 +83,13 @@ def chunk_programs(
 
     def program(*arguments):
         specs = PartitionSpec(), *[split.latents.spec] * (len(arguments) - 1)
-        mapped = jax.shard_map(
-            decode_chunk,
-            mesh=split.mesh,
-            in_specs=specs,
-            out_specs=(split.pixels.spec, split.latents.spec),
-            check_vma=False,
-        )
-        return jax.jit(mapped, donate_argnums=tuple(range(2, len(arguments)))).trace(*arguments)
+
+        def run(*arguments):
+            out_specs = split.pixels.spec, split.latents.spec
+            return tap.shard_map(decode_chunk, mesh=split.mesh, in_specs=specs, out_specs=out_specs)(*arguments)
+
+        function = tap.collecting(run, tapped) if tapped else run
+        return jax.jit(function, donate_argnums=tuple(range(2, len(arguments)))).trace(*arguments)
 
     def chunk(frames):
         return jax.ShapeDtypeStruct(split.tiles_shape(frames, latent_shape[1]), dtype, sharding=split.latents)
@@ -85,7 +97,7 @@ def chunk_programs(
     first = program(weights, chunk(sizes[0]))
     if len(sizes) == 1:
         return [first]
-    _, cache = first.out_info
+    _, cache = first.out_info[0] if tapped else first.out_info
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split.latents), cache)
     return [first, program(weights, chunk(sizes[1]), cache)]
 

@@ -1,4 +1,4 @@
-"""Where arrays live on the dp/sp/tp mesh: one table of logical axes for the parameters, one map from those to the mesh.
+"""Where arrays live on the dp/sp/tp mesh: tables of logical axes, and for each layout a map from those to mesh axes.
 
 dp splits the batch (the two prompts of classifier-free guidance), sp the sequence, tp the attention heads and the MLP.
 Between the matrix products the hidden states are split over the sequence by sp and tp together.
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from models.plan_error import PlanError
 
 MESH_AXES = ("dp", "sp", "tp")
 
@@ -42,14 +44,28 @@ PARAMETER_AXES = (
     (r"proj_out\.bias", ("output",)),
 )
 
-# Parameter layouts: logical axis -> mesh axes; what is not named is replicated. In "fsdp" the weights are at rest in
-# even shares on all chips, and each block gathers its own over sp and dp when it runs.
-LAYOUTS = {
-    "tp": {"heads": ("tp",), "mlp": ("tp",)},
-    "fsdp": {"heads": ("tp", "sp", "dp"), "mlp": ("tp", "sp", "dp")},
+# Activations inside the blocks. Between the matrix products sp and tp split the "tokens"; for the products the chips of
+# tp gather them, and split heads and MLP instead.
+ACTIVATION_AXES = {
+    "hidden states": ("batch", "tokens", "embed"),
+    "gathered heads": ("batch", "gathered tokens", "split heads"),
+    "projected heads": ("batch", "split heads", "gathered tokens", "head_dim"),
+    "rotary embedding": ("gathered tokens", "rotary"),
+    "time embedding": ("time",),
 }
 
-HIDDEN_STATES = PartitionSpec("dp", ("sp", "tp"), None)  # [batch, sequence, embed]
+# Logical axis -> mesh axes; what is not named is replicated. The activations are split alike in every layout. In "fsdp"
+# the weights rest in even shares on all chips, and each block gathers its own over sp and dp when it runs.
+ACTIVATIONS = {
+    "batch": ("dp",),
+    "tokens": ("sp", "tp"),
+    "gathered tokens": ("sp",),
+    "split heads": ("tp",),
+}
+LAYOUTS = {
+    "tp": ACTIVATIONS | {"heads": ("tp",), "mlp": ("tp",)},
+    "fsdp": ACTIVATIONS | {"heads": ("tp", "sp", "dp"), "mlp": ("tp", "sp", "dp")},
+}
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device], order: Sequence[str] = MESH_AXES) -> Mesh:
@@ -77,13 +93,19 @@ def parameter_spec(name: str, layout: str) -> PartitionSpec:
 
 
 def parameter_sharding(name: str, layout: str, mesh: Mesh) -> NamedSharding:
+    """How the parameter `name` is split over `mesh` in one of LAYOUTS."""
     return NamedSharding(mesh, parameter_spec(name, layout))
+
+
+def activation_spec(name: str) -> PartitionSpec:
+    """The mesh axes of each axis of an activation in ACTIVATION_AXES."""
+    return PartitionSpec(*(ACTIVATIONS.get(axis) for axis in ACTIVATION_AXES[name]))
 
 
 def gather_at_use(name: str, layout: str) -> tuple[int, tuple[str, ...]] | None:
     """(axis, mesh axes) over which one block's share of `name` (no layer axis) is gathered before use, or None."""
     for axis, logical in enumerate(parameter_axes(name)[1:]):
-        extra = tuple(m for m in LAYOUTS[layout].get(logical, ()) if m != "tp")
+        extra = tuple(mesh_axis for mesh_axis in LAYOUTS[layout].get(logical, ()) if mesh_axis != "tp")
         if extra:
             return axis, extra
     return None
@@ -98,10 +120,12 @@ class Parallelism:
 
     @property
     def sp(self) -> int:
+        """Chips that split the sequence."""
         return self.mesh.shape["sp"]
 
     @property
     def tp(self) -> int:
+        """Chips that split attention heads and MLP."""
         return self.mesh.shape["tp"]
 
     def sharding(self, *spec) -> NamedSharding:
@@ -118,16 +142,16 @@ def mesh_sizes(devices: int, heads: int, batch: int, use_dp: bool, sp_num: int |
         sp_num: size of sp; None for all that dp leaves, which moves the fewest bytes where the weights fit a chip.
 
     Raises:
-        ValueError: the devices or the heads do not divide; says which values work.
+        PlanError: the devices or the heads do not divide; says which values work.
     """
     dp = batch if use_dp and devices % batch == 0 else 1
     rest = devices // dp
     sp_num = rest if sp_num is None else sp_num
     works = [n for n in range(1, rest + 1) if rest % n == 0]
     if heads % rest:
-        raise ValueError(
-            f"{rest} chips cannot share {heads} attention heads; use a number of chips that divides {heads}"
+        raise PlanError(
+            None, f"{rest} chips cannot share {heads} attention heads; use a number of chips that divides {heads}"
         )
     if sp_num not in works:
-        raise ValueError(f"--sp_num {sp_num} does not divide the {rest} chips that share the heads; {works} work")
+        raise PlanError("sp_num", f"{sp_num} does not divide the {rest} chips that share the heads; {works} work")
     return {"dp": dp, "sp": sp_num, "tp": rest // sp_num}

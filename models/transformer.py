@@ -1,4 +1,4 @@
-"""CogVideoX 1.5's transformer in JAX, and one denoising step of it as one jitted function.
+"""CogVideoX 1.5's transformer in JAX.
 
 The mathematics is that of diffusers' `CogVideoXTransformer3DModel`, which the tests hold it to; the arrangement is the
 TPU's. Text and video tokens are one sequence, padded once to what the mesh divides. The blocks are one `lax.scan` over
@@ -7,6 +7,7 @@ sequence between the matrix products and whole heads inside attention. Rotary pa
 interleaved: the rows of the q and k weights are permuted once, when they are loaded.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -17,15 +18,18 @@ import numpy as np
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from jax.sharding import PartitionSpec
 
-from models import sharding
-from models.sharding import HIDDEN_STATES, Parallelism
+from models import sharding, tap
+from models.sharding import Parallelism, activation_spec
 
 QK_NORM_EPS = 1e-6  # CogVideoXBlock passes this to Attention; it is in no config
 ROTATED = ("attn1.to_q.", "attn1.to_k.", "attn1.norm_q.", "attn1.norm_k.")
 FEED_FORWARD_TOKENS = 2048  # tokens of a chip that go through the MLP at a time
 SEQUENCE_TILE = 16  # rows of a bfloat16 tile in a TPU's memory; each chip's share of the sequence is whole tiles
+HIDDEN_STATES = activation_spec("hidden states")
+PROJECTED_HEADS = activation_spec("projected heads")
+GATHERED = activation_spec("gathered heads")
+TOKENS = 1  # the axis of the hidden states
 
 
 # --- Parameters --------------------------------------------------------------------------------------------------
@@ -184,19 +188,22 @@ def transformer(
     dtype = prompt_embeds.dtype
     constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=parallelism.sharding(*HIDDEN_STATES))
 
-    text = linear(prompt_embeds, parameters, "patch_embed.text_proj").astype(dtype)
-    video = linear(patchify(latents, config), parameters, "patch_embed.proj").astype(dtype)
-    text_length, length = text.shape[1], text.shape[1] + video.shape[1]
-    padding = -length % (parallelism.sp * parallelism.tp * SEQUENCE_TILE)
-    hidden = constrain(jnp.pad(jnp.concatenate([text, video], axis=1), ((0, 0), (0, padding), (0, 0))))
+    with tap.scope("patch_embed"):
+        text = linear(prompt_embeds, parameters, "patch_embed.text_proj").astype(dtype)
+        video = linear(patchify(latents, config), parameters, "patch_embed.proj").astype(dtype)
+        text_length, length = text.shape[1], text.shape[1] + video.shape[1]
+        padding = -length % (parallelism.sp * parallelism.tp * SEQUENCE_TILE)
+        hidden = constrain(jnp.pad(jnp.concatenate([text, video], axis=1), ((0, 0), (0, padding), (0, 0))))
+        tap.tap("", hidden, HIDDEN_STATES)
 
     # Text and padding are not rotated: angle 0.
     edges = ((text_length, padding), (0, 0))
     cos, sin = jnp.pad(rotary[0], edges, constant_values=1.0), jnp.pad(rotary[1], edges)
-    time = time_embedding(timestep, parameters, config, dtype)
+    with tap.scope("time_embedding"):
+        time = time_embedding(timestep, parameters, config, dtype)
 
     blocks = {name: array for name, array in parameters.items() if name.startswith("blocks.")}
-    run = jax.shard_map(
+    run = tap.shard_map(
         functools.partial(
             run_blocks,
             config=config,
@@ -208,23 +215,39 @@ def transformer(
         in_specs=(
             {name: sharding.parameter_spec(name, parallelism.layout) for name in blocks},
             HIDDEN_STATES,
-            PartitionSpec(),
-            (PartitionSpec("sp"), PartitionSpec("sp")),
+            activation_spec("time embedding"),
+            (activation_spec("rotary embedding"),) * 2,
         ),
         out_specs=HIDDEN_STATES,
-        check_vma=False,
     )
     hidden = constrain(run(blocks, hidden, time, (cos, sin)))
 
-    hidden = layer_norm(hidden, parameters, "norm_final", config["norm_eps"]).astype(dtype)
-    shift, scale = jnp.split(linear(time, parameters, "norm_out.linear"), 2)
-    hidden = layer_norm(hidden, parameters, "norm_out.norm", config["norm_eps"]) * (1 + scale) + shift
-    output = linear(hidden.astype(dtype), parameters, "proj_out")
+    with tap.scope("norm_final"):
+        hidden = layer_norm(hidden, parameters, "norm_final", config["norm_eps"]).astype(dtype)
+        tap.tap("", hidden, HIDDEN_STATES)
+    with tap.scope("norm_out"):
+        shift, scale = jnp.split(linear(time, parameters, "norm_out.linear"), 2)
+        hidden = layer_norm(hidden, parameters, "norm_out.norm", config["norm_eps"]) * (1 + scale) + shift
+        hidden = hidden.astype(dtype)
+        tap.tap("", hidden, HIDDEN_STATES)
+    with tap.scope("proj_out"):
+        output = linear(hidden, parameters, "proj_out")
+        tap.tap("", output, HIDDEN_STATES)
     return unpatchify(output[:, text_length:length], latents.shape, config)
 
 
-def run_blocks(blocks, hidden, time, rotary, *, config, parallelism, attention, text_length):
-    """All blocks, on one chip's share [batch / dp, sequence / (sp * tp), embed] of the hidden states."""
+def run_blocks(
+    blocks: Mapping[str, jax.Array],
+    hidden: jax.Array,
+    time: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    *,
+    config: Mapping,
+    parallelism: Parallelism,
+    attention: Callable,
+    text_length: int,
+) -> jax.Array:
+    """Run all blocks on one chip's share [batch / dp, sequence / (sp * tp), embed] of the hidden states."""
     share = hidden.shape[1]
     position = (jax.lax.axis_index("sp") * parallelism.tp + jax.lax.axis_index("tp")) * share + jnp.arange(share)
     is_text = (position < text_length)[:, None]
@@ -232,65 +255,115 @@ def run_blocks(blocks, hidden, time, rotary, *, config, parallelism, attention, 
     def step(hidden, parameters):
         parameters = {name.removeprefix("blocks."): array for name, array in parameters.items()}
         parameters = {name: gather_share(name, array, parallelism) for name, array in parameters.items()}
-        hidden = block(hidden, parameters, time, rotary, is_text, config, parallelism, attention)
-        return hidden, None
+        return Block(parameters, time, rotary, is_text, config, parallelism, attention)(hidden)
 
-    return jax.lax.scan(step, hidden, blocks)[0]
+    return tap.scan("transformer_blocks", step, hidden, blocks)
 
 
 def gather_share(name: str, array: jax.Array, parallelism: Parallelism) -> jax.Array:
+    """Gather the shares of one block's parameter `name` from the chips that its layout splits it over beside tp."""
     where = sharding.gather_at_use(f"blocks.{name}", parallelism.layout)
     return array if where is None else jax.lax.all_gather(array, where[1], axis=where[0], tiled=True)
 
 
-def block(hidden, parameters, time, rotary, is_text, config, parallelism, attention):
-    """One transformer block; source: `CogVideoXBlock`."""
-    dtype = hidden.dtype
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One transformer block on one chip; source: `CogVideoXBlock`.
 
-    def modulated(hidden, is_text, name):
+    Attributes:
+        parameters: of this block, names without "blocks.", split over tp.
+        time: silu of the time embedding, [time_embed_dim].
+        rotary: cosines and sines of the chip's gathered tokens, [sequence / sp, head_dim / 2] each.
+        is_text: which of the chip's own tokens are text, bool [sequence / (sp * tp), 1].
+        attention: `attention(query, key, value)` of arrays [batch, heads / (sp * tp), sequence, head_dim].
+    """
+
+    parameters: Mapping[str, jax.Array]
+    time: jax.Array
+    rotary: tuple[jax.Array, jax.Array]
+    is_text: jax.Array
+    config: Mapping
+    parallelism: Parallelism
+    attention: Callable
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states [batch / dp, sequence / (sp * tp), embed] to the same."""
+        hidden = self.self_attention(hidden)
+        # A few tokens at a time, so that what lies between the two products stays in VMEM.
+        pieces = round(hidden.shape[1] * self.parallelism.tp / FEED_FORWARD_TOKENS)
+        pieces = min(max(pieces, 1), hidden.shape[1] // SEQUENCE_TILE)
+        bounds = [hidden.shape[1] * i // pieces // SEQUENCE_TILE * SEQUENCE_TILE for i in range(1, pieces)]
+        tokens = zip(jnp.split(hidden, bounds, axis=1), jnp.split(self.is_text, bounds), strict=True)
+        hidden = jnp.concatenate(tap.pieces(self.feed_forward, list(tokens), TOKENS), axis=TOKENS)
+        tap.tap("", hidden, HIDDEN_STATES)
+        return hidden
+
+    def self_attention(self, hidden: jax.Array) -> jax.Array:
+        """The first half of the block: norm, attention, gated residual."""
+        parameters, dtype = self.parameters, hidden.dtype
+        x, gate = self.modulated(hidden, self.is_text, "norm1")
+        with tap.scope("attn1"):
+            heads = self.config["num_attention_heads"] // self.parallelism.tp
+            query, key, value = (project_heads(x, parameters, f"attn1.to_{letter}", heads) for letter in "qkv")
+            for letter, x in (("q", query), ("k", key), ("v", value)):
+                tap.tap(f"to_{letter}", functools.partial(self.as_projected, x, letter), GATHERED)
+            for letter, x in (("q", query), ("k", key)):
+                tap.tap(f"norm_{letter}", functools.partial(self.as_normalized, x, letter), PROJECTED_HEADS)
+            query, key = (
+                normalized_and_rotated(x, parameters, f"attn1.norm_{letter}", self.rotary).astype(dtype)
+                for letter, x in (("q", query), ("k", key))
+            )
+            # From a share of the tokens with all of this chip's heads to all tokens with a share of them, and back.
+            exchange = functools.partial(jax.lax.all_to_all, axis_name="sp", tiled=True)
+            query, key, value = (exchange(y, split_axis=1, concat_axis=2) for y in (query, key, value.astype(dtype)))
+            x = exchange(self.attention(query, key, value), split_axis=2, concat_axis=1)
+            weight = parameters["attn1.to_out.0.weight"].reshape(hidden.shape[-1], heads, -1)
+            x = jnp.einsum("bnsh,onh->bso", x, weight, preferred_element_type=jnp.float32)
+            return self.residual(hidden, x, "attn1.to_out.0", gate)
+
+    def feed_forward(self, hidden: jax.Array, is_text: jax.Array) -> jax.Array:
+        """The second half of the block, on some of the tokens: norm, MLP, gated residual."""
+        parameters, dtype = self.parameters, hidden.dtype
+        x, gate = self.modulated(hidden, is_text, "norm2")
+        with tap.scope("ff"):
+            x = jax.nn.gelu(linear(x, parameters, "ff.net.0.proj"), approximate=True).astype(dtype)
+            own_tokens = functools.partial(jax.lax.all_to_all, x, "tp", split_axis=1, concat_axis=2, tiled=True)
+            tap.tap("net.0", own_tokens, HIDDEN_STATES)
+            x = jnp.einsum(
+                "bsi,oi->bso", materialized(x), parameters["ff.net.2.weight"], preferred_element_type=jnp.float32
+            )
+            return self.residual(hidden, x, "ff.net.2", gate)
+
+    def modulated(self, hidden: jax.Array, is_text: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
         """Normalised and modulated hidden states, tokens gathered over tp, and the gate of this chip's tokens."""
-        shift, scale, gate, text_shift, text_scale, text_gate = jnp.split(linear(time, parameters, f"{name}.linear"), 6)
-        x = layer_norm(hidden, parameters, f"{name}.norm", config["norm_eps"])
-        x = x * (1 + jnp.where(is_text, text_scale, scale)) + jnp.where(is_text, text_shift, shift)
-        x = materialized(jax.lax.all_gather(x.astype(dtype), "tp", axis=1, tiled=True))
-        return x, jnp.where(is_text, text_gate, gate)
+        with tap.scope(name):
+            modulation = jnp.split(linear(self.time, self.parameters, f"{name}.linear"), 6)
+            shift, scale, gate, text_shift, text_scale, text_gate = modulation
+            x = layer_norm(hidden, self.parameters, f"{name}.norm", self.config["norm_eps"])
+            x = x * (1 + jnp.where(is_text, text_scale, scale)) + jnp.where(is_text, text_shift, shift)
+            x = x.astype(hidden.dtype)
+            tap.tap("", x, HIDDEN_STATES)
+            x = materialized(jax.lax.all_gather(x, "tp", axis=1, tiled=True))
+            return x, jnp.where(is_text, text_gate, gate)
 
-    def residual(hidden, partial_sum, name, gate):
-        """hidden + gate * (the sum over tp + bias), each chip its own tokens."""
-        x = jax.lax.psum_scatter(partial_sum.astype(dtype), "tp", scatter_dimension=1, tiled=True)
+    def as_projected(self, x: jax.Array, letter: str) -> jax.Array:
+        """One of `project_heads`, as diffusers has it: [batch, tokens, heads * head_dim], rotary pairs side by side."""
+        x = x if letter == "v" else interleaved(x)
+        return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+    def as_normalized(self, x: jax.Array, letter: str) -> jax.Array:
+        """Projected queries or keys, normalised but not rotated, rotary pairs side by side as diffusers has them."""
+        mean, scale = moments(x, QK_NORM_EPS)
+        return interleaved(affine((x - mean) * scale, self.parameters, f"attn1.norm_{letter}"))
+
+    def residual(self, hidden: jax.Array, partial_sum: jax.Array, name: str, gate: jax.Array) -> jax.Array:
+        """hidden + gate * (the sum of `partial_sum` over tp + the bias of module `name`), each chip its own tokens."""
+        x = jax.lax.psum_scatter(partial_sum.astype(hidden.dtype), "tp", scatter_dimension=1, tiled=True)
         x = x.astype(jnp.float32)
-        if f"{name}.bias" in parameters:
-            x = x + parameters[f"{name}.bias"].astype(jnp.float32)
-        return (hidden.astype(jnp.float32) + gate * x).astype(dtype)
-
-    def feed_forward(hidden, is_text):
-        x, gate = modulated(hidden, is_text, "norm2")
-        x = jax.nn.gelu(linear(x, parameters, "ff.net.0.proj"), approximate=True).astype(dtype)
-        x = jnp.einsum(
-            "bsi,oi->bso", materialized(x), parameters["ff.net.2.weight"], preferred_element_type=jnp.float32
-        )
-        return residual(hidden, x, "ff.net.2", gate)
-
-    x, gate = modulated(hidden, is_text, "norm1")
-    heads = config["num_attention_heads"] // parallelism.tp
-    query, key, value = (project_heads(x, parameters, f"attn1.to_{letter}", heads) for letter in "qkv")
-    query, key = (
-        normalized_and_rotated(x, parameters, f"attn1.norm_{letter}", rotary).astype(dtype)
-        for letter, x in (("q", query), ("k", key))
-    )
-    # From a share of the tokens with all of this chip's heads to all tokens with a share of the heads, and back.
-    exchange = functools.partial(jax.lax.all_to_all, axis_name="sp", tiled=True)
-    query, key, value = (exchange(y, split_axis=1, concat_axis=2) for y in (query, key, value.astype(dtype)))
-    x = exchange(attention(query, key, value), split_axis=2, concat_axis=1)
-    weight = parameters["attn1.to_out.0.weight"].reshape(hidden.shape[-1], heads, -1)
-    x = jnp.einsum("bnsh,onh->bso", x, weight, preferred_element_type=jnp.float32)
-    hidden = residual(hidden, x, "attn1.to_out.0", gate)
-
-    # A few tokens at a time, so that what lies between the two products stays in VMEM.
-    pieces = max(1, round(hidden.shape[1] * parallelism.tp / FEED_FORWARD_TOKENS))
-    bounds = [hidden.shape[1] * i // pieces // SEQUENCE_TILE * SEQUENCE_TILE for i in range(1, pieces)]
-    tokens = zip(jnp.split(hidden, bounds, axis=1), jnp.split(is_text, bounds), strict=True)
-    return jnp.concatenate([feed_forward(*piece) for piece in tokens], axis=1)
+        if f"{name}.bias" in self.parameters:
+            x = x + self.parameters[f"{name}.bias"].astype(jnp.float32)
+        tap.tap(name.partition(".")[2], x, HIDDEN_STATES)
+        return (hidden.astype(jnp.float32) + gate * x).astype(hidden.dtype)
 
 
 def materialized(x: jax.Array) -> jax.Array:
@@ -321,6 +394,12 @@ def normalized_and_rotated(x: jax.Array, parameters: Mapping, name: str, rotary:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def interleaved(x: jax.Array) -> jax.Array:
+    """[..., head_dim] with rotary pairs as two halves to pairs side by side, as diffusers has them."""
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    return jnp.swapaxes(halves, -1, -2).reshape(x.shape)
+
+
 def patchify(latents: jax.Array, config: Mapping) -> jax.Array:
     """[batch, frames, channels, height, width] to [batch, video tokens, patch]; source: `CogVideoXPatchEmbed`."""
     batch, frames, channels, height, width = latents.shape
@@ -336,94 +415,3 @@ def unpatchify(x: jax.Array, latent_shape: tuple[int, ...], config: Mapping) -> 
     p, pt = config["patch_size"], config["patch_size_t"]
     x = x.reshape(batch, frames // pt, height // p, width // p, channels, pt, p, p)
     return x.transpose(0, 1, 5, 4, 2, 6, 3, 7).reshape(batch, frames, channels, height, width)
-
-
-# --- The denoising step ------------------------------------------------------------------------------------------
-
-
-def make_denoise_step(config: Mapping, parallelism: Parallelism, attention: Callable) -> Callable:
-    """A jitted denoising step, `latents` and `old_pred_original_sample` donated.
-
-    `step(parameters, latents, old_pred_original_sample, prompt_embeds, rotary, timestep, coefficients, noise,
-    guidance_scale)` returns the next `latents` and `pred_original_sample`:
-        parameters: see `load_parameters`.
-        latents: [batch, frames, channels, height, width], the model's dtype.
-        old_pred_original_sample: the second result of the step before, float32 of the same shape (zeros at first).
-        prompt_embeds: [batch, text tokens, text width], or, for classifier-free guidance, [2 * batch, ...] with the
-            negative prompts first.
-        rotary: see `rotary_embedding`.
-        timestep: int32 scalar; coefficients: float32 [2, 3]; noise: like `latents`, or None. See `AffineScheduler`.
-        guidance_scale: float32 scalar, read only with guidance.
-
-    Source: the loop body of `CogVideoXPipeline.__call__`.
-    """
-
-    def step(
-        parameters,
-        latents,
-        old_pred_original_sample,
-        prompt_embeds,
-        rotary,
-        timestep,
-        coefficients,
-        noise,
-        guidance_scale,
-    ):
-        copies = prompt_embeds.shape[0] // latents.shape[0]
-        # float32 weights mean float32 products, which a TPU's default is not.
-        with jax.default_matmul_precision("highest" if latents.dtype == jnp.float32 else "default"):
-            model_output = transformer(
-                parameters,
-                jnp.tile(latents, (copies, 1, 1, 1, 1)),
-                prompt_embeds,
-                timestep,
-                rotary,
-                config=config,
-                parallelism=parallelism,
-                attention=attention,
-            )
-        if copies == 2:
-            negative, positive = jnp.split(model_output, 2)
-            model_output = negative + guidance_scale * (positive - negative)
-
-        arrays = latents.astype(jnp.float32), model_output, old_pred_original_sample
-        prev_sample, pred_original_sample = (
-            sum(c * a for c, a in zip(row, arrays, strict=True)) for row in coefficients
-        )
-        if noise is not None:
-            prev_sample = prev_sample + noise
-        return prev_sample.astype(latents.dtype), pred_original_sample
-
-    replicated = parallelism.sharding()
-    return jax.jit(step, donate_argnums=(1, 2), out_shardings=(replicated, replicated))
-
-
-def abstract_step_arguments(
-    config: Mapping, parallelism: Parallelism, latent_shape: tuple[int, ...], guided: bool, noisy: bool, dtype
-) -> tuple:
-    """The arguments of a denoising step as shapes, for compiling without weights.
-
-    Args:
-        latent_shape: [batch, frames, channels, height, width].
-        guided: with classifier-free guidance; noisy: with a scheduler that adds noise.
-    """
-
-    def array(shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=parallelism.sharding())
-
-    tokens = math.prod(latent_shape) // latent_shape[0] // latent_shape[2]
-    tokens //= config["patch_size"] ** 2 * config["patch_size_t"]
-    latents = array(latent_shape, dtype)
-    rotary = array((tokens, config["attention_head_dim"] // 2))
-    text = (latent_shape[0] * (1 + guided), config["max_text_seq_length"], config["text_embed_dim"])
-    return (
-        abstract_parameters(config, dtype, parallelism),
-        latents,
-        array(latent_shape),
-        array(text, dtype),
-        (rotary, rotary),
-        array((), jnp.int32),
-        array((2, 3)),
-        latents if noisy else None,
-        array(()),
-    )

@@ -10,12 +10,28 @@ from collections.abc import Callable, Mapping
 import jax
 from flax import nnx
 
-from models.decoder import Decoder, kernel
+from models.decoder import Decoder, channels_last
 from models.spatial_split import Split
-from models.vae_layers import ACTIVATIONS, Pending, causal_conv, shortcut, spatial_norm, upsample
+from models.vae_layers import ACTIVATIONS, Deferred, causal_conv, shortcut, spatial_norm, tap_output, upsample
 
 # Weights come from a checkpoint; under `nnx.eval_shape` these make none.
 RNGS = functools.partial(nnx.Rngs, 0)
+
+
+def named(call: Callable) -> Callable:
+    """Give a module's operations its name in profiles, and hand its output to models/tap.py.
+
+    The last argument of `call` is the split; `Decoder3D` tells each module its name.
+    """
+
+    @functools.wraps(call)
+    def wrapped(self, *args):
+        with jax.named_scope(self.name):
+            output = call(self, *args)
+        tap_output(self.name, output, args[-1])
+        return output
+
+    return wrapped
 
 
 class CausalConv3d(nnx.Module):
@@ -24,7 +40,8 @@ class CausalConv3d(nnx.Module):
     def __init__(self, in_features: int, out_features: int, kernel_size: int = 3):
         self.conv = nnx.Conv(in_features, out_features, (kernel_size,) * 3, rngs=RNGS())
 
-    def __call__(self, x: jax.Array | Pending, cache: jax.Array | None, split: Split):
+    @named
+    def __call__(self, x: jax.Array | Deferred, cache: jax.Array | None, split: Split):
         return causal_conv(x, self.conv.kernel[...], self.conv.bias[...], cache, split)
 
 
@@ -36,7 +53,8 @@ class SpatialNorm3D(nnx.Module):
         self.conv_y = CausalConv3d(latent_features, features, kernel_size=1)
         self.conv_b = CausalConv3d(latent_features, features, kernel_size=1)
 
-    def __call__(self, x: jax.Array, latents: jax.Array, split: Split) -> Pending:
+    @named
+    def __call__(self, x: jax.Array, latents: jax.Array, split: Split) -> Deferred:
         norm = self.norm_layer.scale[...], self.norm_layer.bias[...]
         conv_y, conv_b = ((c.conv.kernel[0, 0, 0], c.conv.bias[...]) for c in (self.conv_y, self.conv_b))
         return spatial_norm(x, latents, norm, conv_y, conv_b, self.norm_layer.num_groups, split)
@@ -52,6 +70,7 @@ class ResnetBlock3D(nnx.Module):
         if in_features != out_features:
             self.conv_shortcut = nnx.Conv(in_features, out_features, (1, 1, 1), rngs=RNGS())
 
+    @named
     def __call__(self, x, latents, cache, split):
         new_cache = {}
         hidden = self.norm1(x, latents, split).activated(self.activation)
@@ -60,6 +79,7 @@ class ResnetBlock3D(nnx.Module):
         hidden, new_cache["conv2"] = self.conv2(hidden, cache.get("conv2"), split)
         if hasattr(self, "conv_shortcut"):
             x = shortcut(x, self.conv_shortcut.kernel[0, 0, 0], self.conv_shortcut.bias[...])
+            tap_output(f"{self.name}.conv_shortcut", x, split)
         return x + hidden, new_cache
 
 
@@ -70,6 +90,7 @@ class Upsample3D(nnx.Module):
         self.compress_time = compress_time
         self.conv = nnx.Conv(features, features, (3, 3), rngs=RNGS())
 
+    @named
     def __call__(self, x, split):
         return upsample(x, self.conv.kernel[...], self.conv.bias[...], self.compress_time, split)
 
@@ -83,6 +104,7 @@ class Block3D(nnx.Module):
         )
         self.upsamplers = nnx.List([Upsample3D(out_features, compress_time)] if upsample else [])
 
+    @named
     def __call__(self, x, latents, cache, split):
         new_cache = {}
         for i, resnet in enumerate(self.resnets):
@@ -121,6 +143,9 @@ class Decoder3D(nnx.Module):
         )
         self.norm_out = SpatialNorm3D(channels[-1], config["latent_channels"], config["norm_num_groups"])
         self.conv_out = CausalConv3d(channels[-1], config["out_channels"])
+        for path, module in nnx.iter_modules(self):
+            if isinstance(module, (CausalConv3d, SpatialNorm3D, ResnetBlock3D, Upsample3D, Block3D)):
+                module.name = ".".join(map(str, path))
 
     def __call__(self, latents, cache, split):
         new_cache = {}
@@ -157,7 +182,7 @@ def _diffusers_name(path: tuple) -> str:
 
 
 def _flax_layout(path: tuple, weight: jax.Array) -> jax.Array:
-    return kernel(weight) if path[-1] == "kernel" else weight
+    return channels_last(weight) if path[-1] == "kernel" else weight
 
 
 def _diffusers_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:

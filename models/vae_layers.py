@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from models import tap
 from models.conv_input import conv_input, modulated, plain_conv_input
 from models.spatial_split import Split
 
@@ -32,8 +33,8 @@ DIMENSIONS = ("DHWNC", "DHWIO", "DHWNC")
 
 
 @dataclasses.dataclass(frozen=True)
-class Pending:
-    """activation(values * scale + offset), to be carried out by a convolution.
+class Deferred:
+    """activation(values * scale + offset), which the next convolution carries out.
 
     values: [frames, height, width, strips, channels]; scale and offset: float32, the same at the latents' size, each
     of whose elements counts for all the frames and pixels that it became; None for 1 and 0.
@@ -44,13 +45,28 @@ class Pending:
     offset: jax.Array | None = None
     activation: Callable[[jax.Array], jax.Array] | None = None
 
-    def activated(self, activation: Callable[[jax.Array], jax.Array]) -> "Pending":
+    def activated(self, activation: Callable[[jax.Array], jax.Array]) -> "Deferred":
+        """The same, followed by an activation."""
         return dataclasses.replace(self, activation=activation)
+
+    def carried_out(self) -> jax.Array:
+        """The array [frames, height, width, strips, channels] that it stands for."""
+        return modulated(self.values, self.scale, self.offset, self.activation)
+
+
+def tap_output(name: str, output: "jax.Array | Deferred | tuple", split: Split) -> None:
+    """Tap the output of the decoder's module `name`, or the first of its outputs, as a chip's part of the frames."""
+    x = output[0] if isinstance(output, tuple) else output
+
+    def image() -> jax.Array:
+        return split.image(x.carried_out() if isinstance(x, Deferred) else x)
+
+    tap.tap(f"decoder.{name}", image, split.pixels.spec)
 
 
 def spatial_norm(
     x: jax.Array, latents: jax.Array, norm: tuple, conv_y: tuple, conv_b: tuple, groups: int, split: Split
-) -> Pending:
+) -> Deferred:
     """`CogVideoXSpatialNorm3D`: a group norm, scaled and shifted by pointwise convolutions of the latents.
 
     Args:
@@ -76,7 +92,7 @@ def spatial_norm(
     scale, offset = scale * factor, scale * shift + offset
     if not split.is_even:
         scale, offset = (jnp.where(split.inside(scale.shape), value, 0.0) for value in (scale, offset))
-    return Pending(x, scale, offset)
+    return Deferred(x, scale, offset)
 
 
 def pointwise_conv(x: jax.Array, weight: jax.Array, bias: jax.Array, dtype=None) -> jax.Array:
@@ -92,7 +108,7 @@ def shortcut(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def causal_conv(
-    x: jax.Array | Pending, weight: jax.Array, bias: jax.Array, cache: jax.Array | None, split: Split
+    x: jax.Array | Deferred, weight: jax.Array, bias: jax.Array, cache: jax.Array | None, split: Split
 ) -> tuple[jax.Array, jax.Array]:
     """`CogVideoXCausalConv3d`: sees this frame and the two before it.
 
@@ -106,7 +122,7 @@ def causal_conv(
         [frames, height, width, strips, out channels] and the next cache.
     """
     history, channels, out_channels = weight.shape[0] - 1, *weight.shape[3:]
-    x = x if isinstance(x, Pending) else Pending(x)
+    x = x if isinstance(x, Deferred) else Deferred(x)
     few = split.for_tpu and COLUMNS * out_channels <= LANES and x.values.shape[2] % COLUMNS == 0
     packed = split.for_tpu and not few and channels == LANES
     padded, cache = _input(x, split, cache=cache, history=history, packed=packed)
@@ -133,17 +149,17 @@ def precision(x: jax.Array) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def _inside(x: jax.Array, split: Split) -> Pending:
+def _inside(x: jax.Array, split: Split) -> Deferred:
     """x, zero beyond the frame's edge."""
     if split.is_even:
-        return Pending(x)
+        return Deferred(x)
     shape = (len(x), split.strip_height, split.strip_width, *x.shape[3:])
     inside = split.inside(shape).astype(jnp.float32)
-    return Pending(x, jnp.broadcast_to(inside, shape), jnp.zeros(shape, jnp.float32))
+    return Deferred(x, jnp.broadcast_to(inside, shape), jnp.zeros(shape, jnp.float32))
 
 
 def _input(
-    x: Pending,
+    x: Deferred,
     split: Split,
     cache: jax.Array | None = None,
     history: int = 0,

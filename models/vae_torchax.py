@@ -18,10 +18,10 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
 )
 from diffusers.models.upsampling import CogVideoXUpsample3D
 
-from models.decoder import Decoder, kernel
+from models.decoder import Decoder, channels_last
 from models.spatial_split import Split
 from models.torch_function import jax_function
-from models.vae_layers import ACTIVATIONS, Pending, causal_conv, shortcut, spatial_norm, upsample
+from models.vae_layers import ACTIVATIONS, Deferred, causal_conv, shortcut, spatial_norm, tap_output, upsample
 
 
 def make_decoder(config: Mapping) -> Decoder:
@@ -39,16 +39,17 @@ def make_decoder(config: Mapping) -> Decoder:
         }
         for name, activation in ACTIVATIONS.items():
             layers[type(get_activation(name))] = functools.partial(_activation, activation=activation)
-        return jax_function(module, layers=layers)(weights, latents, conv_cache=cache)
+        record = functools.partial(tap_output, split=split)
+        return jax_function(module, layers=layers, record=record)(weights, latents, conv_cache=cache)
 
     def convert_weights(weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: kernel(weight) if weight.ndim > 1 else weight for name, weight in weights.items()}
+        return {name: channels_last(weight) if weight.ndim > 1 else weight for name, weight in weights.items()}
 
     shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
     return Decoder(decode_chunk, shapes, convert_weights)
 
 
-def _spatial_norm(layer, weights, x, latents, conv_cache=None, *, split: Split) -> tuple[Pending, dict]:
+def _spatial_norm(layer, weights, x, latents, conv_cache=None, *, split: Split) -> tuple[Deferred, dict]:
     conv_y, conv_b = ((weights[f"{c}.conv.weight"][0, 0, 0], weights[f"{c}.conv.bias"]) for c in ("conv_y", "conv_b"))
     norm = weights["norm_layer.weight"], weights["norm_layer.bias"]
     return spatial_norm(x, latents, norm, conv_y, conv_b, layer.norm_layer.num_groups, split), {}
@@ -66,5 +67,5 @@ def _shortcut(layer, weights, x) -> jax.Array:
     return shortcut(x, weights["weight"][0, 0, 0], weights["bias"])
 
 
-def _activation(layer, weights, x: Pending, *, activation) -> Pending:
+def _activation(layer, weights, x: Deferred, *, activation) -> Deferred:
     return x.activated(activation)
