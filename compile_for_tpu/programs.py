@@ -2,18 +2,19 @@
 
 import argparse
 import functools
-import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import checkpoint
-import stage2_transformer as stage2
-import stage3_vae_decoder as stage3
+import options
 import utils
 from compile_for_tpu.prediction import Programs
 from compile_for_tpu.topologies import compiling_for
 from console import number
+
+if TYPE_CHECKING:
+    from models import denoising
 
 # The configs of zai-org/CogVideoX1.5-5B, without weights.
 BUILT_IN_MODEL = Path(__file__).resolve().parent.parent / "configs" / "CogVideoX1.5-5B"
@@ -66,54 +67,38 @@ def model_name(model_id: str) -> str:
 def add_stage2_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the denoising step."""
     _add_model_options(parser)
-    stage2.add_step_options(parser)
+    options.add_denoising_options(parser)
 
 
 def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
     """Trace the denoising step."""
-    import jax.numpy as jnp
+    from models import denoising
 
-    from models.scheduler import CogVideoXDPMScheduler
-    from models.transformer import abstract_step_arguments, make_denoise_step
-
-    config, vae = (checkpoint.read_config(arguments.model_id, component) for component in ("transformer", "vae"))
-    scheduler = checkpoint.read_config(arguments.model_id, "scheduler", "scheduler_config.json")
-    stage2.check_sizes(arguments, config, vae, scheduler)
-    parallelism = stage2.make_parallelism(arguments, config, devices)
     platform = "cpu" if arguments.topology == "cpu" else "tpu"
-    attention = stage2.make_attention(arguments, platform, config, arguments.dtype)
-    _, shape = stage2.latent_frames_and_shape(arguments, 1, config, vae)
-    guided = arguments.guidance_scale > 1.0
-    noisy = scheduler["_class_name"] == CogVideoXDPMScheduler.__name__
-    step = make_denoise_step(config, parallelism, attention)
-    values = abstract_step_arguments(config, parallelism, shape, guided, noisy, jnp.dtype(arguments.dtype))
-    with compiling_for(parallelism.mesh):
-        traced = step.trace(*values)
-
-    _, frames, _, height, width = shape
-    video = frames * height * width // (config["patch_size_t"] * config["patch_size"] ** 2)
-    tokens = config["max_text_seq_length"] + video
-    scores = (1 + guided) * config["num_attention_heads"] / len(devices) * tokens**2
-    options = stage2.program_options(parallelism, attention)
+    plan = options.denoising_plan(arguments, arguments.model_id, devices, platform, dtype=arguments.dtype)
+    with compiling_for(plan.parallelism.mesh):
+        traced = denoising.make_step(plan).trace(*denoising.abstract_arguments(plan))
+    config, samples = plan.transformer, 2 if plan.guided else 1
+    scores = samples * config["num_attention_heads"] / len(devices) * plan.tokens**2
     return Programs(
         traced=[traced],
         times=[1],
-        devices=parallelism.mesh.devices.flatten().tolist(),
+        devices=plan.parallelism.mesh.devices.flatten().tolist(),
         scores_per_kernel=scores,
         attention_flops=4 * config["attention_head_dim"] * scores * config["num_layers"],
-        options=_size(arguments) | {"guided": guided} | options,
+        options=_size(arguments) | {"guided": plan.guided} | plan.program_options,
         model=model_name(arguments.model_id),
         name="denoising step",
-        executable_options=options,
-        advice=_stage2_advice(arguments, attention.name, len(devices)),
+        executable_options=plan.program_options,
+        advice=_stage2_advice(plan),
     )
 
 
-def _stage2_advice(arguments: argparse.Namespace, attention: str, chips: int) -> str:
-    if attention == "xla":
+def _stage2_advice(plan: "denoising.Plan") -> str:
+    if plan.attention.name == "xla":
         return "--attention splash, which keeps no scores in memory"
-    if not arguments.use_fsdp and chips > 1:
-        return "--use_fsdp, or a slice of more chips"
+    if plan.parallelism.layout != "fsdp" and plan.parallelism.mesh.size > 1:
+        return "--layout fsdp, or a slice of more chips"
     return "a slice of more chips, --guidance_scale 1 or a smaller size"
 
 
@@ -128,38 +113,25 @@ def add_stage3_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the decoder."""
     _add_model_options(parser)
     parser.add_argument("--decoder", default="torchax", choices=["torchax", "flax"], help="which decoder")
-    for name, default in (("height", utils.HEIGHT), ("width", utils.WIDTH), ("frames", utils.FRAMES)):
-        parser.add_argument(f"--{name}", type=number(int, 1), default=default, help="of the video")
-    stage3.add_split_options(parser)
+    options.add_size_options(parser)
+    options.add_decoding_options(parser)
 
 
 def trace_stage3(arguments: argparse.Namespace, devices: list) -> Programs:
     """Trace the decoder's two programs: for the first chunk of latent frames, and for any later one."""
-    import jax
-    import jax.numpy as jnp
-
-    from models.decoder import chunk_programs, chunk_sizes
-
-    vae = checkpoint.read_config(arguments.model_id, "vae")
-    shape = stage3.latent_shape(vars(arguments), vae)
-    split = stage3.make_split(arguments, devices, shape)
-    decoder = importlib.import_module(f"models.vae_{arguments.decoder}").make_decoder(vae)
-
-    def abstract(shape):
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(arguments.dtype), sharding=split.replicated)
-
-    weights = {name: abstract(shape) for name, shape in decoder.weight_shapes.items()}
-    weights = jax.tree.map(lambda x: abstract(x.shape), jax.eval_shape(decoder.convert_weights, weights))
-    with compiling_for(split.mesh):
-        traced = chunk_programs(decoder, weights, shape, split)
+    size = {name: getattr(arguments, name) for name in ("height", "width", "frames")}
+    plan = options.decoding_plan(arguments, arguments.model_id, arguments.decoder, size, devices, dtype=arguments.dtype)
+    decoder = plan.make_decoder()
+    with compiling_for(plan.split.mesh):
+        traced = plan.programs(decoder, plan.abstract_weights(decoder))
     return Programs(
         traced=traced,
-        times=[1, len(chunk_sizes(shape[2])) - 1][: len(traced)],
-        devices=split.mesh.devices.flatten().tolist(),
-        options=_size(arguments) | {"decoder": arguments.decoder, "split": split},
+        times=plan.runs,
+        devices=plan.split.mesh.devices.flatten().tolist(),
+        options=_size(arguments) | {"decoder": plan.decoder, "split": plan.split},
         model=model_name(arguments.model_id),
-        name=f"{arguments.decoder} decoder",
-        executable_options=stage3.program_options(split),
+        name=f"{plan.decoder} decoder",
+        executable_options=plan.program_options,
         advice="a slice of more chips, or a smaller --height or --width",
     )
 
@@ -174,14 +146,11 @@ def _stage3_labels(arguments: argparse.Namespace) -> list[str]:
 def add_kernel_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the attention kernel."""
     positive = number(int, 1)
-    kernels = [name for name in utils.ATTENTION if name != "xla"]
-    parser.add_argument("--attention", default="splash_exp2", choices=kernels, help="which kernel")
+    options.add_attention_options(parser)
     parser.add_argument("--tokens", type=positive, default=25826, help="length of the sequence")
     parser.add_argument("--heads", type=positive, default=6, help="attention heads of one chip")
     parser.add_argument("--head_dim", type=positive, default=64, help="width of a head")
     _add_dtype_option(parser, "of query, key, value")
-    parser.add_argument("--block_sizes", type=int, nargs="+", help="of the kernel, in the order of its BlockSizes")
-    parser.set_defaults(use_k_smooth=None)
 
 
 def trace_kernel(arguments: argparse.Namespace, devices: list) -> Programs:
@@ -189,22 +158,31 @@ def trace_kernel(arguments: argparse.Namespace, devices: list) -> Programs:
     import jax
     import jax.numpy as jnp
 
-    config = {"attention_head_dim": arguments.head_dim}
-    function = stage2.make_attention(arguments, "tpu", config, arguments.dtype)
+    from models.attention import Attention
+
+    with options.plan_errors():
+        function = Attention.choose(
+            arguments.attention,
+            "tpu",
+            arguments.block_sizes,
+            arguments.use_k_smooth,
+            arguments.head_dim,
+            arguments.dtype,
+        )
     where = jax.sharding.SingleDeviceSharding(devices[0])
     shape = (1, arguments.heads, arguments.tokens, arguments.head_dim)
     array = jax.ShapeDtypeStruct(shape, jnp.dtype(arguments.dtype), sharding=where)
     with compiling_for(jax.sharding.Mesh(devices[:1], ("chips",))):
         traced = jax.jit(functools.partial(function, kv_length=arguments.tokens)).trace(array, array, array)
     scores = arguments.heads * arguments.tokens**2
-    names = ("attention", "tokens", "heads", "head_dim", "dtype", "block_sizes")
+    names = ("tokens", "heads", "head_dim", "dtype", "block_sizes")
     return Programs(
         traced=[traced],
         times=[1],
         devices=devices[:1],
         scores_per_kernel=scores,
         attention_flops=4 * arguments.head_dim * scores,
-        options={name: getattr(arguments, name) for name in names},
+        options={"attention": function.name} | {name: getattr(arguments, name) for name in names},
         advice="fewer --tokens or --heads",
     )
 

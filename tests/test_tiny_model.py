@@ -10,7 +10,7 @@ import pytest
 from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, TINY_MODEL
 from tools.moving_shapes import ALL, FRAMES, SIZE, held_out, measure
 
-QUALITY = ROOT / "benchmarks" / "quality.py"
+QUALITY = "benchmarks.quality"
 
 
 def test_at_most_10_megabytes_in_the_published_layout():

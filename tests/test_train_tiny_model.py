@@ -6,7 +6,6 @@ import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
-from tests.helpers import ROOT
 from tools import train_tiny_model
 from tools.moving_shapes import held_out
 
@@ -15,7 +14,7 @@ FEW = ("--effort", 0.002, "--work_dir", "work", "--device", "cpu")
 
 @pytest.mark.slow
 def test_all_parts_and_the_folder_that_comes_out(run_stage, tmp_path):
-    script = ROOT / "tools" / "train_tiny_model.py"
+    script = "tools.train_tiny_model"
     process = run_stage(script, *FEW, "--output_dir", "once")
     assert [line.split(":")[0] for line in process.stdout.splitlines()[:-1]] == [
         *("vae_taught", "vae_together", "vae_decoder", "encoding", "transformer")
@@ -67,5 +66,5 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("option", [("--effort", -1), ("--seed", 1.5), ("--effort", "much")], ids=str)
 def test_wrong_options(option, run_stage):
-    process = run_stage(ROOT / "tools" / "train_tiny_model.py", *option, status=2)
+    process = run_stage("tools.train_tiny_model", *option, status=2)
     assert len(process.stderr.splitlines()) == 1 and option[0] in process.stderr
