@@ -77,7 +77,7 @@ def main() -> None:
 
     steps = plan.num_inference_steps
     with report.phase("run") as run_phase, report.progress("denoising", "step", steps) as bar:
-        for state in denoising.run(step):
+        for state in denoising.run(step):  # noqa: B007  the last one is the result
             bar.update()
     report.add("per step", f"{run_phase.seconds / steps:.3f} s")
 

@@ -11,10 +11,15 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
 from console import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
 # Defaults of the command lines.
 MODEL_NAME = "zai-org/CogVideoX1.5-5B"
@@ -163,3 +168,24 @@ def tensor_shapes(path: Path, stage: int, names: Iterable[str], config: Mapping)
                 f"run stage {stage} again"
             )
     return shapes
+
+
+def prepare_video_for_export(video: "np.ndarray | torch.Tensor") -> "list[np.ndarray]":
+    """Turn a video into the frames that `diffusers.utils.export_to_video` takes, float32 [height, width, 3] in [0, 1].
+
+    Args:
+        video: frames as `--output_frames` saves them, uint8 [frames, height, width, 3], or the VAE's output, a torch
+            tensor [1, 3, frames, height, width] around [-1, 1].
+
+    Raises:
+        ValueError: an array of another shape or dtype.
+    """
+    import numpy as np
+
+    if isinstance(video, np.ndarray) and video.dtype == np.uint8 and video.ndim == 4 and video.shape[3] == 3:
+        return list(video.astype(np.float32) / 255)
+    if not isinstance(video, np.ndarray) and video.ndim == 5 and video.shape[:2] == (1, 3):
+        from diffusers.video_processor import VideoProcessor
+
+        return list(VideoProcessor().postprocess_video(video.float(), output_type="np")[0])
+    raise ValueError(f"expected uint8 [F, H, W, 3] or a tensor [1, 3, F, H, W], got {video.dtype} {list(video.shape)}")

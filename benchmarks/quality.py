@@ -175,8 +175,8 @@ def reconstruct(vae, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
     pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3) / 127.5 - 1
     with torch.no_grad():
         decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
-    decoded = ((decoded + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return list(decoded.permute(0, 2, 3, 4, 1).numpy())
+    videos = [np.stack(utils.prepare_video_for_export(video[None])) for video in decoded]
+    return [np.round(video * 255).astype(np.uint8) for video in videos]
 
 
 def generate(pipeline, cases: Sequence[Case]) -> list[np.ndarray]:

@@ -13,6 +13,7 @@ from diffusers.utils import export_to_video
 from safetensors.torch import load_file
 
 from tests.helpers import STAGE1, STAGE2, STAGE3, STAGE3_FLAX
+from utils import prepare_video_for_export
 
 PROMPT = "A panda playing guitar in a bamboo forest"
 NEGATIVE = "blurry, low quality"
@@ -98,7 +99,8 @@ def test_stages_match_the_pipeline(model, frames, guidance_scale, scheduler, req
     expected_mp4 = imageio.imread(tmp_path / "expected.mp4")
     for script in (STAGE3, STAGE3_FLAX):
         run_stage(script, "--input_dir", outputs, "--output_frames", tmp_path / "frames.safetensors")
-        error = np.abs(load_file(tmp_path / "frames.safetensors")["frames"].numpy() / 255 - video).max()
+        saved = prepare_video_for_export(load_file(tmp_path / "frames.safetensors")["frames"].numpy())
+        error = np.abs(np.stack(saved) - video).max()
         assert error <= FRAME_TOLERANCE, f"{script}: frames differ by {error * 255:.2f} / 255"
 
         mp4 = imageio.imread(outputs / "output_video.mp4")
@@ -107,3 +109,20 @@ def test_stages_match_the_pipeline(model, frames, guidance_scale, scheduler, req
         # Encoded noise follows the last bit of its input, so the files are compared by what encoding cost each.
         loss, expected_loss = (np.abs(decoded / 255 - video).mean() for decoded in (mp4, expected_mp4))
         assert loss <= 1.02 * expected_loss, f"{script}: the mp4 loses {loss:.4f}, diffusers' own {expected_loss:.4f}"
+
+
+def test_frames_for_export(tmp_path):
+    """From saved frames and from a VAE's output, float32 in [0, 1], and as `export_to_video` takes them."""
+    random = np.random.default_rng(0)
+    saved = random.integers(0, 256, (5, 16, 32, 3)).astype(np.uint8)
+    decoded = random.normal(size=(1, 3, 5, 16, 32)).astype(np.float32)
+    expected = np.moveaxis(np.clip(decoded[0].astype(np.float64) / 2 + 0.5, 0, 1), 0, -1)
+    for video, truth in ((saved, saved / 255), (torch.from_numpy(decoded), expected)):
+        frames = prepare_video_for_export(video)
+        assert isinstance(frames, list) and {frame.dtype for frame in frames} == {np.dtype("float32")}
+        np.testing.assert_allclose(np.stack(frames), truth, atol=1e-6)
+        export_to_video(frames, str(tmp_path / "video.mp4"), fps=FPS, macro_block_size=2)
+        assert imageio.imread(tmp_path / "video.mp4").shape == (5, 16, 32, 3)
+    for wrong in (saved[0], saved.astype(np.float32), torch.from_numpy(decoded)[0]):
+        with pytest.raises(ValueError, match="expected uint8"):
+            prepare_video_for_export(wrong)
