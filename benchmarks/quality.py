@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--sheet", type=utils.path, default=RESULTS / "quality.png", help="contact sheet of the held-out captions, PNG"
     )
-    parser.add_argument("--animation", type=utils.path, help="also an animated picture of eight of our videos, GIF")
+    parser.add_argument("--animation", type=utils.path, help="also an animation of eight of our videos, .gif or .webp")
     parser.add_argument("stage2_options", nargs="*", help="after --: options of our stage 2")
     return parser.parse_args()
 
@@ -284,7 +284,7 @@ def write_animation(path: str, shown: Sequence[tuple[Case, np.ndarray, np.ndarra
         for frame in range(FRAMES)
     ]
     options = {"save_all": True, "append_images": pictures[1:], "duration": 1000 // utils.FPS, "loop": 0}
-    pictures[0].save(path, "GIF", **options)
+    pictures[0].save(path, quality=95, **options)
 
 
 def labelled(pictures: Sequence[tuple[Case, np.ndarray]], columns: int) -> "Image.Image":

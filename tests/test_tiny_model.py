@@ -43,7 +43,7 @@ def test_the_demo_shows_what_its_prompt_says(decoder, run_stage, tmp_path):
 @pytest.mark.slow
 def test_quality_of_a_few_captions(run_stage, tmp_path):
     """Our stages with the project's kernel, in its reference form on the CPU, against diffusers."""
-    outputs = ("--output", "report.json", "--sheet", "sheet.png", "--animation", "clips.gif")
+    outputs = ("--output", "report.json", "--sheet", "sheet.png", "--animation", "clips.webp")
     process = run_stage(QUALITY, "--captions", 3, "--videos", 1, *outputs, "--", "--attention", "splash_exp2")
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["settings"]["stage2_options"] == ["--attention", "splash_exp2"]
@@ -54,10 +54,10 @@ def test_quality_of_a_few_captions(run_stage, tmp_path):
         assert shares["untrained"] < 0.6 and 0.2 < shares["chance"] < 0.3, process.stdout
     assert report["psnr"]["ours against diffusers"]["least"] > 40, process.stdout
     assert report["psnr"]["clips through the VAE"]["median"] > 28, process.stdout
-    assert len(imageio.imread(tmp_path / "clips.gif")) == FRAMES
+    assert len(imageio.imread(tmp_path / "clips.webp")) == FRAMES
     sheet = imageio.imread(tmp_path / "sheet.png")
     assert sheet.shape[2] == 3 and sheet.shape[1] > 3 * SIZE and sheet.std() > 20
-    assert all(f"wrote {name}" in process.stdout for name in ("report.json", "sheet.png", "clips.gif"))
+    assert all(f"wrote {name}" in process.stdout for name in ("report.json", "sheet.png", "clips.webp"))
 
 
 @pytest.mark.slow
