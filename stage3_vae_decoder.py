@@ -179,12 +179,12 @@ def video_writer(path: str, fps: int) -> Iterator[Callable]:
 
     def append(frame: "np.ndarray") -> None:
         nonlocal appended
-        writer.append_data(frame)  # type: ignore[attr-defined]  # which imageio's stub leaves out
+        writer.append_data(frame)  # type: ignore[attr-defined]  # missing in imageio's stub
         appended += 1
 
     try:
-        # These are the settings of diffusers.utils.export_to_video, but for macro_block_size, the factor that the video's
-        # size must have: H.264 needs even sizes only, and all of ours are even.
+        # These are the settings of diffusers.utils.export_to_video, except macro_block_size, to multiples of which the
+        # size is rounded up: H.264 needs only even sizes, and ours are even.
         with imageio.get_writer(path, format="FFMPEG", fps=fps, quality=5.0, macro_block_size=2) as writer:
             yield append
         # imageio does not check how ffmpeg ended: on a full disk, half a file may be left without an error.

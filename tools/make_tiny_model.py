@@ -1,8 +1,8 @@
 """Make a small CogVideoX 1.5 pipeline with random weights, in diffusers' folder layout.
 
 It has every part of zai-org/CogVideoX1.5-5B (tokenizer, text encoder, transformer with temporal patches and rotary
-embedding, VAE, scheduler) at a size that a laptop runs in seconds. The weights are untrained and drawn from a seed. Most
-tests run such a model, and the training of the tiny model starts from one (train_tiny_model.py).
+embedding, VAE, scheduler) at a size that a laptop runs in seconds. The weights are untrained and drawn from a seed.
+Most tests run such a model, and the training of the tiny model starts from one (train_tiny_model.py).
 
     python -m tools.make_tiny_model --output_dir random_model
 """
@@ -49,7 +49,7 @@ SCHEDULER = dict(
 
 
 def make_tokenizer(folder: Path, max_length: int, words: Sequence[str] = ()) -> T5Tokenizer:
-    """Train a T5 sentencepiece vocabulary on TOKENIZER_TEXT, and write it to `folder` as `spiece.model`, as CogVideoX has it.
+    """Train a T5 sentencepiece vocabulary on TOKENIZER_TEXT; write it to `folder` as `spiece.model`, as CogVideoX does.
 
     Each of `words` becomes one token. Training on so few lines would split it into letters.
     """

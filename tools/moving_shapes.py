@@ -1,7 +1,7 @@
 """Draw clips of one coloured shape that moves over a plain background, with captions, and measure what a clip shows.
 
-The tiny model is trained on these clips (tools/train_tiny_model.py). `measure` finds out by image processing, without any
-model, what a generated clip shows (benchmarks/quality.py).
+The tiny model is trained on these clips (tools/train_tiny_model.py). `measure` finds out by image processing, without
+any model, what a generated clip shows (benchmarks/quality.py).
 """
 
 import functools
@@ -120,8 +120,8 @@ def render(
 def measure(clip: np.ndarray) -> Caption:
     """Measure what a clip, uint8 [frames, height, width, 3], shows.
 
-    The background is the colour of the frame's border. All that differs from it is the shape. The colour of the shape is
-    taken from the middle frame, its kind is the outline that overlaps best with it, and its direction is that of its
+    The background is the colour of the frame's border. All that differs from it is the shape. The colour of the shape
+    is taken from the middle frame, its kind is the outline that overlaps best with it, and its direction is that of its
     centre from the first frame to the last. The shape ends where a pixel is half background and half shape, so that
     blur does not move its edge.
     """
