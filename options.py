@@ -35,7 +35,6 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
         default=utils.GUIDANCE_SCALE,
         help="scale of classifier-free guidance; 1 or less switches it off, and a step costs half",
     )
-    add_attention_options(parser)
     parser.add_argument(
         "--use_dp",
         action=yes_no,
@@ -60,6 +59,7 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh_order", help="order of the mesh axes; chips along the last one are neighbours (default: dp,sp,tp)"
     )
+    add_attention_options(parser)  # last, because the names of reports list the options in this order
 
 
 def add_attention_options(parser: argparse.ArgumentParser) -> None:
