@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +92,7 @@ def poison(latents: np.ndarray) -> np.ndarray:
 
 
 def run_command(
-    command: list[str], env: Mapping[str, str] | None = None, check=False, **options
+    command: list[str], env: Mapping[str, str] | None = None, check: bool = False, **options: Any
 ) -> subprocess.CompletedProcess:
     """Run what `stage_command` returned, and return the finished process with its output as text.
 
