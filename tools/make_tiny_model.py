@@ -89,6 +89,19 @@ def make_text_encoder(vocabulary_size: int, width: int, layers: int) -> T5Encode
     )
 
 
+def make_vae(channels: Sequence[int], latent_channels: int, layers: int, groups: int) -> AutoencoderKLCogVideoX:
+    """Return a VAE with random weights, drawn from torch's global generator."""
+    return AutoencoderKLCogVideoX(
+        block_out_channels=channels,
+        down_block_types=("CogVideoXDownBlock3D",) * len(channels),
+        up_block_types=("CogVideoXUpBlock3D",) * len(channels),
+        latent_channels=latent_channels,
+        layers_per_block=layers,
+        norm_num_groups=groups,
+        scaling_factor=0.7,
+    )
+
+
 def make_pipeline(
     folder: Path,
     *,
@@ -122,15 +135,7 @@ def make_pipeline(
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "tokenizer", max_text_seq_length, words)
     text_encoder = make_text_encoder(len(tokenizer), text_width, text_layers)
-    vae = AutoencoderKLCogVideoX(
-        block_out_channels=vae_channels,
-        down_block_types=("CogVideoXDownBlock3D",) * len(vae_channels),
-        up_block_types=("CogVideoXUpBlock3D",) * len(vae_channels),
-        latent_channels=latent_channels,
-        layers_per_block=vae_layers,
-        norm_num_groups=vae_groups,
-        scaling_factor=0.7,
-    )
+    vae = make_vae(vae_channels, latent_channels, vae_layers, vae_groups)
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=num_attention_heads,
         attention_head_dim=attention_head_dim,
