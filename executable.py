@@ -1,7 +1,8 @@
-"""Compiled programs in a file: written once (python -m compile_for_tpu ... --save), loaded by a stage afterwards.
+"""Save compiled programs to a file (python -m compile_for_tpu ... --save), and load them in a stage.
 
-The file begins with one line of JSON that says what the programs were made for; a stage uses them only if every entry
-is what it would compile itself. Loading runs code from the file (pickle), so take such files only from yourself.
+The file begins with one line of JSON that describes the programs; a stage uses them only if every entry is the same as
+for the programs that it would compile itself. Loading runs code from the file (pickle), so load only files that you
+made yourself.
 """
 
 import hashlib
@@ -16,34 +17,36 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import serialize_executable
+from jax.extend import core
 
 from console import Report, UserError
 
 SOURCES = sorted(
     [*Path(__file__).parent.glob("models/*.py"), *Path(__file__).parent.glob("custom_splash_attention.py")]
 )
-# The libraries whose code is in the programs, or makes them.
+# Libraries whose code is in the programs, or compiles them.
 LIBRARIES = ("jax", "jaxlib", "libtpu", "diffusers", "torchax", "flax")
 
-# What a jaxpr's text says of the mesh that was set while it was traced, and of the hardware of its meshes. A stage sets
-# none, and "devices" in the description names the hardware.
+# The parts of a jaxpr's text that name the mesh which was set while it was traced, and the hardware of its meshes. They
+# are left out of the digest: a stage sets no mesh, and the entry "devices" of the description names the hardware.
 MESH_CONTEXT = re.compile(
     r"context_mesh=\w+(?:\((?:[^()]|\([^()]*\))*\))?|, device_kind=[^,]*, num_cores=[^,]*, platform=\w+"
 )
 
 
 class Mismatch(Exception):
-    """The programs in a file are not the ones that are wanted; the message says in what."""
+    """The programs in a file are not the wanted ones; the message says in which entry they differ."""
 
 
 def description(what: str, devices: Sequence[jax.Device], traced: Sequence[jax.stages.Traced], options: dict) -> dict:
-    """Return what makes compiled programs the right ones: a dict that JSON can hold.
+    """Return a description that is the same for equal compiled programs, as a dict that JSON can hold.
 
     Args:
-        what: their name, such as "denoising step".
-        traced: the programs before compilation. Their arguments' shapes count, and all that they compute: numbers from
-            a model's config that change no shape are in the digest of "operations".
-        options: whatever else they depend on.
+        what: the programs' name, such as "denoising step".
+        devices: the devices that the programs run on.
+        traced: the programs before compilation. The description has a digest of their arguments' shapes and one of
+            their operations, in which numbers from a model's config are included.
+        options: all other options that the programs depend on.
     """
     arguments = [str(leaf) for program in traced for leaf in jax.tree.leaves(program.in_avals)]
     return {
@@ -58,7 +61,7 @@ def description(what: str, devices: Sequence[jax.Device], traced: Sequence[jax.s
 
 
 def versions(*names: str) -> dict[str, str]:
-    """Return the versions of libraries by name; libtpu, for one, is not installed everywhere."""
+    """Return the version of each library by name, or "not installed"; libtpu exists on few platforms."""
     found = {}
     for name in names:
         try:
@@ -69,11 +72,11 @@ def versions(*names: str) -> dict[str, str]:
 
 
 def operations_digest(traced: Sequence[jax.stages.Traced]) -> str:
-    """Return the SHA-256 of all that traced programs compute: their operations and the constants in them.
+    """Return the SHA-256 of the operations of traced programs and of the constants in them.
 
-    It is the same in every process and working directory: the text of a jaxpr holds no source locations. Lowered text
-    would not do, because a Pallas kernel in it holds the paths of its source files. For CogVideoX1.5-5B it takes
-    0.3 seconds for the denoising step and 2 seconds for a decoder.
+    The digest is the same in every process and working directory, because the text of a jaxpr has no source locations.
+    The text of a lowered program has some: a Pallas kernel in it names its source files. For CogVideoX1.5-5B the
+    function takes 0.3 seconds for the denoising step and 2 seconds for a decoder.
     """
     digest = hashlib.sha256()
     for program in traced:
@@ -84,8 +87,8 @@ def operations_digest(traced: Sequence[jax.stages.Traced]) -> str:
     return digest.hexdigest()
 
 
-def _constants(jaxpr) -> Iterator:
-    """Yield the arrays that a jaxpr and those inside it were closed over; the text names only their shapes."""
+def _constants(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> Iterator:
+    """Yield the constant arrays of a jaxpr and of the jaxprs inside it; its text has only their shapes."""
     yield from getattr(jaxpr, "consts", ())
     for equation in jaxpr.eqns:
         for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
@@ -101,10 +104,12 @@ def compile_or_load(
     options: dict,
     report: Report,
 ) -> list[jax.stages.Compiled]:
-    """Return the programs of the file `path` if they are the right ones, else `traced` compiled; says which.
+    """Return the programs in the file `path` if they are the wanted ones; else compile `traced` and return the result.
 
-    See `description` for the arguments; raises UserError if `path` is given and is no such file, and if the programs
-    do not fit the memory of a chip.
+    For the other arguments see `description`. The report says which of the two happened.
+
+    Raises:
+        UserError: `path` is no file that `save` wrote, or the programs do not fit the memory of a chip.
     """
     if path is not None:
         try:
@@ -112,15 +117,15 @@ def compile_or_load(
             report.say(f"loaded the {what} from {path}")
             return programs
         except Mismatch as mismatch:
-            report.say(f"WARNING: {path} does not fit, compiling instead: {mismatch}")
+            report.say(f"WARNING: {path} holds other programs, compiling instead: {mismatch}")
     try:
         with ThreadPoolExecutor() as pool:
             programs = list(pool.map(lambda program: program.lower().compile(), traced))
     except jax.errors.JaxRuntimeError as error:
         if shortage := memory_shortage(str(error)):
-            needed, there = shortage
+            needed, available = shortage
             raise UserError(
-                f"the {what} needs {needed:.1f} GiB of a chip's {there:.2f} GiB of memory; "
+                f"the {what} needs {needed:.1f} GiB of a chip's {available:.2f} GiB of memory; "
                 "use a slice of more chips, or make a smaller video"
             ) from None
         raise
@@ -129,7 +134,7 @@ def compile_or_load(
 
 
 def memory_shortage(message: str) -> tuple[float, float] | None:
-    """GiB that a program needs and that a TPU chip has, if that is what the compiler's error message is about."""
+    """Return the GiB that a program needs and that a chip has, or None if the compiler's error is not about memory."""
     match = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message) or re.search(
         r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message
     )
@@ -143,11 +148,11 @@ def save(path: str, programs: Sequence[jax.stages.Compiled], made_for: dict) -> 
 
 
 def load(path: Path, wanted: dict, devices: Sequence[jax.Device]) -> list[jax.stages.Compiled]:
-    """Read the programs of a file written by `save` back for `devices`.
+    """Load the programs in a file that `save` wrote, to run on `devices`.
 
     Raises:
-        Mismatch: they were made for something else than `wanted`.
-        UserError: there is no such file, or it is not one of ours.
+        Mismatch: the description in the file is not `wanted`.
+        UserError: the file cannot be read, or `save` did not write it.
     """
     try:
         header, _, payload = path.read_bytes().partition(b"\n")
@@ -161,6 +166,6 @@ def load(path: Path, wanted: dict, devices: Sequence[jax.Device]) -> list[jax.st
             digest = isinstance(value, str) and len(value) == 64
             raise Mismatch(f"it was made for other {name}" + ("" if digest else f": {made_for.get(name)}, not {value}"))
     return [
-        serialize_executable.deserialize_and_load(*program, execution_devices=list(devices))
-        for program in pickle.loads(payload)
+        serialize_executable.deserialize_and_load(serialized, in_tree, out_tree, execution_devices=list(devices))
+        for serialized, in_tree, out_tree in pickle.loads(payload)
     ]

@@ -1,6 +1,6 @@
-"""The command-line options that decide a compiled program, and the plans that they make.
+"""Define the command-line options that decide a compiled program, and make plans from them.
 
-The stages and the compile tool share them. Importing this module loads neither jax nor torch.
+The stages and the compile tool share this module. Importing it loads neither jax nor torch.
 """
 
 import argparse
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 def add_size_options(parser: argparse.ArgumentParser) -> None:
     """Add the video's height, width and frames."""
     positive = number(int, 1)
-    parser.add_argument("--height", type=positive, default=utils.HEIGHT, help="of the video, in pixels")
-    parser.add_argument("--width", type=positive, default=utils.WIDTH, help="of the video, in pixels")
-    parser.add_argument("--frames", type=positive, default=utils.FRAMES, help="of the video, 4n + 1")
+    parser.add_argument("--height", type=positive, default=utils.HEIGHT, help="height of the video in pixels")
+    parser.add_argument("--width", type=positive, default=utils.WIDTH, help="width of the video in pixels")
+    parser.add_argument("--frames", type=positive, default=utils.FRAMES, help="frames of the video, of the form 4n + 1")
 
 
 def add_denoising_options(parser: argparse.ArgumentParser) -> None:
@@ -33,64 +33,76 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
         "--guidance_scale",
         type=number(float, 0),
         default=utils.GUIDANCE_SCALE,
-        help="classifier-free guidance; up to 1 there is none, and a step costs half",
+        help="scale of classifier-free guidance; 1 or less switches it off, and a step costs half",
     )
-    add_attention_options(parser)
     parser.add_argument(
-        "--use_dp", action=yes_no, default=utils.USE_DP, help="split the two prompts of guidance over the chips"
+        "--use_dp",
+        action=yes_no,
+        default=utils.USE_DP,
+        help="use data parallelism (dp): split the two prompts of guidance over the chips",
     )
     parser.add_argument(
         "--sp_num",
         type=positive,
-        help="chips that split the sequence; the others split heads (default: all that dp leaves)",
+        help="chips that split the sequence (sp); the others split attention heads (default: all that dp leaves)",
     )
     parser.add_argument(
         "--layout",
         default=utils.LAYOUT,
-        help="of the weights: tp splits them by tp alone, fsdp keeps them in even shares on all chips",
+        help="layout of the weights: tp splits them over tp alone, fsdp keeps even shares of them on all chips",
     )
     parser.add_argument(
         "--use_fsdp", dest="layout", action="store_const", const="fsdp", help="the same as --layout fsdp"
     )
     for name in ("--use_tp", "--no-use_fsdp"):
         parser.add_argument(name, dest="layout", action="store_const", const="tp", help="the same as --layout tp")
-    parser.add_argument("--mesh_order", help="axes of the mesh, neighbouring chips last (default: dp,sp,tp)")
+    parser.add_argument(
+        "--mesh_order", help="order of the mesh axes; chips along the last one are neighbours (default: dp,sp,tp)"
+    )
+    add_attention_options(parser)  # last, because the names of reports list the options in this order
 
 
 def add_attention_options(parser: argparse.ArgumentParser) -> None:
     """Add the choice of the attention implementation and its own options."""
     parser.add_argument(
         "--attention",
-        help="implementation, by its name in models/attention.py (default: splash_exp2 on a TPU, else xla)",
+        help="implementation of attention, a name in models/attention.py (default: splash_exp2 on a TPU, else xla)",
     )
     parser.add_argument(
-        "--block_sizes", type=int, nargs="+", help="of the kernel, in the order of its BlockSizes (default: its choice)"
+        "--block_sizes",
+        type=int,
+        nargs="+",
+        help="block sizes of the attention kernel, in the order of its BlockSizes (default: the kernel's choice)",
     )
     parser.add_argument(
         "--use_k_smooth",
         action=argparse.BooleanOptionalAction,
-        help="take the mean of the keys out in attention (default: the kernel's)",
+        help="subtract the mean of the keys in attention (default: the kernel's choice)",
     )
 
 
 def add_decoding_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that a decoder's programs depend on beside the size: the split in space."""
+    """Add the options of the split in space, which a decoder's programs depend on beside the size."""
     positive = number(int, 1)
     parser.add_argument(
         "--chip_rows",
         type=positive,
-        help="rows of chips that split a frame (default: what leaves a chip the least to do)",
+        help="rows of chips that a frame is split over (default: the split with the least work for each chip)",
     )
-    parser.add_argument("--strips", type=positive, help="bands of rows on a chip (default: 8 on a TPU, else 1)")
+    parser.add_argument("--strips", type=positive, help="bands of rows on each chip (default: 8 on a TPU, else 1)")
 
 
 def denoising_plan(
     arguments: argparse.Namespace, model_id: str, devices: Sequence, platform: str, **details: Any
 ) -> "denoising.Plan":
-    """The plan that the options of `add_denoising_options` ask for, with the configs of a model.
+    """Return the plan that the options of `add_denoising_options` ask for, with the configs of a model.
 
     Args:
-        details: what `make_plan` takes beside the options, batch and dtype.
+        arguments: the parsed options.
+        model_id: the model whose configs are read.
+        devices: the jax devices to run on.
+        platform: "tpu", "cpu" or "gpu".
+        details: other arguments of `denoising.make_plan`: batch, dtype.
 
     Raises:
         UserError: the model, the devices and the options do not fit together.
@@ -118,10 +130,15 @@ def denoising_plan(
 def decoding_plan(
     arguments: argparse.Namespace, model_id: str, decoder: str, size: dict[str, int], devices: Sequence, dtype: Any
 ) -> "decoding.Plan":
-    """The plan that the options of `add_decoding_options` ask for, for a video of `size`, with the VAE of a model.
+    """Return the plan that the options of `add_decoding_options` ask for, with the VAE config of a model.
 
     Args:
-        size: height, width and frames.
+        arguments: the parsed options.
+        model_id: the model whose config is read.
+        decoder: "torchax" or "flax".
+        size: "height" and "width" of the video in pixels, and its "frames".
+        devices: the jax devices to run on.
+        dtype: of weights and latents.
 
     Raises:
         UserError: the model, the devices and the options do not fit together.
@@ -142,7 +159,7 @@ def decoding_plan(
 
 @contextlib.contextmanager
 def plan_errors() -> Iterator[None]:
-    """Turn a plan that cannot be carried out into an error of one line that names the option."""
+    """Turn a PlanError, which says why a plan cannot be carried out, into a UserError that names the option."""
     from models.plan_error import PlanError
 
     try:

@@ -1,4 +1,4 @@
-"""Stage 2: denoise the latents with the CogVideoX 1.5 transformer, in JAX.
+"""Run stage 2: denoise the latents with the CogVideoX 1.5 transformer, in JAX.
 
 Reads stage 1's files from --input_dir; writes stage2_latents.safetensors and the video entries of
 generation_config.json to --output_dir.
@@ -6,12 +6,19 @@ generation_config.json to --output_dir.
 
 import argparse
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import checkpoint
 import utils
 from console import ArgumentParser, Report, UserError, number, prepare_libraries, run
 from options import add_denoising_options, denoising_plan, plan_errors
+
+if TYPE_CHECKING:
+    import jax
+
+    from models.denoising import Plan
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -19,14 +26,19 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser("Stage 2 of CogVideoX text to video: denoise the latents.")
     parser.add_argument("--input_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="stage 1's output folder")
     parser.add_argument("--output_dir", type=utils.path, help="where the files go (default: --input_dir)")
-    parser.add_argument("--model_id", help="the model of stage 1, checked against it (default: what stage 1 used)")
+    parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
     add_denoising_options(parser)
-    parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=utils.SEED, help="of the noise")
+    parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=utils.SEED, help="seed of the noise")
     parser.add_argument("--fps", type=number(int, 1), default=utils.FPS, help="frames per second, for stage 3")
     parser.add_argument(
-        "--warmup_steps", type=number(int, 0), default=utils.WARMUP_STEPS, help="untimed steps before the first"
+        "--warmup_steps",
+        type=number(int, 0),
+        default=utils.WARMUP_STEPS,
+        help="steps that run before the first one, untimed",
     )
-    parser.add_argument("--executable", type=utils.path, help="use the step in this file instead of compiling")
+    parser.add_argument(
+        "--executable", type=utils.path, help="load the compiled step from this file, if it is the right one"
+    )
     return parser.parse_args()
 
 
@@ -77,7 +89,7 @@ def main() -> None:
 
     steps = plan.num_inference_steps
     with report.phase("run") as run_phase, report.progress("denoising", "step", steps) as bar:
-        for state in denoising.run(step):  # noqa: B007  the last one is the result
+        for state in denoising.run(step):  # noqa: B007  the last state is the result
             bar.update()
     report.add("per step", f"{run_phase.seconds / steps:.3f} s")
 
@@ -90,13 +102,13 @@ def main() -> None:
     report.close(shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
 
 
-def describe(plan, arguments: argparse.Namespace, report: Report) -> None:
-    """Say what runs on which devices, and why."""
+def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> None:
+    """Report the devices, the mesh, attention, guidance and scheduler of the plan, and which of them are defaults."""
     devices = plan.parallelism.mesh.devices
     report.say(f"devices: {devices.size} x {devices.flat[0].device_kind}")
-    why = "as --sp_num says" if arguments.sp_num else "sp has all chips that dp leaves, which moves the fewest bytes"
+    reason = "as --sp_num says" if arguments.sp_num else "sp has all chips that dp leaves, which moves the fewest bytes"
     mesh = dict(plan.parallelism.mesh.shape)
-    report.say(f"mesh: {mesh}, {why}; {plan.parallelism.layout} layout of the parameters")
+    report.say(f"mesh: {mesh}, {reason}; {plan.parallelism.layout} layout of the parameters")
     by = "chosen" if arguments.attention else f"the default on a {plan.attention.platform}"
     blocks = plan.attention.block_sizes or "the kernel's own choice"
     report.say(
@@ -105,19 +117,19 @@ def describe(plan, arguments: argparse.Namespace, report: Report) -> None:
     if plan.guided:
         report.say(f"guidance scale {plan.guidance_scale:g}: negative and positive prompt in one batch")
     else:
-        alone = ", dp is 1" if arguments.use_dp and devices.size > 1 else ""
-        report.say(f"guidance scale {plan.guidance_scale:g}: no guidance, the prompt alone{alone}")
+        dp = ", dp is 1" if arguments.use_dp and devices.size > 1 else ""
+        report.say(f"guidance scale {plan.guidance_scale:g}: no guidance, the positive prompt alone{dp}")
     report.say(f"scheduler: {plan.scheduler['_class_name']}, {plan.num_inference_steps} steps")
 
 
-def config_of(arguments: argparse.Namespace, text_config: dict, plan) -> dict:
-    """The entries of generation_config.json after this stage."""
+def config_of(arguments: argparse.Namespace, text_config: Mapping, plan: "Plan") -> dict:
+    """Return the entries that generation_config.json has after this stage."""
     config = {name: text_config[name] for name in utils.TEXT_ENTRIES}
     config |= {name: getattr(arguments, name) for name in utils.VIDEO_ENTRIES if name != "scheduler"}
     return config | {"scheduler": plan.scheduler["_class_name"]}
 
 
-def save(latents, config: dict, output_dir: Path) -> None:
+def save(latents: "jax.Array", config: Mapping, output_dir: Path) -> None:
     """Write latents [B, C, T, H, W] and the config to `output_dir`."""
     from safetensors.flax import save_file
 
@@ -127,14 +139,14 @@ def save(latents, config: dict, output_dir: Path) -> None:
     utils.write_config(output_dir, config)
 
 
-def check_embeddings(shapes: dict, transformer: dict, path: Path) -> None:
-    """Raise UserError unless the embeddings have the transformer's number of tokens and width."""
+def check_embeddings(shapes: Mapping[str, tuple[int, ...]], transformer: Mapping, path: Path) -> None:
+    """Raise UserError unless the embeddings have the number of tokens and the width that the transformer takes."""
     expected = (transformer["max_text_seq_length"], transformer["text_embed_dim"])
     for name, shape in shapes.items():
         if len(shape) != 3 or shape[1:] != expected:
             raise UserError(
                 f"{path}: {name} has shape {list(shape)}, the transformer takes [B, {expected[0]}, {expected[1]}]: "
-                "it was made with another model; run stage 1 again"
+                "the embeddings were made with another model; run stage 1 again"
             )
 
 

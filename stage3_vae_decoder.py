@@ -1,39 +1,52 @@
-"""Stage 3: decode the latents to a video with diffusers' VAE decoder, run by JAX through TorchAx.
+"""Run stage 3: decode the latents to a video with diffusers' VAE decoder, run by JAX through TorchAx.
 
 Reads stage 2's files from --input_dir; writes --output_video. stage3_vae_decoder_flax.py is this stage with the Flax
-decoder in the place of the TorchAx one.
+decoder instead.
 """
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import checkpoint
 import utils
 from console import ArgumentParser, Report, UserError, number, prepare_libraries, run
 from options import add_decoding_options, decoding_plan
 
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+    from tqdm import tqdm
+
+    from models.decoder import Decoder
+    from models.decoding import Plan
+
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser("Stage 3 of CogVideoX text to video: decode the latents.")
     parser.add_argument("--input_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="stage 2's output folder")
-    parser.add_argument("--output_video", type=video_path, help=f"default: {utils.VIDEO} in --input_dir")
+    parser.add_argument("--output_video", type=video_path, help=f"the video (default: {utils.VIDEO} in --input_dir)")
     parser.add_argument("--output_frames", type=utils.path, help="also save the frames, uint8, as safetensors")
     parser.add_argument("--fps", type=number(int, 1), help="frames per second (default: what stage 2 was told)")
     parser.add_argument("--allow_nan", action="store_true", help="decode latents that hold NaN or infinity")
-    parser.add_argument("--executable", type=utils.path, help="use the programs in this file instead of compiling")
-    parser.add_argument("--model_id", help="the model of stage 1, checked against it (default: what stage 1 used)")
+    parser.add_argument(
+        "--executable", type=utils.path, help="load the compiled programs from this file, if they are right"
+    )
+    parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
     add_decoding_options(parser)
     return parser.parse_args()
 
 
 def video_path(text: str) -> Path:
-    """An argparse type: the path of a video, whose name says which container."""
+    """Return `text` as the path of a video; an argparse type that accepts the suffixes of our containers only."""
     path = utils.path(text)
     if path.suffix.lower() not in utils.VIDEO_SUFFIXES:
-        raise argparse.ArgumentTypeError(f"{path} is no video's name; it must end in {', '.join(utils.VIDEO_SUFFIXES)}")
+        raise argparse.ArgumentTypeError(
+            f"{path} is not the name of a video; it must end in {', '.join(utils.VIDEO_SUFFIXES)}"
+        )
     return path
 
 
@@ -51,29 +64,26 @@ def main(decoder: str = "torchax") -> None:
 
     prepare_libraries()
     import jax
-    import jax.numpy as jnp
     import numpy as np
     from safetensors.flax import load_file
 
     size = {name: config[name] for name in ("height", "width", "frames")}
-    latents = load_file(latents_path)["latents"]
-    plan = decoding_plan(arguments, model_id, decoder, size, jax.devices(), latents.dtype)
+    stored = load_file(latents_path)["latents"]
+    plan = decoding_plan(arguments, model_id, decoder, size, jax.devices(), stored.dtype)
     check_shape(shape, plan.latent_shape, latents_path)
     if not arguments.allow_nan:
-        check_finite(np.asarray(latents.astype(jnp.float32)), latents_path)
+        check_finite(stored, latents_path)
 
     report = Report(f"Stage 3: {decoder} VAE decoder of {model_id}")
     with report.phase("load"):
         vae = plan.make_decoder()
-        read = checkpoint.tensor_reader(model_id, "vae", [f"decoder.{name}" for name in vae.weight_shapes])
-        weights = vae.convert_weights({name: jnp.asarray(read(f"decoder.{name}")) for name in vae.weight_shapes})
-        weights = jax.device_put(weights, plan.split.replicated)
-        dtype = jax.tree.leaves(weights)[0].dtype
-        report.say(f"loaded decoder: {sum(w.size for w in jax.tree.leaves(weights)):,} parameters, {dtype}")
+        weights = load_weights(vae, model_id, plan)
+        leaves = jax.tree.leaves(weights)
+        report.say(f"loaded decoder: {sum(leaf.size for leaf in leaves):,} parameters, {leaves[0].dtype}")
         report.say(f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}")
-        chosen = "as the options say" if arguments.chip_rows or arguments.strips else "the least to do for a chip"
-        report.say(f"split: {plan.split}; {chosen}; exact")
-        latents = np.asarray(latents.astype(dtype) / plan.vae["scaling_factor"])
+        reason = "as the options say" if arguments.chip_rows or arguments.strips else "the least work for each chip"
+        report.say(f"split: {plan.split}; {reason}; the split does not change the result")
+        latents = np.asarray(stored.astype(leaves[0].dtype) / plan.vae["scaling_factor"])
 
     with report.phase("compile"):
         from executable import compile_or_load
@@ -88,14 +98,12 @@ def main(decoder: str = "torchax") -> None:
         from models.decoder import decode
 
         chunks = decode(programs, weights, latents, plan.split)
-        kept = write_video(chunks, output_video, fps, bar, keep=arguments.output_frames is not None)
+        frames = write_video(chunks, output_video, fps, bar, keep=arguments.output_frames is not None)
     report.add("per frame", f"{run_phase.seconds / plan.frames:.3f} s")
 
     if arguments.output_frames:
-        from safetensors.numpy import save_file
-
-        with report.phase("save frames"), utils.replacing(arguments.output_frames) as temporary:
-            save_file({"frames": np.concatenate(kept)}, temporary)
+        with report.phase("save frames"):
+            save_frames(frames, arguments.output_frames)
     report.say(f"wrote {output_video}" + (f" and {arguments.output_frames}" if arguments.output_frames else ""))
 
     report.add_array("latents", latents)
@@ -103,8 +111,18 @@ def main(decoder: str = "torchax") -> None:
     report.close()
 
 
+def load_weights(vae: "Decoder", model_id: str, plan: "Plan") -> Any:
+    """Load the decoder's weights onto all devices, replicated, as the tree that `vae.decode_chunk` takes."""
+    import jax
+    import jax.numpy as jnp
+
+    read = checkpoint.tensor_reader(model_id, "vae", [f"decoder.{name}" for name in vae.weight_shapes])
+    weights = vae.convert_weights({name: jnp.asarray(read(f"decoder.{name}")) for name in vae.weight_shapes})
+    return jax.device_put(weights, plan.split.replicated)
+
+
 def check_shape(shape: tuple[int, ...], expected: tuple[int, ...], path: Path) -> None:
-    """Raise UserError unless the latents have the shape that the config and the VAE say."""
+    """Raise UserError unless the latents have the shape that follows from the configs of the video and the VAE."""
     if shape != expected:
         raise UserError(
             f"{path}: latents have shape {list(shape)}, but {utils.CONFIG} and the VAE say {list(expected)}; "
@@ -112,21 +130,21 @@ def check_shape(shape: tuple[int, ...], expected: tuple[int, ...], path: Path) -
         )
 
 
-def check_finite(latents, path: Path) -> None:
-    """Raise UserError if latents [1, C, T, H, W] hold NaN or Inf; says how many and where."""
+def check_finite(latents: "jax.Array", path: Path) -> None:
+    """Raise UserError if latents [1, C, T, H, W] have NaN or infinite values; say how many and in which frames."""
     import numpy as np
 
-    bad = ~np.isfinite(latents)
+    bad = ~np.isfinite(np.asarray(latents.astype(np.float32)))
     if bad.any():
         frames = ", ".join(str(frame) for frame in np.flatnonzero(bad.any(axis=(0, 1, 3, 4))))
         raise UserError(
             f"{path}: {bad.sum():,} of {bad.size:,} values are NaN or infinite, in latent frames {frames} of "
-            f"0 to {latents.shape[2] - 1}; run stage 2 again, or decode them all the same with --allow_nan"
+            f"0 to {latents.shape[2] - 1}; run stage 2 again, or decode them anyway with --allow_nan"
         )
 
 
-def write_video(chunks: Iterable, path: Path, fps: int, bar, keep: bool) -> list:
-    """Encode frames as they come, each chunk uint8 [frames, height, width, 3]; with `keep` return the chunks too."""
+def write_video(chunks: Iterable["np.ndarray"], path: Path, fps: int, bar: "tqdm", keep: bool) -> "list[np.ndarray]":
+    """Encode each chunk, uint8 [frames, height, width, 3], as soon as it is decoded; return the chunks if `keep`."""
     kept = []
     with utils.replacing(path) as temporary, video_writer(temporary, fps) as append:
         for frames in chunks:
@@ -138,28 +156,38 @@ def write_video(chunks: Iterable, path: Path, fps: int, bar, keep: bool) -> list
     return kept
 
 
+def save_frames(chunks: Sequence["np.ndarray"], path: Path) -> None:
+    """Write the frames of all chunks as one tensor, uint8 [frames, height, width, 3], in a safetensors file."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    with utils.replacing(path) as temporary:
+        save_file({"frames": np.concatenate(chunks)}, temporary)
+
+
 @contextlib.contextmanager
 def video_writer(path: str, fps: int) -> Iterator[Callable]:
     """Yield a function that appends a frame, uint8 [height, width, 3], to the H.264 video `path`.
 
     Raises:
-        OSError: the frames did not all get there.
+        OSError: not all frames were written.
     """
     import imageio.v2 as imageio
     from imageio_ffmpeg import count_frames_and_secs
 
     appended = 0
 
-    def append(frame) -> None:
+    def append(frame: "np.ndarray") -> None:
         nonlocal appended
-        writer.append_data(frame)
+        writer.append_data(frame)  # type: ignore[attr-defined]  # missing in imageio's stub
         appended += 1
 
     try:
-        # Settings of diffusers.utils.export_to_video, but for the size: H.264 needs it even, and so it is.
+        # These are the settings of diffusers.utils.export_to_video, except macro_block_size, to multiples of which the
+        # size is rounded up: H.264 needs only even sizes, and ours are even.
         with imageio.get_writer(path, format="FFMPEG", fps=fps, quality=5.0, macro_block_size=2) as writer:
             yield append
-        # imageio does not ask how ffmpeg ended: on a full disk it may leave half a file and say nothing.
+        # imageio does not check how ffmpeg ended: on a full disk, half a file may be left without an error.
         written, _ = count_frames_and_secs(path)
     except (OSError, RuntimeError):
         written = 0

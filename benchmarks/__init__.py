@@ -1,1 +1,1 @@
-"""What measures: time and quality of the stages beside the diffusers pipeline, predictions beside measurements."""
+"""Measure time and quality of the stages beside the diffusers pipeline; compare predictions with measurements."""

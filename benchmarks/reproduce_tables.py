@@ -1,18 +1,18 @@
-"""The original project's measured seconds a step beside what the compiler's schedule predicts for its programs.
+"""Compare the original project's measured seconds a step with predictions from the compiler's schedule.
 
     python -m benchmarks.reproduce_tables
     python -m benchmarks.reproduce_tables --rows 10 11 12
 
 The original project is the CogVideoX scripts in yangwhale/gpu-tpu-pedia, whose authors measured on TPUs. Their figures
-say how far the predictions of compile_for_tpu can be trusted. Each row's configuration is built as theirs was:
-diffusers' own block through TorchAx, partitioned by GSPMD with their parameter shardings, Splash Attention in
-shard_map. One block is compiled and counted 42 times; what comes before and after the blocks is left out. Beside each
-row stands our own stage 2 in the same size on the same chips (--ours). The rows that were run replace those in
+show how accurate the predictions of compile_for_tpu are. Each row has a configuration of theirs: diffusers' own block
+through TorchAx, partitioned by GSPMD with their parameter shardings, and Splash Attention in shard_map. One block is
+compiled and counted 42 times; the operations before and after the blocks are not counted. With --ours, each row also
+has a prediction for our own stage 2 in the same size on the same chips. The new rows replace those in
 benchmarks/results/tables.json.
 
-The original's exp2 kernel is not in this repository: its rows take the block's time from the compiler and the kernel's
-from 451 useful scores a cycle, what that kernel's own schedule gives at the Wan2.1 blocks. The original does not say
-which kernel rows 1 to 4 ran; JAX's Splash Attention with the original blocks is assumed.
+The original's exp2 kernel is not in this repository. In its rows, the kernel's time is computed from 451 useful scores
+a cycle, the result of that kernel's own schedule at the Wan2.1 blocks; the other times come from the compiler. The
+original project does not say which kernel rows 1 to 4 ran; JAX's Splash Attention with the original blocks is assumed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ LARGE, MIDDLE, SMALL = (768, 1360, 81), (720, 1280, 81), (640, 1280, 61)
 
 
 class Row(NamedTuple):
-    """One row: what the original project ran, and the seconds a step that it measured."""
+    """One row: a configuration of the original project, and the seconds a step that its authors measured."""
 
     name: str
     topology: str
@@ -69,8 +69,8 @@ ROWS = {
     "splash": Row("no CFG, small, JAX's Splash", "v6e-1", SMALL, False, 1, BEST, True, False, 3.38),
 }
 
-# The original's parameter shardings ("fsdp"), [out, in]; its rule for ff.net.0 misses CogVideoX's ff.net.0.proj, which
-# is therefore replicated. Source: the public code of yangwhale/gpu-tpu-pedia.
+# The original's parameter shardings ("fsdp"), [out, in]. Its rule for ff.net.0 does not match CogVideoX's
+# ff.net.0.proj, which is therefore replicated. Source: the public code of yangwhale/gpu-tpu-pedia.
 ORIGINAL_SHARDINGS = {
     "attn1.to_q.weight": (None, ("tp", "sp")),
     "attn1.to_k.weight": (None, ("tp", "sp")),
@@ -81,7 +81,7 @@ ORIGINAL_SHARDINGS = {
 
 
 def trace_original_block(row: Row, devices: list) -> prediction.Programs:
-    """Trace the original's block for a row, which stands for all blocks of a step."""
+    """Trace the original's block for a row; one block, run 42 times, stands for a step."""
     import jax
     import jax.numpy as jnp
     import torch
@@ -123,13 +123,13 @@ def trace_original_block(row: Row, devices: list) -> prediction.Programs:
 
 
 def video_tokens(size: tuple[int, int, int]) -> int:
-    """Return the tokens of a video's latents: 2 latent frames and 16 x 16 pixels each."""
+    """Return the number of video tokens of a size; each token stands for 2 latent frames and 16 x 16 pixels."""
     height, width, frames = size
     return math.ceil(((frames - 1) // 4 + 1) / 2) * (height // 16) * (width // 16)
 
 
 def original_block(config: dict) -> "torch.nn.Module":
-    """Return diffusers' block of a transformer config, without weights."""
+    """Return diffusers' block for a transformer config, without weights."""
     import torch
     from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 
@@ -144,7 +144,7 @@ def original_block(config: dict) -> "torch.nn.Module":
 
 
 def original_attention(mesh: "jax.sharding.Mesh", constraint: bool) -> Callable:
-    """Return the original's attention: Splash Attention in shard_map, its output constrained or left to GSPMD."""
+    """Return the original's attention: Splash Attention in shard_map, with or without a sharding constraint."""
     import jax
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
@@ -190,9 +190,10 @@ def predict_ours(row: Row) -> dict:
 
 
 def predict_row(name: str, ours: dict | None) -> dict:
-    """Return all that tables.json holds of a row.
+    """Return the entries of a row in tables.json.
 
-    `ours` keeps the reports of our stage 2 by configuration, because several rows share one; None leaves them out.
+    `ours` collects the reports of our stage 2 by configuration, because several rows share one. With None there is no
+    prediction for our stage 2.
     """
     row = ROWS[name]
     original = compiler.in_a_process("benchmarks.reproduce_tables", ["--rows", name], row.topology, f"row {name}")
@@ -207,7 +208,7 @@ def predict_row(name: str, ours: dict | None) -> dict:
 
 
 def save(results: dict) -> None:
-    """Put rows into tables.json in the place of those that are there, and draw tables.png anew."""
+    """Replace or add rows in tables.json, and draw tables.png again."""
     saved = json.loads(report.TABLES.read_text()) if report.TABLES.exists() else {}
     rows = {name: (saved | results)[name] for name in ROWS if name in saved | results}
     with utils.replacing(report.TABLES) as temporary:
@@ -219,12 +220,12 @@ def save(results: dict) -> None:
 def main() -> None:
     """Predict the rows that the command line asks for, print them as a table and save them."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.reproduce_tables")
-    parser.add_argument("--rows", nargs="+", default=["all"], help=f"of {', '.join(ROWS)}; or all")
+    parser.add_argument("--rows", nargs="+", default=["all"], help=f"rows to predict: {', '.join(ROWS)}, or all")
     parser.add_argument(
         "--ours",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="our stage 2 beside it; without it nothing is saved",
+        help="also predict our stage 2; without it nothing is saved",
     )
     arguments = parser.parse_args()
     names = list(ROWS) if arguments.rows == ["all"] else arguments.rows
@@ -247,7 +248,7 @@ def main() -> None:
 
 
 def table(results: dict) -> str:
-    """Return the rows as a table for people."""
+    """Return the rows as a table to print."""
     form = "{:<7} {:<28} {:<6} {:>9} {:>10} {:>6} {:>16} {:>6}".format
     lines = [form("row", "", "slice", "measured", "predicted", "ratio", "ours, predicted", "GiB")]
     for name, row in results.items():
@@ -258,9 +259,9 @@ def table(results: dict) -> str:
 
 
 def summary(results: dict) -> str:
-    """Return rank correlation (Spearman) and median error of predicted against measured, as is and times one factor.
+    """Return rank correlation (Spearman) and median error of predicted seconds, without and with a fitted factor.
 
-    A row is left out of the fit of the factor that corrects it.
+    The factor for a row is fitted on the other rows.
     """
     import numpy as np
 

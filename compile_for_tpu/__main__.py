@@ -1,11 +1,11 @@
-"""Compile a stage for a TPU that is not there: does it fit, how long will it take, and where does the time go.
+"""Compile a stage for a TPU on a machine without one; report memory, predicted seconds, and where the time goes.
 
     python -m compile_for_tpu stage2 --topology v6e-8
     python -m compile_for_tpu stage3 --topology v6e-8 --decoder flax
     python -m compile_for_tpu kernel --topology v6e-1 --tokens 25826 --heads 6
 
-The compiler in libtpu runs on any x86-64 Linux machine. What it says of memory is what a TPU will have to give. The
-seconds are predictions from its schedules and its cost model, and no measurement.
+The compiler in libtpu runs on any x86-64 Linux machine. The memory that it reports is what the program takes on a TPU.
+The seconds are predicted from its schedules and its cost model, not measured.
 """
 
 import argparse
@@ -27,8 +27,12 @@ def parse_arguments(command: Sequence[str]) -> argparse.Namespace:
     kinds = parser.add_subparsers(dest="what", required=True)
     for what, kind in programs.KINDS.items():
         sub = kinds.add_parser(what, help=kind.help)
-        sub.add_argument("--topology", default="v6e-8", help=f"one of {', '.join(topologies.TOPOLOGIES)}")
-        sub.add_argument("--output", type=utils.path, help="JSON report (default: a name in benchmarks/results)")
+        sub.add_argument(
+            "--topology", default="v6e-8", help=f"slice to compile for, one of {', '.join(topologies.TOPOLOGIES)}"
+        )
+        sub.add_argument(
+            "--output", type=utils.path, help="file for the report, JSON (default: a name in benchmarks/results)"
+        )
         kind.add_options(sub)
     return parser.parse_args(command)
 

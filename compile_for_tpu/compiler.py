@@ -1,4 +1,4 @@
-"""The process that compiles: libtpu reads its settings once, so each compilation has a process of its own."""
+"""Compile in a process of its own for each compilation, because libtpu reads its settings only once."""
 
 import json
 import os
@@ -25,11 +25,11 @@ def dump_folder() -> Path | None:
 def in_a_process(module: str, command: Sequence[str], topology: str, what: str) -> dict:
     """Run `python -m module command` as the process that compiles, and return the JSON object that it prints last.
 
-    On a terminal the seconds that pass are shown, as the compilation of `what`.
+    `what` names the programs in the message on stderr. On a terminal, show the seconds that have passed, too.
 
     Raises:
-        UserError: the process ended with one.
-        RuntimeError: the process ended in another way.
+        UserError: the process ended with a UserError.
+        RuntimeError: the process failed in another way.
     """
     with tempfile.TemporaryDirectory() as dump:
         search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -54,7 +54,7 @@ def in_a_process(module: str, command: Sequence[str], topology: str, what: str) 
 
 
 def _wait(process: subprocess.Popen) -> str:
-    """Return what the process prints until its end, and show the seconds meanwhile; end it if we are interrupted."""
+    """Return the output of the process at its end; show the seconds meanwhile, and kill it if we are interrupted."""
     start = time.monotonic()
     while True:
         try:
@@ -78,9 +78,10 @@ def compile_and_report(
 
     Args:
         what: "stage2", "stage3" or "kernel".
+        topology: the slice to compile for, a key of `topologies.TOPOLOGIES`.
         trace: takes the devices of the slice and returns the programs.
         dump: the folder that the compiler was told to write its schedules to.
-        save: the file for the compiled programs, if they are wanted.
+        save: file for the compiled programs; None does not save them.
     """
     import jax
     import numpy as np

@@ -1,9 +1,9 @@
-"""Where the time of a compiled TPU program goes, read from its scheduled HLO text.
+"""Predict where the time of a compiled TPU program goes, from its scheduled HLO text.
 
-Each fusion carries the compiler's `estimated_cycles`. Loops are multiplied by their trip counts. A Pallas kernel takes
-what its own schedule says (kernel_schedule.py). A collective takes what its bytes need on the links (topologies.py),
-less the work that the schedule puts between its start and its end. Copies between HBM and VMEM that the compiler starts
-ahead of their use count as hidden. All of these are predictions, and no measurement.
+Each fusion has the compiler's `estimated_cycles`. The cost of a loop's body is multiplied by the trip count. A Pallas
+kernel takes the time of its own schedule (kernel_schedule.py). A collective takes the time that its bytes need on the
+links (topologies.py), minus the work that is scheduled between its start and its end. Copies between HBM and VMEM that
+the compiler starts before they are needed count as hidden. All of these are predictions, not measurements.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ MOVEMENT = {
 
 
 class HloError(ValueError):
-    """Something in the program that the prediction needs and that cannot be read."""
+    """A part of the program that the prediction needs cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +139,12 @@ class Program:
 
 
 def is_continuation(line: str) -> bool:
-    """Return whether a line goes on with the instruction of the line before."""
+    """Return whether a line continues the instruction of the line before."""
     return line.startswith(('"', "}}", "},"))
 
 
 def parse_instruction(line: str) -> Instruction | None:
-    """Parse a line of a computation; None if it holds no instruction."""
+    """Parse a line of a computation; return None if it has no instruction."""
     match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
     if not match:
         return None
@@ -185,7 +185,7 @@ def parse_frames(text: str) -> dict[str, str]:
 
 
 def follow(computation: Mapping[str, Instruction], name: str) -> Instruction:
-    """Return the instruction that a name stands for, behind copies and conversions."""
+    """Return the instruction that a name stands for; for a copy or a conversion, that of its operand."""
     instruction = computation[name]
     while instruction.opcode in ("copy", "bitcast", "convert"):
         instruction = computation[instruction.operands[0]]
@@ -198,12 +198,12 @@ def is_constant(computation: Mapping[str, Instruction], name: str) -> bool:
 
 
 def constant(computation: Mapping[str, Instruction], name: str) -> int:
-    """Return the integer constant that a name stands for; raises ValueError if it is none."""
+    """Return the integer constant that a name stands for; raise ValueError if it is not an integer."""
     return int(follow(computation, name).operands[0])
 
 
 def shape_bytes(shape: str) -> int:
-    """Return the bytes of an array's or a tuple's shape, padding of the layout left out."""
+    """Return the bytes of an array's or a tuple's shape, without the padding of its layout."""
     return sum(
         DTYPE_BYTES.get(dtype, 0) * math.prod(int(size) for size in sizes.split(",") if size)
         for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
@@ -259,11 +259,11 @@ def costs(
         clock: cycles a second.
         seconds_of_kernel: (name of a Pallas kernel's instruction, bytes of its operands and results) -> seconds.
         seconds_of_collective: (opcode, operand bytes, group of device ids) -> seconds.
-        rare_kernels: beginnings of the names of kernels that only unusual data call for, as often as the data say; a
-            loop around one of them counts as not run.
+        rare_kernels: beginnings of the names of kernels that run only for unusual data. A loop around one of them
+            counts as not run.
 
     Raises:
-        HloError: a trip count or a collective's groups that cannot be read, or an instruction without an estimate.
+        HloError: a trip count or the groups of a collective cannot be read, or a fusion has no estimate.
     """
     walk = _Walk(program, clock, seconds_of_kernel, seconds_of_collective, tuple(rare_kernels))
     return walk.computation(program.entry, 1)
@@ -322,8 +322,8 @@ class _Walk:
     ) -> tuple[str, float] | None:
         """Return category and seconds of an instruction that calls nothing, or None if it takes no time.
 
-        A collective that ends in an instruction of its own is noted in `started`. It costs what the work of the core
-        between its start and its end does not cover.
+        The start of a collective that has a separate end is kept in `started`. Such a collective costs its own time
+        minus the time of the core's work between start and end.
         """
         opcode, operands = instruction.opcode, instruction.operands
         seconds = self.collective_seconds(instruction, shapes)
@@ -338,7 +338,7 @@ class _Walk:
         return self.work(instruction, shapes)
 
     def collective_seconds(self, instruction: Instruction, shapes: Mapping[str, str]) -> float | None:
-        """Return the seconds of the collective that an instruction is or starts, or None if it is another one."""
+        """Return the seconds of the collective that an instruction is or starts; for other instructions None."""
         kind, text = instruction.opcode.removesuffix("-start"), instruction.text
         if instruction.opcode == "async-start":
             called = self.program.computations[instruction.called("calls")]
@@ -350,7 +350,7 @@ class _Walk:
         return max(self.seconds_of_collective(kind, size, group) for group in replica_groups(text))
 
     def work(self, instruction: Instruction, shapes: Mapping[str, str]) -> tuple[str, float] | None:
-        """Return category and seconds of a Pallas kernel or of what carries the compiler's estimate, else None."""
+        """Return category and seconds of a Pallas kernel or an instruction with an estimate; for others None."""
         opcode = instruction.opcode
         if opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.text:
             size = shape_bytes(instruction.shape) + sum(shape_bytes(shapes[name]) for name in instruction.operands)

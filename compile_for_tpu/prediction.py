@@ -1,7 +1,7 @@
-"""What a compiled program needs and how long it will take, from the compiler's own answers.
+"""Read from the compiler how much memory a program takes, and predict how long it runs.
 
-Memory is what a TPU will have to give. Seconds are predictions from the compiler's schedules and its cost model, and
-no measurement.
+The memory is what the program takes on a TPU. The seconds are predicted from the compiler's schedules and its cost
+model, not measured.
 """
 
 import dataclasses
@@ -13,27 +13,27 @@ from pathlib import Path
 
 from compile_for_tpu import hlo_schedule, kernel_schedule, topologies
 
-# Kernels that only heads with unusual scores call for; see custom_splash_attention.py. A loop around one of them is
-# predicted as not run.
+# Kernels that run only for heads with unusual scores; see custom_splash_attention.py. The prediction
+# assumes that a loop around one of them does not run.
 RARE_KERNELS = ("exp2_splash_online",)
 GIB = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """Programs that are ready to be compiled, and what must be known of them beside their text.
+    """Programs that are ready to be compiled, and what the report needs beside them.
 
     Attributes:
         traced: the programs, `jax.stages.Traced`.
-        times: how often each of them runs.
-        devices: the devices that they run on, in the order of their mesh.
+        times: number of runs of each program.
+        devices: the devices that the programs run on, in the order of their mesh.
         scores_per_kernel: useful attention scores that one call of the attention kernel computes on one chip.
         attention_flops: FLOP of one chip inside the attention kernels, which `matrix_flops` leaves out.
-        options: what the report says of them, by name.
-        model: the name of the model, or None if they belong to no model.
-        name: the name under which `executable.save` files them.
-        executable_options: what they depend on beside their arguments' shapes; see `executable.description`.
-        advice: what would help if they do not fit the memory.
+        options: the options that the report shows, by name.
+        model: the name of the model, or None if the programs belong to no model.
+        name: the programs' name in `executable.description`.
+        executable_options: the options in `executable.description`.
+        advice: what helps if the programs do not fit the memory.
     """
 
     traced: Sequence
@@ -48,20 +48,20 @@ class Programs:
     advice: str = "a slice of more chips"
 
     def flops(self) -> float:
-        """Return the FLOP of one chip for matrix products, convolutions and attention, all runs together."""
+        """Return the FLOP of one chip for the matrix products, convolutions and attention of all runs."""
         runs = zip(self.times, self.traced, strict=True)
         return sum(n * matrix_flops(p.jaxpr, len(self.devices)) for n, p in runs) + self.attention_flops
 
 
 def predict(topology: str, dump: Path, programs: Programs, compiled: Sequence) -> dict:
-    """Predict the seconds of all runs of the programs: total, split, the slowest operations, the kernels.
+    """Predict the seconds of all runs of the programs: total, by category, of the slowest operations; and the kernels.
 
     Args:
         dump: the folder that the compiler was told to write its schedules to.
         compiled: the programs, compiled for the slice `topology`.
 
     Raises:
-        hlo_schedule.HloError, kernel_schedule.ScheduleError: something that the prediction needs cannot be read.
+        hlo_schedule.HloError, kernel_schedule.ScheduleError: a text of the compiler cannot be read.
     """
     kernels = _kernels(dump, programs.traced)
     split = Counter(dict.fromkeys(hlo_schedule.CATEGORIES, 0.0))
@@ -85,7 +85,7 @@ def predict(topology: str, dump: Path, programs: Programs, compiled: Sequence) -
 
 
 def _kernels(dump: Path, traced: Sequence) -> dict[str, kernel_schedule.KernelSchedule]:
-    """Read the schedules of the programs' Pallas kernels, the rare ones left out."""
+    """Read the schedules of the programs' Pallas kernels, except RARE_KERNELS."""
     grids = {}
     for program in traced:
         grids |= kernel_schedule.grids(program.jaxpr)
@@ -103,7 +103,7 @@ def _costs(topology: str, programs: Programs, compiled: Sequence, kernels: Mappi
         group = [devices[i].id for i in group]  # a program numbers its devices by their place in the mesh
         return topologies.collective_seconds(opcode, size, group, coordinates, chip.link_bandwidth)
 
-    def kernel_seconds(name, size):  # its schedule, or the way of its bytes between HBM and VMEM if that is longer
+    def kernel_seconds(name, size):  # by its schedule, or by its bytes between HBM and VMEM if they take longer
         schedule = kernels.get(name) or next(k for other, k in kernels.items() if _base(other) == _base(name))
         return max(schedule.cycles / chip.clock, size / chip.hbm_bandwidth)
 
@@ -121,9 +121,10 @@ def _base(name: str) -> str:
 
 
 def floor(topology: str, report: Mapping) -> dict:
-    """Return the least seconds that the chip's peak FLOP/s and its memory bandwidth allow, and the prediction's ratio.
+    """Return the least seconds that peak FLOP/s and memory bandwidth allow, and how many times as long is predicted.
 
     Args:
+        topology: the slice.
         report: has the entries "flops", "memory" and "predicted_seconds".
     """
     chip = topologies.chip(topology)
@@ -133,7 +134,7 @@ def floor(topology: str, report: Mapping) -> dict:
 
 
 def memory(compiled: Sequence, topology: str) -> dict:
-    """Return the HBM of one chip in GiB, by what it is for, of the program that needs most."""
+    """Return the GiB of HBM on one chip, by purpose, of the program that needs the most."""
     analyses = [program.memory_analysis() for program in compiled]
     one = max(analyses, key=lambda a: a.argument_size_in_bytes + a.temp_size_in_bytes)
     sizes = {
@@ -148,21 +149,21 @@ def memory(compiled: Sequence, topology: str) -> dict:
 
 
 def out_of_memory(message: str, advice: str) -> dict:
-    """Return the compiler's out-of-memory answer as numbers and one line; raises RuntimeError for another error."""
+    """Return the GiB in the compiler's out-of-memory error and a line about them; raise RuntimeError for others."""
     from executable import memory_shortage
 
     shortage = memory_shortage(message)
     if not shortage:
         raise RuntimeError(message)
     peak, limit = shortage
-    line = f"does not fit: {peak:.1f} GiB a chip of {limit:.2f}, {peak - limit:.1f} too much; would help: {advice}"
+    line = f"does not fit: {peak:.1f} GiB a chip of {limit:.2f}, {peak - limit:.1f} too much; what helps: {advice}"
     return {"peak": peak, "limit": limit, "fits": False, "line": line}
 
 
 def matrix_flops(jaxpr, devices: int) -> float:
-    """Return the FLOP of one device for the matrix products and convolutions of a jaxpr, Pallas kernels left out.
+    """Return the FLOP of one device for the matrix products and convolutions of a jaxpr, without its Pallas kernels.
 
-    Outside of shard_map the shapes are those of all devices together, and the work is taken to be split evenly.
+    Shapes outside of shard_map are global; their work is assumed to be split evenly over the devices.
     """
     total = 0.0
     for equation in jaxpr.eqns:

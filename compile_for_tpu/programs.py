@@ -1,4 +1,4 @@
-"""What can be compiled: the options of each kind, how it is traced without weights, how its report is labelled."""
+"""Define the kinds of programs that can be compiled: options, tracing without weights, labels of their reports."""
 
 import argparse
 import functools
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 # The configs of zai-org/CogVideoX1.5-5B, without weights.
 BUILT_IN_MODEL = Path(__file__).resolve().parent.parent / "configs" / "CogVideoX1.5-5B"
 
-# Options that a report's name does not give as key=value: they are in its other labels, or change no program.
+# Options that are not in a report's name as key=value: its other labels have them, or they change no program.
 NOT_IN_NAME = {"what", "topology", "output", "save", "model_id", "num_inference_steps"}
 NOT_IN_NAME |= {"height", "width", "frames", "guidance_scale", "decoder", "tokens"}
 
 
 class Kind(NamedTuple):
-    """Something that can be compiled.
+    """A kind of programs that can be compiled.
 
     Attributes:
-        help: what it is, for the command line.
+        help: what it is, for the help of the command line.
         add_options: adds its options to a parser.
         trace: takes the options and the devices of a slice, returns the `Programs`; raises UserError.
         labels: takes the options, returns the labels that the report's name begins with.
@@ -41,7 +41,7 @@ class Kind(NamedTuple):
 
 
 def labels(arguments: argparse.Namespace, defaults: argparse.Namespace) -> list[str]:
-    """Return the labels that tell a report from others of the same kind and slice.
+    """Return the labels that distinguish a report from others of the same kind and slice.
 
     The size comes first, then "guided" or the decoder, then the model if it is not the built-in one, then key=value for
     each option that is not the default.
@@ -118,7 +118,7 @@ def add_stage3_options(parser: argparse.ArgumentParser) -> None:
 
 
 def trace_stage3(arguments: argparse.Namespace, devices: list) -> Programs:
-    """Trace the decoder's two programs: for the first chunk of latent frames, and for any later one."""
+    """Trace the decoder's two programs, one for the first chunk of latent frames and one for each later chunk."""
     size = {name: getattr(arguments, name) for name in ("height", "width", "frames")}
     plan = options.decoding_plan(arguments, arguments.model_id, arguments.decoder, size, devices, dtype=arguments.dtype)
     decoder = plan.make_decoder()
@@ -150,7 +150,7 @@ def add_kernel_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=positive, default=25826, help="length of the sequence")
     parser.add_argument("--heads", type=positive, default=6, help="attention heads of one chip")
     parser.add_argument("--head_dim", type=positive, default=64, help="width of a head")
-    _add_dtype_option(parser, "of query, key, value")
+    _add_dtype_option(parser, "dtype of query, key and value")
 
 
 def trace_kernel(arguments: argparse.Namespace, devices: list) -> Programs:
@@ -191,13 +191,15 @@ def _kernel_labels(arguments: argparse.Namespace) -> list[str]:
     return [str(arguments.tokens)]
 
 
-# --- What the kinds share ----------------------------------------------------------------------------------------
+# --- Shared ------------------------------------------------------------------------------------------------------
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_id", default=str(BUILT_IN_MODEL), help="a model; only its configs are read")
-    _add_dtype_option(parser, "of the weights")
-    parser.add_argument("--save", type=utils.path, help="write the compiled programs, for a stage's --executable")
+    parser.add_argument("--model_id", default=str(BUILT_IN_MODEL), help="the model; only its configs are read")
+    _add_dtype_option(parser, "dtype of the weights")
+    parser.add_argument(
+        "--save", type=utils.path, help="also write the compiled programs to this file, for a stage's --executable"
+    )
 
 
 def _add_dtype_option(parser: argparse.ArgumentParser, help_: str) -> None:

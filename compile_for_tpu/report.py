@@ -1,4 +1,4 @@
-"""What a person reads of a report, and where the reports are kept."""
+"""Format a report as text, and name the files of reports."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ def file_name(what: str, topology: str, labels: Sequence[str]) -> str:
 
 
 def text(report: Mapping) -> str:
-    """Return a report as lines for people."""
+    """Return a report as text to print."""
     options = [f"{name} {value}" for name, value in report["options"].items()]
     facts = ", ".join([report["model"], *options] if "model" in report else options)
     lines = [f"{report['what']} for {report['topology']}: {facts}"]
@@ -36,7 +36,7 @@ def text(report: Mapping) -> str:
 
 
 def _prediction_lines(report: Mapping) -> list[str]:
-    """Return the lines of what is predicted."""
+    """Return the lines about predicted seconds and kernels."""
     total, floor = report["predicted_seconds"], report["floor"]
     lines = [f"  caution    {caution()}"] if report["what"] == "stage2" else []
     lines.append(
@@ -47,7 +47,7 @@ def _prediction_lines(report: Mapping) -> list[str]:
     lines.append("  slowest operations, predicted")
     lines += [f"    {seconds:9.4f} s  {name}" for name, seconds in report["slowest"].items()]
     for name, kernel in report["kernels"].items():
-        if not kernel["useful_scores_per_cycle"]:  # not attention: it is among the slowest operations if it matters
+        if not kernel["useful_scores_per_cycle"]:  # not attention; if it takes long, it is among the slowest operations
             continue
         lines.append(f"  kernel     {name}: {kernel['useful_scores_per_cycle']:.0f} useful scores per cycle, predicted")
         lines.append("    units    " + ", ".join(f"{unit} {share:.0%}" for unit, share in kernel["units"].items()))
@@ -55,13 +55,13 @@ def _prediction_lines(report: Mapping) -> list[str]:
 
 
 def caution(tables: Path = TABLES) -> str:
-    """Return how far such predictions were from measurements, as far as benchmarks.reproduce_tables has found out."""
+    """Return how predictions compare with measurements, from the rows that benchmarks.reproduce_tables has saved."""
     rows = json.loads(tables.read_text()).values() if tables.exists() else ()
     ratios = [row["ratio"] for row in rows]
     if not ratios:
         return (
-            "what follows is predicted, not measured "
-            "(python -m benchmarks.reproduce_tables sets such predictions beside measurements)"
+            "the following is predicted, not measured "
+            "(python -m benchmarks.reproduce_tables compares predictions with measurements)"
         )
     return (
         f"such predictions were {min(ratios):.2f} to {max(ratios):.2f} x what the original project measured "

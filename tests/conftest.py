@@ -1,4 +1,4 @@
-"""Fixtures: models made on the spot, and the stages as subprocesses. The environment is set before jax is imported."""
+"""Define fixtures: small models, and the stages as subprocesses. Set the environment before jax is imported."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from tests.helpers import OTHER_SIZES, ROOT, SIZE, STAGE1, STAGE2, STAGE3, VIRTU
 
 prepare_libraries()
 os.environ["XLA_FLAGS"] = VIRTUAL_DEVICES
-# The same programs are compiled by many of the stages' runs; once is enough.
+# Many tests compile the same programs; jax's cache keeps them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
@@ -33,7 +33,7 @@ def random_model(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory) -> Path:
-    """Make a second one that shares no size with the first."""
+    """Make a second small model, none of whose sizes is that of the first."""
     return _make_model(tmp_path_factory.mktemp("other_model"), **OTHER_SIZES)
 
 
@@ -41,7 +41,7 @@ def other_model(tmp_path_factory) -> Path:
 def run_stage(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Run a script or module of the project in `tmp_path`, as a person would, and return the finished process.
 
-    `status` is the expected exit status; what the program printed is in the assertion otherwise. With
+    `status` is the expected exit status; if it is another one, the assertion shows what the program printed. With
     `virtual_devices` the CPU counts as eight devices.
     """
 

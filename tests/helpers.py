@@ -1,6 +1,6 @@
-"""What several test files use: names, sizes, the stages as subprocesses, and files that users get wrong.
+"""Share names, sizes, the stages as subprocesses, and faulty files among the tests.
 
-It imports neither jax nor torch, because conftest.py sets the environment for both first.
+This module imports neither jax nor torch, because conftest.py must set the environment for both first.
 """
 
 import importlib.util
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +18,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY_MODEL = ROOT / "tiny_model"  # trained, unlike the models that the fixtures make
+TINY_MODEL = ROOT / "tiny_model"  # trained; the models that the fixtures make are not
 
 STAGE1, STAGE2, STAGE3 = "stage1_text_encoder.py", "stage2_transformer.py", "stage3_vae_decoder.py"
 STAGE3_FLAX = "stage3_vae_decoder_flax.py"
 EMBEDDINGS, LATENTS, CONFIG = "stage1_embeddings.safetensors", "stage2_latents.safetensors", "generation_config.json"
 
-# Options of stage 2 for a video that takes no time.
+# Options of stage 2 for a small video.
 SIZE = ("--height", 32, "--width", 48, "--frames", 9, "--num_inference_steps", 2)
 
 # Settings of tools.make_tiny_model for a second model, which shares no size with the first.
@@ -54,7 +55,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def stage_environment() -> dict[str, str]:
-    """Return the environment of a person who starts a stage, without what conftest.py sets for the tests' process."""
+    """Return the environment without what conftest.py sets for the tests' process, as a user starts a stage."""
     return {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
 
 
@@ -84,18 +85,18 @@ def edit_latents(outputs: Path, change: Callable[[np.ndarray], np.ndarray]) -> N
 
 
 def poison(latents: np.ndarray) -> np.ndarray:
-    """Put two NaN and an infinity into latents, in frames 0 and 2, and return them."""
+    """Put two NaN and one infinity into latents, in frames 0 and 2, and return the latents."""
     latents[0, 1, 2, 3, :2] = np.nan
     latents[0, 0, 0, 0, 0] = -np.inf
     return latents
 
 
 def run_command(
-    command: list[str], env: Mapping[str, str] | None = None, check=False, **options
+    command: list[str], env: Mapping[str, str] | None = None, check: bool = False, **options: Any
 ) -> subprocess.CompletedProcess:
     """Run what `stage_command` returned, and return the finished process with its output as text.
 
-    A module is found as it is from the project's folder, wherever the process runs; a script finds its own folder.
+    The project's modules are found in every working directory.
     """
     environment = stage_environment() | ({"PYTHONPATH": str(ROOT)} if "-m" in command[:2] else {}) | dict(env or {})
     return subprocess.run(command, check=check, env=environment, capture_output=True, text=True, timeout=900, **options)

@@ -134,7 +134,7 @@ def test_decoder_modules_match_diffusers(decoder, chips, strips):
 
 
 def text_of(lowered: jax.stages.Lowered) -> str:
-    """The program without the names of its operations and the places in the source."""
+    """Return a compiled program's text without the names of its operations and their places in the source."""
     return re.sub(r"metadata=\{[^}]*\}|, (module_)?name=\"[^\"]*\"", "", lowered.compile().as_text())
 
 

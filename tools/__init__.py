@@ -1,1 +1,1 @@
-"""What makes and trains the tiny model."""
+"""Make, train and judge the tiny model."""
