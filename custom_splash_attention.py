@@ -6,8 +6,8 @@ and masks the padded keys: a head fills only a part of the MXU's 256 rows, and c
 
 Two kernels work in this way. The fast kernel subtracts an upper bound of the row's maximum, which is known beforehand:
 with the mean of the keys taken out (any constant in a row cancels in the softmax), Cauchy-Schwarz gives
-|q . (k - mean)| <= |q| max|k - mean|, and the row's maximum is at least its mean, 0. A head where bound and mean are too
-far apart for float32 takes the online kernel, which keeps the running maximum of Milakov and Gimelshein
+|q . (k - mean)| <= |q| max|k - mean|, and the row's maximum is at least its mean, 0. A head where bound and mean are
+too far apart for float32 takes the online kernel, which keeps the running maximum of Milakov and Gimelshein
 (arXiv:1805.02867) and FlashAttention (arXiv:2205.14135).
 """
 

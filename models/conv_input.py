@@ -139,7 +139,7 @@ class _Grid(NamedTuple):
         return self.history + self.frames, self.out_height + 2
 
     def source(self, t, r, array_frames: int, array_height: int):
-        """Return (frame, row) of the array that step (t, r) reads, and those of the last or next read where it does not.
+        """Return (frame, row) of an array's block for step (t, r); a step that reads none keeps a neighbour's block.
 
         The rows above and below a strip are the last row of the strip before it and the first row of the one after it.
         """
@@ -162,7 +162,7 @@ class _Grid(NamedTuple):
         return _row_spec(cache, lambda t, r: (jnp.minimum(t, last[0]), jnp.where(t < self.history, r, last[1])))
 
     def next_cache_spec(self, cache: jax.ShapeDtypeStruct) -> pl.BlockSpec:
-        """Make the blocks of the next cache: the last frames; before them its first block is written again and again."""
+        """Make the blocks of the next cache, the last frames; the steps before them all write its first block."""
         frames = self.frames
         return _row_spec(cache, lambda t, r: (jnp.maximum(t - frames, 0), jnp.where(t < frames, 0, r)))
 
