@@ -231,12 +231,10 @@ def _call(
     The last blocks may reach over the end, where a read is undefined and a write is dropped.
     """
     heads, head_dim, q_len = queries.shape
-    rows = _rows(head_dim)
     block_q, block_kv = blocks.block_q, blocks.block_kv
     assert keys.shape == values.shape and bound.shape == (heads, 1, q_len)
     online = output is not None
-    scratch_dtype = jnp.float32 if interpret else queries.dtype  # XLA's CPU backend lacks some products of bfloat16
-    arrays = [queries, keys, values, bound, *[output] * online]
+    arrays = [queries, keys, values, bound, *([] if output is None else [output])]
     if not interpret:  # otherwise XLA puts what fits into VMEM, which the kernel needs for itself
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
 
@@ -258,14 +256,7 @@ def _call(
                 *[pl.BlockSpec(memory_space=pl.ANY)] * online,
             ],
             out_specs=query_spec(head_dim),
-            scratch_shapes=[
-                pltpu.VMEM((rows, block_q), scratch_dtype),
-                pltpu.VMEM((block_kv, rows), scratch_dtype),
-                pltpu.VMEM((head_dim, block_kv), scratch_dtype),
-                pltpu.VMEM((head_dim, block_q), jnp.float32),
-                pltpu.VMEM((8, block_q), jnp.float32),
-                *[pltpu.VMEM((1, block_q), jnp.float32)] * online,
-            ],
+            scratch_shapes=_scratch(head_dim, blocks, jnp.float32 if interpret else queries.dtype, online),
         ),
         out_shape=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
         input_output_aliases={5: 0} if online else {},
@@ -274,6 +265,22 @@ def _call(
         ),
         interpret=interpret,
     )(jnp.full(1, head, jnp.int32), *arrays)
+
+
+def _scratch(head_dim: int, blocks: BlockSizes, dtype: jax.typing.DTypeLike, online: bool) -> list:
+    """Return the kernels' scratch memory: queries and keys with what is appended, values, output, sums, maxima.
+
+    `dtype` is that of the products. The interpreter needs float32: XLA lacks some products of bfloat16 on a CPU.
+    """
+    rows, dtype = _rows(head_dim), jnp.dtype(dtype)
+    return [
+        pltpu.VMEM((rows, blocks.block_q), dtype),
+        pltpu.VMEM((blocks.block_kv, rows), dtype),
+        pltpu.VMEM((head_dim, blocks.block_kv), dtype),
+        pltpu.VMEM((head_dim, blocks.block_q), jnp.float32),
+        pltpu.VMEM((8, blocks.block_q), jnp.float32),
+        *[pltpu.VMEM((1, blocks.block_q), jnp.float32)] * online,
+    ]
 
 
 def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, *scratch, factor, blocks, kv_len):

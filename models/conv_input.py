@@ -138,7 +138,7 @@ class _Grid(NamedTuple):
         """Frames and rows of the padded output."""
         return self.history + self.frames, self.out_height + 2
 
-    def source(self, t, r, array_frames: int, array_height: int):
+    def source(self, t: jax.Array, r: jax.Array, array_frames: int, array_height: int) -> tuple[jax.Array, jax.Array]:
         """Return (frame, row) of an array's block for step (t, r); a step that reads none keeps a neighbour's block.
 
         The rows above and below a strip are the last row of the strip before it and the first row of the one after it.
@@ -233,7 +233,7 @@ def _write_row(refs: _Refs, activation: Callable | None, factor: int, packed: bo
     jax.lax.fori_loop(0, pieces, piece, 0, unroll=min(max(1, 8 // each), pieces))
 
 
-def _from_neighbour(value: jax.Array, rows, column, neighbour: int) -> jax.Array:
+def _from_neighbour(value: jax.Array, rows: Any, column: int | jax.Array, neighbour: int) -> jax.Array:
     """Move a column [strips, channels] on by one strip; the strip at the end takes what lies outside, from `rows`."""
     strips = jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
     outside = strips == (0 if neighbour < 0 else value.shape[0] - 1)
@@ -242,7 +242,9 @@ def _from_neighbour(value: jax.Array, rows, column, neighbour: int) -> jax.Array
     return jnp.where(outside, rows[column].astype(jnp.float32), value)
 
 
-def _write_column(refs: _Refs, packed: bool, column, value: jax.Array, first: bool, last: bool) -> None:
+def _write_column(
+    refs: _Refs, packed: bool, column: int | jax.Array, value: jax.Array, first: bool, last: bool
+) -> None:
     """Write a padded column to the next cache and to its place in the output, or to its two places where packed."""
     channels = value.shape[-1]
     if refs.next_cache is not None:

@@ -34,7 +34,7 @@ class Decoder(NamedTuple):
 
 
 def chunk_sizes(latent_frames: int) -> list[int]:
-    """Return the latent frames of each chunk, as in `AutoencoderKLCogVideoX._decode`: an odd frame joins the first chunk."""
+    """Return the latent frames of each chunk, as `AutoencoderKLCogVideoX._decode`: an odd one joins the first chunk."""
     chunks, odd = divmod(latent_frames, LATENT_FRAMES_PER_CHUNK)
     if chunks == 0:
         return [odd]
