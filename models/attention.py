@@ -1,8 +1,8 @@
-"""Attention implementations, one of which stage 2 chooses by name: a line of the table IMPLEMENTATIONS.
+"""Attention implementations, of which stage 2 chooses one by its name in the table IMPLEMENTATIONS.
 
 Each is a function over the heads of one chip, called as `function(query, key, value, kv_length=..., **options)`. The
-arrays are [batch, heads, sequence, head_dim]; only the first `kv_length` keys count; the scale is head_dim ** -0.5. It
-returns [batch, heads, sequence, head_dim]. What other options it takes, the table says.
+arrays are [batch, heads, sequence, head_dim]; only the first `kv_length` keys count; the scale is head_dim ** -0.5. The
+function returns [batch, heads, sequence, head_dim]. The table says which other options it takes.
 """
 
 import dataclasses
@@ -22,9 +22,9 @@ from models.plan_error import PlanError
 def xla_attention(
     query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int, use_cudnn: bool = False
 ) -> jax.Array:
-    """Plain softmax attention, compiled by XLA; keeps the scores [batch, heads, sequence, sequence] in memory.
+    """Compute plain softmax attention by XLA, which keeps the scores [batch, heads, sequence, sequence] in memory.
 
-    With `use_cudnn`, for NVIDIA GPUs, arrays of 16 bits take cuDNN's fused attention, which keeps no scores.
+    With `use_cudnn`, for NVIDIA GPUs, arrays of 16 bits take cuDNN's fused attention, which does not keep the scores.
     """
     fused = use_cudnn and query.dtype.itemsize == 2
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
@@ -74,9 +74,9 @@ def splash_attention(
     k_smooth: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
-    """JAX's Splash Attention for TPU; the sequence is padded to whole blocks, and padded keys are masked.
+    """Run JAX's Splash Attention for TPUs; the sequence is padded to whole blocks, and padded keys are masked.
 
-    With `k_smooth` the mean of the keys is taken out first, which leaves the softmax as it is.
+    With `k_smooth` the mean of the keys is subtracted first, which does not change the softmax.
     """
     block_sizes = block_sizes or BlockSizes()
     if k_smooth:
@@ -87,7 +87,7 @@ def splash_attention(
     step = math.lcm(blocks["block_q"], blocks["block_kv"])
     padded = -(-length // step) * step
 
-    def prepare(x):  # the kernel knows no batch: it counts as heads
+    def prepare(x: jax.Array) -> jax.Array:  # the kernel has no batch axis: batch and heads become one
         return jnp.pad(x, ((0, 0), (0, 0), (0, padded - length), (0, 0))).reshape(-1, padded, head_dim)
 
     mask = splash_attention_mask.MultiHeadMask(
@@ -107,7 +107,7 @@ class Implementation(NamedTuple):
     """One line of the table.
 
     Attributes:
-        function: see the head of this file.
+        function: see the top of this file.
         block_sizes: the frozen dataclass of its block sizes, with a method `check(head_dim, itemsize)`; None where it
             has none. A function with block sizes also takes `k_smooth` and `interpret`.
         platform_options: options of the function by platform of the devices, for those that need some.
@@ -132,8 +132,8 @@ class Attention:
     Attributes:
         name: its key in IMPLEMENTATIONS.
         platform: of the devices, "tpu", "cpu" or "gpu"; off a TPU the kernels run in Pallas' interpreter.
-        block_sizes: of the kernel; None for its own choice.
-        k_smooth: take the mean of the keys out; see the kernels.
+        block_sizes: of the kernel, an object of the table's class; None for the kernel's own choice.
+        k_smooth: subtract the mean of the keys; see the kernels.
     """
 
     name: str
@@ -151,12 +151,19 @@ class Attention:
         head_dim: int,
         dtype: jax.typing.DTypeLike,
     ) -> "Attention":
-        """The implementation `name`, by default the best for the platform, with block sizes in their class's order.
+        """Choose the implementation `name`, by default the best for the platform.
+
+        Args:
+            name: a key of IMPLEMENTATIONS.
+            platform: see `Attention`.
+            block_sizes: in the order of the fields of the implementation's class.
+            k_smooth: see `Attention`.
+            head_dim, dtype: of the arrays, which limit the block sizes.
 
         None stands for the default of each option.
 
         Raises:
-            PlanError: an unknown name, or block sizes that the kernel cannot take; says which it can.
+            PlanError: the name is unknown, or the kernel cannot take the block sizes; the message says what works.
         """
         kernel = "splash_exp2" if custom_splash_attention.USE_CUSTOM_ATTENTION else "splash"
         name = name or (kernel if platform == "tpu" else "xla")
@@ -187,7 +194,7 @@ class Attention:
             raise PlanError("block_sizes", str(error)) from error
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int) -> jax.Array:
-        """See the head of this file."""
+        """Compute attention; see the top of this file."""
         implementation = IMPLEMENTATIONS[self.name]
         options = dict(implementation.platform_options.get(self.platform, {}))
         if implementation.block_sizes:

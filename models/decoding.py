@@ -1,4 +1,4 @@
-"""The plan of a decode: what decides it, beside weights and latents."""
+"""The plan of a decode: everything that decides it, except weights and latents."""
 
 import dataclasses
 import importlib
@@ -18,7 +18,7 @@ DECODERS = ("torchax", "flax")  # of each there is a module models/vae_<name>.py
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything that decides a decode, beside weights and latents.
+    """Everything that decides a decode, except weights and latents.
 
     Attributes:
         vae: the model's config, as in `vae/config.json`.
@@ -49,19 +49,19 @@ class Plan:
 
     @property
     def program_options(self) -> dict:
-        """What the compiled programs depend on, beside the config and the shapes of their arguments."""
+        """Everything that the compiled programs depend on, except the config and the shapes of their arguments."""
         return {"mesh": dict(self.split.mesh.shape), "strips": self.split.strips}
 
     def make_decoder(self) -> Decoder:
-        """The decoder, without weights."""
+        """Make the decoder, without weights."""
         return importlib.import_module(f"models.vae_{self.decoder}").make_decoder(self.vae)
 
     def programs(self, decoder: Decoder, weights: Any) -> list[jax.stages.Traced]:
-        """The traced programs; see `chunk_programs`."""
+        """Trace the programs; see `chunk_programs`."""
         return chunk_programs(decoder, weights, self.latent_shape, self.split)
 
     def abstract_weights(self, decoder: Decoder) -> Any:
-        """The decoder's weights as shapes, for compiling without them."""
+        """Return the decoder's weights as shapes, to compile without the weights."""
 
         def abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.split.replicated)
@@ -82,7 +82,12 @@ def make_plan(
     chip_rows: int | None = None,
     strips: int | None = None,
 ) -> Plan:
-    """The plan that the options ask for; see `Plan`, and for `chip_rows` and `strips` `choose_split`.
+    """Make the plan that the options ask for.
+
+    Args:
+        vae, decoder, dtype, height, width, frames: see `Plan`.
+        devices: that share each frame.
+        chip_rows, strips: see `choose_split`.
 
     Raises:
         PlanError: the model, the devices and the options do not fit together.

@@ -1,12 +1,12 @@
-"""A denoising run: the plan of it, one step as a jitted function, and the loop over the steps.
+"""A denoising run: its plan, one step as a jitted function, and the loop over the steps.
 
-Nothing here knows of files or command lines. Arrays are on the devices; only noise is drawn by torch on the host, so
-that a seed gives the noise that the diffusers pipeline gives.
+Nothing here depends on files or command lines. Arrays are on the devices; only the noise is drawn by torch on the host,
+so that a seed gives the same noise as in the diffusers pipeline.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,13 @@ from models.transformer import abstract_parameters, rotary_embedding, transforme
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Everything that decides a denoising run, beside weights, prompt and seed.
+    """Everything that decides a denoising run, except weights, prompt and seed.
 
     Attributes:
         transformer, vae, scheduler: the model's configs, as in its `config.json` files.
         height, width, frames: of the video, in pixels and frames.
         num_inference_steps: denoising steps.
-        guidance_scale: of classifier-free guidance; up to 1 there is none.
+        guidance_scale: of classifier-free guidance; there is no guidance if it is at most 1.
         batch: videos at a time.
         dtype: of weights, latents and embeddings.
         parallelism: the mesh of devices, and the layout of the parameters on it.
@@ -64,12 +64,12 @@ class Plan:
 
     @property
     def surplus_frames(self) -> int:
-        """Latent frames put in front to fill the temporal patch, cut off again at the end."""
+        """Latent frames that are put in front to fill the temporal patch, and cut off again at the end."""
         return -latent_size(self.vae, self.frames, self.height, self.width)[0] % self.transformer["patch_size_t"]
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:
-        """[batch, frames, channels, height, width] of the latents, the surplus frames counted."""
+        """[batch, frames, channels, height, width] of the latents, surplus frames included."""
         frames, height, width = latent_size(self.vae, self.frames, self.height, self.width)
         return self.batch, frames + self.surplus_frames, self.transformer["in_channels"], height, width
 
@@ -86,14 +86,14 @@ class Plan:
         return self.transformer["max_text_seq_length"] + self.video_tokens
 
     def with_dtype(self, dtype: jax.typing.DTypeLike) -> "Plan":
-        """The same plan for weights of another dtype; raises PlanError if they do not fit the other options."""
+        """Return the plan for weights of another dtype; raises PlanError if that does not fit the other options."""
         plan = dataclasses.replace(self, dtype=jnp.dtype(dtype))
         check_plan(plan)
         return plan
 
     @property
     def program_options(self) -> dict:
-        """What the compiled step depends on, beside the configs and the shapes of its arguments."""
+        """Everything that the compiled step depends on, except the configs and the shapes of its arguments."""
         return {
             "mesh": dict(self.parallelism.mesh.shape),
             "layout": self.parallelism.layout,
@@ -125,7 +125,7 @@ def make_plan(
     mesh_order: Sequence[str] = MESH_AXES,
     layout: str = "tp",
 ) -> Plan:
-    """The plan that the options ask for, on `devices` of `platform` ("tpu", "cpu" or "gpu"); see `Plan`.
+    """Make the plan that the options ask for, on `devices` of `platform` ("tpu", "cpu" or "gpu"); see `Plan`.
 
     Args:
         attention, block_sizes, use_k_smooth: see `Attention.choose`.
@@ -165,7 +165,7 @@ def make_plan(
 
 
 def check_configs(transformer: Mapping, scheduler: Mapping) -> None:
-    """Raise PlanError unless the model is a CogVideoX 1.5 for text to video with a scheduler that we can run."""
+    """Raise PlanError unless the model is a CogVideoX 1.5 for text to video with a supported scheduler."""
     kind = {"use_rotary_positional_embeddings": True, "activation_fn": "gelu-approximate", "ofs_embed_dim": None}
     if transformer.get("patch_size_t") is None or any(transformer.get(name) != kind[name] for name in kind):
         raise PlanError(
@@ -178,15 +178,15 @@ def check_configs(transformer: Mapping, scheduler: Mapping) -> None:
 
 
 def check_plan(plan: Plan) -> None:
-    """Raise PlanError for sizes or a number of steps that the model or the kernel cannot take; says which they can."""
+    """Raise PlanError, naming values that work, if the model or the kernel cannot take the sizes or number of steps."""
     spatial = spatial_compression_ratio(plan.vae)
     multiple = spatial * plan.transformer["patch_size"]
     for name in ("height", "width"):
         check_multiple(name, getattr(plan, name), multiple, plan.transformer[f"sample_{name}"] * spatial)
     check_frames(plan.vae, plan.frames)
-    most = plan.scheduler["num_train_timesteps"]
-    if plan.num_inference_steps > most:
-        raise PlanError("num_inference_steps", f"can be at most {most} with this scheduler")
+    maximum = plan.scheduler["num_train_timesteps"]
+    if plan.num_inference_steps > maximum:
+        raise PlanError("num_inference_steps", f"can be at most {maximum} with this scheduler")
     plan.attention.check(plan.transformer["attention_head_dim"], plan.dtype)
 
 
@@ -194,12 +194,12 @@ def check_plan(plan: Plan) -> None:
 
 
 class State(NamedTuple):
-    """What a step hands to the next one; a step reuses the memory of the state that it is given.
+    """What a step passes on to the next step. A step donates the state that it takes: its memory is used again.
 
     Attributes:
         latents: [batch, frames, channels, height, width], the model's dtype.
-        pred_original_sample: what the step took the noise-free latents to be, float32 of the same shape; zeros before
-            the first step.
+        pred_original_sample: the step's estimate of the noise-free latents, float32 of the same shape; zeros before the
+            first step.
     """
 
     latents: jax.Array
@@ -225,7 +225,7 @@ class StepInputs(NamedTuple):
     Attributes:
         timestep: int32 scalar.
         coefficients: float32 [2, 3]; see `AffineScheduler`.
-        noise: like the latents; None with a scheduler that adds none.
+        noise: shape and dtype of the latents; None with a scheduler that adds no noise.
         guidance_scale: float32 scalar; read only with guidance.
     """
 
@@ -236,25 +236,28 @@ class StepInputs(NamedTuple):
 
 
 class StepArguments(NamedTuple):
-    """The arguments of a step, in its order."""
+    """The arguments of a step, in the order in which it takes them.
 
-    parameters: Mapping[str, jax.Array]
+    Shapes (`jax.ShapeDtypeStruct`) can stand in the place of all arrays, to compile without data.
+    """
+
+    parameters: Mapping[str, Any]
     state: State
     condition: Condition
     inputs: StepInputs
 
 
-def make_step(plan: Plan, tapped: Sequence[str] = ()) -> Callable:
-    """A jitted denoising step, `step(parameters, state, condition, inputs)`, which returns the next `State`.
+def make_step(plan: Plan, tapped: Sequence[str] = ()) -> jax.stages.Wrapped:
+    """Make a jitted denoising step, `step(parameters, state, condition, inputs)`, which returns the next `State`.
 
-    The state's memory is donated. With `tapped`, patterns of names, it returns also what models/tap.py collects.
+    The step donates the state. With `tapped`, patterns of names, it also returns what models/tap.py collects.
 
     Source: the loop body of `CogVideoXPipeline.__call__`.
     """
 
     def step(parameters: Mapping[str, jax.Array], state: State, condition: Condition, inputs: StepInputs) -> State:
         latents = state.latents
-        # float32 weights mean float32 products, which a TPU's default is not.
+        # With float32 weights the products are float32 too; a TPU's default is bfloat16.
         with jax.default_matmul_precision("highest" if latents.dtype == jnp.float32 else "default"):
             model_output = transformer(
                 parameters,
@@ -285,9 +288,9 @@ def make_step(plan: Plan, tapped: Sequence[str] = ()) -> Callable:
 
 
 def abstract_arguments(plan: Plan) -> StepArguments:
-    """The arguments of a step as shapes, for compiling without weights."""
+    """Return the arguments of a step as shapes, to compile without weights."""
 
-    def array(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=plan.parallelism.sharding())
 
     config = plan.transformer
@@ -312,7 +315,7 @@ class Denoising:
         plan: see `Plan`.
         parameters: see models/transformer.py.
         prompt_embeds, negative_prompt_embeds: [batch, text tokens, text width], torch.
-        seed: of the noise, drawn as `CogVideoXPipeline` draws it, in the dtype of the embeddings.
+        seed: of the noise, which is drawn as in `CogVideoXPipeline`, in the dtype of the embeddings.
     """
 
     def __init__(
@@ -336,19 +339,20 @@ class Denoising:
         self.condition = Condition(self._to_device(prompt_embeds, plan.dtype), jax.device_put(rotary, self._replicated))
 
     def arguments(self) -> StepArguments:
-        """Those of the first step."""
+        """Return the arguments of the first step."""
         return StepArguments(self.parameters, self._start(), self.condition, self._inputs(0, torch.Generator()))
 
     def warm_up(self, step: Callable, steps: int) -> None:
-        """Run the first step `steps` times on its own result; draws nothing from the seed's noise."""
+        """Run the first step `steps` times, each time on the result before; draws nothing from the run's generator."""
         for _ in self._loop(step, [0] * steps, torch.Generator()):
             pass
 
     def run(self, step: Callable) -> Iterator[State]:
-        """Yield the state after each step. The next step reuses its memory: keep no state but the last one."""
+        """Yield the state after each step. The next step donates it, so that only the last one may be kept."""
         yield from self._loop(step, range(self.plan.num_inference_steps), self._generator)
 
     def _loop(self, step: Callable, indices: Sequence[int], generator: torch.Generator) -> Iterator[State]:
+        """Run the steps `indices` from the initial state, and yield the state after each."""
         state = self._start()
         inputs = self._inputs(indices[0], generator) if indices else None
         for n in range(len(indices)):
@@ -359,11 +363,12 @@ class Denoising:
             yield state
 
     def _start(self) -> State:
-        """The initial noise and an empty prediction; new buffers each time, for a step reuses them."""
+        """Return the initial noise and an empty estimate, in new buffers each time, because a step donates them."""
         empty = torch.zeros(self.plan.latent_shape)
         return State(self._to_device(self._noise, self.plan.dtype), self._to_device(empty, jnp.float32))
 
     def _inputs(self, i: int, generator: torch.Generator) -> StepInputs:
+        """Return the inputs of step `i`; draws its noise from `generator`."""
         scheduler, plan = self._scheduler, self.plan
         noise = scheduler.noise(i, plan.latent_shape, self._noise.dtype, generator)
         scalars = (
@@ -372,8 +377,9 @@ class Denoising:
             jnp.float32(plan.guidance_scale),
         )
         timestep, coefficients, guidance_scale = jax.device_put(scalars, self._replicated)
-        noise = None if noise is None else self._to_device(noise, plan.dtype)
-        return StepInputs(timestep, coefficients, noise, guidance_scale)
+        noise_on_device = None if noise is None else self._to_device(noise, plan.dtype)
+        return StepInputs(timestep, coefficients, noise_on_device, guidance_scale)
 
     def _to_device(self, tensor: torch.Tensor, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Copy a tensor to all devices as an array of `dtype`."""
         return jax.device_put(jnp.from_dlpack(tensor.contiguous()).astype(dtype).copy(), self._replicated)

@@ -1,11 +1,11 @@
-"""The error for what a run cannot be: an option that does not fit the model, the devices or another option."""
+"""The error for an option that does not fit the model, the devices or another option."""
 
 
 class PlanError(ValueError):
     """A plan that cannot be carried out.
 
     Args:
-        option: the option at fault, as the stages name it without the dashes; None where it is the model itself.
+        option: the wrong option, as the stages name it but without the dashes; None where the model itself is wrong.
         message: what is wrong with its value, and which values work.
     """
 

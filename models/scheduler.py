@@ -2,9 +2,9 @@
 
 Every step of the CogVideoX schedulers is affine in its three arrays: one 2 x 3 matrix of scalars, different at each
 step, maps (sample, model_output, old_pred_original_sample) to (prev_sample, pred_original_sample), and the stochastic
-DPM scheduler adds noise. Matrix and noise are read off the diffusers scheduler itself, by calling it on unit vectors
-and on zeros. So its formulas, its options and its order of random draws are used and not repeated, and the device
-needs no branch on the timestep.
+DPM scheduler adds noise. Matrix and noise are found by calling the diffusers scheduler itself on unit vectors and on
+zeros. So its formulas, its options and its order of random draws are not written again here, and the program on the
+device has no branch on the timestep.
 """
 
 from collections.abc import Callable
@@ -55,10 +55,10 @@ SAMPLERS = {
 
 
 class AffineScheduler:
-    """A diffusers CogVideoX scheduler with its timesteps set, seen as one affine map per step.
+    """A diffusers CogVideoX scheduler with its timesteps set, as one affine map per step.
 
     Args:
-        scheduler: one of a class in SAMPLERS.
+        scheduler: an object of one of the classes in SAMPLERS.
         num_inference_steps: number of denoising steps.
 
     Attributes:
@@ -77,7 +77,7 @@ class AffineScheduler:
     def noise(
         self, step: int, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
     ) -> torch.Tensor | None:
-        """The noise that step `step` adds to prev_sample, scaled; None where the scheduler adds none.
+        """Return the scaled noise that step `step` adds to prev_sample; None if the scheduler adds no noise.
 
         Draws from `generator` exactly what `scheduler.step` draws.
         """
@@ -87,7 +87,7 @@ class AffineScheduler:
         return self._sampler.step(self._scheduler, step, zeros, zeros, zeros, generator)[0].to(dtype)
 
     def _matrix(self, step: int) -> np.ndarray:
-        """The coefficients [2, 3] of step `step`, float64."""
+        """Return the coefficients of step `step`, float64 [2, 3]."""
 
         def evaluate(vector: list[float]) -> torch.Tensor:
             arrays = torch.tensor(vector, dtype=torch.float64).split(1)

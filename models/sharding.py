@@ -44,8 +44,8 @@ PARAMETER_AXES = (
     (r"proj_out\.bias", ("output",)),
 )
 
-# Activations inside the blocks. Between the matrix products sp and tp split the "tokens"; for the products the chips of
-# tp gather them, and split heads and MLP instead.
+# Activations inside the blocks. Between the matrix products sp and tp split the "tokens"; for the products the chips
+# along tp gather the tokens, and split the heads and the MLP instead.
 ACTIVATION_AXES = {
     "hidden states": ("batch", "tokens", "embed"),
     "gathered heads": ("batch", "gathered tokens", "split heads"),
@@ -54,8 +54,9 @@ ACTIVATION_AXES = {
     "time embedding": ("time",),
 }
 
-# Logical axis -> mesh axes; what is not named is replicated. The activations are split alike in every layout. In "fsdp"
-# the weights rest in even shares on all chips, and each block gathers its own over sp and dp when it runs.
+# Logical axis -> mesh axes; an axis that is not named is replicated. Every layout splits the activations in the same
+# way. In "fsdp" each chip stores an equal share of the weights, and each block gathers its weights over sp and dp when
+# it runs.
 ACTIVATIONS = {
     "batch": ("dp",),
     "tokens": ("sp", "tp"),
@@ -69,7 +70,7 @@ LAYOUTS = {
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device], order: Sequence[str] = MESH_AXES) -> Mesh:
-    """A mesh with the axes dp, sp and tp of the given sizes; along the last axis of `order` devices are neighbours.
+    """Make a mesh with the axes dp, sp and tp of the given sizes; devices are neighbours along the last of `order`.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
@@ -80,7 +81,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device], order: Se
 
 
 def parameter_axes(name: str) -> tuple[str, ...]:
-    """Logical axes of the transformer parameter `name`; raises ValueError unless exactly one pattern matches."""
+    """Return the logical axes of a transformer parameter; raises ValueError unless exactly one pattern matches it."""
     matches = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, name)]
     if len(matches) != 1:
         raise ValueError(f"{len(matches)} sharding rules match the parameter {name}")
@@ -88,22 +89,25 @@ def parameter_axes(name: str) -> tuple[str, ...]:
 
 
 def parameter_spec(name: str, layout: str) -> PartitionSpec:
-    """The mesh axes of each axis of the parameter `name` in one of LAYOUTS."""
+    """Return the mesh axes of each axis of the parameter `name` in one of LAYOUTS."""
     return PartitionSpec(*(LAYOUTS[layout].get(axis) for axis in parameter_axes(name)))
 
 
 def parameter_sharding(name: str, layout: str, mesh: Mesh) -> NamedSharding:
-    """How the parameter `name` is split over `mesh` in one of LAYOUTS."""
+    """Return how the parameter `name` is split over `mesh` in one of LAYOUTS."""
     return NamedSharding(mesh, parameter_spec(name, layout))
 
 
 def activation_spec(name: str) -> PartitionSpec:
-    """The mesh axes of each axis of an activation in ACTIVATION_AXES."""
+    """Return the mesh axes of each axis of an activation in ACTIVATION_AXES."""
     return PartitionSpec(*(ACTIVATIONS.get(axis) for axis in ACTIVATION_AXES[name]))
 
 
 def gather_at_use(name: str, layout: str) -> tuple[int, tuple[str, ...]] | None:
-    """(axis, mesh axes) over which one block's share of `name` (no layer axis) is gathered before use, or None."""
+    """Return (axis, mesh axes) over which a block gathers its share of `name` before use; None where it need not.
+
+    The share is that of one block, so the axis of the layers is not counted.
+    """
     for axis, logical in enumerate(parameter_axes(name)[1:]):
         extra = tuple(mesh_axis for mesh_axis in LAYOUTS[layout].get(logical, ()) if mesh_axis != "tp")
         if extra:
@@ -128,30 +132,31 @@ class Parallelism:
         """Chips that split attention heads and MLP."""
         return self.mesh.shape["tp"]
 
-    def sharding(self, *spec) -> NamedSharding:
-        """`NamedSharding(mesh, PartitionSpec(*spec))`; without arguments, replicated."""
+    def sharding(self, *spec: str | tuple[str, ...] | None) -> NamedSharding:
+        """Return `NamedSharding(mesh, PartitionSpec(*spec))`; without arguments, that of replicated arrays."""
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
 
 def mesh_sizes(devices: int, heads: int, batch: int, use_dp: bool, sp_num: int | None = None) -> dict[str, int]:
-    """Sizes of dp, sp and tp for a number of devices: dp takes the batch if it can, tp what sp leaves.
+    """Return the sizes of dp, sp and tp for a number of devices: dp splits the batch if it can, tp is what sp leaves.
 
     Args:
         heads: attention heads, which sp and tp together split.
         batch: 2 with classifier-free guidance, else 1.
-        sp_num: size of sp; None for all that dp leaves, which moves the fewest bytes where the weights fit a chip.
+        use_dp: whether dp may split the batch.
+        sp_num: size of sp; None for all that dp leaves, which moves the fewest bytes where the weights fit on a chip.
 
     Raises:
-        PlanError: the devices or the heads do not divide; says which values work.
+        PlanError: the devices or the heads do not divide; the message says which values work.
     """
     dp = batch if use_dp and devices % batch == 0 else 1
     rest = devices // dp
     sp_num = rest if sp_num is None else sp_num
-    works = [n for n in range(1, rest + 1) if rest % n == 0]
+    divisors = [n for n in range(1, rest + 1) if rest % n == 0]
     if heads % rest:
         raise PlanError(
             None, f"{rest} chips cannot share {heads} attention heads; use a number of chips that divides {heads}"
         )
-    if sp_num not in works:
-        raise PlanError("sp_num", f"{sp_num} does not divide the {rest} chips that share the heads; {works} work")
+    if sp_num not in divisors:
+        raise PlanError("sp_num", f"{sp_num} does not divide the {rest} chips that share the heads; {divisors} work")
     return {"dp": dp, "sp": sp_num, "tp": rest // sp_num}

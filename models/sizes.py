@@ -1,4 +1,4 @@
-"""Sizes of a video and of its latents, by the VAE's config."""
+"""Sizes of a video and of its latents, computed from the VAE's config."""
 
 from collections.abc import Mapping
 
@@ -6,12 +6,12 @@ from models.plan_error import PlanError
 
 
 def spatial_compression_ratio(vae: Mapping) -> int:
-    """Pixels of the video per pixel of the latents, in height and in width."""
+    """Return the pixels of the video per pixel of the latents, in height and in width."""
     return 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def latent_size(vae: Mapping, frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """Frames, height and width of the latents of a video of 4n + 1 frames."""
+    """Return frames, height and width of the latents of a video of 4n + 1 frames."""
     spatial = spatial_compression_ratio(vae)
     return (frames - 1) // vae["temporal_compression_ratio"] + 1, height // spatial, width // spatial
 

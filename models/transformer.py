@@ -1,7 +1,7 @@
 """CogVideoX 1.5's transformer in JAX.
 
-The mathematics is that of diffusers' `CogVideoXTransformer3DModel`, which the tests hold it to; the arrangement is the
-TPU's. Text and video tokens are one sequence, padded once to what the mesh divides. The blocks are one `lax.scan` over
+It computes the same as diffusers' `CogVideoXTransformer3DModel`, with which the tests compare it, but is arranged for
+TPUs. Text and video tokens are one sequence, padded once to what the mesh divides. The blocks are one `lax.scan` over
 stacked weights, so that compile time does not grow with depth. Inside `shard_map` each chip holds whole rows of the
 sequence between the matrix products and whole heads inside attention. Rotary pairs are stored as two halves instead of
 interleaved: the rows of the q and k weights are permuted once, when they are loaded.
@@ -22,7 +22,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from models import sharding, tap
 from models.sharding import Parallelism, activation_spec
 
-QK_NORM_EPS = 1e-6  # CogVideoXBlock passes this to Attention; it is in no config
+QK_NORM_EPS = 1e-6  # CogVideoXBlock passes this to Attention; no config contains it
 ROTATED = ("attn1.to_q.", "attn1.to_k.", "attn1.norm_q.", "attn1.norm_k.")
 FEED_FORWARD_TOKENS = 2048  # tokens of a chip that go through the MLP at a time
 SEQUENCE_TILE = 16  # rows of a bfloat16 tile in a TPU's memory; each chip's share of the sequence is whole tiles
@@ -36,7 +36,7 @@ TOKENS = 1  # the axis of the hidden states
 
 
 def parameter_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each parameter, the blocks' stacked: "blocks.attn1.to_q.weight" is [layers, out, in]."""
+    """Return each parameter's shape by its name; the blocks' are stacked: "blocks.ff.net.2.bias" is [layers, out]."""
     with torch.device("meta"):
         module = CogVideoXTransformer3DModel.from_config(config)
     shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
@@ -46,14 +46,14 @@ def parameter_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoint_names(name: str, config: Mapping) -> list[str]:
-    """The checkpoint's names for a parameter: one for each layer of a stacked one."""
+    """Return the checkpoint's names for a parameter: one for each layer if it is stacked."""
     if not name.startswith("blocks."):
         return [name]
     return [f"transformer_blocks.{i}.{name.removeprefix('blocks.')}" for i in range(config["num_layers"])]
 
 
 def stored_names(config: Mapping) -> list[str]:
-    """The checkpoint's names of all parameters."""
+    """Return the checkpoint's names of all parameters."""
     return [stored for name in parameter_shapes(config) for stored in checkpoint_names(name, config)]
 
 
@@ -68,13 +68,15 @@ def rotary_halves(name: str, weight: np.ndarray, config: Mapping) -> np.ndarray:
     return np.moveaxis(heads, 2, 1).reshape(weight.shape)
 
 
-def load_parameters(read: Callable[[str], np.ndarray], config: Mapping, parallelism: Parallelism) -> dict:
-    """Parameters as sharded JAX arrays; `read(checkpoint name)` gives one stored tensor.
+def load_parameters(
+    read: Callable[[str], np.ndarray], config: Mapping, parallelism: Parallelism
+) -> dict[str, jax.Array]:
+    """Load the parameters as sharded JAX arrays; `read(checkpoint name)` returns one stored tensor.
 
-    One parameter at a time is on the host, and of it what one chip holds.
+    The host holds one parameter at a time, and of that only one chip's share.
     """
 
-    def load(name, shape):
+    def load(name: str, shape: tuple[int, ...]) -> jax.Array:
         names = checkpoint_names(name, config)
         dtype = read(names[0]).dtype
 
@@ -89,8 +91,10 @@ def load_parameters(read: Callable[[str], np.ndarray], config: Mapping, parallel
     return {name: load(name, shape) for name, shape in parameter_shapes(config).items()}
 
 
-def abstract_parameters(config: Mapping, dtype, parallelism: Parallelism) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `load_parameters` returns, as shapes, for compiling without weights."""
+def abstract_parameters(
+    config: Mapping, dtype: jax.typing.DTypeLike, parallelism: Parallelism
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return what `load_parameters` returns, as shapes, to compile without weights."""
     return {
         name: jax.ShapeDtypeStruct(
             shape, dtype, sharding=sharding.parameter_sharding(name, parallelism.layout, parallelism.mesh)
@@ -100,7 +104,7 @@ def abstract_parameters(config: Mapping, dtype, parallelism: Parallelism) -> dic
 
 
 def rotary_embedding(config: Mapping, latent_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of the 3D rotary embedding, float32 [video tokens, attention_head_dim / 2] each.
+    """Return cosines and sines of the 3D rotary embedding, float32 [video tokens, attention_head_dim / 2] each.
 
     Args:
         config: `transformer/config.json`.
@@ -125,36 +129,39 @@ def rotary_embedding(config: Mapping, latent_shape: tuple[int, ...]) -> tuple[np
 
 
 def linear(x: jax.Array, parameters: Mapping, name: str) -> jax.Array:
-    """x [..., in] to float32 [..., out]."""
+    """Apply the linear layer `name` to x [..., in]; returns float32 [..., out]."""
     y = jnp.einsum("...i,oi->...o", x, parameters[f"{name}.weight"], preferred_element_type=jnp.float32)
     bias = parameters.get(f"{name}.bias")
     return y if bias is None else y + bias.astype(jnp.float32)
 
 
 def layer_norm(x: jax.Array, parameters: Mapping, name: str, eps: float) -> jax.Array:
-    """Over the last axis, in float32; returns float32."""
+    """Apply the layer norm `name` over the last axis, in float32; returns float32."""
     x = x.astype(jnp.float32)
     mean, scale = moments(x, eps)
     return affine((x - mean) * scale, parameters, name)
 
 
 def moments(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """Mean and 1 / standard deviation over the last axis, from one reading of float32 `x`."""
+    """Compute mean and 1 / standard deviation over the last axis of float32 `x`, reading it once."""
     mean = x.mean(-1, keepdims=True)
     variance = jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean)
     return mean, jax.lax.rsqrt(jnp.maximum(variance, 0.0) + eps)
 
 
 def affine(x: jax.Array, parameters: Mapping, name: str, part: slice = slice(None)) -> jax.Array:
-    """x * weight + bias with `part` of a norm's parameters, if it has any."""
+    """Compute x * weight + bias with `part` of the parameters of the norm `name`, if it has any."""
     if f"{name}.weight" not in parameters:
         return x
     weight, bias = (parameters[f"{name}.{kind}"][part].astype(jnp.float32) for kind in ("weight", "bias"))
     return x * weight + bias
 
 
-def time_embedding(timestep: jax.Array, parameters: Mapping, config: Mapping, dtype) -> jax.Array:
-    """silu of the time embedding, [time_embed_dim], as every use of it wants it; source: `Timesteps`."""
+def time_embedding(timestep: jax.Array, parameters: Mapping, config: Mapping, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Compute silu of the time embedding, [time_embed_dim]; every layer that uses the embedding begins with silu.
+
+    Source: `Timesteps` and `TimestepEmbedding`.
+    """
     width = config["num_attention_heads"] * config["attention_head_dim"]
     half = width // 2
     frequencies = np.exp(-math.log(10000) * np.arange(half) / (half - config["freq_shift"])).astype(np.float32)
@@ -176,31 +183,25 @@ def transformer(
     parallelism: Parallelism,
     attention: Callable,
 ) -> jax.Array:
-    """Predict, from noisy latents [batch, frames, channels, height, width], an array of that shape, float32.
+    """Predict from noisy latents [batch, frames, channels, height, width] a float32 array of the same shape.
 
     Args:
         parameters: see `load_parameters`.
-        prompt_embeds: [batch, text tokens, text width].
+        latents: of any dtype.
+        prompt_embeds: [batch, text tokens, text width], of the dtype of the hidden states.
         timestep: scalar.
         rotary: see `rotary_embedding`.
-        attention: one of models/attention.py.
+        config: `transformer/config.json`.
+        parallelism: the mesh, and the layout of the parameters on it.
+        attention: a function as in models/attention.py.
     """
-    dtype = prompt_embeds.dtype
-    constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=parallelism.sharding(*HIDDEN_STATES))
-
-    with tap.scope("patch_embed"):
-        text = linear(prompt_embeds, parameters, "patch_embed.text_proj").astype(dtype)
-        video = linear(patchify(latents, config), parameters, "patch_embed.proj").astype(dtype)
-        text_length, length = text.shape[1], text.shape[1] + video.shape[1]
-        padding = -length % (parallelism.sp * parallelism.tp * SEQUENCE_TILE)
-        hidden = constrain(jnp.pad(jnp.concatenate([text, video], axis=1), ((0, 0), (0, padding), (0, 0))))
-        tap.tap("", hidden, HIDDEN_STATES)
-
-    # Text and padding are not rotated: angle 0.
-    edges = ((text_length, padding), (0, 0))
+    text_length, length = prompt_embeds.shape[1], prompt_embeds.shape[1] + rotary[0].shape[0]
+    hidden = embed(parameters, latents, prompt_embeds, config, parallelism)
+    # Text and padding are not rotated: their angle is 0.
+    edges = ((text_length, hidden.shape[1] - length), (0, 0))
     cos, sin = jnp.pad(rotary[0], edges, constant_values=1.0), jnp.pad(rotary[1], edges)
     with tap.scope("time_embedding"):
-        time = time_embedding(timestep, parameters, config, dtype)
+        time = time_embedding(timestep, parameters, config, prompt_embeds.dtype)
 
     blocks = {name: array for name, array in parameters.items() if name.startswith("blocks.")}
     run = tap.shard_map(
@@ -220,8 +221,40 @@ def transformer(
         ),
         out_specs=HIDDEN_STATES,
     )
-    hidden = constrain(run(blocks, hidden, time, (cos, sin)))
+    hidden = constrained(run(blocks, hidden, time, (cos, sin)), parallelism)
+    output = predict_patches(parameters, hidden, time, config)
+    return unpatchify(output[:, text_length:length], latents.shape, config)
 
+
+def constrained(hidden: jax.Array, parallelism: Parallelism) -> jax.Array:
+    """Constrain hidden states to be split over the mesh as ACTIVATION_AXES says."""
+    return jax.lax.with_sharding_constraint(hidden, parallelism.sharding(*HIDDEN_STATES))
+
+
+def embed(
+    parameters: Mapping[str, jax.Array],
+    latents: jax.Array,
+    prompt_embeds: jax.Array,
+    config: Mapping,
+    parallelism: Parallelism,
+) -> jax.Array:
+    """Embed text and video as one sequence [batch, tokens, embed], padded at the end to what the mesh divides."""
+    dtype = prompt_embeds.dtype
+    with tap.scope("patch_embed"):
+        text = linear(prompt_embeds, parameters, "patch_embed.text_proj").astype(dtype)
+        video = linear(patchify(latents, config), parameters, "patch_embed.proj").astype(dtype)
+        padding = -(text.shape[1] + video.shape[1]) % (parallelism.sp * parallelism.tp * SEQUENCE_TILE)
+        hidden = jnp.pad(jnp.concatenate([text, video], axis=1), ((0, 0), (0, padding), (0, 0)))
+        hidden = constrained(hidden, parallelism)
+        tap.tap("", hidden, HIDDEN_STATES)
+    return hidden
+
+
+def predict_patches(
+    parameters: Mapping[str, jax.Array], hidden: jax.Array, time: jax.Array, config: Mapping
+) -> jax.Array:
+    """Turn the last block's hidden states into predicted patches, float32 [batch, tokens, patch]."""
+    dtype = hidden.dtype
     with tap.scope("norm_final"):
         hidden = layer_norm(hidden, parameters, "norm_final", config["norm_eps"]).astype(dtype)
         tap.tap("", hidden, HIDDEN_STATES)
@@ -233,7 +266,7 @@ def transformer(
     with tap.scope("proj_out"):
         output = linear(hidden, parameters, "proj_out")
         tap.tap("", output, HIDDEN_STATES)
-    return unpatchify(output[:, text_length:length], latents.shape, config)
+    return output
 
 
 def run_blocks(
@@ -261,7 +294,7 @@ def run_blocks(
 
 
 def gather_share(name: str, array: jax.Array, parallelism: Parallelism) -> jax.Array:
-    """Gather the shares of one block's parameter `name` from the chips that its layout splits it over beside tp."""
+    """Gather one block's parameter `name` over the mesh axes, other than tp, over which the layout splits it."""
     where = sharding.gather_at_use(f"blocks.{name}", parallelism.layout)
     return array if where is None else jax.lax.all_gather(array, where[1], axis=where[0], tiled=True)
 
@@ -271,10 +304,12 @@ class Block:
     """One transformer block on one chip; source: `CogVideoXBlock`.
 
     Attributes:
-        parameters: of this block, names without "blocks.", split over tp.
+        parameters: of this block, by names without "blocks.", split over tp.
         time: silu of the time embedding, [time_embed_dim].
         rotary: cosines and sines of the chip's gathered tokens, [sequence / sp, head_dim / 2] each.
         is_text: which of the chip's own tokens are text, bool [sequence / (sp * tp), 1].
+        config: `transformer/config.json`.
+        parallelism: see `Parallelism`.
         attention: `attention(query, key, value)` of arrays [batch, heads / (sp * tp), sequence, head_dim].
     """
 
@@ -287,9 +322,9 @@ class Block:
     attention: Callable
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [batch / dp, sequence / (sp * tp), embed] to the same."""
+        """Apply the block to hidden states [batch / dp, sequence / (sp * tp), embed]."""
         hidden = self.self_attention(hidden)
-        # A few tokens at a time, so that what lies between the two products stays in VMEM.
+        # The MLP takes some of the tokens at a time, so that the array between its two products stays in VMEM.
         pieces = round(hidden.shape[1] * self.parallelism.tp / FEED_FORWARD_TOKENS)
         pieces = min(max(pieces, 1), hidden.shape[1] // SEQUENCE_TILE)
         bounds = [hidden.shape[1] * i // pieces // SEQUENCE_TILE * SEQUENCE_TILE for i in range(1, pieces)]
@@ -299,7 +334,7 @@ class Block:
         return hidden
 
     def self_attention(self, hidden: jax.Array) -> jax.Array:
-        """The first half of the block: norm, attention, gated residual."""
+        """Apply the first half of the block: norm, attention, gated residual."""
         parameters, dtype = self.parameters, hidden.dtype
         x, gate = self.modulated(hidden, self.is_text, "norm1")
         with tap.scope("attn1"):
@@ -313,7 +348,7 @@ class Block:
                 normalized_and_rotated(x, parameters, f"attn1.norm_{letter}", self.rotary).astype(dtype)
                 for letter, x in (("q", query), ("k", key))
             )
-            # From a share of the tokens with all of this chip's heads to all tokens with a share of them, and back.
+            # From a share of the tokens with all heads of this chip to all tokens with a share of the heads, and back.
             exchange = functools.partial(jax.lax.all_to_all, axis_name="sp", tiled=True)
             query, key, value = (exchange(y, split_axis=1, concat_axis=2) for y in (query, key, value.astype(dtype)))
             x = exchange(self.attention(query, key, value), split_axis=2, concat_axis=1)
@@ -322,7 +357,7 @@ class Block:
             return self.residual(hidden, x, "attn1.to_out.0", gate)
 
     def feed_forward(self, hidden: jax.Array, is_text: jax.Array) -> jax.Array:
-        """The second half of the block, on some of the tokens: norm, MLP, gated residual."""
+        """Apply the second half of the block to some of the tokens: norm, MLP, gated residual."""
         parameters, dtype = self.parameters, hidden.dtype
         x, gate = self.modulated(hidden, is_text, "norm2")
         with tap.scope("ff"):
@@ -335,7 +370,7 @@ class Block:
             return self.residual(hidden, x, "ff.net.2", gate)
 
     def modulated(self, hidden: jax.Array, is_text: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
-        """Normalised and modulated hidden states, tokens gathered over tp, and the gate of this chip's tokens."""
+        """Normalise and modulate hidden states; returns them gathered over tp, and the gate of this chip's tokens."""
         with tap.scope(name):
             modulation = jnp.split(linear(self.time, self.parameters, f"{name}.linear"), 6)
             shift, scale, gate, text_shift, text_scale, text_gate = modulation
@@ -347,17 +382,17 @@ class Block:
             return x, jnp.where(is_text, text_gate, gate)
 
     def as_projected(self, x: jax.Array, letter: str) -> jax.Array:
-        """One of `project_heads`, as diffusers has it: [batch, tokens, heads * head_dim], rotary pairs side by side."""
+        """Reorder a result of `project_heads` as in diffusers: [batch, tokens, heads * head_dim], pairs interleaved."""
         x = x if letter == "v" else interleaved(x)
         return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
 
     def as_normalized(self, x: jax.Array, letter: str) -> jax.Array:
-        """Projected queries or keys, normalised but not rotated, rotary pairs side by side as diffusers has them."""
+        """Normalise projected queries or keys without rotating them, rotary pairs interleaved as in diffusers."""
         mean, scale = moments(x, QK_NORM_EPS)
         return interleaved(affine((x - mean) * scale, self.parameters, f"attn1.norm_{letter}"))
 
     def residual(self, hidden: jax.Array, partial_sum: jax.Array, name: str, gate: jax.Array) -> jax.Array:
-        """hidden + gate * (the sum of `partial_sum` over tp + the bias of module `name`), each chip its own tokens."""
+        """Compute hidden + gate * (sum of `partial_sum` over tp + bias of module `name`) for the chip's own tokens."""
         x = jax.lax.psum_scatter(partial_sum.astype(hidden.dtype), "tp", scatter_dimension=1, tiled=True)
         x = x.astype(jnp.float32)
         if f"{name}.bias" in self.parameters:
@@ -367,12 +402,12 @@ class Block:
 
 
 def materialized(x: jax.Array) -> jax.Array:
-    """Keep XLA from computing `x` again for every tile of a matrix product that reads it."""
+    """Prevent XLA from computing `x` again for every tile of a matrix product that reads it."""
     return jax.lax.optimization_barrier(x)
 
 
 def project_heads(x: jax.Array, parameters: Mapping, name: str, heads: int) -> jax.Array:
-    """x [batch, sequence, embed] to float32 [batch, heads, sequence, head_dim], the order that attention takes."""
+    """Project x [batch, sequence, embed] to float32 [batch, heads, sequence, head_dim], the order for attention."""
     weight = parameters[f"{name}.weight"].reshape(heads, -1, x.shape[-1])
     y = jnp.einsum("bsi,nhi->bnsh", x, weight, preferred_element_type=jnp.float32)
     if f"{name}.bias" in parameters:
@@ -381,9 +416,9 @@ def project_heads(x: jax.Array, parameters: Mapping, name: str, heads: int) -> j
 
 
 def normalized_and_rotated(x: jax.Array, parameters: Mapping, name: str, rotary: tuple) -> jax.Array:
-    """Layer norm and rotary embedding of [batch, heads, sequence, head_dim], pairs in halves; in float32.
+    """Apply layer norm and rotary embedding to float32 [batch, heads, sequence, head_dim], pairs in two halves.
 
-    Both are done on the halves, so that XLA makes one pass of them.
+    Both work on the halves, so that XLA does them in one pass over the array.
     """
     cos, sin = rotary
     half = x.shape[-1] // 2
@@ -395,13 +430,13 @@ def normalized_and_rotated(x: jax.Array, parameters: Mapping, name: str, rotary:
 
 
 def interleaved(x: jax.Array) -> jax.Array:
-    """[..., head_dim] with rotary pairs as two halves to pairs side by side, as diffusers has them."""
+    """Reorder [..., head_dim] from rotary pairs in two halves to interleaved pairs, as in diffusers."""
     halves = x.reshape(*x.shape[:-1], 2, -1)
     return jnp.swapaxes(halves, -1, -2).reshape(x.shape)
 
 
 def patchify(latents: jax.Array, config: Mapping) -> jax.Array:
-    """[batch, frames, channels, height, width] to [batch, video tokens, patch]; source: `CogVideoXPatchEmbed`."""
+    """Cut [batch, frames, channels, height, width] into [batch, video tokens, patch]; source: `CogVideoXPatchEmbed`."""
     batch, frames, channels, height, width = latents.shape
     p, pt = config["patch_size"], config["patch_size_t"]
     x = latents.reshape(batch, frames // pt, pt, channels, height // p, p, width // p, p)
@@ -410,7 +445,7 @@ def patchify(latents: jax.Array, config: Mapping) -> jax.Array:
 
 
 def unpatchify(x: jax.Array, latent_shape: tuple[int, ...], config: Mapping) -> jax.Array:
-    """[batch, video tokens, patch] to [batch, frames, channels, height, width]."""
+    """Join patches [batch, video tokens, patch] to [batch, frames, channels, height, width]."""
     batch, frames, channels, height, width = latent_shape
     p, pt = config["patch_size"], config["patch_size_t"]
     x = x.reshape(batch, frames // pt, height // p, width // p, channels, pt, p, p)

@@ -1,11 +1,12 @@
 """The TorchAx decoder: diffusers' own CogVideoX decoder, run by JAX.
 
-diffusers' code holds the weights and says what follows what. Its layers are those of models/vae_layers.py, which know
-of the split in space; tensors are laid out as there.
+The weights and the order of the layers are those of diffusers' code. The layers themselves are replaced by those of
+models/vae_layers.py, which handle the split in space; tensors are laid out as there.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import torch
@@ -49,23 +50,42 @@ def make_decoder(config: Mapping) -> Decoder:
     return Decoder(decode_chunk, shapes, convert_weights)
 
 
-def _spatial_norm(layer, weights, x, latents, conv_cache=None, *, split: Split) -> tuple[Deferred, dict]:
+# Each function below takes a layer of diffusers, its weights by name, and the arguments of its `forward`.
+Weights = Mapping[str, jax.Array]
+
+
+def _spatial_norm(
+    layer: CogVideoXSpatialNorm3D,
+    weights: Weights,
+    x: jax.Array,
+    latents: jax.Array,
+    conv_cache: Any = None,
+    *,
+    split: Split,
+) -> tuple[Deferred, dict]:
     conv_y, conv_b = ((weights[f"{c}.conv.weight"][0, 0, 0], weights[f"{c}.conv.bias"]) for c in ("conv_y", "conv_b"))
     norm = weights["norm_layer.weight"], weights["norm_layer.bias"]
     return spatial_norm(x, latents, norm, conv_y, conv_b, layer.norm_layer.num_groups, split), {}
 
 
-def _causal_conv(layer, weights, x, conv_cache=None, *, split: Split) -> tuple[jax.Array, jax.Array]:
+def _causal_conv(
+    layer: CogVideoXCausalConv3d,
+    weights: Weights,
+    x: jax.Array | Deferred,
+    conv_cache: jax.Array | None = None,
+    *,
+    split: Split,
+) -> tuple[jax.Array, jax.Array | None]:
     return causal_conv(x, weights["conv.weight"], weights["conv.bias"], conv_cache, split)
 
 
-def _upsample(layer, weights, x, *, split: Split) -> jax.Array:
+def _upsample(layer: CogVideoXUpsample3D, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array:
     return upsample(x, weights["conv.weight"], weights["conv.bias"], layer.compress_time, split)
 
 
-def _shortcut(layer, weights, x) -> jax.Array:
+def _shortcut(layer: CogVideoXSafeConv3d, weights: Weights, x: jax.Array) -> jax.Array:
     return shortcut(x, weights["weight"][0, 0, 0], weights["bias"])
 
 
-def _activation(layer, weights, x: Deferred, *, activation) -> Deferred:
-    return x.activated(activation)
+def _activation(layer: torch.nn.Module, weights: Weights, x: Deferred, *, activation: Callable) -> Deferred:
+    return x.with_activation(activation)

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 import custom_splash_attention
-from custom_splash_attention import DEFAULT_BLOCK_SIZES, SEED_BLOCK_SIZES, BlockSizes, splash_attention
+from custom_splash_attention import DEFAULT_BLOCK_SIZES, ORIGINAL_BLOCK_SIZES, BlockSizes, splash_attention
 
 TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-3}
 SMALL = BlockSizes(256, 256, 128, 128)
@@ -121,7 +121,7 @@ def test_lengths(lengths, dtype):
         BlockSizes(128, 512, 384, 128),  # two passes of unequal length in a block
         BlockSizes(384, 128, 256, 256),  # a pass longer than the block
         BlockSizes(640, 1024, 512, 256),  # tiles of 128 queries at the end
-        SEED_BLOCK_SIZES,
+        ORIGINAL_BLOCK_SIZES,
         None,
     ],
     ids=str,
