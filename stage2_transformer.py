@@ -72,7 +72,10 @@ def main() -> None:
         describe(plan, arguments, report)
         parameters = load_parameters(read, plan.transformer, plan.parallelism)
         report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
-        denoising = Denoising(plan, parameters, **load_file(embeddings_path), seed=arguments.seed)
+        embeddings = load_file(embeddings_path)
+        denoising = Denoising(
+            plan, parameters, embeddings["prompt_embeds"], embeddings["negative_prompt_embeds"], arguments.seed
+        )
 
     with report.phase("compile"):
         from executable import compile_or_load
@@ -106,14 +109,14 @@ def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> Non
     """Report the devices, the mesh, attention, guidance and scheduler of the plan, and which of them are defaults."""
     devices = plan.parallelism.mesh.devices
     report.say(f"devices: {devices.size} x {devices.flat[0].device_kind}")
-    reason = "as --sp_num says" if arguments.sp_num else "sp has all chips that dp leaves, which moves the fewest bytes"
-    mesh = dict(plan.parallelism.mesh.shape)
-    report.say(f"mesh: {mesh}, {reason}; {plan.parallelism.layout} layout of the parameters")
+    if devices.size > 1:
+        default = "sp has all chips that dp leaves, which moves the fewest bytes"
+        reason = "as --sp_num says" if arguments.sp_num else default
+        mesh = dict(plan.parallelism.mesh.shape)
+        report.say(f"mesh: {mesh}, {reason}; {plan.parallelism.layout} layout of the parameters")
     by = "chosen" if arguments.attention else f"the default on a {plan.attention.platform}"
     blocks = plan.attention.block_sizes or "the kernel's own choice"
-    report.say(
-        f"attention: {plan.attention.name}, {by}" + (f"; blocks: {blocks}" if plan.attention.name != "xla" else "")
-    )
+    report.say(f"attention: {plan.attention.name}, {by}" + (f"; blocks: {blocks}" if plan.attention.is_kernel else ""))
     if plan.guided:
         report.say(f"guidance scale {plan.guidance_scale:g}: negative and positive prompt in one batch")
     else:

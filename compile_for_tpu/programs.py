@@ -95,7 +95,7 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
 
 
 def _stage2_advice(plan: "denoising.Plan") -> str:
-    if plan.attention.name == "xla":
+    if not plan.attention.is_kernel:
         return "--attention splash, which keeps no scores in memory"
     if plan.parallelism.layout != "fsdp" and plan.parallelism.mesh.size > 1:
         return "--layout fsdp, or a slice of more chips"
@@ -112,7 +112,7 @@ def _stage2_labels(arguments: argparse.Namespace) -> list[str]:
 def add_stage3_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the decoder."""
     _add_model_options(parser)
-    parser.add_argument("--decoder", default="torchax", choices=["torchax", "flax"], help="which decoder")
+    parser.add_argument("--decoder", default="torchax", help="torchax or flax")
     options.add_size_options(parser)
     options.add_decoding_options(parser)
 

@@ -193,6 +193,11 @@ class Attention:
         except ValueError as error:
             raise PlanError("block_sizes", str(error)) from error
 
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is a kernel with block sizes, which keeps no scores in memory."""
+        return IMPLEMENTATIONS[self.name].block_sizes is not None
+
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int) -> jax.Array:
         """Compute attention; see the top of this file."""
         implementation = IMPLEMENTATIONS[self.name]

@@ -96,6 +96,8 @@ def make_plan(
         raise PlanError(
             None, "this model's VAE has a post_quant_conv, as no CogVideoX 1.5 for text has; correct --model_id"
         )
+    if decoder not in DECODERS:
+        raise PlanError("decoder", f"{decoder} is unknown; there are {', '.join(DECODERS)}")
     for name, size in (("height", height), ("width", width)):
         check_multiple(name, size, spatial_compression_ratio(vae))
     check_frames(vae, frames)

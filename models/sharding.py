@@ -63,6 +63,8 @@ ACTIVATIONS = {
     "gathered tokens": ("sp",),
     "split heads": ("tp",),
 }
+# In every layout tp, named first, splits heads and MLP and nothing else of the weights, because a block computes on
+# that share; sp and dp may split one axis of each weight.
 LAYOUTS = {
     "tp": ACTIVATIONS | {"heads": ("tp",), "mlp": ("tp",)},
     "fsdp": ACTIVATIONS | {"heads": ("tp", "sp", "dp"), "mlp": ("tp", "sp", "dp")},
@@ -108,11 +110,14 @@ def gather_at_use(name: str, layout: str) -> tuple[int, tuple[str, ...]] | None:
 
     The share is that of one block, so the axis of the layers is not counted.
     """
-    for axis, logical in enumerate(parameter_axes(name)[1:]):
-        extra = tuple(mesh_axis for mesh_axis in LAYOUTS[layout].get(logical, ()) if mesh_axis != "tp")
-        if extra:
-            return axis, extra
-    return None
+    shares = [
+        (axis, tuple(mesh_axis for mesh_axis in LAYOUTS[layout].get(logical, ()) if mesh_axis != "tp"))
+        for axis, logical in enumerate(parameter_axes(name)[1:])
+    ]
+    split = [share for share in shares if share[1]]
+    if len(split) > 1:
+        raise ValueError(f"layout {layout} lets sp and dp split {len(split)} axes of {name}; a block gathers one")
+    return split[0] if split else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,9 +35,12 @@ class _Collector:
 
     patterns: Sequence[str]
     tapped: dict[str, Tapped]
+    matched: set[str] = dataclasses.field(default_factory=set)
 
     def wants(self, name: str) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in self.patterns)
+        matching = {pattern for pattern in self.patterns if fnmatch.fnmatchcase(name, pattern)}
+        self.matched.update(matching)
+        return bool(matching)
 
 
 _collector: contextvars.ContextVar[_Collector | None] = contextvars.ContextVar("collector", default=None)
@@ -78,14 +81,20 @@ def collecting(function: Callable, patterns: Sequence[str]) -> Callable:
     Args:
         function: will be traced, for example by `jax.jit`.
         patterns: shell patterns of the names to collect, such as "transformer_blocks.*.ff.*".
+
+    Raises:
+        ValueError: while it is traced, a pattern that matches no name.
     """
 
     def collected(*args, **kwargs):
-        token = _collector.set(_Collector(patterns, {}))
+        collector = _Collector(patterns, {})
+        token = _collector.set(collector)
         try:
             result, tapped = _collected(function, *args, **kwargs)
         finally:
             _collector.reset(token)
+        if missing := sorted(set(patterns) - collector.matched):
+            raise ValueError(f"no module is called {' or '.join(missing)}")
         return result, {name: tapped_array.array for name, tapped_array in tapped.items()}
 
     return collected

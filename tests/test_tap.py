@@ -97,7 +97,8 @@ def test_only_what_is_asked_for():
     function, arguments = make_transformer(make_module(SMALL), (1, 2, 1))
     _, tapped = jax.eval_shape(tap.collecting(function, ["transformer_blocks.1.ff.*", "proj_out"]), *arguments)
     assert sorted(tapped) == ["proj_out", "transformer_blocks.1.ff.net.0", "transformer_blocks.1.ff.net.2"]
-    assert tap.collecting(function, ["nothing"])(*arguments)[1] == {}
+    with pytest.raises(ValueError, match="no module is called nothing"):
+        jax.eval_shape(tap.collecting(function, ["nothing", "proj_out"]), *arguments)
 
 
 @both_decoders
