@@ -208,7 +208,7 @@ def _copy_cache(refs: _Refs, packed: bool) -> None:
 
 
 def _write_row(refs: _Refs, activation: Callable | None, factor: int, packed: bool, neighbour: int) -> None:
-    """Compute and write a row; for `neighbour` -1 and 1 the row above or below, which belongs to the next strip."""
+    """Compute and write a row; for `neighbour` -1 and 1 the row above or below, from the strip beside."""
     width = refs.x.shape[0]
 
     def write(column, value, first=False, last=False):
@@ -234,7 +234,10 @@ def _write_row(refs: _Refs, activation: Callable | None, factor: int, packed: bo
 
 
 def _from_neighbour(value: jax.Array, rows: Any, column: int | jax.Array, neighbour: int) -> jax.Array:
-    """Move a column [strips, channels] on by one strip; the strip at the end takes what lies outside, from `rows`."""
+    """Move a column [strips, channels] to the next strip for `neighbour` -1, to the previous one for 1.
+
+    The first or the last strip, to which nothing moves, takes the pixel outside the chip's part, from `rows`.
+    """
     strips = jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
     outside = strips == (0 if neighbour < 0 else value.shape[0] - 1)
     if value.shape[0] > 1:
