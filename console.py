@@ -2,16 +2,18 @@
 
 import argparse
 import contextlib
+import gc
 import glob
 import importlib.metadata
 import math
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 from typing import Any, NoReturn
 
 from tqdm import tqdm
@@ -51,12 +53,29 @@ def run(main: Callable[[], None]) -> None:
 
     Any other exception is a bug, and keeps its traceback.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+        for interrupting in (signal.SIGINT, signal.SIGALRM):
+            signal.signal(interrupting, _interrupt)
     try:
         main()
     except UserError as error:
         _exit(f"error: {error}", 2)
     except KeyboardInterrupt:
         _exit("interrupted; existing files are unchanged", 130)
+
+
+def _interrupt(_: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, but a little later while a callback of the garbage collector runs.
+
+    Python prints and forgets what such a callback raises, and jax has one.
+    """
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame:
+        if frame.f_code in callbacks:
+            signal.setitimer(signal.ITIMER_REAL, 0.01)
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _exit(message: str, status: int) -> NoReturn:

@@ -5,6 +5,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.helpers import (
     CONFIG,
     EMBEDDINGS,
     LATENTS,
+    ROOT,
     SIZE,
     STAGE1,
     STAGE2,
@@ -184,3 +186,37 @@ def test_killed_in_the_middle(kill, outputs):
     if kill == signal.SIGINT:
         assert "interrupted" in errors.splitlines()[-1] and "Traceback" not in errors, errors
     assert contents(outputs) == untouched
+
+
+INTERRUPTED = """
+import gc, time
+from console import run
+
+def callback(phase, _):
+    if phase == "start":
+        print("collecting", flush=True)
+        time.sleep(2)
+
+def main():
+    gc.callbacks.append(callback)
+    gc.collect()
+    time.sleep(20)
+
+run(main)
+"""
+
+
+def test_interrupted_while_garbage_is_collected():
+    """Python forgets what a callback of the collector raises; Ctrl-C must end a stage all the same."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline() == "collecting\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=15)
+    assert process.returncode == 130 and "interrupted" in errors, errors
