@@ -1,25 +1,42 @@
-# make demo: install, then run the three stages on the embedded model. make test: install, then run the tests.
+# The commands of this project. `make` or `make help` lists them.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 OUT := stage_outputs
 PROMPT := a yellow triangle moving right on a gray background
 
-.PHONY: demo test
+.DEFAULT_GOAL := help
+.PHONY: help demo lint test-fast test clean
 
-demo: $(VENV)/installed
+help:  ## list the targets
+	@echo "Targets. The first run of any but help and clean installs what it needs into $(VENV)."
+	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'Variables: PROMPT="$(PROMPT)", OUT=$(OUT), PYTHON=$(PYTHON).'
+
+demo: $(VENV)/installed  ## run the three stages on the tiny model, and say where the video is
 	$(RUN) stage1_text_encoder.py --model_id tiny_model --output_dir $(OUT) --prompt "$(PROMPT)"
 	$(RUN) stage2_transformer.py --input_dir $(OUT) --height 64 --width 64 --frames 17 --guidance_scale 2
 	$(RUN) stage3_vae_decoder.py --input_dir $(OUT)
 	@echo "The video is $(OUT)/output_video.mp4"
 
-test: $(VENV)/installed-for-tests
-	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+lint: $(VENV)/installed-for-tests  ## check style (ruff), format (ruff) and types (mypy)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+test-fast: $(VENV)/installed-for-tests  ## run the quick tests: under two minutes on two cores
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
+
+test: lint  ## check everything: lint, and all tests
 	$(RUN) -m pytest -n 2
 
+clean:  ## remove caches; the environment (.venv) and the outputs (stage_outputs) stay
+	rm -rf .pytest_cache .ruff_cache .mypy_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
 $(VENV)/installed: requirements.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv $(VENV)
+	@test -x $(RUN) || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --requirement requirements.txt
 	@touch $@
 

@@ -1,9 +1,10 @@
-"""A CogVideoX model in diffusers' folder layout, local or from the Hugging Face Hub: its configs and its weights."""
+"""Read the configs and weights of a CogVideoX model in diffusers' folder layout, local or from the Hugging Face Hub."""
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -12,12 +13,12 @@ from console import UserError
 
 
 def resolve_model_id(model_id: str) -> str:
-    """A folder's absolute path, so that later stages find it from anywhere; a hub id as it is."""
+    """Return a folder's absolute path, so that later stages find it from any directory; return a hub id unchanged."""
     return str(Path(model_id).resolve()) if Path(model_id).is_dir() else model_id
 
 
 def same_model(model_id: str | None, used: str) -> str:
-    """The model that the stages before used; raises UserError if `model_id` was given and is another one."""
+    """Return the model that the earlier stages used; raise UserError if `model_id` is given and names another one."""
     if model_id is not None and resolve_model_id(model_id) != used:
         raise UserError(
             f"the input was made with model '{used}', not '{model_id}'; run stage 1 again or drop --model_id"
@@ -26,10 +27,10 @@ def same_model(model_id: str | None, used: str) -> str:
 
 
 def model_folder(model_id: str, patterns: list[str]) -> Path:
-    """The folder of a model; from the Hugging Face Hub, if it is not a folder here, with the files in `patterns`.
+    """Return the folder of a model; if `model_id` is no local folder, download the files that match `patterns`.
 
     Raises:
-        UserError: neither a folder here nor a model that the hub or its cache can give.
+        UserError: there is no such folder, and neither the Hugging Face Hub nor its cache has such a model.
     """
     if Path(model_id).is_dir():
         return Path(model_id)
@@ -40,16 +41,16 @@ def model_folder(model_id: str, patterns: list[str]) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model '{model_id}' is neither a folder here nor to be had from the Hugging Face Hub ({reason}); "
+            f"model '{model_id}' is neither a local folder nor available from the Hugging Face Hub ({reason}); "
             "correct --model_id or check the network"
         ) from error
 
 
 def read_config(model_id: str, component: str, name: str = "config.json") -> dict:
-    """The configuration of one component ("transformer", "vae", "scheduler", ...); no weights are touched.
+    """Read the config of one component ("transformer", "vae", "scheduler", ...), without loading any weights.
 
     Raises:
-        UserError: there is none, or it is not JSON.
+        UserError: the component has no config, or the config is not JSON.
     """
     path = model_folder(model_id, [f"{component}/{name}"]) / component / name
     try:
@@ -62,28 +63,19 @@ def read_config(model_id: str, component: str, name: str = "config.json") -> dic
         raise UserError(f"{path} is not valid JSON ({error}); get the model again") from error
 
 
-def spatial_compression_ratio(vae_config: Mapping) -> int:
-    """Pixels of the video per pixel of the latents, in height and in width."""
-    return 2 ** (len(vae_config["block_out_channels"]) - 1)
-
-
-def latent_size(vae_config: Mapping, frames: int, height: int, width: int) -> tuple[int, int, int]:
-    """Frames, height and width of the latents of a video of 4n + 1 frames."""
-    spatial = spatial_compression_ratio(vae_config)
-    return (frames - 1) // vae_config["temporal_compression_ratio"] + 1, height // spatial, width // spatial
-
-
 def tensor_reader(model_id: str, component: str, names: Iterable[str]) -> Callable[[str], np.ndarray]:
-    """A function from the name of a stored tensor to its array, in the dtype it is stored in; nothing is read before.
+    """Return a function that reads a tensor by its stored name, as an array in its stored dtype.
+
+    Only the files' headers are read before the function is called. bfloat16 arrays have the dtype of `ml_dtypes`.
 
     Args:
-        names: the tensors that will be asked for.
+        names: names of the tensors that will be read.
 
     Raises:
-        UserError: an unreadable file, or a tensor in none of them.
+        UserError: a file cannot be read, or no file has one of the tensors.
     """
     folder = model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]) / component
-    files = {}
+    files: dict[str, Any] = {}  # safetensors names no type for an open file
     with load_errors(folder):
         for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
             file = safe_open(path, framework="np")
@@ -99,7 +91,7 @@ def tensor_reader(model_id: str, component: str, names: Iterable[str]) -> Callab
 
 @contextlib.contextmanager
 def load_errors(folder: Path) -> Iterator[None]:
-    """Turn what a library raises over a missing or broken file in `folder` into a UserError."""
+    """Turn the errors that a library raises for a missing or broken file in `folder` into a UserError."""
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:

@@ -1,14 +1,14 @@
 """Splash Attention in base 2 for TPUs whose MXU is wider than a head (Pallas).
 
 The kernel computes S^T = K Q^T and O^T = V^T P^T, so that nothing is transposed in it and the wide P^T is the
-stationary operand of the second product. What softmax subtracts from a row of scores, and the mask of padded keys,
-ride in the first product: a head fills only a part of the MXU's 256 rows, and columns appended to Q and K use more.
+stationary operand of the second product. The first product also subtracts what softmax subtracts from a row of scores,
+and masks the padded keys: a head fills only a part of the MXU's 256 rows, and columns appended to Q and K use more.
 
-Two kernels share this. The fast one subtracts an upper bound of the row's maximum, known beforehand: with the mean of
-the keys taken out (any constant in a row cancels in the softmax), |q . (k - mean)| <= |q| max|k - mean| by
-Cauchy-Schwarz, and the row's maximum is at least its mean, 0. A head where the two are too far apart for float32 takes
-the online kernel, with the running maximum of Milakov and Gimelshein (arXiv:1805.02867) and FlashAttention
-(arXiv:2205.14135).
+Two kernels work in this way. The fast kernel subtracts an upper bound of the row's maximum, which is known beforehand:
+with the mean of the keys taken out (any constant in a row cancels in the softmax), Cauchy-Schwarz gives
+|q . (k - mean)| <= |q| max|k - mean|, and the row's maximum is at least its mean, 0. A head where bound and mean are
+too far apart for float32 takes the online kernel, which keeps the running maximum of Milakov and Gimelshein
+(arXiv:1805.02867) and FlashAttention (arXiv:2205.14135).
 """
 
 import dataclasses
@@ -31,21 +31,21 @@ USE_CUSTOM_ATTENTION = True
 
 LANES = 128
 QUERY_TILE = 256  # queries in one product: the MXU's width
-LAG = 5  # tiles between a tile's two products: time for exp2, and for pushing P^T into the MXU
+LAG = 5  # tiles between a tile's two products: time to compute exp2, and to load P^T into the MXU
 VMEM_LIMIT = 64 * 2**20  # bytes
-VMEM_FOR_BLOCKS = 60 * 2**20  # bytes; the rest is for what the compiler parks between a tile's two products
-SHIFT = 32  # fast path: weights are at most 2^SHIFT; the middle of float32's range is left for small ones
-LIMIT = 100  # fast path: the bound may exceed a row's maximum by this much (log2)
-OFFSET_LIMIT = 2**12  # fast path: what is subtracted may be this large (log2) before float32 sums lose digits
-MASKED = -1e30
+VMEM_FOR_BLOCKS = 60 * 2**20  # bytes; in the rest the compiler keeps weights between a tile's two products
+SHIFT = 32  # fast kernel: weights are at most 2^SHIFT, so that small ones lie in the middle of float32's range
+LIMIT = 100  # fast kernel: the bound may exceed a row's maximum by this much (log2)
+OFFSET_LIMIT = 2**12  # fast kernel: what is subtracted may be this large (log2) before float32 sums lose digits
+MASKED = -1e30  # score of a padded key
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """How the kernel divides its work; all in tokens.
+    """How the kernel divides its work; all sizes are in tokens.
 
     A grid step holds block_q queries and block_kv keys in VMEM, and goes over the keys in passes of block_kv_compute
-    (the last may be shorter). A pass is unrolled: products of block_kv_compute_in keys and 256 queries.
+    keys (the last pass may be shorter). A pass is unrolled into products of block_kv_compute_in keys and 256 queries.
     """
 
     block_q: int = BQSIZE
@@ -59,9 +59,8 @@ class BlockSizes:
             name, size = field.name, getattr(self, field.name)
             if size < LANES or size % LANES:
                 nearest = sorted({max(size // LANES, 1) * LANES, (max(size, 0) // LANES + 1) * LANES})
-                raise ValueError(
-                    f"{name}={size} is not a multiple of {LANES}; the nearest that work: {_either(nearest)}"
-                )
+                alternatives = " or ".join(map(str, nearest))
+                raise ValueError(f"{name}={size} is not a multiple of {LANES}; the nearest that work: {alternatives}")
         per_query, per_key = _vmem(head_dim, itemsize)
         used = self.block_q * per_query + self.block_kv * per_key
         if used > VMEM_FOR_BLOCKS:
@@ -72,24 +71,27 @@ class BlockSizes:
             fits = fits or [f"block_q={half[0]} with block_kv={half[1]}"]
             raise ValueError(
                 f"block_q={self.block_q} and block_kv={self.block_kv} need {used / 2**20:.0f} MiB of VMEM, of "
-                f"{VMEM_FOR_BLOCKS >> 20}; the nearest that work: {_either(fits)}"
+                f"{VMEM_FOR_BLOCKS >> 20}; the nearest that work: {' or '.join(fits)}"
             )
 
     def clipped(self, q_len: int, kv_len: int) -> "BlockSizes":
-        """No longer than the sequences."""
-        block_q, block_kv = min(self.block_q, _up(q_len, LANES)), min(self.block_kv, _up(kv_len, LANES))
+        """Limit the blocks to the lengths of the sequences."""
+        block_q, block_kv = min(self.block_q, _round_up(q_len, LANES)), min(self.block_kv, _round_up(kv_len, LANES))
         return BlockSizes(block_q, block_kv, min(self.block_kv_compute, block_kv), self.block_kv_compute_in)
 
     def fitted(self, q_len: int, kv_len: int, head_dim: int, itemsize: int) -> "BlockSizes":
-        """These sizes as limits: least padding, fewest blocks of keys, and fewest passes in no longer a program."""
+        """Return sizes up to these with the least padding, the fewest blocks of keys, and then the fewest passes.
+
+        A pass is unrolled, so it also has a limit: the program is no longer than with these sizes.
+        """
         per_query, per_key = _vmem(head_dim, itemsize)
         block_kv = min(self.block_kv, (VMEM_FOR_BLOCKS - self.block_q * per_query) // per_key)
         blocks = -(-kv_len // block_kv)
-        block_kv = _up(-(-kv_len // blocks), LANES)
-        # Several blocks of keys are transposed again for every block of queries, which should be long then.
+        block_kv = _round_up(-(-kv_len // blocks), LANES)
+        # Where there are several blocks of keys, each is transposed again for every block of queries: make those long.
         sizes = range(min(2 * QUERY_TILE, self.block_q) if blocks == 1 else self.block_q, self.block_q + 1, QUERY_TILE)
-        block_q = min(_up(q_len, LANES), min(sizes, key=lambda size: (_up(q_len, size), -size)))
-        # A float32 product takes about eight times the instructions. A shorter last pass is unrolled beside the others.
+        block_q = min(_round_up(q_len, LANES), min(sizes, key=lambda size: (_round_up(q_len, size), -size)))
+        # A float32 product takes about eight times the instructions. A shorter last pass is unrolled separately.
         unit = self.block_kv_compute_in
         limit = self.block_q * self.block_kv_compute // (8 if itemsize == 4 else 1) // block_q
         passes = [size for size in range(unit, limit + 1, unit) if size + block_kv % size <= limit] or [unit]
@@ -98,22 +100,32 @@ class BlockSizes:
 
 
 DEFAULT_BLOCK_SIZES = BlockSizes()
-SEED_BLOCK_SIZES = BlockSizes(3328, 2816, 256, 256)
+# Those of the original project, the CogVideoX scripts in yangwhale/gpu-tpu-pedia.
+ORIGINAL_BLOCK_SIZES = BlockSizes(3328, 2816, 256, 256)
 
 
 def splash_attention(
-    query, key, value, *, scale=None, block_sizes=None, k_smooth=USE_K_SMOOTH, interpret=None, kv_length=None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    scale: float | None = None,
+    block_sizes: BlockSizes | None = None,
+    k_smooth: bool = USE_K_SMOOTH,
+    interpret: bool | None = None,
+    kv_length: int | None = None,
 ) -> jax.Array:
-    """softmax(scale query key^T) value, without a mask.
+    """Compute softmax(scale query key^T) value, without a mask.
 
     Args:
         query: [batch, heads, q_len, head_dim], bfloat16 or float32.
         key, value: [batch, heads, kv_len, head_dim], of the query's dtype.
         scale: positive factor of the scores; by default head_dim ** -0.5.
         block_sizes: by default DEFAULT_BLOCK_SIZES, made shorter where that saves padding.
-        k_smooth: take the mean of the keys out of the bound, exact for softmax; fewer heads need the online kernel.
-        kv_length: how many of the keys count, from the first on; by default all.
+        k_smooth: take the mean of the keys out of the bound, so that fewer heads need the online kernel; the result
+            stays the same.
         interpret: run in Pallas' interpreter; by default where the call is not compiled for a TPU.
+        kv_length: how many of the keys count, from the first on; by default all.
 
     Returns:
         [batch, heads, q_len, head_dim] of the query's dtype.
@@ -140,25 +152,25 @@ def splash_attention(
         block_sizes.check(head_dim, query.dtype.itemsize)
 
     factor = scale * math.log2(math.e)
-    flat = [array.reshape(batch * heads, -1, head_dim).swapaxes(1, 2) for array in (query, key, value)]
-    bound, safe = _bound(flat[0], flat[1][:, :, :kv_length], factor, k_smooth)
+    queries, keys, values = (x.reshape(batch * heads, -1, head_dim).swapaxes(1, 2) for x in (query, key, value))
+    arguments = queries, keys, values, *_bound(queries, keys[:, :, :kv_length], factor, k_smooth)
     run = functools.partial(_run, factor=factor, blocks=blocks, kv_len=kv_length)
     if interpret is None:
         compiled, interpreted = (functools.partial(run, interpret=choice) for choice in (False, True))
-        output = lax.platform_dependent(*flat, bound, safe, tpu=compiled, default=interpreted)
+        output = lax.platform_dependent(*arguments, tpu=compiled, default=interpreted)
     else:
-        output = run(*flat, bound, safe, interpret=interpret)
+        output = run(*arguments, interpret=interpret)
     return output.swapaxes(1, 2).reshape(query.shape)
 
 
-def _bound(queries, keys, factor, k_smooth):
-    """What the fast kernel subtracts from the scores of each row, and which heads may take it.
+def _bound(queries: jax.Array, keys: jax.Array, factor: float, k_smooth: bool) -> tuple[jax.Array, jax.Array]:
+    """Compute what the fast kernel subtracts from the scores of each row, and which heads may take that kernel.
 
     Args:
         queries, keys: [heads, head_dim, length].
 
     Returns:
-        [heads, 1, q_len], float32, in units of query . key; and [heads], bool.
+        The bound, float32 [heads, 1, q_len], in units of query . key, and whether a head is safe, bool [heads].
     """
     queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
     mean = keys.mean(2, keepdims=True)
@@ -172,41 +184,64 @@ def _bound(queries, keys, factor, k_smooth):
     return bound - SHIFT / factor, safe.all((1, 2))
 
 
-def _run(queries, keys, values, bound, safe, *, factor, blocks, kv_len, interpret):
-    """The fast kernel for all heads, then the online kernel again for those, if any, that may not take it."""
+def _run(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    bound: jax.Array,
+    safe: jax.Array,
+    *,
+    factor: float,
+    blocks: BlockSizes,
+    kv_len: int,
+    interpret: bool,
+) -> jax.Array:
+    """Run the fast kernel for all heads, and then the online kernel for the heads, if any, that are not safe."""
     call = functools.partial(_call, factor=factor, kv_len=kv_len, interpret=interpret)
-    # Its program is longer, and speed is not what it is for.
-    short = dataclasses.replace(blocks, block_kv_compute=min(blocks.block_kv_compute, 4 * blocks.block_kv_compute_in))
+    # The online kernel's program is longer, and it need not be fast: it is unrolled less.
+    online_blocks = dataclasses.replace(
+        blocks, block_kv_compute=min(blocks.block_kv_compute, 4 * blocks.block_kv_compute_in)
+    )
     unsafe = jnp.argsort(safe)
 
     def online(index, output):
-        return call(unsafe[index], queries, keys, values, jnp.zeros_like(bound), output, blocks=short)
+        return call(unsafe[index], queries, keys, values, jnp.zeros_like(bound), output, blocks=online_blocks)
 
     output = lax.fori_loop(0, (~safe).sum(), online, call(0, queries, keys, values, bound, blocks=blocks))
-    # Otherwise XLA may lay the loop's array out as its reader wants it, and copy what the kernel wrote.
+    # Without this, XLA may choose the loop's layout for the operation that reads it, and copy what the kernel wrote.
     return with_layout_constraint(output, Layout(major_to_minor=(0, 1, 2)))
 
 
-def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, kv_len, interpret):
-    """The fast kernel over all heads, or where `output` is given the online kernel, which replaces one head in it.
+def _call(
+    head: int | jax.Array,
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    bound: jax.Array,
+    output: jax.Array | None = None,
+    *,
+    factor: float,
+    blocks: BlockSizes,
+    kv_len: int,
+    interpret: bool,
+) -> jax.Array:
+    """Run the fast kernel over all heads, or, if `output` is given, the online kernel, which replaces one head in it.
 
     Takes [heads, head_dim, q_len], twice [heads, head_dim, kv_len] and [heads, 1, q_len]; returns the queries' shape.
     The last blocks may reach over the end, where a read is undefined and a write is dropped.
     """
     heads, head_dim, q_len = queries.shape
-    rows = _rows(head_dim)
     block_q, block_kv = blocks.block_q, blocks.block_kv
     assert keys.shape == values.shape and bound.shape == (heads, 1, q_len)
     online = output is not None
-    held = jnp.float32 if interpret else queries.dtype  # XLA's CPU backend lacks some products of bfloat16
-    arrays = [queries, keys, values, bound, *[output] * online]
-    if not interpret:  # XLA would put what fits into VMEM, which is the kernel's
+    arrays = [queries, keys, values, bound, *([] if output is None else [output])]
+    if not interpret:  # otherwise XLA puts what fits into VMEM, which the kernel needs for itself
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
 
-    def of_queries(rows):
+    def query_spec(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, rows, block_q), lambda h, i, j, head: (head[0] + h, 0, i))
 
-    of_keys = pl.BlockSpec((1, head_dim, block_kv), lambda h, i, j, head: (head[0] + h, 0, j))
+    key_spec = pl.BlockSpec((1, head_dim, block_kv), lambda h, i, j, head: (head[0] + h, 0, j))
     return pl.pallas_call(
         functools.partial(_online_kernel if online else _fast_kernel, factor=factor, blocks=blocks, kv_len=kv_len),
         name="exp2_splash_online" if online else "exp2_splash",
@@ -214,21 +249,14 @@ def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, kv
             num_scalar_prefetch=1,
             grid=(1 if online else heads, pl.cdiv(q_len, block_q), pl.cdiv(kv_len, block_kv)),
             in_specs=[
-                of_queries(head_dim),
-                of_keys,
-                of_keys,
-                of_queries(1),
+                query_spec(head_dim),
+                key_spec,
+                key_spec,
+                query_spec(1),
                 *[pl.BlockSpec(memory_space=pl.ANY)] * online,
             ],
-            out_specs=of_queries(head_dim),
-            scratch_shapes=[
-                pltpu.VMEM((rows, block_q), held),
-                pltpu.VMEM((block_kv, rows), held),
-                pltpu.VMEM((head_dim, block_kv), held),
-                pltpu.VMEM((head_dim, block_q), jnp.float32),
-                pltpu.VMEM((8, block_q), jnp.float32),
-                *[pltpu.VMEM((1, block_q), jnp.float32)] * online,
-            ],
+            out_specs=query_spec(head_dim),
+            scratch_shapes=_scratch(head_dim, blocks, jnp.float32 if interpret else queries.dtype, online),
         ),
         out_shape=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
         input_output_aliases={5: 0} if online else {},
@@ -239,13 +267,29 @@ def _call(head, queries, keys, values, bound, output=None, *, factor, blocks, kv
     )(jnp.full(1, head, jnp.int32), *arrays)
 
 
+def _scratch(head_dim: int, blocks: BlockSizes, dtype: jax.typing.DTypeLike, online: bool) -> list:
+    """Return the kernels' scratch memory: queries and keys with what is appended, values, output, sums, maxima.
+
+    `dtype` is that of the products. The interpreter needs float32: XLA lacks some products of bfloat16 on a CPU.
+    """
+    rows, dtype = _rows(head_dim), jnp.dtype(dtype)
+    return [
+        pltpu.VMEM((rows, blocks.block_q), dtype),
+        pltpu.VMEM((blocks.block_kv, rows), dtype),
+        pltpu.VMEM((head_dim, blocks.block_kv), dtype),
+        pltpu.VMEM((head_dim, blocks.block_q), jnp.float32),
+        pltpu.VMEM((8, blocks.block_q), jnp.float32),
+        *[pltpu.VMEM((1, blocks.block_q), jnp.float32)] * online,
+    ]
+
+
 def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, *scratch, factor, blocks, kv_len):
-    """Weights relative to the bound, which is part of the first product."""
+    """Compute weights relative to the bound, which the first product subtracts."""
     query_ref, key_ref, value_ref, output_ref, sum_ref = scratch
 
     def weigh(queries, keys):
         weights = jnp.exp2(_product(key_ref[keys, :], query_ref[:, queries]) * factor)
-        sum_ref[:, queries] += _fold(weights)
+        sum_ref[:, queries] += _sum_to_registers(weights)
         return weights.astype(v_ref.dtype)
 
     def add(queries, keys, weights):
@@ -256,7 +300,7 @@ def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, *scratch, factor, blocks,
 
 
 def _online_kernel(_, q_ref, k_ref, v_ref, b_ref, __, o_ref, *scratch, factor, blocks, kv_len):
-    """Weights relative to the largest score so far; what was summed before shrinks when it grows."""
+    """Compute weights relative to the largest score so far; when that grows, what was summed before is scaled down."""
     query_ref, key_ref, value_ref, output_ref, sum_ref, max_ref = scratch
 
     @pl.when(pl.program_id(2) == 0)
@@ -270,7 +314,7 @@ def _online_kernel(_, q_ref, k_ref, v_ref, b_ref, __, o_ref, *scratch, factor, b
         max_ref[:, queries] = largest
         shrink = jnp.exp2((before - largest) * factor)
         weights = jnp.exp2((scores - largest) * factor)
-        sum_ref[:, queries] = sum_ref[:, queries] * shrink + _fold(weights)
+        sum_ref[:, queries] = sum_ref[:, queries] * shrink + _sum_to_registers(weights)
         return weights.astype(v_ref.dtype), shrink
 
     def add(queries, keys, weighed):
@@ -282,10 +326,11 @@ def _online_kernel(_, q_ref, k_ref, v_ref, b_ref, __, o_ref, *scratch, factor, b
 
 
 def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, kv_len):
-    """Append to each query minus its bound, as what its dtype holds and the rest, and 1; to a key 1, 1 and its mask.
+    """Append (-bound, 1) to each query and (1, mask) to each key, so that their product subtracts and masks.
 
-    Keys are transposed on the way, and with the values cleared beyond the end. One block of them does for all queries
-    of a head.
+    The bound takes two columns, what the query's dtype holds of it and the rest, so a key gets (1, 1, mask). Keys are
+    transposed too, and keys and values beyond the end are cleared. Where one block holds all keys of a head, this is
+    done once for all of the head's queries.
     """
     head_dim, rows = q_ref.shape[1], query_ref.shape[0]
     first = pl.program_id(2) * blocks.block_kv
@@ -316,7 +361,7 @@ def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, k
 
 
 def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add):
-    """A grid step: clear the sums before the first block of keys, add every pass, divide after the last block."""
+    """Do a grid step: clear the sums before the first block of keys, add every pass, divide after the last block."""
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -333,7 +378,7 @@ def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add):
 def _pipeline(blocks, weigh, add, first, length):
     """Unroll a pass over keys first ... first + length: weigh a tile, and add its values LAG tiles later.
 
-    The MXU takes the products in this order, so the lag is what keeps it busy while a tile's weights are made.
+    The MXU takes the products in this order: the lag keeps it busy while a tile's weights are computed.
     """
     pending = []
     for start in range(0, length, blocks.block_kv_compute_in):
@@ -348,39 +393,36 @@ def _pipeline(blocks, weigh, add, first, length):
 
 
 def _loop(length, step, body):
-    """body(start, size) over [0, length) in steps, the last of which may be shorter; the others are a loop."""
+    """Call body(start, size) over [0, length) in a loop of steps; a shorter last step follows the loop."""
     step = min(step, length)
     lax.fori_loop(0, length // step, lambda index, _: body(pl.multiple_of(index * step, LANES), step), None)
     if length % step:
         body(length - length % step, length % step)
 
 
-def _product(left, right):
-    """left @ right in float32; float32 operands keep their digits."""
+def _product(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Compute left @ right in float32; float32 operands keep their digits."""
     precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot(left, right.astype(left.dtype), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _fold(weights):
-    """Sum a tile's rows down to 8, a register's height: no work across the rows of a register."""
+def _sum_to_registers(weights: jax.Array) -> jax.Array:
+    """Sum a tile's rows down to 8, a register's height, which needs no work across the rows of a register."""
     return weights.reshape(-1, 8, weights.shape[1]).sum(0)
 
 
 def _rows(head_dim: int) -> int:
-    """Rows of the first product: a head, the bound's two parts and the mask, in whole bfloat16 registers."""
-    return _up(head_dim + 3, 16)
+    """Return the rows of the first product: a head, the bound's two parts and the mask, in whole bfloat16 registers."""
+    return _round_up(head_dim + 3, 16)
 
 
 def _vmem(head_dim: int, itemsize: int) -> tuple[int, int]:
-    """Bytes of VMEM that a query and a key take in a grid step; inputs and the output are double-buffered."""
+    """Return the bytes of VMEM that a query and a key take in a grid step; inputs and output are double-buffered."""
     rows = _rows(head_dim)
     per_query = itemsize * (4 * head_dim + rows) + 4 * (head_dim + 8 + 8 + 2 * 8)
-    return per_query, itemsize * (5 * head_dim + _up(rows, LANES))
+    return per_query, itemsize * (5 * head_dim + _round_up(rows, LANES))
 
 
-def _either(values) -> str:
-    return " or ".join(map(str, values))
-
-
-def _up(length: int, unit: int) -> int:
+def _round_up(length: int, unit: int) -> int:
+    """Round `length` up to a multiple of `unit`."""
     return -(-length // unit) * unit

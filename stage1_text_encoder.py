@@ -1,25 +1,33 @@
-"""Stage 1: encode the prompt with the model's T5 encoder, on the CPU.
+"""Run stage 1: encode the prompt with the model's T5 encoder, on the CPU.
 
 Writes stage1_embeddings.safetensors and generation_config.json (text entries only) to --output_dir.
 """
 
+import argparse
 import shlex
+from typing import TYPE_CHECKING
 
 import checkpoint
 import utils
 from console import ArgumentParser, Report, prepare_libraries, run
 
+if TYPE_CHECKING:
+    from diffusers import CogVideoXPipeline
+    from transformers import T5Tokenizer
 
-def parse_arguments():
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = ArgumentParser("Stage 1 of CogVideoX text to video: encode the prompt.")
     parser.add_argument("--prompt", required=True, help="what the video shows")
-    parser.add_argument("--negative_prompt", default="", help="what it must not show (used with guidance)")
+    parser.add_argument("--negative_prompt", default="", help="what the video must not show; used with guidance")
     parser.add_argument("--model_id", default=utils.MODEL_NAME, help="Hugging Face model id, or a folder")
     parser.add_argument("--output_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="where the files go")
     return parser.parse_args()
 
 
 def main() -> None:
+    """Run stage 1."""
     arguments = parse_arguments()
     embeddings_path = arguments.output_dir / utils.EMBEDDINGS
     utils.check_writable(embeddings_path)
@@ -40,7 +48,7 @@ def main() -> None:
     for option in ("prompt", "negative_prompt"):
         lost = text_beyond(pipeline.tokenizer, config[option], max_sequence_length)
         if lost:
-            report.say(f"WARNING: --{option} is longer than {max_sequence_length} tokens; left out: «{lost}»")
+            report.say(f"WARNING: --{option} is longer than {max_sequence_length} tokens; this is cut off: «{lost}»")
 
     with report.phase("run"):
         import torch
@@ -64,8 +72,8 @@ def main() -> None:
     report.close(shlex.join(["python", "stage2_transformer.py", "--input_dir", str(arguments.output_dir)]))
 
 
-def load_text_pipeline(model_id: str):
-    """A `CogVideoXPipeline` with nothing but tokenizer and text encoder, the weights in the dtype of their files."""
+def load_text_pipeline(model_id: str) -> "CogVideoXPipeline":
+    """Load a `CogVideoXPipeline` that has only a tokenizer and a text encoder, with weights in their stored dtype."""
     folder = checkpoint.model_folder(model_id, ["tokenizer/*", "text_encoder/*"])
     from diffusers import CogVideoXPipeline
     from transformers import T5EncoderModel, T5Tokenizer
@@ -78,8 +86,8 @@ def load_text_pipeline(model_id: str):
     return CogVideoXPipeline(tokenizer, text_encoder, vae=None, transformer=None, scheduler=None)
 
 
-def text_beyond(tokenizer, text: str, max_sequence_length: int) -> str:
-    """The end of `text` that does not fit into `max_sequence_length` tokens, its closing token counted."""
+def text_beyond(tokenizer: "T5Tokenizer", text: str, max_sequence_length: int) -> str:
+    """Return the end of `text` that does not fit into `max_sequence_length` tokens, one of which ends every text."""
     tokens = tokenizer(text, add_special_tokens=False).input_ids
     return tokenizer.decode(tokens[max_sequence_length - 1 :])
 

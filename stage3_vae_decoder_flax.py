@@ -1,4 +1,4 @@
-"""Stage 3 with the Flax decoder: same options, files and output as stage3_vae_decoder.py."""
+"""Run stage 3 with the Flax decoder: the options, files and output are those of stage3_vae_decoder.py."""
 
 import functools
 

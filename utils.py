@@ -1,6 +1,6 @@
-"""What the stages share: their defaults, and the files that pass between them.
+"""Define what the stages share: default options, and the files that pass between them.
 
-Light on purpose: importing it loads neither jax nor torch, so that wrong arguments are answered at once.
+Importing this module loads neither jax nor torch, so that a stage reports wrong arguments at once.
 """
 
 import argparse
@@ -11,12 +11,17 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
 from console import UserError
 
-# Defaults of the command lines.
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+# Defaults of the command-line options.
 MODEL_NAME = "zai-org/CogVideoX1.5-5B"
 WIDTH = 1360
 HEIGHT = 768
@@ -26,9 +31,8 @@ NUM_STEPS = 10
 GUIDANCE_SCALE = 6.0
 SEED = 42
 WARMUP_STEPS = 2
-ATTENTION = ("splash_exp2", "splash", "xla")
 USE_DP = True
-USE_FSDP = False
+LAYOUT = "tp"
 STAGE_OUTPUTS = Path("stage_outputs")
 
 # The files that pass between the stages, and the entries that each stage adds to the config, with their types.
@@ -52,17 +56,19 @@ VIDEO_ENTRIES = {
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[str]:
-    """Yield a temporary path beside `path` and move it there on success: a reader finds the old file or the new one.
+    """Yield a temporary path in the folder of `path`, and rename the file there to `path` on success.
+
+    A reader of `path` finds either the old file or the complete new one.
 
     Raises:
-        UserError: the file cannot be written (rights, space, a folder in its place).
+        UserError: the file cannot be written (no permission, no space, or a folder has this name).
     """
     with _write_errors(path):
         temporary = _temporary_beside(path)
         try:
             yield temporary
             os.umask(umask := os.umask(0))
-            os.chmod(temporary, 0o666 & ~umask)  # temporary files shut out everyone but their owner
+            os.chmod(temporary, 0o666 & ~umask)  # only the owner may read a file of mkstemp
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
@@ -70,12 +76,13 @@ def replacing(path: Path) -> Iterator[str]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise UserError now if `path` could not be written later; touches no file that exists."""
+    """Raise UserError if `path` cannot be written; change no existing file."""
     with _write_errors(path):
         os.unlink(_temporary_beside(path))
 
 
 def _temporary_beside(path: Path) -> str:
+    """Make an empty file in the folder of `path`, and the folder if it is missing; return the file's path."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,15 +93,16 @@ def _temporary_beside(path: Path) -> str:
 
 @contextlib.contextmanager
 def _write_errors(path: Path) -> Iterator[None]:
+    """Turn errors of writing `path` into a UserError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
-        raise UserError(f"cannot write {path}: {reason}; give another place or make room") from error
+        raise UserError(f"cannot write {path}: {reason}; choose another path or free some disk space") from error
 
 
 def path(text: str) -> Path:
-    """An argparse type: a path that is not empty."""
+    """Return `text` as a path with ~ expanded; an argparse type that rejects an empty path."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
     return Path(text).expanduser()
@@ -107,10 +115,14 @@ def write_config(directory: Path, entries: Mapping) -> None:
 
 
 def read_config(directory: Path, stages: Mapping[int, Mapping[str, type]]) -> dict:
-    """Read generation_config.json and check that each of `stages` (number -> its entries) has left its entries.
+    """Read generation_config.json and check that it has the entries of some stages.
+
+    Args:
+        directory: the folder of the file.
+        stages: for each stage that must have run, by number, the names and types of its entries.
 
     Raises:
-        UserError: no file, no JSON, or an entry missing or of another type.
+        UserError: the file is missing or is not JSON, or an entry is missing or has another type.
     """
     path = directory / CONFIG
     try:
@@ -136,15 +148,15 @@ def read_config(directory: Path, stages: Mapping[int, Mapping[str, type]]) -> di
 
 
 def made_from(config: Mapping, entries: Iterable[str]) -> dict[str, str]:
-    """Safetensors metadata: the config entries that a tensor file was made from."""
+    """Return the metadata of a safetensors file: the config entries that its tensors were made from."""
     return {"made_from": json.dumps({name: config[name] for name in entries})}
 
 
 def tensor_shapes(path: Path, stage: int, names: Iterable[str], config: Mapping) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors `names` of a stage's file, from its header alone.
+    """Read the shapes of the tensors `names` from the header of a stage's file, and check what the file was made from.
 
     Raises:
-        UserError: the file is missing, truncated, lacks a tensor, or was made from another config than `config`.
+        UserError: the file is missing or truncated, lacks a tensor, or was made with entries other than `config`'s.
     """
     try:
         with safe_open(path, framework="np") as file:
@@ -164,3 +176,24 @@ def tensor_shapes(path: Path, stage: int, names: Iterable[str], config: Mapping)
                 f"run stage {stage} again"
             )
     return shapes
+
+
+def prepare_video_for_export(video: "np.ndarray | torch.Tensor") -> "list[np.ndarray]":
+    """Return a video as the frames that `diffusers.utils.export_to_video` takes, float32 [height, width, 3] in [0, 1].
+
+    Args:
+        video: frames as `--output_frames` saves them, uint8 [frames, height, width, 3], or the VAE's output, a torch
+            tensor [1, 3, frames, height, width] with values around [-1, 1].
+
+    Raises:
+        ValueError: the video has another shape or dtype.
+    """
+    import numpy as np
+
+    if isinstance(video, np.ndarray) and video.dtype == np.uint8 and video.ndim == 4 and video.shape[3] == 3:
+        return list(video.astype(np.float32) / 255)
+    if not isinstance(video, np.ndarray) and video.ndim == 5 and video.shape[:2] == (1, 3):
+        from diffusers.video_processor import VideoProcessor
+
+        return list(VideoProcessor().postprocess_video(video.float(), output_type="np")[0])
+    raise ValueError(f"expected uint8 [F, H, W, 3] or a tensor [1, 3, F, H, W], got {video.dtype} {list(video.shape)}")

@@ -1,15 +1,18 @@
-"""The seed project's stage-2 tables: its measured seconds a step beside what the compiler's schedule predicts.
+"""Compare the original project's measured seconds a step with predictions from the compiler's schedule.
 
-    python benchmarks/reproduce_tables.py --rows all
+    python -m benchmarks.reproduce_tables
+    python -m benchmarks.reproduce_tables --rows 10 11 12
 
-This is how far the predictions of compile_for_tpu.py can be trusted. Each row's configuration is built as the seed had
-it: diffusers' own block through TorchAx, partitioned by GSPMD with the seed's parameter shardings, Splash Attention in
-shard_map. One block is compiled and counted 42 times; what comes before and after the blocks is left out. Beside each
-row stands our own stage 2 in the same size on the same chips (--ours).
+The original project is the CogVideoX scripts in yangwhale/gpu-tpu-pedia, whose authors measured on TPUs. Their figures
+show how accurate the predictions of compile_for_tpu are. Each row has a configuration of theirs: diffusers' own block
+through TorchAx, partitioned by GSPMD with their parameter shardings, and Splash Attention in shard_map. One block is
+compiled and counted 42 times; the operations before and after the blocks are not counted. With --ours, each row also
+has a prediction for our own stage 2 in the same size on the same chips. The new rows replace those in
+benchmarks/results/tables.json.
 
-The seed's exp2 kernel is not in this repository: its rows take the block's time from the compiler and the kernel's from
-451 useful scores a cycle, what that kernel's own schedule gives at the Wan2.1 blocks. The seed does not say which
-kernel rows 1 to 4 ran; JAX's Splash Attention with the original blocks is assumed.
+The original's exp2 kernel is not in this repository. In its rows, the kernel's time is computed from 451 useful scores
+a cycle, the result of that kernel's own schedule at the Wan2.1 blocks; the other times come from the compiler. The
+original project does not say which kernel rows 1 to 4 ran; JAX's Splash Attention with the original blocks is assumed.
 """
 
 import argparse
@@ -17,23 +20,25 @@ import functools
 import json
 import math
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import checkpoint
+import utils
+from compile_for_tpu import compiler, prediction, programs, report, topologies
+from console import ArgumentParser, UserError, prepare_libraries, run
 
-import utils  # noqa: E402
-from benchmarks import compile_for_tpu, tpu  # noqa: E402
-from console import ArgumentParser, UserError, prepare_libraries, run  # noqa: E402
+if TYPE_CHECKING:
+    import jax
+    import torch
 
-SEED_EXP2_SCORES_PER_CYCLE = 451
-LARGE, SMALL = (768, 1360, 81), (640, 1280, 61)
+ORIGINAL_EXP2_SCORES_PER_CYCLE = 451
+LARGE, MIDDLE, SMALL = (768, 1360, 81), (720, 1280, 81), (640, 1280, 61)
 
 
 class Row(NamedTuple):
-    """One row: what the seed ran, and the seconds a step that it measured."""
+    """One row: a configuration of the original project, and the seconds a step that its authors measured."""
 
     name: str
     topology: str
@@ -42,7 +47,7 @@ class Row(NamedTuple):
     dp: int
     mesh_order: tuple[str, str, str]
     constraint: bool  # on the attention's output
-    exp2: bool  # the seed's kernel, else JAX's Splash Attention with blocks 2048/1024/512
+    exp2: bool  # the original's kernel, else JAX's Splash Attention with blocks 2048/1024/512
     measured: float
 
 
@@ -57,12 +62,16 @@ ROWS = {
     "7": Row("no CFG, small", "v6e-8", SMALL, False, 1, BEST, True, True, 0.71),
     "8": Row("no CFG, small", "v6e-4", SMALL, False, 1, BEST, True, True, 1.07),
     "9": Row("no CFG, small", "v6e-1", SMALL, False, 1, BEST, True, True, 2.73),
+    # Later figures of the same authors: yangwhale/gpu-tpu-pedia, December 2025.
+    "10": Row("guided, middle", "v6e-8", MIDDLE, True, 2, BEST, True, True, 2.08),
+    "11": Row("guided, small", "v6e-8", SMALL, True, 2, BEST, True, True, 1.13),
+    "12": Row("guided, small, tp 8", "v6e-8", SMALL, True, 1, BEST, True, True, 1.79),
     "splash": Row("no CFG, small, JAX's Splash", "v6e-1", SMALL, False, 1, BEST, True, False, 3.38),
 }
 
-# The seed's parameter shardings ("fsdp"), [out, in]; its rule for ff.net.0 misses CogVideoX's ff.net.0.proj, which is
-# therefore replicated. Source: the public code of yangwhale/gpu-tpu-pedia.
-SEED_SHARDINGS = {
+# The original's parameter shardings ("fsdp"), [out, in]. Its rule for ff.net.0 does not match CogVideoX's
+# ff.net.0.proj, which is therefore replicated. Source: the public code of yangwhale/gpu-tpu-pedia.
+ORIGINAL_SHARDINGS = {
     "attn1.to_q.weight": (None, ("tp", "sp")),
     "attn1.to_k.weight": (None, ("tp", "sp")),
     "attn1.to_v.weight": (None, ("tp", "sp")),
@@ -71,131 +80,175 @@ SEED_SHARDINGS = {
 }
 
 
-def trace_seed_block(row: Row, devices) -> tuple:
-    """The seed's block for a row, traced; and the facts that the prediction needs. See compile_for_tpu.trace_stage2."""
+def trace_original_block(row: Row, devices: list) -> prediction.Programs:
+    """Trace the original's block for a row; one block, run 42 times, stands for a step."""
     import jax
     import jax.numpy as jnp
     import torch
-    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    import checkpoint
-    from models import attention, sharding
+    from models import sharding
     from models.torch_function import jax_function
 
-    config = checkpoint.read_config(str(compile_for_tpu.BUILT_IN_MODEL), "transformer")
+    config = checkpoint.read_config(str(programs.BUILT_IN_MODEL), "transformer")
     sizes = {"dp": row.dp, "sp": 1, "tp": len(devices) // row.dp}
     mesh = sharding.make_mesh(sizes, devices, row.mesh_order)
-    height, width, frames = row.size
-    video = math.ceil(((frames - 1) // 4 + 1) / 2) * (height // 16) * (width // 16)
     text, heads, head_dim = config["max_text_seq_length"], config["num_attention_heads"], config["attention_head_dim"]
-    tokens, batch, embed = text + video, 1 + row.guided, heads * head_dim
-
-    def splash(query, key, value, **_):
-        spec = P("dp", "tp", None, None)
-        kernel = functools.partial(attention.splash_attention, kv_length=query.shape[2])
-        key = key - key.mean(axis=2, keepdims=True)
-        out = jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)
-        if row.constraint:
-            out = jax.lax.with_sharding_constraint(out, NamedSharding(mesh, P("dp", None, ("tp", "sp"), None)))
-        return out
-
-    with torch.device("meta"):
-        module = CogVideoXBlock(
-            dim=embed,
-            num_attention_heads=heads,
-            attention_head_dim=head_dim,
-            time_embed_dim=config["time_embed_dim"],
-            attention_bias=config["attention_bias"],
-        ).eval()
+    video, batch, embed = video_tokens(row.size), 1 + row.guided, heads * head_dim
 
     def abstract(shape, dtype, *spec):
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=NamedSharding(mesh, P(*spec)))
 
-    bf16 = jnp.bfloat16
+    module, bf16 = original_block(config), jnp.bfloat16
     weights = {
-        name: abstract(weight.shape, bf16, *SEED_SHARDINGS.get(name, ()))
+        name: abstract(weight.shape, bf16, *ORIGINAL_SHARDINGS.get(name, ()))
         for name, weight in module.state_dict().items()
     }
-    block = jax.jit(jax_function(module, {torch.nn.functional.scaled_dot_product_attention: splash}))
-    with compile_for_tpu.compiling_for(mesh):
-        traced = block.trace(
+    attention = {torch.nn.functional.scaled_dot_product_attention: original_attention(mesh, row.constraint)}
+    with topologies.compiling_for(mesh):
+        traced = jax.jit(jax_function(module, attention)).trace(
             weights,
             abstract((batch, video, embed), bf16, "dp"),
             abstract((batch, text, embed), bf16, "dp"),
             abstract((batch, config["time_embed_dim"]), bf16, "dp"),
             (abstract((video, head_dim), jnp.float32),) * 2,
         )
-    scores = batch * heads / len(devices) * tokens**2
-    return traced, config["num_layers"], mesh.devices.flatten().tolist(), scores
+    return prediction.Programs(
+        traced=[traced],
+        times=[config["num_layers"]],
+        devices=mesh.devices.flatten().tolist(),
+        scores_per_kernel=batch * heads / len(devices) * (text + video) ** 2,
+    )
 
 
-def predict_seed(row: Row, dump: Path) -> dict:
-    """Predicted seconds a step of the seed's configuration, split by category; in the process that compiles."""
+def video_tokens(size: tuple[int, int, int]) -> int:
+    """Return the number of video tokens of a size; each token stands for 2 latent frames and 16 x 16 pixels."""
+    height, width, frames = size
+    return math.ceil(((frames - 1) // 4 + 1) / 2) * (height // 16) * (width // 16)
+
+
+def original_block(config: dict) -> "torch.nn.Module":
+    """Return diffusers' block for a transformer config, without weights."""
+    import torch
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+
+    with torch.device("meta"):
+        return CogVideoXBlock(
+            dim=config["num_attention_heads"] * config["attention_head_dim"],
+            num_attention_heads=config["num_attention_heads"],
+            attention_head_dim=config["attention_head_dim"],
+            time_embed_dim=config["time_embed_dim"],
+            attention_bias=config["attention_bias"],
+        ).eval()
+
+
+def original_attention(mesh: "jax.sharding.Mesh", constraint: bool) -> Callable:
+    """Return the original's attention: Splash Attention in shard_map, with or without a sharding constraint."""
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from models import attention
+
+    def splash(query, key, value, **_):
+        spec = P("dp", "tp", None, None)
+        kernel = functools.partial(attention.splash_attention, kv_length=query.shape[2])
+        key = key - key.mean(axis=2, keepdims=True)
+        out = jax.shard_map(kernel, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(query, key, value)
+        if constraint:
+            out = jax.lax.with_sharding_constraint(out, NamedSharding(mesh, P("dp", None, ("tp", "sp"), None)))
+        return out
+
+    return splash
+
+
+def predict_original(row: Row, dump: Path) -> dict:
+    """Predict the seconds a step of the original's configuration, by category; runs in the process that compiles."""
     import jax
     import numpy as np
 
-    traced, layers, devices, scores = trace_seed_block(row, tpu.devices(row.topology))
-    with compile_for_tpu.compiling_for(jax.sharding.Mesh(np.asarray(devices), ("chips",))):
-        compiled = [traced.lower().compile()]
-    facts = {"scores_per_kernel": scores}
-    report = compile_for_tpu.prediction(row.topology, dump, devices, [traced], [layers], compiled, facts)
-    split = report["split"]
+    import executable
+
+    block = trace_original_block(row, topologies.devices(row.topology))
+    with topologies.compiling_for(jax.sharding.Mesh(np.asarray(block.devices), ("chips",))):
+        compiled = [program.lower().compile() for program in block.traced]
+    split = prediction.predict(row.topology, dump, block, compiled)["split"]
     if row.exp2:
-        split["Pallas kernels"] = layers * scores / SEED_EXP2_SCORES_PER_CYCLE / tpu.chip(row.topology).clock
-    return {"split": split, "predicted_seconds": sum(split.values())}
+        cycles = block.times[0] * block.scores_per_kernel / ORIGINAL_EXP2_SCORES_PER_CYCLE
+        split["Pallas kernels"] = cycles / topologies.chip(row.topology).clock
+    versions = executable.versions("jax", "libtpu")
+    return {"split": split, "predicted_seconds": sum(split.values()), "versions": versions}
 
 
 def predict_ours(row: Row) -> dict:
-    """The report of our own stage 2 in a row's size on its chips."""
-    height, width, frames = row.size
-    size = [
-        f"--height={height}",
-        f"--width={width}",
-        f"--frames={frames}",
-        f"--guidance_scale={6 if row.guided else 1}",
-    ]
-    command = ["stage2", f"--topology={row.topology}", *size]
-    return compile_for_tpu.compile_in_a_process(compile_for_tpu.__file__, command, row.topology, "our stage 2")
+    """Return the report of our own stage 2 in a row's size on its chips."""
+    options = dict(zip(("height", "width", "frames"), row.size, strict=True))
+    options |= {"topology": row.topology, "guidance_scale": 6 if row.guided else 1}
+    command = ["stage2", *(f"--{name}={value}" for name, value in options.items())]
+    return compiler.in_a_process("compile_for_tpu", command, row.topology, "our stage 2")
+
+
+def predict_row(name: str, ours: dict | None) -> dict:
+    """Return the entries of a row in tables.json.
+
+    `ours` collects the reports of our stage 2 by configuration, because several rows share one. With None there is no
+    prediction for our stage 2.
+    """
+    row = ROWS[name]
+    original = compiler.in_a_process("benchmarks.reproduce_tables", ["--rows", name], row.topology, f"row {name}")
+    found = original | row._asdict() | {"ratio": original["predicted_seconds"] / row.measured}
+    if ours is not None:
+        configuration = row.topology, row.size, row.guided
+        if configuration not in ours:
+            ours[configuration] = predict_ours(row)
+        step = ours[configuration]
+        found |= {"ours_seconds": step.get("predicted_seconds"), "ours_gib": step["memory"]["peak"]}
+    return found
+
+
+def save(results: dict) -> None:
+    """Replace or add rows in tables.json, and draw tables.png again."""
+    saved = json.loads(report.TABLES.read_text()) if report.TABLES.exists() else {}
+    rows = {name: (saved | results)[name] for name in ROWS if name in saved | results}
+    with utils.replacing(report.TABLES) as temporary:
+        Path(temporary).write_text(json.dumps(rows, indent=2) + "\n")
+    plot(rows, report.TABLES.with_suffix(".png"))
+    print(f"wrote {os.path.relpath(report.TABLES)} and {report.TABLES.stem}.png")
 
 
 def main() -> None:
-    parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="+", default=["all"], help=f"of {', '.join(ROWS)}; or all")
-    parser.add_argument("--ours", action=argparse.BooleanOptionalAction, default=True, help="our stage 2 beside it")
+    """Predict the rows that the command line asks for, print them as a table and save them."""
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.reproduce_tables")
+    parser.add_argument("--rows", nargs="+", default=["all"], help=f"rows to predict: {', '.join(ROWS)}, or all")
+    parser.add_argument(
+        "--ours",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also predict our stage 2; without it nothing is saved",
+    )
     arguments = parser.parse_args()
     names = list(ROWS) if arguments.rows == ["all"] else arguments.rows
     if unknown := set(names) - ROWS.keys():
         raise UserError(f"--rows {min(unknown)} is unknown; known are {', '.join(ROWS)} and all")
-    if compile_for_tpu.DUMP in os.environ:
+    for name in names:
+        topologies.check(ROWS[name].topology)
+    if dump := compiler.dump_folder():
         prepare_libraries()
-        print(json.dumps(predict_seed(ROWS[names[0]], Path(os.environ[compile_for_tpu.DUMP]))))
+        print(json.dumps(predict_original(ROWS[names[0]], dump)))
         return
 
-    results, ours = {}, {}
-    for name in names:
-        row = ROWS[name]
-        seed = compile_for_tpu.compile_in_a_process(__file__, ["--rows", name], row.topology, f"row {name}")
-        results[name] = seed | row._asdict() | {"ratio": seed["predicted_seconds"] / row.measured}
-        if arguments.ours:
-            configuration = row.topology, row.size, row.guided
-            if configuration not in ours:
-                ours[configuration] = predict_ours(row)
-            report = ours[configuration]
-            results[name] |= {"ours_seconds": report.get("predicted_seconds"), "ours_gib": report["memory"]["peak"]}
+    ours = {} if arguments.ours else None
+    results = {name: predict_row(name, ours) for name in names}
     print(table(results))
     if len(results) > 1:
         print(summary(results))
-    if names == list(ROWS):
-        compile_for_tpu.RESULTS.mkdir(exist_ok=True)
-        with utils.replacing(compile_for_tpu.RESULTS / "tables.json") as temporary:
-            Path(temporary).write_text(json.dumps(results, indent=2) + "\n")
-        plot(results, compile_for_tpu.RESULTS / "tables.png")
-        print(f"wrote {os.path.relpath(compile_for_tpu.RESULTS)}/tables.json and tables.png")
+    if arguments.ours:
+        save(results)
 
 
 def table(results: dict) -> str:
+    """Return the rows as a table to print."""
     form = "{:<7} {:<28} {:<6} {:>9} {:>10} {:>6} {:>16} {:>6}".format
     lines = [form("row", "", "slice", "measured", "predicted", "ratio", "ours, predicted", "GiB")]
     for name, row in results.items():
@@ -206,9 +259,9 @@ def table(results: dict) -> str:
 
 
 def summary(results: dict) -> str:
-    """Rank correlation (Spearman) and median error of predicted against measured, as it is and with one fitted factor.
+    """Return rank correlation (Spearman) and median error of predicted seconds, without and with a fitted factor.
 
-    Each row is left out of the fit that corrects it.
+    The factor for a row is fitted on the other rows.
     """
     import numpy as np
 
@@ -227,7 +280,7 @@ def summary(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Predicted against measured seconds, log axes, as a PNG."""
+    """Draw predicted against measured seconds on logarithmic axes, as a PNG."""
     from PIL import Image, ImageDraw
 
     side, margin = 640, 60
@@ -249,7 +302,7 @@ def plot(results: dict, path: Path) -> None:
             draw.line([corner[0] - 5, corner[1] - offset, corner[0], corner[1] - offset], fill="black")
             draw.text((corner[0] + offset - 6, corner[1] + 10), f"{tick} s", fill="black")
             draw.text((corner[0] - 36, corner[1] - offset - 6), f"{tick} s", fill="black")
-    draw.text((side / 2 - 60, side - 24), "measured by the seed", fill="black")
+    draw.text((side / 2 - 90, side - 24), "measured by the original project", fill="black")
     draw.text((10, 24), "predicted", fill="black")
     for name, row in results.items():
         x, y = corner[0] + place(row["measured"]), corner[1] - place(row["predicted_seconds"])

@@ -1,10 +1,10 @@
-"""Wall time of the three stages beside the diffusers pipeline in torch, same machine, model, size and run.
+"""Time the three stages and the diffusers pipeline in torch, on the same machine, with the same model and size.
 
-    python benchmarks/stage_timing.py --height 128 --width 192 --frames 17
+    python -m benchmarks.stage_timing --height 128 --width 192 --frames 17
 
-Each stage counts as a person waits for it: a process from start to end, with imports, compilation and warm-up. The
-pipeline computes in float32, our stages in the dtype of the model's files. The figures are those of the machine at
-hand; on a laptop CPU, start-up and compilation are most of them.
+The time of a stage is that of its process from start to end, with imports, compilation and warm-up. The pipeline
+computes in float32, our stages in the dtype of the model's files. On a laptop's CPU, start-up and compilation take most
+of the time.
 """
 
 import argparse
@@ -30,20 +30,21 @@ export_to_video(list(frames), video)
 """
 
 
-def seconds(*command) -> float:
-    """Run a command and return its wall time; raises CalledProcessError if it fails."""
+def seconds(*command: object) -> float:
+    """Run Python with a command line, and return its wall time in seconds; raise CalledProcessError if it fails."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
     return time.perf_counter() - start
 
 
 def main() -> None:
+    """Time the pipeline and the stages, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model_id", default=str(ROOT / "tiny_model"), help="the embedded model without it")
-    parser.add_argument("--height", default="128")
-    parser.add_argument("--width", default="192")
-    parser.add_argument("--frames", default="17")
-    parser.add_argument("--num_inference_steps", default="10")
+    parser.add_argument("--model_id", default=str(ROOT / "tiny_model"), help="model to run (default: the tiny model)")
+    parser.add_argument("--height", default="128", help="height of the video in pixels")
+    parser.add_argument("--width", default="192", help="width of the video in pixels")
+    parser.add_argument("--frames", default="17", help="frames of the video, of the form 4n + 1")
+    parser.add_argument("--num_inference_steps", default="10", help="denoising steps")
     arguments = parser.parse_args()
     sizes = {name: value for name, value in vars(arguments).items() if name != "model_id"}
 

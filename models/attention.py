@@ -1,28 +1,32 @@
-"""Attention implementations, one of which stage 2 chooses by name.
+"""Attention implementations, of which stage 2 chooses one by its name in the table IMPLEMENTATIONS.
 
-Each is a function(query, key, value, kv_length) over the heads of one chip: arrays [batch, heads, sequence, head_dim],
-of whose keys only the first `kv_length` count. Scale is head_dim ** -0.5. Returns [batch, heads, sequence, head_dim].
+Each is a function over the heads of one chip, called as `function(query, key, value, kv_length=..., **options)`. The
+arrays are [batch, heads, sequence, head_dim]; only the first `kv_length` keys count; the scale is head_dim ** -0.5. The
+function returns [batch, heads, sequence, head_dim]. The table says which other options it takes.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 import custom_splash_attention
+from models.plan_error import PlanError
 
 
 def xla_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int, platform: str = "cpu"
+    query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int, use_cudnn: bool = False
 ) -> jax.Array:
-    """Plain softmax attention, left to XLA; keeps the scores [batch, heads, sequence, sequence] in memory.
+    """Compute plain softmax attention by XLA, which keeps the scores [batch, heads, sequence, sequence] in memory.
 
-    On an NVIDIA GPU, in 16 bits, it is cuDNN's fused attention, which does not.
+    With `use_cudnn`, for NVIDIA GPUs, arrays of 16 bits take cuDNN's fused attention, which does not keep the scores.
     """
-    fused = platform == "gpu" and query.dtype.itemsize == 2
+    fused = use_cudnn and query.dtype.itemsize == 2
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     lengths = jnp.full(query.shape[0], kv_length, jnp.int32) if kv_length < key.shape[1] else None
     out = jax.nn.dot_product_attention(
@@ -33,7 +37,7 @@ def xla_attention(
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """Block sizes of JAX's Splash Attention; the defaults are those that the seed project began with."""
+    """Block sizes of JAX's Splash Attention; the defaults are those that the original project began with."""
 
     block_q: int = 2048
     block_kv: int = 1024
@@ -70,9 +74,9 @@ def splash_attention(
     k_smooth: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
-    """JAX's Splash Attention for TPU; the sequence is padded to whole blocks, and padded keys are masked.
+    """Run JAX's Splash Attention for TPUs; the sequence is padded to whole blocks, and padded keys are masked.
 
-    With `k_smooth` the mean of the keys is taken out first, which leaves the softmax as it is.
+    With `k_smooth` the mean of the keys is subtracted first, which does not change the softmax.
     """
     block_sizes = block_sizes or BlockSizes()
     if k_smooth:
@@ -83,7 +87,7 @@ def splash_attention(
     step = math.lcm(blocks["block_q"], blocks["block_kv"])
     padded = -(-length // step) * step
 
-    def prepare(x):  # the kernel knows no batch: it counts as heads
+    def prepare(x: jax.Array) -> jax.Array:  # the kernel has no batch axis: batch and heads become one
         return jnp.pad(x, ((0, 0), (0, 0), (0, padded - length), (0, 0))).reshape(-1, padded, head_dim)
 
     mask = splash_attention_mask.MultiHeadMask(
@@ -99,23 +103,42 @@ def splash_attention(
     return out.reshape(batch, heads, padded, head_dim)[:, :, :length]
 
 
-BLOCK_SIZES = {"splash_exp2": custom_splash_attention.BlockSizes, "splash": BlockSizes}
+class Implementation(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        function: see the top of this file.
+        block_sizes: the frozen dataclass of its block sizes, with a method `check(head_dim, itemsize)`; None where it
+            has none. A function with block sizes also takes `k_smooth` and `interpret`.
+        platform_options: options of the function by platform of the devices, for those that need some.
+    """
+
+    function: Callable[..., jax.Array]
+    block_sizes: type | None = None
+    platform_options: Mapping[str, Mapping] = MappingProxyType({})
+
+
+IMPLEMENTATIONS = {
+    "splash_exp2": Implementation(custom_splash_attention.splash_attention, custom_splash_attention.BlockSizes),
+    "splash": Implementation(splash_attention, BlockSizes),
+    "xla": Implementation(xla_attention, platform_options={"gpu": {"use_cudnn": True}}),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """One of the implementations with its options; call it as described at the head of this file.
+    """One of IMPLEMENTATIONS with its options; call it as `attention(query, key, value, kv_length)`.
 
     Attributes:
-        name: "splash_exp2", "splash" or "xla".
+        name: its key in IMPLEMENTATIONS.
         platform: of the devices, "tpu", "cpu" or "gpu"; off a TPU the kernels run in Pallas' interpreter.
-        block_sizes: of the kernel; None for its own choice.
-        k_smooth: take the mean of the keys out; see the kernels.
+        block_sizes: of the kernel, an object of the table's class; None for the kernel's own choice.
+        k_smooth: subtract the mean of the keys; see the kernels.
     """
 
     name: str
     platform: str
-    block_sizes: BlockSizes | custom_splash_attention.BlockSizes | None = None
+    block_sizes: Any = None
     k_smooth: bool = True
 
     @classmethod
@@ -126,39 +149,60 @@ class Attention:
         block_sizes: Sequence[int] | None,
         k_smooth: bool | None,
         head_dim: int,
-        dtype,
+        dtype: jax.typing.DTypeLike,
     ) -> "Attention":
-        """The implementation `name`, by default the best for the platform, with block sizes in their kernel's order.
+        """Choose the implementation `name`, by default the best for the platform.
+
+        Args:
+            name: a key of IMPLEMENTATIONS.
+            platform: see `Attention`.
+            block_sizes: in the order of the fields of the implementation's class.
+            k_smooth: see `Attention`.
+            head_dim, dtype: of the arrays, which limit the block sizes.
 
         None stands for the default of each option.
 
         Raises:
-            ValueError: block sizes that the kernel cannot take; says which it can.
+            PlanError: the name is unknown, or the kernel cannot take the block sizes; the message says what works.
         """
         kernel = "splash_exp2" if custom_splash_attention.USE_CUSTOM_ATTENTION else "splash"
         name = name or (kernel if platform == "tpu" else "xla")
+        if name not in IMPLEMENTATIONS:
+            raise PlanError("attention", f"{name} is unknown; there are {', '.join(IMPLEMENTATIONS)}")
         k_smooth = custom_splash_attention.USE_K_SMOOTH if k_smooth is None else k_smooth
         if block_sizes is None:
             return cls(name, platform, None, k_smooth)
-        if name not in BLOCK_SIZES:
-            raise ValueError(f"attention {name} has no block sizes")
-        fields = [field.name for field in dataclasses.fields(BLOCK_SIZES[name])]
+        kind = IMPLEMENTATIONS[name].block_sizes
+        if kind is None:
+            raise PlanError("block_sizes", f"attention {name} has no block sizes")
+        fields = [field.name for field in dataclasses.fields(kind)]
         if len(block_sizes) != len(fields):
-            raise ValueError(f"{name} takes {len(fields)} block sizes, not {len(block_sizes)}: {', '.join(fields)}")
-        sizes = BLOCK_SIZES[name](*block_sizes)
-        sizes.check(head_dim, jnp.dtype(dtype).itemsize)
-        return cls(name, platform, sizes, k_smooth)
+            raise PlanError(
+                "block_sizes", f"{name} takes {len(fields)} block sizes, not {len(block_sizes)}: {', '.join(fields)}"
+            )
+        attention = cls(name, platform, kind(*block_sizes), k_smooth)
+        attention.check(head_dim, dtype)
+        return attention
+
+    def check(self, head_dim: int, dtype: jax.typing.DTypeLike) -> None:
+        """Raise PlanError if the kernel cannot take the block sizes for heads of this size and arrays of this dtype."""
+        if self.block_sizes is None:
+            return
+        try:
+            self.block_sizes.check(head_dim, jnp.dtype(dtype).itemsize)
+        except ValueError as error:
+            raise PlanError("block_sizes", str(error)) from error
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is a kernel with block sizes, which keeps no scores in memory."""
+        return IMPLEMENTATIONS[self.name].block_sizes is not None
 
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int) -> jax.Array:
-        if self.name == "xla":
-            return xla_attention(query, key, value, kv_length, self.platform)
-        function = {"splash_exp2": custom_splash_attention.splash_attention, "splash": splash_attention}[self.name]
-        return function(
-            query,
-            key,
-            value,
-            kv_length=kv_length,
-            block_sizes=self.block_sizes,
-            k_smooth=self.k_smooth,
-            interpret=self.platform != "tpu",
-        )
+        """Compute attention; see the top of this file."""
+        implementation = IMPLEMENTATIONS[self.name]
+        options = dict(implementation.platform_options.get(self.platform, {}))
+        if implementation.block_sizes:
+            interpret = self.platform != "tpu"
+            options |= {"block_sizes": self.block_sizes, "k_smooth": self.k_smooth, "interpret": interpret}
+        return implementation.function(query, key, value, kv_length=kv_length, **options)

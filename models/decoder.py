@@ -1,6 +1,6 @@
 """What the TorchAx and the Flax decoder share: chunks in time, the split in space, conversion to pixels, the loop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from models import tap
 from models.spatial_split import Split
 
 # AutoencoderKLCogVideoX.num_latent_frames_batch_size. The group norms see one chunk at a time, so the chunks are part
@@ -21,10 +22,10 @@ class Decoder(NamedTuple):
     Attributes:
         decode_chunk: `decode_chunk(weights, latents, cache, split)`, to be run on each chip of the split. latents: its
             part of one chunk, [frames, height, width, strips, channels], scaling factor removed; cache: what the
-            causal convolutions remember of the chunk before, None for the first. Returns pixels around [-1, 1],
+            causal convolutions keep of the chunk before, None for the first chunk. Returns pixels around [-1, 1],
             [frames, height, width, strips, 3], and the cache for the next chunk.
         weight_shapes: shape of each weight by its name in the checkpoint, as in `CogVideoXDecoder3D.state_dict()`.
-        convert_weights: takes a dict of those weights to the tree that `decode_chunk` takes.
+        convert_weights: turns a dict of those weights into the tree that `decode_chunk` takes.
     """
 
     decode_chunk: Callable
@@ -33,20 +34,20 @@ class Decoder(NamedTuple):
 
 
 def chunk_sizes(latent_frames: int) -> list[int]:
-    """Latent frames of each chunk, as in `AutoencoderKLCogVideoX._decode`: an odd frame joins the first chunk."""
+    """Return the latent frames of each chunk, as `AutoencoderKLCogVideoX._decode`: an odd one joins the first chunk."""
     chunks, odd = divmod(latent_frames, LATENT_FRAMES_PER_CHUNK)
     if chunks == 0:
         return [odd]
     return [LATENT_FRAMES_PER_CHUNK + odd] + [LATENT_FRAMES_PER_CHUNK] * (chunks - 1)
 
 
-def kernel(weight: jax.Array) -> jax.Array:
-    """A convolution's weight as in torch, [out, in, ...], to [..., in, out], with which a TPU is faster."""
+def channels_last(weight: jax.Array) -> jax.Array:
+    """Transpose a convolution's weight from torch's [out, in, ...] to [..., in, out], with which a TPU is faster."""
     return jnp.moveaxis(weight, (0, 1), (-1, -2))
 
 
-def to_pixels(x: jax.Array, dtype) -> jax.Array:
-    """Decoder output around [-1, 1] to [0, 1], or to 0 ... 255 for an integer dtype.
+def to_pixels(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Turn decoder output around [-1, 1] into pixels in [0, 1], or from 0 to 255 for an integer dtype.
 
     Source: `VaeImageProcessor.denormalize` and `numpy_to_pil`, which rounds.
     """
@@ -55,11 +56,27 @@ def to_pixels(x: jax.Array, dtype) -> jax.Array:
 
 
 def chunk_programs(
-    decoder: Decoder, weights: Any, latent_shape: tuple[int, ...], split: Split, pixel_dtype=jnp.uint8
+    decoder: Decoder,
+    weights: Any,
+    latent_shape: tuple[int, ...],
+    split: Split,
+    pixel_dtype: jax.typing.DTypeLike = jnp.uint8,
+    tapped: Sequence[str] = (),
 ) -> list[jax.stages.Traced]:
-    """The programs that decode latents [1, channels, frames, height, width]: the first chunk, and any later one.
+    """Trace the programs that decode latents [1, channels, frames, height, width]: the first chunk, and any later one.
 
-    The second gives up the cache that it is handed. `weights` may be shapes, for compiling without data.
+    Args:
+        decoder: see `Decoder`.
+        weights: the tree that the decoder takes; shapes are enough to compile without data.
+        latent_shape: of the latents, all chunks together.
+        split: of a frame over chips and strips.
+        pixel_dtype: of the pixels, see `to_pixels`.
+        tapped: patterns of names. With them a program also returns what models/tap.py collects: the outputs of modules
+            as [frames, channels, height, width], which may reach beyond the frame's edge.
+
+    Returns:
+        One or two programs that map weights, latents and cache to pixels and the next cache. The first program takes no
+        cache; the second one donates its cache.
     """
     sizes = chunk_sizes(latent_shape[2])
     dtype = jax.tree.leaves(weights)[0].dtype
@@ -70,14 +87,13 @@ def chunk_programs(
 
     def program(*arguments):
         specs = PartitionSpec(), *[split.latents.spec] * (len(arguments) - 1)
-        mapped = jax.shard_map(
-            decode_chunk,
-            mesh=split.mesh,
-            in_specs=specs,
-            out_specs=(split.pixels.spec, split.latents.spec),
-            check_vma=False,
-        )
-        return jax.jit(mapped, donate_argnums=tuple(range(2, len(arguments)))).trace(*arguments)
+
+        def run(*arguments):
+            out_specs = split.pixels.spec, split.latents.spec
+            return tap.shard_map(decode_chunk, mesh=split.mesh, in_specs=specs, out_specs=out_specs)(*arguments)
+
+        function = tap.collecting(run, tapped) if tapped else run
+        return jax.jit(function, donate_argnums=tuple(range(2, len(arguments)))).trace(*arguments)
 
     def chunk(frames):
         return jax.ShapeDtypeStruct(split.tiles_shape(frames, latent_shape[1]), dtype, sharding=split.latents)
@@ -85,7 +101,7 @@ def chunk_programs(
     first = program(weights, chunk(sizes[0]))
     if len(sizes) == 1:
         return [first]
-    _, cache = first.out_info
+    _, cache = first.out_info[0] if tapped else first.out_info
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split.latents), cache)
     return [first, program(weights, chunk(sizes[1]), cache)]
 
@@ -95,13 +111,14 @@ def decode(
 ) -> Iterator[np.ndarray]:
     """Run the compiled `chunk_programs` on latents [1, channels, frames, height, width].
 
-    Yields the pixels of each chunk, [frames, height, width, 3], while the next one is decoded. Of an even number of
-    latent frames the programs enlarge the first one in time too, though it stands for a single frame of the video; the
-    surplus in front is dropped.
+    Yields the pixels of each chunk, [frames, height, width, 3], while the next chunk is decoded. If the first chunk has
+    an even number of latent frames, the programs make several frames of its first one too, though that stands for a
+    single frame of the video; the surplus frames in front are dropped.
     """
     sizes = chunk_sizes(latents.shape[2])
     starts = np.cumsum([0, *sizes])
-    cache, waiting = [], None
+    cache: list[Any] = []  # the first program takes none
+    waiting: jax.Array | None = None
     for i, size in enumerate(sizes):
         tiles = jax.device_put(split.tiles(latents[:, :, starts[i] : starts[i] + size]), split.latents)
         pixels, *cache = programs[min(i, 1)](weights, tiles, *cache)
@@ -111,11 +128,12 @@ def decode(
         if waiting is not None:
             yield _frames(waiting, latents, split)
         waiting = pixels
+    assert waiting is not None  # there is at least one chunk
     yield _frames(waiting, latents, split)
 
 
 def _frames(pixels: jax.Array, latents: np.ndarray, split: Split) -> np.ndarray:
-    """Pixels as a program returned them to [frames, height, width, 3], without what lies beyond the frame."""
+    """Turn a program's pixels into [frames, height, width, 3], without those beyond the frame's edge."""
     scale = pixels.shape[2] // split.covered[0]
     height, width = (scale * size for size in latents.shape[3:])
     return np.ascontiguousarray(np.moveaxis(np.asarray(pixels)[:, :, :height, :width], 1, -1))

@@ -2,20 +2,64 @@
 
 Every step of the CogVideoX schedulers is affine in its three arrays: one 2 x 3 matrix of scalars, different at each
 step, maps (sample, model_output, old_pred_original_sample) to (prev_sample, pred_original_sample), and the stochastic
-DPM scheduler adds noise. Matrix and noise are read off the diffusers scheduler itself, by calling it on unit vectors
-and on zeros. So its formulas, its options and its order of random draws are used and not repeated, and the device
-needs no branch on the timestep.
+DPM scheduler adds noise. Matrix and noise are found by calling the diffusers scheduler itself on unit vectors and on
+zeros. So its formulas, its options and its order of random draws are not written again here, and the program on the
+device has no branch on the timestep.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-SCHEDULERS = {cls.__name__: cls for cls in (CogVideoXDDIMScheduler, CogVideoXDPMScheduler)}
+
+class Sampler(NamedTuple):
+    """How a diffusers scheduler is called.
+
+    Attributes:
+        scheduler: the diffusers class.
+        step: `step(scheduler, i, sample, model_output, old_pred_original_sample, generator)` of the i-th step, to
+            (prev_sample, pred_original_sample); affine in the three arrays.
+        adds_noise: whether a step draws noise from `generator` and adds it to prev_sample.
+    """
+
+    scheduler: type[SchedulerMixin]
+    step: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    adds_noise: bool
+
+
+def _ddim_step(scheduler, i, sample, model_output, old_pred_original_sample, generator):
+    return scheduler.step(model_output, scheduler.timesteps[i], sample, return_dict=False)
+
+
+def _dpm_step(scheduler, i, sample, model_output, old_pred_original_sample, generator):
+    return scheduler.step(
+        model_output,
+        old_pred_original_sample if i else None,
+        scheduler.timesteps[i],
+        scheduler.timesteps[i - 1] if i else None,
+        sample,
+        generator=generator,
+        return_dict=False,
+    )
+
+
+# The schedulers that stage 2 can run, by the class name in a model's scheduler_config.json.
+SAMPLERS = {
+    "CogVideoXDDIMScheduler": Sampler(CogVideoXDDIMScheduler, _ddim_step, adds_noise=False),
+    "CogVideoXDPMScheduler": Sampler(CogVideoXDPMScheduler, _dpm_step, adds_noise=True),
+}
 
 
 class AffineScheduler:
-    """A diffusers CogVideoX scheduler with its timesteps set, seen as one affine map per step.
+    """A diffusers CogVideoX scheduler with its timesteps set, as one affine map per step.
+
+    Args:
+        scheduler: an object of one of the classes in SAMPLERS.
+        num_inference_steps: number of denoising steps.
 
     Attributes:
         timesteps: int64 array [num_inference_steps], descending.
@@ -23,41 +67,31 @@ class AffineScheduler:
             (sample, model_output, old_pred_original_sample).
     """
 
-    def __init__(self, scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler, num_inference_steps: int):
+    def __init__(self, scheduler: SchedulerMixin, num_inference_steps: int):
         scheduler.set_timesteps(num_inference_steps)
         self._scheduler = scheduler
+        self._sampler = SAMPLERS[type(scheduler).__name__]
         self.timesteps = scheduler.timesteps.numpy()
         self.coefficients = np.stack([self._matrix(i) for i in range(num_inference_steps)]).astype(np.float32)
 
-    def noise(self, step: int, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator):
-        """The noise that step `step` adds to prev_sample, scaled: a torch tensor, or None where the scheduler has none.
+    def noise(
+        self, step: int, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
+    ) -> torch.Tensor | None:
+        """Return the scaled noise that step `step` adds to prev_sample; None if the scheduler adds no noise.
 
         Draws from `generator` exactly what `scheduler.step` draws.
         """
-        if not isinstance(self._scheduler, CogVideoXDPMScheduler):
+        if not self._sampler.adds_noise:
             return None
         zeros = torch.zeros(shape, dtype=dtype)
-        return self._step(step, zeros, zeros, zeros, generator)[0].to(dtype)
+        return self._sampler.step(self._scheduler, step, zeros, zeros, zeros, generator)[0].to(dtype)
 
     def _matrix(self, step: int) -> np.ndarray:
-        def evaluate(vector):
-            sample, model_output, old = torch.tensor(vector, dtype=torch.float64).split(1)
-            return torch.cat(self._step(step, sample, model_output, old, torch.Generator().manual_seed(0)))
+        """Return the coefficients of step `step`, float64 [2, 3]."""
+
+        def evaluate(vector: list[float]) -> torch.Tensor:
+            arrays = torch.tensor(vector, dtype=torch.float64).split(1)
+            return torch.cat(self._sampler.step(self._scheduler, step, *arrays, torch.Generator().manual_seed(0)))
 
         noise = evaluate([0.0, 0.0, 0.0])
         return torch.stack([evaluate(unit) - noise for unit in np.eye(3).tolist()], dim=1).numpy()
-
-    def _step(self, step, sample, model_output, old_pred_original_sample, generator):
-        scheduler, timesteps = self._scheduler, self._scheduler.timesteps
-        if isinstance(scheduler, CogVideoXDPMScheduler):
-            first = step == 0
-            return scheduler.step(
-                model_output,
-                None if first else old_pred_original_sample,
-                timesteps[step],
-                None if first else timesteps[step - 1],
-                sample,
-                generator=generator,
-                return_dict=False,
-            )
-        return scheduler.step(model_output, timesteps[step], sample, return_dict=False)

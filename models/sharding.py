@@ -1,4 +1,4 @@
-"""Where arrays live on the dp/sp/tp mesh: one table of logical axes for the parameters, one map from those to the mesh.
+"""Where arrays live on the dp/sp/tp mesh: tables of logical axes, and for each layout a map from those to mesh axes.
 
 dp splits the batch (the two prompts of classifier-free guidance), sp the sequence, tp the attention heads and the MLP.
 Between the matrix products the hidden states are split over the sequence by sp and tp together.
@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from models.plan_error import PlanError
 
 MESH_AXES = ("dp", "sp", "tp")
 
@@ -42,18 +44,35 @@ PARAMETER_AXES = (
     (r"proj_out\.bias", ("output",)),
 )
 
-# Parameter layouts: logical axis -> mesh axes; what is not named is replicated. In "fsdp" the weights are at rest in
-# even shares on all chips, and each block gathers its own over sp and dp when it runs.
-LAYOUTS = {
-    "tp": {"heads": ("tp",), "mlp": ("tp",)},
-    "fsdp": {"heads": ("tp", "sp", "dp"), "mlp": ("tp", "sp", "dp")},
+# Activations inside the blocks. Between the matrix products sp and tp split the "tokens"; for the products the chips
+# along tp gather the tokens, and split the heads and the MLP instead.
+ACTIVATION_AXES = {
+    "hidden states": ("batch", "tokens", "embed"),
+    "gathered heads": ("batch", "gathered tokens", "split heads"),
+    "projected heads": ("batch", "split heads", "gathered tokens", "head_dim"),
+    "rotary embedding": ("gathered tokens", "rotary"),
+    "time embedding": ("time",),
 }
 
-HIDDEN_STATES = PartitionSpec("dp", ("sp", "tp"), None)  # [batch, sequence, embed]
+# Logical axis -> mesh axes; an axis that is not named is replicated. Every layout splits the activations in the same
+# way. In "fsdp" each chip stores an equal share of the weights, and each block gathers its weights over sp and dp when
+# it runs.
+ACTIVATIONS = {
+    "batch": ("dp",),
+    "tokens": ("sp", "tp"),
+    "gathered tokens": ("sp",),
+    "split heads": ("tp",),
+}
+# In every layout tp, named first, splits heads and MLP and nothing else of the weights, because a block computes on
+# that share; sp and dp may split one axis of each weight.
+LAYOUTS = {
+    "tp": ACTIVATIONS | {"heads": ("tp",), "mlp": ("tp",)},
+    "fsdp": ACTIVATIONS | {"heads": ("tp", "sp", "dp"), "mlp": ("tp", "sp", "dp")},
+}
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device], order: Sequence[str] = MESH_AXES) -> Mesh:
-    """A mesh with the axes dp, sp and tp of the given sizes; along the last axis of `order` devices are neighbours.
+    """Make a mesh with the axes dp, sp and tp of the given sizes; devices are neighbours along the last of `order`.
 
     Raises:
         ValueError: the sizes do not multiply to the number of devices.
@@ -64,7 +83,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device], order: Se
 
 
 def parameter_axes(name: str) -> tuple[str, ...]:
-    """Logical axes of the transformer parameter `name`; raises ValueError unless exactly one pattern matches."""
+    """Return the logical axes of a transformer parameter; raises ValueError unless exactly one pattern matches it."""
     matches = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, name)]
     if len(matches) != 1:
         raise ValueError(f"{len(matches)} sharding rules match the parameter {name}")
@@ -72,21 +91,33 @@ def parameter_axes(name: str) -> tuple[str, ...]:
 
 
 def parameter_spec(name: str, layout: str) -> PartitionSpec:
-    """The mesh axes of each axis of the parameter `name` in one of LAYOUTS."""
+    """Return the mesh axes of each axis of the parameter `name` in one of LAYOUTS."""
     return PartitionSpec(*(LAYOUTS[layout].get(axis) for axis in parameter_axes(name)))
 
 
 def parameter_sharding(name: str, layout: str, mesh: Mesh) -> NamedSharding:
+    """Return how the parameter `name` is split over `mesh` in one of LAYOUTS."""
     return NamedSharding(mesh, parameter_spec(name, layout))
 
 
+def activation_spec(name: str) -> PartitionSpec:
+    """Return the mesh axes of each axis of an activation in ACTIVATION_AXES."""
+    return PartitionSpec(*(ACTIVATIONS.get(axis) for axis in ACTIVATION_AXES[name]))
+
+
 def gather_at_use(name: str, layout: str) -> tuple[int, tuple[str, ...]] | None:
-    """(axis, mesh axes) over which one block's share of `name` (no layer axis) is gathered before use, or None."""
-    for axis, logical in enumerate(parameter_axes(name)[1:]):
-        extra = tuple(m for m in LAYOUTS[layout].get(logical, ()) if m != "tp")
-        if extra:
-            return axis, extra
-    return None
+    """Return (axis, mesh axes) over which a block gathers its share of `name` before use; None where it need not.
+
+    The share is that of one block, so the axis of the layers is not counted.
+    """
+    shares = [
+        (axis, tuple(mesh_axis for mesh_axis in LAYOUTS[layout].get(logical, ()) if mesh_axis != "tp"))
+        for axis, logical in enumerate(parameter_axes(name)[1:])
+    ]
+    split = [share for share in shares if share[1]]
+    if len(split) > 1:
+        raise ValueError(f"layout {layout} lets sp and dp split {len(split)} axes of {name}; a block gathers one")
+    return split[0] if split else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,36 +129,39 @@ class Parallelism:
 
     @property
     def sp(self) -> int:
+        """Chips that split the sequence."""
         return self.mesh.shape["sp"]
 
     @property
     def tp(self) -> int:
+        """Chips that split attention heads and MLP."""
         return self.mesh.shape["tp"]
 
-    def sharding(self, *spec) -> NamedSharding:
-        """`NamedSharding(mesh, PartitionSpec(*spec))`; without arguments, replicated."""
+    def sharding(self, *spec: str | tuple[str, ...] | None) -> NamedSharding:
+        """Return `NamedSharding(mesh, PartitionSpec(*spec))`; without arguments, that of replicated arrays."""
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 
 
 def mesh_sizes(devices: int, heads: int, batch: int, use_dp: bool, sp_num: int | None = None) -> dict[str, int]:
-    """Sizes of dp, sp and tp for a number of devices: dp takes the batch if it can, tp what sp leaves.
+    """Return the sizes of dp, sp and tp for a number of devices: dp splits the batch if it can, tp is what sp leaves.
 
     Args:
         heads: attention heads, which sp and tp together split.
         batch: 2 with classifier-free guidance, else 1.
-        sp_num: size of sp; None for all that dp leaves, which moves the fewest bytes where the weights fit a chip.
+        use_dp: whether dp may split the batch.
+        sp_num: size of sp; None for all that dp leaves, which moves the fewest bytes where the weights fit on a chip.
 
     Raises:
-        ValueError: the devices or the heads do not divide; says which values work.
+        PlanError: the devices or the heads do not divide; the message says which values work.
     """
     dp = batch if use_dp and devices % batch == 0 else 1
     rest = devices // dp
     sp_num = rest if sp_num is None else sp_num
-    works = [n for n in range(1, rest + 1) if rest % n == 0]
+    divisors = [n for n in range(1, rest + 1) if rest % n == 0]
     if heads % rest:
-        raise ValueError(
-            f"{rest} chips cannot share {heads} attention heads; use a number of chips that divides {heads}"
+        raise PlanError(
+            None, f"{rest} chips cannot share {heads} attention heads; use a number of chips that divides {heads}"
         )
-    if sp_num not in works:
-        raise ValueError(f"--sp_num {sp_num} does not divide the {rest} chips that share the heads; {works} work")
+    if sp_num not in divisors:
+        raise PlanError("sp_num", f"{sp_num} does not divide the {rest} chips that share the heads; {divisors} work")
     return {"dp": dp, "sp": sp_num, "tp": rest // sp_num}

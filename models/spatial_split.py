@@ -1,9 +1,9 @@
 """How a frame is split in space: over a mesh of chips with the axes rows and columns, and on each chip into strips.
 
 Inside a chip's part of the program activations are [frames, height, width, strips, channels]. Strips are bands of rows,
-one below the other, in the place of a batch: the TPU's convolutions want about eight of something next to the channels,
-and a video has one frame of everything. Sizes are counted in latent pixels; every strip of every chip has the same
-size, so where the frame does not divide, the last ones reach over its edge.
+one below the other, in the place of a batch: the TPU's convolutions are fastest with an axis of about eight next to the
+channels, and one video has no batch of that size. Sizes are counted in latent pixels. Every strip of every chip has the
+same size, so if the frame does not divide evenly, the last strips reach over its edge.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ STRIPS = {"tpu": 8}  # by platform; elsewhere 1
 class Split:
     """A frame of `height` x `width` latent pixels on the chips of `mesh`, `strips` on each.
 
-    With `for_tpu` the layers take the forms that a TPU runs fast, a Pallas kernel among them.
+    With `for_tpu` the layers use the forms that are fast on a TPU, a Pallas kernel among them.
 
-    `image`, `inside`, `sum` and `neighbours` are for use inside `shard_map`.
+    The methods `image`, `inside`, `sum` and `neighbours` are for use inside `shard_map`.
     """
 
     mesh: Mesh
@@ -36,19 +36,22 @@ class Split:
 
     @property
     def platform(self) -> str:
+        """Platform of the chips: "tpu", "cpu" or "gpu"."""
         return self.mesh.devices.flat[0].platform
 
     @property
     def strip_height(self) -> int:
+        """Height of a strip in latent pixels."""
         return math.ceil(self.height / (self.mesh.shape["rows"] * self.strips))
 
     @property
     def strip_width(self) -> int:
+        """Width of a strip, which is that of a chip's part, in latent pixels."""
         return math.ceil(self.width / self.mesh.shape["columns"])
 
     @property
     def covered(self) -> tuple[int, int]:
-        """Height and width of all strips together."""
+        """Height and width of all strips together, in latent pixels."""
         rows, columns = self.mesh.shape["rows"], self.mesh.shape["columns"]
         return rows * self.strips * self.strip_height, columns * self.strip_width
 
@@ -59,16 +62,17 @@ class Split:
 
     @property
     def latents(self) -> NamedSharding:
-        """Of what `tiles` returns."""
+        """Sharding of what `tiles` returns."""
         return NamedSharding(self.mesh, PartitionSpec(None, *MESH_AXES))
 
     @property
     def pixels(self) -> NamedSharding:
-        """Of [frames, channels, height, width], which `image` returns on each chip."""
+        """Sharding of [frames, channels, height, width], of which `image` returns each chip's part."""
         return NamedSharding(self.mesh, PartitionSpec(None, None, *MESH_AXES))
 
     @property
     def replicated(self) -> NamedSharding:
+        """Sharding of arrays of which each chip has a copy."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def __str__(self) -> str:
@@ -78,7 +82,7 @@ class Split:
         return f"{chips}{strips} of {self.strip_height} x {self.strip_width} latent pixels"
 
     def tiles_shape(self, frames: int, channels: int) -> tuple[int, int, int, int, int]:
-        """Of what `tiles` returns."""
+        """Return the shape of what `tiles` returns."""
         height, width = self.covered
         return frames, height // self.strips, width, self.strips, channels
 
@@ -95,12 +99,12 @@ class Split:
         return np.moveaxis(x, 2, 4).reshape(self.tiles_shape(frames, channels))
 
     def image(self, x: jax.Array) -> jax.Array:
-        """One chip's [frames, height, width, strips, channels] to [frames, channels, strips * height, width]."""
+        """Join a chip's strips: [frames, height, width, strips, channels] to [frames, channels, rows, width]."""
         frames, height, width, strips, channels = x.shape
         return jnp.transpose(x, (0, 4, 3, 1, 2)).reshape(frames, channels, strips * height, width)
 
     def inside(self, shape: tuple[int, ...]) -> jax.Array:
-        """True where an array of `shape` [frames, height, width, strips, channels] lies within the frame.
+        """Tell which elements of an array of `shape` [frames, height, width, strips, channels] lie within the frame.
 
         Returns bool [1, height, width, strips, 1].
         """
@@ -112,25 +116,26 @@ class Split:
         return (row < self.height * scale) & (column < self.width * scale)
 
     def sum(self, x: jax.Array) -> jax.Array:
-        """The sum over all chips."""
+        """Sum an array over all chips."""
         return jax.lax.psum(x, MESH_AXES)
 
     def neighbours(
         self, first_row: jax.Array, last_row: jax.Array, first_column: jax.Array, last_column: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """What lies around a chip's part of the frame: the edges of its neighbours' parts, zeros beyond the frame.
+        """Fetch what lies around a chip's part of the frame: edges of its neighbours' parts, zeros beyond the frame.
 
         Args:
-            first_row, last_row: of the part, so of its first and its last strip, [frames, 1, width, 1, channels].
-            first_column, last_column: [frames, height, 1, strips, channels].
+            first_row: of the part, which is that of its first strip, [frames, 1, width, 1, channels].
+            last_row: of the part, which is that of its last strip, of the same shape.
+            first_column, last_column: of the part, [frames, height, 1, strips, channels].
 
         Returns:
             The rows above and below with their corners, [frames, 2, width + 2, 1, channels], and the columns on the
             left and right, [frames, height, 2, strips, channels].
         """
 
-        def shifted(x, axis: str, by: int):
-            """x of the chip `by` places before this one; zeros where there is none."""
+        def shifted(x: jax.Array, axis: str, by: int) -> jax.Array:
+            """Fetch `x` from the chip `by` places before this one; zeros where there is none."""
             n = self.mesh.shape[axis]
             pairs = [(i, i + by) for i in range(n) if 0 <= i + by < n]
             return jax.lax.ppermute(x, axis, pairs) if n > 1 else jnp.zeros_like(x)
@@ -150,11 +155,13 @@ def choose_split(
     strips: int | None = None,
     for_tpu: bool | None = None,
 ) -> Split:
-    """The split of a frame of `height` x `width` latent pixels that gives a chip the least to do.
+    """Choose the split of a frame of `height` x `width` latent pixels that gives a chip the least work.
 
     Args:
-        rows: rows of chips; by default whatever leaves the smallest strips, their halo of one latent pixel included.
-        strips: strips on a chip; by default what the platform's convolutions like.
+        devices: the chips, all of which get a part.
+        height, width: of the frame, in latent pixels.
+        rows: rows of chips; by default the number that makes the strips smallest, with one video pixel around them.
+        strips: strips on a chip; by default the number with which the platform's convolutions are fastest.
         for_tpu: see `Split`; by default whether the devices are TPUs.
 
     Raises:
@@ -163,14 +170,14 @@ def choose_split(
     platform = devices[0].platform
     strips = strips or STRIPS.get(platform, 1)
     for_tpu = platform == "tpu" if for_tpu is None else for_tpu
-    works = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
-    if rows is not None and rows not in works:
-        raise ValueError(f"{rows} rows do not divide {len(devices)} chips; {works} work")
+    divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+    if rows is not None and rows not in divisors:
+        raise ValueError(f"{rows} rows do not divide {len(devices)} chips; {divisors} work")
 
     def split(n: int) -> Split:
         return Split(Mesh(np.asarray(devices).reshape(n, -1), MESH_AXES), strips, height, width, for_tpu)
 
     return min(
-        (split(n) for n in ([rows] if rows else works)),
+        (split(n) for n in ([rows] if rows else divisors)),
         key=lambda s: (s.strip_height * 8 + 2) * (s.strip_width * 8 + 2),
     )

@@ -2,8 +2,8 @@
 
 torch 2.13 removed named tensors and, with them, operator overloads that torchax 0.0.13 still lists in its tables, so
 that `import torchax` fails with an AttributeError. google/torchax #102 dropped the names after 0.0.13. Until that is
-released, each missing name is supplied here as an alias of the operator's first overload, which the same table lists
-with the same treatment, so the tables say nothing new.
+released, this file adds each missing name as an alias of the operator's first overload. The tables list that overload
+too, and treat it in the same way, so that nothing else changes.
 """
 
 import torch

@@ -1,12 +1,13 @@
-"""CogVideoX 1.5's transformer in JAX, and one denoising step of it as one jitted function.
+"""CogVideoX 1.5's transformer in JAX.
 
-The mathematics is that of diffusers' `CogVideoXTransformer3DModel`, which the tests hold it to; the arrangement is the
-TPU's. Text and video tokens are one sequence, padded once to what the mesh divides. The blocks are one `lax.scan` over
+It computes the same as diffusers' `CogVideoXTransformer3DModel`, with which the tests compare it, but is arranged for
+TPUs. Text and video tokens are one sequence, padded once to what the mesh divides. The blocks are one `lax.scan` over
 stacked weights, so that compile time does not grow with depth. Inside `shard_map` each chip holds whole rows of the
 sequence between the matrix products and whole heads inside attention. Rotary pairs are stored as two halves instead of
 interleaved: the rows of the q and k weights are permuted once, when they are loaded.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -17,22 +18,25 @@ import numpy as np
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
-from jax.sharding import PartitionSpec
 
-from models import sharding
-from models.sharding import HIDDEN_STATES, Parallelism
+from models import sharding, tap
+from models.sharding import Parallelism, activation_spec
 
-QK_NORM_EPS = 1e-6  # CogVideoXBlock passes this to Attention; it is in no config
+QK_NORM_EPS = 1e-6  # CogVideoXBlock passes this to Attention; no config contains it
 ROTATED = ("attn1.to_q.", "attn1.to_k.", "attn1.norm_q.", "attn1.norm_k.")
 FEED_FORWARD_TOKENS = 2048  # tokens of a chip that go through the MLP at a time
 SEQUENCE_TILE = 16  # rows of a bfloat16 tile in a TPU's memory; each chip's share of the sequence is whole tiles
+HIDDEN_STATES = activation_spec("hidden states")
+PROJECTED_HEADS = activation_spec("projected heads")
+GATHERED = activation_spec("gathered heads")
+TOKENS = 1  # the axis of the hidden states
 
 
 # --- Parameters --------------------------------------------------------------------------------------------------
 
 
 def parameter_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each parameter, the blocks' stacked: "blocks.attn1.to_q.weight" is [layers, out, in]."""
+    """Return each parameter's shape by its name; the blocks' are stacked: "blocks.ff.net.2.bias" is [layers, out]."""
     with torch.device("meta"):
         module = CogVideoXTransformer3DModel.from_config(config)
     shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
@@ -42,14 +46,14 @@ def parameter_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def checkpoint_names(name: str, config: Mapping) -> list[str]:
-    """The checkpoint's names for a parameter: one for each layer of a stacked one."""
+    """Return the checkpoint's names for a parameter: one for each layer if it is stacked."""
     if not name.startswith("blocks."):
         return [name]
     return [f"transformer_blocks.{i}.{name.removeprefix('blocks.')}" for i in range(config["num_layers"])]
 
 
 def stored_names(config: Mapping) -> list[str]:
-    """The checkpoint's names of all parameters."""
+    """Return the checkpoint's names of all parameters."""
     return [stored for name in parameter_shapes(config) for stored in checkpoint_names(name, config)]
 
 
@@ -64,13 +68,15 @@ def rotary_halves(name: str, weight: np.ndarray, config: Mapping) -> np.ndarray:
     return np.moveaxis(heads, 2, 1).reshape(weight.shape)
 
 
-def load_parameters(read: Callable[[str], np.ndarray], config: Mapping, parallelism: Parallelism) -> dict:
-    """Parameters as sharded JAX arrays; `read(checkpoint name)` gives one stored tensor.
+def load_parameters(
+    read: Callable[[str], np.ndarray], config: Mapping, parallelism: Parallelism
+) -> dict[str, jax.Array]:
+    """Load the parameters as sharded JAX arrays; `read(checkpoint name)` returns one stored tensor.
 
-    One parameter at a time is on the host, and of it what one chip holds.
+    The host holds one parameter at a time, and of that only one chip's share.
     """
 
-    def load(name, shape):
+    def load(name: str, shape: tuple[int, ...]) -> jax.Array:
         names = checkpoint_names(name, config)
         dtype = read(names[0]).dtype
 
@@ -85,8 +91,10 @@ def load_parameters(read: Callable[[str], np.ndarray], config: Mapping, parallel
     return {name: load(name, shape) for name, shape in parameter_shapes(config).items()}
 
 
-def abstract_parameters(config: Mapping, dtype, parallelism: Parallelism) -> dict[str, jax.ShapeDtypeStruct]:
-    """What `load_parameters` returns, as shapes, for compiling without weights."""
+def abstract_parameters(
+    config: Mapping, dtype: jax.typing.DTypeLike, parallelism: Parallelism
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return what `load_parameters` returns, as shapes, to compile without weights."""
     return {
         name: jax.ShapeDtypeStruct(
             shape, dtype, sharding=sharding.parameter_sharding(name, parallelism.layout, parallelism.mesh)
@@ -96,7 +104,7 @@ def abstract_parameters(config: Mapping, dtype, parallelism: Parallelism) -> dic
 
 
 def rotary_embedding(config: Mapping, latent_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of the 3D rotary embedding, float32 [video tokens, attention_head_dim / 2] each.
+    """Return cosines and sines of the 3D rotary embedding, float32 [video tokens, attention_head_dim / 2] each.
 
     Args:
         config: `transformer/config.json`.
@@ -121,36 +129,39 @@ def rotary_embedding(config: Mapping, latent_shape: tuple[int, ...]) -> tuple[np
 
 
 def linear(x: jax.Array, parameters: Mapping, name: str) -> jax.Array:
-    """x [..., in] to float32 [..., out]."""
+    """Apply the linear layer `name` to x [..., in]; returns float32 [..., out]."""
     y = jnp.einsum("...i,oi->...o", x, parameters[f"{name}.weight"], preferred_element_type=jnp.float32)
     bias = parameters.get(f"{name}.bias")
     return y if bias is None else y + bias.astype(jnp.float32)
 
 
 def layer_norm(x: jax.Array, parameters: Mapping, name: str, eps: float) -> jax.Array:
-    """Over the last axis, in float32; returns float32."""
+    """Apply the layer norm `name` over the last axis, in float32; returns float32."""
     x = x.astype(jnp.float32)
     mean, scale = moments(x, eps)
     return affine((x - mean) * scale, parameters, name)
 
 
 def moments(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """Mean and 1 / standard deviation over the last axis, from one reading of float32 `x`."""
+    """Compute mean and 1 / standard deviation over the last axis of float32 `x`, reading it once."""
     mean = x.mean(-1, keepdims=True)
     variance = jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean)
     return mean, jax.lax.rsqrt(jnp.maximum(variance, 0.0) + eps)
 
 
 def affine(x: jax.Array, parameters: Mapping, name: str, part: slice = slice(None)) -> jax.Array:
-    """x * weight + bias with `part` of a norm's parameters, if it has any."""
+    """Compute x * weight + bias with `part` of the parameters of the norm `name`, if it has any."""
     if f"{name}.weight" not in parameters:
         return x
     weight, bias = (parameters[f"{name}.{kind}"][part].astype(jnp.float32) for kind in ("weight", "bias"))
     return x * weight + bias
 
 
-def time_embedding(timestep: jax.Array, parameters: Mapping, config: Mapping, dtype) -> jax.Array:
-    """silu of the time embedding, [time_embed_dim], as every use of it wants it; source: `Timesteps`."""
+def time_embedding(timestep: jax.Array, parameters: Mapping, config: Mapping, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Compute silu of the time embedding, [time_embed_dim]; every layer that uses the embedding begins with silu.
+
+    Source: `Timesteps` and `TimestepEmbedding`.
+    """
     width = config["num_attention_heads"] * config["attention_head_dim"]
     half = width // 2
     frequencies = np.exp(-math.log(10000) * np.arange(half) / (half - config["freq_shift"])).astype(np.float32)
@@ -172,31 +183,28 @@ def transformer(
     parallelism: Parallelism,
     attention: Callable,
 ) -> jax.Array:
-    """Predict, from noisy latents [batch, frames, channels, height, width], an array of that shape, float32.
+    """Predict from noisy latents [batch, frames, channels, height, width] a float32 array of the same shape.
 
     Args:
         parameters: see `load_parameters`.
-        prompt_embeds: [batch, text tokens, text width].
+        latents: of any dtype.
+        prompt_embeds: [batch, text tokens, text width], of the dtype of the hidden states.
         timestep: scalar.
         rotary: see `rotary_embedding`.
-        attention: one of models/attention.py.
+        config: `transformer/config.json`.
+        parallelism: the mesh, and the layout of the parameters on it.
+        attention: a function as in models/attention.py.
     """
-    dtype = prompt_embeds.dtype
-    constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=parallelism.sharding(*HIDDEN_STATES))
-
-    text = linear(prompt_embeds, parameters, "patch_embed.text_proj").astype(dtype)
-    video = linear(patchify(latents, config), parameters, "patch_embed.proj").astype(dtype)
-    text_length, length = text.shape[1], text.shape[1] + video.shape[1]
-    padding = -length % (parallelism.sp * parallelism.tp * SEQUENCE_TILE)
-    hidden = constrain(jnp.pad(jnp.concatenate([text, video], axis=1), ((0, 0), (0, padding), (0, 0))))
-
-    # Text and padding are not rotated: angle 0.
-    edges = ((text_length, padding), (0, 0))
+    text_length, length = prompt_embeds.shape[1], prompt_embeds.shape[1] + rotary[0].shape[0]
+    hidden = embed(parameters, latents, prompt_embeds, config, parallelism)
+    # Text and padding are not rotated: their angle is 0.
+    edges = ((text_length, hidden.shape[1] - length), (0, 0))
     cos, sin = jnp.pad(rotary[0], edges, constant_values=1.0), jnp.pad(rotary[1], edges)
-    time = time_embedding(timestep, parameters, config, dtype)
+    with tap.scope("time_embedding"):
+        time = time_embedding(timestep, parameters, config, prompt_embeds.dtype)
 
     blocks = {name: array for name, array in parameters.items() if name.startswith("blocks.")}
-    run = jax.shard_map(
+    run = tap.shard_map(
         functools.partial(
             run_blocks,
             config=config,
@@ -208,23 +216,71 @@ def transformer(
         in_specs=(
             {name: sharding.parameter_spec(name, parallelism.layout) for name in blocks},
             HIDDEN_STATES,
-            PartitionSpec(),
-            (PartitionSpec("sp"), PartitionSpec("sp")),
+            activation_spec("time embedding"),
+            (activation_spec("rotary embedding"),) * 2,
         ),
         out_specs=HIDDEN_STATES,
-        check_vma=False,
     )
-    hidden = constrain(run(blocks, hidden, time, (cos, sin)))
-
-    hidden = layer_norm(hidden, parameters, "norm_final", config["norm_eps"]).astype(dtype)
-    shift, scale = jnp.split(linear(time, parameters, "norm_out.linear"), 2)
-    hidden = layer_norm(hidden, parameters, "norm_out.norm", config["norm_eps"]) * (1 + scale) + shift
-    output = linear(hidden.astype(dtype), parameters, "proj_out")
+    hidden = constrained(run(blocks, hidden, time, (cos, sin)), parallelism)
+    output = predict_patches(parameters, hidden, time, config)
     return unpatchify(output[:, text_length:length], latents.shape, config)
 
 
-def run_blocks(blocks, hidden, time, rotary, *, config, parallelism, attention, text_length):
-    """All blocks, on one chip's share [batch / dp, sequence / (sp * tp), embed] of the hidden states."""
+def constrained(hidden: jax.Array, parallelism: Parallelism) -> jax.Array:
+    """Constrain hidden states to be split over the mesh as ACTIVATION_AXES says."""
+    return jax.lax.with_sharding_constraint(hidden, parallelism.sharding(*HIDDEN_STATES))
+
+
+def embed(
+    parameters: Mapping[str, jax.Array],
+    latents: jax.Array,
+    prompt_embeds: jax.Array,
+    config: Mapping,
+    parallelism: Parallelism,
+) -> jax.Array:
+    """Embed text and video as one sequence [batch, tokens, embed], padded at the end to what the mesh divides."""
+    dtype = prompt_embeds.dtype
+    with tap.scope("patch_embed"):
+        text = linear(prompt_embeds, parameters, "patch_embed.text_proj").astype(dtype)
+        video = linear(patchify(latents, config), parameters, "patch_embed.proj").astype(dtype)
+        padding = -(text.shape[1] + video.shape[1]) % (parallelism.sp * parallelism.tp * SEQUENCE_TILE)
+        hidden = jnp.pad(jnp.concatenate([text, video], axis=1), ((0, 0), (0, padding), (0, 0)))
+        hidden = constrained(hidden, parallelism)
+        tap.tap("", hidden, HIDDEN_STATES)
+    return hidden
+
+
+def predict_patches(
+    parameters: Mapping[str, jax.Array], hidden: jax.Array, time: jax.Array, config: Mapping
+) -> jax.Array:
+    """Turn the last block's hidden states into predicted patches, float32 [batch, tokens, patch]."""
+    dtype = hidden.dtype
+    with tap.scope("norm_final"):
+        hidden = layer_norm(hidden, parameters, "norm_final", config["norm_eps"]).astype(dtype)
+        tap.tap("", hidden, HIDDEN_STATES)
+    with tap.scope("norm_out"):
+        shift, scale = jnp.split(linear(time, parameters, "norm_out.linear"), 2)
+        hidden = layer_norm(hidden, parameters, "norm_out.norm", config["norm_eps"]) * (1 + scale) + shift
+        hidden = hidden.astype(dtype)
+        tap.tap("", hidden, HIDDEN_STATES)
+    with tap.scope("proj_out"):
+        output = linear(hidden, parameters, "proj_out")
+        tap.tap("", output, HIDDEN_STATES)
+    return output
+
+
+def run_blocks(
+    blocks: Mapping[str, jax.Array],
+    hidden: jax.Array,
+    time: jax.Array,
+    rotary: tuple[jax.Array, jax.Array],
+    *,
+    config: Mapping,
+    parallelism: Parallelism,
+    attention: Callable,
+    text_length: int,
+) -> jax.Array:
+    """Run all blocks on one chip's share [batch / dp, sequence / (sp * tp), embed] of the hidden states."""
     share = hidden.shape[1]
     position = (jax.lax.axis_index("sp") * parallelism.tp + jax.lax.axis_index("tp")) * share + jnp.arange(share)
     is_text = (position < text_length)[:, None]
@@ -232,74 +288,126 @@ def run_blocks(blocks, hidden, time, rotary, *, config, parallelism, attention, 
     def step(hidden, parameters):
         parameters = {name.removeprefix("blocks."): array for name, array in parameters.items()}
         parameters = {name: gather_share(name, array, parallelism) for name, array in parameters.items()}
-        hidden = block(hidden, parameters, time, rotary, is_text, config, parallelism, attention)
-        return hidden, None
+        return Block(parameters, time, rotary, is_text, config, parallelism, attention)(hidden)
 
-    return jax.lax.scan(step, hidden, blocks)[0]
+    return tap.scan("transformer_blocks", step, hidden, blocks)
 
 
 def gather_share(name: str, array: jax.Array, parallelism: Parallelism) -> jax.Array:
+    """Gather one block's parameter `name` over the mesh axes, other than tp, over which the layout splits it."""
     where = sharding.gather_at_use(f"blocks.{name}", parallelism.layout)
     return array if where is None else jax.lax.all_gather(array, where[1], axis=where[0], tiled=True)
 
 
-def block(hidden, parameters, time, rotary, is_text, config, parallelism, attention):
-    """One transformer block; source: `CogVideoXBlock`."""
-    dtype = hidden.dtype
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One transformer block on one chip; source: `CogVideoXBlock`.
 
-    def modulated(hidden, is_text, name):
-        """Normalised and modulated hidden states, tokens gathered over tp, and the gate of this chip's tokens."""
-        shift, scale, gate, text_shift, text_scale, text_gate = jnp.split(linear(time, parameters, f"{name}.linear"), 6)
-        x = layer_norm(hidden, parameters, f"{name}.norm", config["norm_eps"])
-        x = x * (1 + jnp.where(is_text, text_scale, scale)) + jnp.where(is_text, text_shift, shift)
-        x = materialized(jax.lax.all_gather(x.astype(dtype), "tp", axis=1, tiled=True))
-        return x, jnp.where(is_text, text_gate, gate)
+    Attributes:
+        parameters: of this block, by names without "blocks.", split over tp.
+        time: silu of the time embedding, [time_embed_dim].
+        rotary: cosines and sines of the chip's gathered tokens, [sequence / sp, head_dim / 2] each.
+        is_text: which of the chip's own tokens are text, bool [sequence / (sp * tp), 1].
+        config: `transformer/config.json`.
+        parallelism: see `Parallelism`.
+        attention: `attention(query, key, value)` of arrays [batch, heads / (sp * tp), sequence, head_dim].
+    """
 
-    def residual(hidden, partial_sum, name, gate):
-        """hidden + gate * (the sum over tp + bias), each chip its own tokens."""
-        x = jax.lax.psum_scatter(partial_sum.astype(dtype), "tp", scatter_dimension=1, tiled=True)
+    parameters: Mapping[str, jax.Array]
+    time: jax.Array
+    rotary: tuple[jax.Array, jax.Array]
+    is_text: jax.Array
+    config: Mapping
+    parallelism: Parallelism
+    attention: Callable
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Apply the block to hidden states [batch / dp, sequence / (sp * tp), embed]."""
+        hidden = self.self_attention(hidden)
+        # The MLP takes some of the tokens at a time, so that the array between its two products stays in VMEM.
+        pieces = round(hidden.shape[1] * self.parallelism.tp / FEED_FORWARD_TOKENS)
+        pieces = min(max(pieces, 1), hidden.shape[1] // SEQUENCE_TILE)
+        bounds = [hidden.shape[1] * i // pieces // SEQUENCE_TILE * SEQUENCE_TILE for i in range(1, pieces)]
+        tokens = zip(jnp.split(hidden, bounds, axis=1), jnp.split(self.is_text, bounds), strict=True)
+        hidden = jnp.concatenate(tap.pieces(self.feed_forward, list(tokens), TOKENS), axis=TOKENS)
+        tap.tap("", hidden, HIDDEN_STATES)
+        return hidden
+
+    def self_attention(self, hidden: jax.Array) -> jax.Array:
+        """Apply the first half of the block: norm, attention, gated residual."""
+        parameters, dtype = self.parameters, hidden.dtype
+        x, gate = self.modulated(hidden, self.is_text, "norm1")
+        with tap.scope("attn1"):
+            heads = self.config["num_attention_heads"] // self.parallelism.tp
+            query, key, value = (project_heads(x, parameters, f"attn1.to_{letter}", heads) for letter in "qkv")
+            for letter, x in (("q", query), ("k", key), ("v", value)):
+                tap.tap(f"to_{letter}", functools.partial(self.as_projected, x, letter), GATHERED)
+            for letter, x in (("q", query), ("k", key)):
+                tap.tap(f"norm_{letter}", functools.partial(self.as_normalized, x, letter), PROJECTED_HEADS)
+            query, key = (
+                normalized_and_rotated(x, parameters, f"attn1.norm_{letter}", self.rotary).astype(dtype)
+                for letter, x in (("q", query), ("k", key))
+            )
+            # From a share of the tokens with all heads of this chip to all tokens with a share of the heads, and back.
+            exchange = functools.partial(jax.lax.all_to_all, axis_name="sp", tiled=True)
+            query, key, value = (exchange(y, split_axis=1, concat_axis=2) for y in (query, key, value.astype(dtype)))
+            x = exchange(self.attention(query, key, value), split_axis=2, concat_axis=1)
+            weight = parameters["attn1.to_out.0.weight"].reshape(hidden.shape[-1], heads, -1)
+            x = jnp.einsum("bnsh,onh->bso", x, weight, preferred_element_type=jnp.float32)
+            return self.residual(hidden, x, "attn1.to_out.0", gate)
+
+    def feed_forward(self, hidden: jax.Array, is_text: jax.Array) -> jax.Array:
+        """Apply the second half of the block to some of the tokens: norm, MLP, gated residual."""
+        parameters, dtype = self.parameters, hidden.dtype
+        x, gate = self.modulated(hidden, is_text, "norm2")
+        with tap.scope("ff"):
+            x = jax.nn.gelu(linear(x, parameters, "ff.net.0.proj"), approximate=True).astype(dtype)
+            own_tokens = functools.partial(jax.lax.all_to_all, x, "tp", split_axis=1, concat_axis=2, tiled=True)
+            tap.tap("net.0", own_tokens, HIDDEN_STATES)
+            x = jnp.einsum(
+                "bsi,oi->bso", materialized(x), parameters["ff.net.2.weight"], preferred_element_type=jnp.float32
+            )
+            return self.residual(hidden, x, "ff.net.2", gate)
+
+    def modulated(self, hidden: jax.Array, is_text: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
+        """Normalise and modulate hidden states; returns them gathered over tp, and the gate of this chip's tokens."""
+        with tap.scope(name):
+            modulation = jnp.split(linear(self.time, self.parameters, f"{name}.linear"), 6)
+            shift, scale, gate, text_shift, text_scale, text_gate = modulation
+            x = layer_norm(hidden, self.parameters, f"{name}.norm", self.config["norm_eps"])
+            x = x * (1 + jnp.where(is_text, text_scale, scale)) + jnp.where(is_text, text_shift, shift)
+            x = x.astype(hidden.dtype)
+            tap.tap("", x, HIDDEN_STATES)
+            x = materialized(jax.lax.all_gather(x, "tp", axis=1, tiled=True))
+            return x, jnp.where(is_text, text_gate, gate)
+
+    def as_projected(self, x: jax.Array, letter: str) -> jax.Array:
+        """Reorder a result of `project_heads` as in diffusers: [batch, tokens, heads * head_dim], pairs interleaved."""
+        x = x if letter == "v" else interleaved(x)
+        return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+    def as_normalized(self, x: jax.Array, letter: str) -> jax.Array:
+        """Normalise projected queries or keys without rotating them, rotary pairs interleaved as in diffusers."""
+        mean, scale = moments(x, QK_NORM_EPS)
+        return interleaved(affine((x - mean) * scale, self.parameters, f"attn1.norm_{letter}"))
+
+    def residual(self, hidden: jax.Array, partial_sum: jax.Array, name: str, gate: jax.Array) -> jax.Array:
+        """Compute hidden + gate * (sum of `partial_sum` over tp + bias of module `name`) for the chip's own tokens."""
+        x = jax.lax.psum_scatter(partial_sum.astype(hidden.dtype), "tp", scatter_dimension=1, tiled=True)
         x = x.astype(jnp.float32)
-        if f"{name}.bias" in parameters:
-            x = x + parameters[f"{name}.bias"].astype(jnp.float32)
-        return (hidden.astype(jnp.float32) + gate * x).astype(dtype)
-
-    def feed_forward(hidden, is_text):
-        x, gate = modulated(hidden, is_text, "norm2")
-        x = jax.nn.gelu(linear(x, parameters, "ff.net.0.proj"), approximate=True).astype(dtype)
-        x = jnp.einsum(
-            "bsi,oi->bso", materialized(x), parameters["ff.net.2.weight"], preferred_element_type=jnp.float32
-        )
-        return residual(hidden, x, "ff.net.2", gate)
-
-    x, gate = modulated(hidden, is_text, "norm1")
-    heads = config["num_attention_heads"] // parallelism.tp
-    query, key, value = (project_heads(x, parameters, f"attn1.to_{letter}", heads) for letter in "qkv")
-    query, key = (
-        normalized_and_rotated(x, parameters, f"attn1.norm_{letter}", rotary).astype(dtype)
-        for letter, x in (("q", query), ("k", key))
-    )
-    # From a share of the tokens with all of this chip's heads to all tokens with a share of the heads, and back.
-    exchange = functools.partial(jax.lax.all_to_all, axis_name="sp", tiled=True)
-    query, key, value = (exchange(y, split_axis=1, concat_axis=2) for y in (query, key, value.astype(dtype)))
-    x = exchange(attention(query, key, value), split_axis=2, concat_axis=1)
-    weight = parameters["attn1.to_out.0.weight"].reshape(hidden.shape[-1], heads, -1)
-    x = jnp.einsum("bnsh,onh->bso", x, weight, preferred_element_type=jnp.float32)
-    hidden = residual(hidden, x, "attn1.to_out.0", gate)
-
-    # A few tokens at a time, so that what lies between the two products stays in VMEM.
-    pieces = max(1, round(hidden.shape[1] * parallelism.tp / FEED_FORWARD_TOKENS))
-    bounds = [hidden.shape[1] * i // pieces // SEQUENCE_TILE * SEQUENCE_TILE for i in range(1, pieces)]
-    tokens = zip(jnp.split(hidden, bounds, axis=1), jnp.split(is_text, bounds), strict=True)
-    return jnp.concatenate([feed_forward(*piece) for piece in tokens], axis=1)
+        if f"{name}.bias" in self.parameters:
+            x = x + self.parameters[f"{name}.bias"].astype(jnp.float32)
+        tap.tap(name.partition(".")[2], x, HIDDEN_STATES)
+        return (hidden.astype(jnp.float32) + gate * x).astype(hidden.dtype)
 
 
 def materialized(x: jax.Array) -> jax.Array:
-    """Keep XLA from computing `x` again for every tile of a matrix product that reads it."""
+    """Prevent XLA from computing `x` again for every tile of a matrix product that reads it."""
     return jax.lax.optimization_barrier(x)
 
 
 def project_heads(x: jax.Array, parameters: Mapping, name: str, heads: int) -> jax.Array:
-    """x [batch, sequence, embed] to float32 [batch, heads, sequence, head_dim], the order that attention takes."""
+    """Project x [batch, sequence, embed] to float32 [batch, heads, sequence, head_dim], the order for attention."""
     weight = parameters[f"{name}.weight"].reshape(heads, -1, x.shape[-1])
     y = jnp.einsum("bsi,nhi->bnsh", x, weight, preferred_element_type=jnp.float32)
     if f"{name}.bias" in parameters:
@@ -308,9 +416,9 @@ def project_heads(x: jax.Array, parameters: Mapping, name: str, heads: int) -> j
 
 
 def normalized_and_rotated(x: jax.Array, parameters: Mapping, name: str, rotary: tuple) -> jax.Array:
-    """Layer norm and rotary embedding of [batch, heads, sequence, head_dim], pairs in halves; in float32.
+    """Apply layer norm and rotary embedding to float32 [batch, heads, sequence, head_dim], pairs in two halves.
 
-    Both are done on the halves, so that XLA makes one pass of them.
+    Both work on the halves, so that XLA does them in one pass over the array.
     """
     cos, sin = rotary
     half = x.shape[-1] // 2
@@ -321,8 +429,14 @@ def normalized_and_rotated(x: jax.Array, parameters: Mapping, name: str, rotary:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def interleaved(x: jax.Array) -> jax.Array:
+    """Reorder [..., head_dim] from rotary pairs in two halves to interleaved pairs, as in diffusers."""
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    return jnp.swapaxes(halves, -1, -2).reshape(x.shape)
+
+
 def patchify(latents: jax.Array, config: Mapping) -> jax.Array:
-    """[batch, frames, channels, height, width] to [batch, video tokens, patch]; source: `CogVideoXPatchEmbed`."""
+    """Cut [batch, frames, channels, height, width] into [batch, video tokens, patch]; source: `CogVideoXPatchEmbed`."""
     batch, frames, channels, height, width = latents.shape
     p, pt = config["patch_size"], config["patch_size_t"]
     x = latents.reshape(batch, frames // pt, pt, channels, height // p, p, width // p, p)
@@ -331,99 +445,8 @@ def patchify(latents: jax.Array, config: Mapping) -> jax.Array:
 
 
 def unpatchify(x: jax.Array, latent_shape: tuple[int, ...], config: Mapping) -> jax.Array:
-    """[batch, video tokens, patch] to [batch, frames, channels, height, width]."""
+    """Join patches [batch, video tokens, patch] to [batch, frames, channels, height, width]."""
     batch, frames, channels, height, width = latent_shape
     p, pt = config["patch_size"], config["patch_size_t"]
     x = x.reshape(batch, frames // pt, height // p, width // p, channels, pt, p, p)
     return x.transpose(0, 1, 5, 4, 2, 6, 3, 7).reshape(batch, frames, channels, height, width)
-
-
-# --- The denoising step ------------------------------------------------------------------------------------------
-
-
-def make_denoise_step(config: Mapping, parallelism: Parallelism, attention: Callable) -> Callable:
-    """A jitted denoising step, `latents` and `old_pred_original_sample` donated.
-
-    `step(parameters, latents, old_pred_original_sample, prompt_embeds, rotary, timestep, coefficients, noise,
-    guidance_scale)` returns the next `latents` and `pred_original_sample`:
-        parameters: see `load_parameters`.
-        latents: [batch, frames, channels, height, width], the model's dtype.
-        old_pred_original_sample: the second result of the step before, float32 of the same shape (zeros at first).
-        prompt_embeds: [batch, text tokens, text width], or, for classifier-free guidance, [2 * batch, ...] with the
-            negative prompts first.
-        rotary: see `rotary_embedding`.
-        timestep: int32 scalar; coefficients: float32 [2, 3]; noise: like `latents`, or None. See `AffineScheduler`.
-        guidance_scale: float32 scalar, read only with guidance.
-
-    Source: the loop body of `CogVideoXPipeline.__call__`.
-    """
-
-    def step(
-        parameters,
-        latents,
-        old_pred_original_sample,
-        prompt_embeds,
-        rotary,
-        timestep,
-        coefficients,
-        noise,
-        guidance_scale,
-    ):
-        copies = prompt_embeds.shape[0] // latents.shape[0]
-        # float32 weights mean float32 products, which a TPU's default is not.
-        with jax.default_matmul_precision("highest" if latents.dtype == jnp.float32 else "default"):
-            model_output = transformer(
-                parameters,
-                jnp.tile(latents, (copies, 1, 1, 1, 1)),
-                prompt_embeds,
-                timestep,
-                rotary,
-                config=config,
-                parallelism=parallelism,
-                attention=attention,
-            )
-        if copies == 2:
-            negative, positive = jnp.split(model_output, 2)
-            model_output = negative + guidance_scale * (positive - negative)
-
-        arrays = latents.astype(jnp.float32), model_output, old_pred_original_sample
-        prev_sample, pred_original_sample = (
-            sum(c * a for c, a in zip(row, arrays, strict=True)) for row in coefficients
-        )
-        if noise is not None:
-            prev_sample = prev_sample + noise
-        return prev_sample.astype(latents.dtype), pred_original_sample
-
-    replicated = parallelism.sharding()
-    return jax.jit(step, donate_argnums=(1, 2), out_shardings=(replicated, replicated))
-
-
-def abstract_step_arguments(
-    config: Mapping, parallelism: Parallelism, latent_shape: tuple[int, ...], guided: bool, noisy: bool, dtype
-) -> tuple:
-    """The arguments of a denoising step as shapes, for compiling without weights.
-
-    Args:
-        latent_shape: [batch, frames, channels, height, width].
-        guided: with classifier-free guidance; noisy: with a scheduler that adds noise.
-    """
-
-    def array(shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=parallelism.sharding())
-
-    tokens = math.prod(latent_shape) // latent_shape[0] // latent_shape[2]
-    tokens //= config["patch_size"] ** 2 * config["patch_size_t"]
-    latents = array(latent_shape, dtype)
-    rotary = array((tokens, config["attention_head_dim"] // 2))
-    text = (latent_shape[0] * (1 + guided), config["max_text_seq_length"], config["text_embed_dim"])
-    return (
-        abstract_parameters(config, dtype, parallelism),
-        latents,
-        array(latent_shape),
-        array(text, dtype),
-        (rotary, rotary),
-        array((), jnp.int32),
-        array((2, 3)),
-        latents if noisy else None,
-        array(()),
-    )

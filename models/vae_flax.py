@@ -6,29 +6,59 @@ The module tree and the attribute names are those of diffusers' `CogVideoXDecode
 
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from flax import nnx
 
-from models.decoder import Decoder, kernel
+from models.decoder import Decoder, channels_last
 from models.spatial_split import Split
-from models.vae_layers import ACTIVATIONS, Pending, causal_conv, shortcut, spatial_norm, upsample
+from models.vae_layers import ACTIVATIONS, Deferred, causal_conv, shortcut, spatial_norm, tap_output, upsample
 
-# Weights come from a checkpoint; under `nnx.eval_shape` these make none.
+# Flax asks for random keys, though the weights come from a checkpoint: under `nnx.eval_shape` none are drawn.
 RNGS = functools.partial(nnx.Rngs, 0)
 
 
-class CausalConv3d(nnx.Module):
+class NamedModule(nnx.Module):
+    """A module that knows its name in the decoder, which `Decoder3D` sets: "up_blocks.0.resnets.1" and the like."""
+
+    name: str
+
+
+def named(call: Callable) -> Callable:
+    """Name a module's operations after it in profiles, and tap its output; the last argument of `call` is the split."""
+
+    @functools.wraps(call)
+    def wrapped(self: NamedModule, *args: Any) -> Any:
+        with jax.named_scope(self.name):
+            output = call(self, *args)
+        tap_output(self.name, output, args[-1])
+        return output
+
+    return wrapped
+
+
+def value(parameter: nnx.Param | None) -> jax.Array:
+    """Return the array of a layer's parameter, which all layers of this decoder have."""
+    assert parameter is not None
+    return parameter[...]
+
+
+class CausalConv3d(NamedModule):
     """Convolution that sees this frame and the frames before it; `cache` holds the last ones of the chunk before."""
 
     def __init__(self, in_features: int, out_features: int, kernel_size: int = 3):
         self.conv = nnx.Conv(in_features, out_features, (kernel_size,) * 3, rngs=RNGS())
 
-    def __call__(self, x: jax.Array | Pending, cache: jax.Array | None, split: Split):
-        return causal_conv(x, self.conv.kernel[...], self.conv.bias[...], cache, split)
+    @named
+    def __call__(
+        self, x: jax.Array | Deferred, cache: jax.Array | None, split: Split
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Return the convolution and the next cache; see `causal_conv`."""
+        return causal_conv(x, value(self.conv.kernel), value(self.conv.bias), cache, split)
 
 
-class SpatialNorm3D(nnx.Module):
+class SpatialNorm3D(NamedModule):
     """Group norm whose scale and shift are 1 x 1 x 1 convolutions of the latents (https://arxiv.org/abs/2209.09002)."""
 
     def __init__(self, features: int, latent_features: int, groups: int):
@@ -36,13 +66,17 @@ class SpatialNorm3D(nnx.Module):
         self.conv_y = CausalConv3d(latent_features, features, kernel_size=1)
         self.conv_b = CausalConv3d(latent_features, features, kernel_size=1)
 
-    def __call__(self, x: jax.Array, latents: jax.Array, split: Split) -> Pending:
-        norm = self.norm_layer.scale[...], self.norm_layer.bias[...]
-        conv_y, conv_b = ((c.conv.kernel[0, 0, 0], c.conv.bias[...]) for c in (self.conv_y, self.conv_b))
+    @named
+    def __call__(self, x: jax.Array, latents: jax.Array, split: Split) -> Deferred:
+        """Return the norm of x, deferred; see `spatial_norm`."""
+        norm = value(self.norm_layer.scale), value(self.norm_layer.bias)
+        conv_y, conv_b = ((c.conv.kernel[0, 0, 0], value(c.conv.bias)) for c in (self.conv_y, self.conv_b))
         return spatial_norm(x, latents, norm, conv_y, conv_b, self.norm_layer.num_groups, split)
 
 
-class ResnetBlock3D(nnx.Module):
+class ResnetBlock3D(NamedModule):
+    """Norm, activation and convolution, twice, added to the input; a pointwise convolution adapts its channels."""
+
     def __init__(self, in_features: int, out_features: int, latent_features: int, groups: int, activation: Callable):
         self.activation = activation
         self.norm1 = SpatialNorm3D(in_features, latent_features, groups)
@@ -52,38 +86,47 @@ class ResnetBlock3D(nnx.Module):
         if in_features != out_features:
             self.conv_shortcut = nnx.Conv(in_features, out_features, (1, 1, 1), rngs=RNGS())
 
-    def __call__(self, x, latents, cache, split):
+    @named
+    def __call__(self, x: jax.Array, latents: jax.Array, cache: dict, split: Split) -> tuple[jax.Array, dict]:
+        """Return the block's output and the next cache, by layer."""
         new_cache = {}
-        hidden = self.norm1(x, latents, split).activated(self.activation)
+        hidden = self.norm1(x, latents, split).with_activation(self.activation)
         hidden, new_cache["conv1"] = self.conv1(hidden, cache.get("conv1"), split)
-        hidden = self.norm2(hidden, latents, split).activated(self.activation)
+        hidden = self.norm2(hidden, latents, split).with_activation(self.activation)
         hidden, new_cache["conv2"] = self.conv2(hidden, cache.get("conv2"), split)
         if hasattr(self, "conv_shortcut"):
-            x = shortcut(x, self.conv_shortcut.kernel[0, 0, 0], self.conv_shortcut.bias[...])
+            x = shortcut(x, self.conv_shortcut.kernel[0, 0, 0], value(self.conv_shortcut.bias))
+            tap_output(f"{self.name}.conv_shortcut", x, split)
         return x + hidden, new_cache
 
 
-class Upsample3D(nnx.Module):
-    """Twice the height and width, and, with `compress_time`, twice the frames."""
+class Upsample3D(NamedModule):
+    """Upsampling to twice the height and width and, with `compress_time`, twice the frames, and a convolution."""
 
     def __init__(self, features: int, compress_time: bool):
         self.compress_time = compress_time
         self.conv = nnx.Conv(features, features, (3, 3), rngs=RNGS())
 
-    def __call__(self, x, split):
-        return upsample(x, self.conv.kernel[...], self.conv.bias[...], self.compress_time, split)
+    @named
+    def __call__(self, x: jax.Array, split: Split) -> jax.Array:
+        """Return the larger frames; see `upsample`."""
+        return upsample(x, value(self.conv.kernel), value(self.conv.bias), self.compress_time, split)
 
 
-class Block3D(nnx.Module):
+class Block3D(NamedModule):
     """Resnet blocks, then upsampling: the middle block and the up blocks."""
 
-    def __init__(self, in_features, out_features, layers, upsample, compress_time, **resnet):
+    def __init__(
+        self, in_features: int, out_features: int, layers: int, upsample: bool, compress_time: bool, **resnet: Any
+    ):
         self.resnets = nnx.List(
             [ResnetBlock3D(in_features if i == 0 else out_features, out_features, **resnet) for i in range(layers)]
         )
         self.upsamplers = nnx.List([Upsample3D(out_features, compress_time)] if upsample else [])
 
-    def __call__(self, x, latents, cache, split):
+    @named
+    def __call__(self, x: jax.Array, latents: jax.Array, cache: dict, split: Split) -> tuple[jax.Array, dict]:
+        """Return the block's output and the next cache, by resnet."""
         new_cache = {}
         for i, resnet in enumerate(self.resnets):
             x, new_cache[f"resnet_{i}"] = resnet(x, latents, cache.get(f"resnet_{i}", {}), split)
@@ -121,14 +164,18 @@ class Decoder3D(nnx.Module):
         )
         self.norm_out = SpatialNorm3D(channels[-1], config["latent_channels"], config["norm_num_groups"])
         self.conv_out = CausalConv3d(channels[-1], config["out_channels"])
+        for path, module in nnx.iter_modules(self):
+            if isinstance(module, NamedModule):
+                module.name = ".".join(map(str, path))
 
-    def __call__(self, latents, cache, split):
+    def __call__(self, latents: jax.Array, cache: dict, split: Split) -> tuple[jax.Array, dict]:
+        """Return the pixels of a chunk and the next cache; see `Decoder.decode_chunk`."""
         new_cache = {}
         x, new_cache["conv_in"] = self.conv_in(latents, cache.get("conv_in"), split)
         x, new_cache["mid_block"] = self.mid_block(x, latents, cache.get("mid_block", {}), split)
         for i, up_block in enumerate(self.up_blocks):
             x, new_cache[f"up_block_{i}"] = up_block(x, latents, cache.get(f"up_block_{i}", {}), split)
-        x = self.norm_out(x, latents, split).activated(jax.nn.silu)
+        x = self.norm_out(x, latents, split).with_activation(jax.nn.silu)
         x, new_cache["conv_out"] = self.conv_out(x, cache.get("conv_out"), split)
         return x, new_cache
 
@@ -157,7 +204,7 @@ def _diffusers_name(path: tuple) -> str:
 
 
 def _flax_layout(path: tuple, weight: jax.Array) -> jax.Array:
-    return kernel(weight) if path[-1] == "kernel" else weight
+    return channels_last(weight) if path[-1] == "kernel" else weight
 
 
 def _diffusers_shape(path: tuple, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,11 +1,12 @@
 """The TorchAx decoder: diffusers' own CogVideoX decoder, run by JAX.
 
-diffusers' code holds the weights and says what follows what. Its layers are those of models/vae_layers.py, which know
-of the split in space; tensors are laid out as there.
+The weights and the order of the layers are those of diffusers' code. The layers themselves are replaced by those of
+models/vae_layers.py, which handle the split in space; tensors are laid out as there.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import torch
@@ -18,10 +19,10 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
 )
 from diffusers.models.upsampling import CogVideoXUpsample3D
 
-from models.decoder import Decoder, kernel
+from models.decoder import Decoder, channels_last
 from models.spatial_split import Split
 from models.torch_function import jax_function
-from models.vae_layers import ACTIVATIONS, Pending, causal_conv, shortcut, spatial_norm, upsample
+from models.vae_layers import ACTIVATIONS, Deferred, causal_conv, shortcut, spatial_norm, tap_output, upsample
 
 
 def make_decoder(config: Mapping) -> Decoder:
@@ -39,32 +40,52 @@ def make_decoder(config: Mapping) -> Decoder:
         }
         for name, activation in ACTIVATIONS.items():
             layers[type(get_activation(name))] = functools.partial(_activation, activation=activation)
-        return jax_function(module, layers=layers)(weights, latents, conv_cache=cache)
+        record = functools.partial(tap_output, split=split)
+        return jax_function(module, layers=layers, record=record)(weights, latents, conv_cache=cache)
 
     def convert_weights(weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: kernel(weight) if weight.ndim > 1 else weight for name, weight in weights.items()}
+        return {name: channels_last(weight) if weight.ndim > 1 else weight for name, weight in weights.items()}
 
     shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
     return Decoder(decode_chunk, shapes, convert_weights)
 
 
-def _spatial_norm(layer, weights, x, latents, conv_cache=None, *, split: Split) -> tuple[Pending, dict]:
+# Each function below takes a layer of diffusers, its weights by name, and the arguments of its `forward`.
+Weights = Mapping[str, jax.Array]
+
+
+def _spatial_norm(
+    layer: CogVideoXSpatialNorm3D,
+    weights: Weights,
+    x: jax.Array,
+    latents: jax.Array,
+    conv_cache: Any = None,
+    *,
+    split: Split,
+) -> tuple[Deferred, dict]:
     conv_y, conv_b = ((weights[f"{c}.conv.weight"][0, 0, 0], weights[f"{c}.conv.bias"]) for c in ("conv_y", "conv_b"))
     norm = weights["norm_layer.weight"], weights["norm_layer.bias"]
     return spatial_norm(x, latents, norm, conv_y, conv_b, layer.norm_layer.num_groups, split), {}
 
 
-def _causal_conv(layer, weights, x, conv_cache=None, *, split: Split) -> tuple[jax.Array, jax.Array]:
+def _causal_conv(
+    layer: CogVideoXCausalConv3d,
+    weights: Weights,
+    x: jax.Array | Deferred,
+    conv_cache: jax.Array | None = None,
+    *,
+    split: Split,
+) -> tuple[jax.Array, jax.Array | None]:
     return causal_conv(x, weights["conv.weight"], weights["conv.bias"], conv_cache, split)
 
 
-def _upsample(layer, weights, x, *, split: Split) -> jax.Array:
+def _upsample(layer: CogVideoXUpsample3D, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array:
     return upsample(x, weights["conv.weight"], weights["conv.bias"], layer.compress_time, split)
 
 
-def _shortcut(layer, weights, x) -> jax.Array:
+def _shortcut(layer: CogVideoXSafeConv3d, weights: Weights, x: jax.Array) -> jax.Array:
     return shortcut(x, weights["weight"][0, 0, 0], weights["bias"])
 
 
-def _activation(layer, weights, x: Pending, *, activation) -> Pending:
-    return x.activated(activation)
+def _activation(layer: torch.nn.Module, weights: Weights, x: Deferred, *, activation: Callable) -> Deferred:
+    return x.with_activation(activation)

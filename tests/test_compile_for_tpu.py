@@ -1,24 +1,35 @@
 """The compile tool as a person runs it, on the TPU compiler itself, and executables made ahead of time."""
 
 import json
+import shutil
+from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from tests.conftest import SIZE, STAGE2, STAGE3
+from benchmarks import reproduce_tables
+from compile_for_tpu import __main__ as tool
+from compile_for_tpu import programs, report, topologies
+from console import UserError
+from executable import operations_digest
+from tests.helpers import SIZE, STAGE2, STAGE3, needs_libtpu
 
-TOOL = "benchmarks/compile_for_tpu.py"
 TINY_STEP = [*SIZE[:-2], "--dtype", "float32"]
 
 
 @pytest.fixture
 def compile_for(run_stage, tmp_path):
     def compile_(*arguments, status: int = 0):
-        process = run_stage(TOOL, *arguments, "--output", "report.json", status=status)
+        process = run_stage("compile_for_tpu", *arguments, "--output", "report.json", status=status)
         return process, json.loads((tmp_path / "report.json").read_text()) if status != 2 else None
 
     return compile_
 
 
+@pytest.mark.slow
+@needs_libtpu
 @pytest.mark.parametrize(("attention", "least", "most"), [("splash", 290, 310), ("splash_exp2", 700, 819)])
 def test_kernel(compile_for, attention, least, most):
     """JAX's kernel with segments (without them the design figure is 320), and ours, whose limit is the MXU's 819."""
@@ -27,12 +38,14 @@ def test_kernel(compile_for, attention, least, most):
     (kernel,) = report["kernels"].values()
     assert least < kernel["useful_scores_per_cycle"] < most, kernel
     if attention == "splash_exp2":
-        # P^T waits in VMEM for its product, which the compiler books as spills; they must stay in the shade of the MXU.
+        # P^T waits in VMEM for its product, which the compiler counts as spills; the MXU's work must hide them.
         assert max(kernel["units"]["VSTORE:SPILL"], kernel["units"]["VLOAD:FILL"]) <= 0.2, kernel
         assert kernel["units"]["MXU"] >= 0.9, kernel
     assert report["predicted_seconds"] == pytest.approx(sum(report["split"].values()))
 
 
+@pytest.mark.slow
+@needs_libtpu
 def test_kernel_of_one_grid_step(compile_for):
     """The compiler makes no loop of it."""
     _, report = compile_for("kernel", "--topology", "v6e-1", "--tokens", 200, "--heads", 1)
@@ -40,6 +53,8 @@ def test_kernel_of_one_grid_step(compile_for):
     assert 0 < kernel["cycles"] < 1e5, kernel
 
 
+@pytest.mark.slow
+@needs_libtpu
 def test_stage2_of_the_tiny_model(compile_for, random_model):
     """All parts of a step: the loop over two blocks, collectives, the kernel; the parts make the whole."""
     process, report = compile_for("stage2", "--topology", "v6e-4", "--model_id", random_model, *SIZE)
@@ -47,8 +62,12 @@ def test_stage2_of_the_tiny_model(compile_for, random_model):
     assert all(report["split"][part] > 0 for part in ("Pallas kernels", "matrix products", "collectives"))
     assert report["memory"]["fits"] and report["memory"]["limit"] == 31.25
     assert "fits" in process.stdout and "predicted" in process.stdout
+    assert report["model"] == random_model.name and random_model.name in process.stdout.splitlines()[0]
+    assert sum(report["slowest"].values()) <= report["predicted_seconds"] * (1 + 1e-9)
 
 
+@pytest.mark.slow
+@needs_libtpu
 def test_out_of_memory_is_one_line(compile_for, random_model):
     size = ("--height", 480, "--width", 480, "--frames", 321)
     process, report = compile_for(
@@ -59,6 +78,8 @@ def test_out_of_memory_is_one_line(compile_for, random_model):
     assert report["memory"]["peak"] > report["memory"]["limit"]
 
 
+@pytest.mark.slow
+@needs_libtpu
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -75,6 +96,8 @@ def test_bad_input(compile_for, arguments, words):
     assert all(word in error for word in words) and "Traceback" not in process.stderr, process.stderr
 
 
+@pytest.mark.slow
+@needs_libtpu
 def test_executable_round_trip(compile_for, run_stage, outputs, random_model, tmp_path):
     """Compiled ahead for this machine's CPU: the stage takes it and gives the same latents; others it refuses."""
     step = ["stage2", "--model_id", random_model, *TINY_STEP]
@@ -98,6 +121,30 @@ def test_executable_round_trip(compile_for, run_stage, outputs, random_model, tm
     assert "broken.bin" in process.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_executable_of_another_config(compile_for, run_stage, outputs, random_model, tmp_path):
+    """A number in the model's config that changes no shape makes another program."""
+    other = Path(shutil.copytree(random_model, tmp_path / "other_norms"))
+    path = other / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"norm_eps": 10 * config["norm_eps"]}))
+    compile_for("stage2", "--model_id", other, *TINY_STEP, "--topology", "cpu", "--save", "other.bin")
+    process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--executable", "other.bin")
+    (warning,) = (line for line in process.stdout.splitlines() if "WARNING" in line)
+    assert warning.endswith("it was made for other operations") and "compiled the denoising step" in process.stdout
+
+
+def test_digest_sees_numbers_and_constants():
+    def digest(number, table):
+        function = jax.jit(lambda x: jax.lax.map(lambda y: y * number + jnp.asarray(table), x))
+        return operations_digest([function.trace(jax.ShapeDtypeStruct((2, 3), jnp.float32))])
+
+    table = np.arange(3, dtype=np.float32)
+    assert digest(2.0, table) == digest(2.0, table.copy())
+    assert len({digest(2.0, table), digest(3.0, table), digest(2.0, table + 1)}) == 3
+
+
+@pytest.mark.slow
 def test_decoder_round_trip(compile_for, run_stage, outputs, random_model):
     """The same for stage 3, and programs for another split."""
     size = ("--height", 32, "--width", 48, "--frames", 9, "--dtype", "float32")
@@ -105,3 +152,59 @@ def test_decoder_round_trip(compile_for, run_stage, outputs, random_model):
     run = lambda *options: run_stage(STAGE3, "--input_dir", outputs, "--executable", "decoder.bin", *options).stdout  # noqa: E731
     assert "loaded the torchax decoder" in run()
     assert "made for other options" in run("--strips", 2)
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        ("stage2", "stage2-v6e-8-768x1360x81-guided.json"),
+        (
+            "stage2 --topology v6e-1 --height 640 --width 1280 --frames 61 --guidance_scale 1 --num_inference_steps 50",
+            "stage2-v6e-1-640x1280x61.json",
+        ),
+        (
+            "stage2 --sp_num 2 --no-use_dp --block_sizes 256 512 --save step.bin",
+            "stage2-v6e-8-768x1360x81-guided-use_dp=False-sp_num=2-block_sizes=256,512.json",
+        ),
+        ("stage2 --model_id zai-org/CogVideoX-5b", "stage2-v6e-8-768x1360x81-guided-model=CogVideoX-5b.json"),
+        ("stage2 --model_id zai-org/CogVideoX1.5-5B", "stage2-v6e-8-768x1360x81-guided-model=CogVideoX1.5-5B.json"),
+        (f"stage2 --model_id {programs.BUILT_IN_MODEL}/", "stage2-v6e-8-768x1360x81-guided.json"),
+        ("stage3", "stage3-v6e-8-768x1360x81.json"),
+        ("stage3 --decoder flax --strips 4", "stage3-v6e-8-768x1360x81-flax-strips=4.json"),
+        ("kernel --topology v6e-1", "kernel-v6e-1-25826.json"),
+        ("kernel --tokens 45106 --attention splash", "kernel-v6e-8-45106-attention=splash.json"),
+    ],
+)
+def test_names_of_reports(command, name):
+    arguments = tool.parse_arguments(command.split())
+    labels = programs.labels(arguments, tool.parse_arguments([arguments.what]))
+    assert report.file_name(arguments.what, arguments.topology, labels) == name
+
+
+def test_reports_in_the_repository_can_be_printed():
+    saved = [path for path in report.RESULTS.glob("*.json") if path.name.startswith(("stage", "kernel"))]
+    assert saved
+    for path in saved:
+        found = json.loads(path.read_text())
+        lines = report.text(found).splitlines()
+        assert ("CogVideoX1.5-5B" in lines[0]) == (found["what"] != "kernel"), lines[0]
+        assert any(f"{found['predicted_seconds']:.4g} s" in line for line in lines if "predicted " in line)
+
+
+def test_caution_is_what_the_tables_say(tmp_path):
+    tables = tmp_path / "tables.json"
+    without = report.caution(tables)
+    assert "not measured" in without and not any(character.isdigit() for character in without)
+    tables.write_text("{}")
+    assert report.caution(tables) == without
+    tables.write_text(json.dumps({"1": {"ratio": 1.111}, "2": {"ratio": 3.0}, "3": {"ratio": 2.0}}))
+    assert "1.11 to 3.00 x" in report.caution(tables)
+
+
+@pytest.mark.parametrize(("main", "command"), [(tool.main, "stage2 --topology v6e-1"), (reproduce_tables.main, "")])
+def test_without_libtpu(main, command, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["program", *command.split()])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"libtpu.*is not installed"):
+        main()
+    topologies.check("cpu")

@@ -13,12 +13,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from benchmarks import tpu
+from compile_for_tpu import topologies
 from models import vae_flax, vae_torchax
 from models.conv_input import conv_input, plain_conv_input
 from models.decoder import chunk_programs, chunk_sizes, decode, to_pixels
 from models.spatial_split import choose_split
-from tests.conftest import ROOT
+from tests.helpers import ROOT, needs_libtpu
 
 VAES = {
     "three levels": dict(block_out_channels=(8, 8, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4),
@@ -42,7 +42,7 @@ both_decoders = pytest.mark.parametrize("decoder", [vae_torchax, vae_flax], ids=
 
 
 def make_vae(sizes: dict) -> AutoencoderKLCogVideoX:
-    """A VAE with random weights."""
+    """Make a VAE with random weights."""
     torch.manual_seed(0)
     levels = len(sizes["block_out_channels"])
     blocks = dict(down_block_types=("CogVideoXDownBlock3D",) * levels, up_block_types=("CogVideoXUpBlock3D",) * levels)
@@ -51,13 +51,13 @@ def make_vae(sizes: dict) -> AutoencoderKLCogVideoX:
 
 @functools.cache
 def real_vae() -> AutoencoderKLCogVideoX:
-    """The VAE of CogVideoX1.5-5B at its real widths."""
-    config = json.loads((ROOT / "benchmarks" / "CogVideoX1.5-5B" / "vae" / "config.json").read_text())
+    """Make the VAE of CogVideoX1.5-5B at its real widths."""
+    config = json.loads((ROOT / "configs" / "CogVideoX1.5-5B" / "vae" / "config.json").read_text())
     return make_vae({name: value for name, value in config.items() if name in ("block_out_channels", "scaling_factor")})
 
 
 def expected_pixels(vae: AutoencoderKLCogVideoX, latents: torch.Tensor) -> np.ndarray:
-    """diffusers' frames [frames, height, width, 3] in [0, 1], without the surplus in front."""
+    """Return diffusers' frames [frames, height, width, 3] in [0, 1], without the surplus in front."""
     with torch.no_grad():
         frames = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 4, 1)[0].numpy()
     return frames[-((latents.shape[2] - 1) * vae.config.temporal_compression_ratio + 1) :]
@@ -80,8 +80,12 @@ def assert_close(pixels: np.ndarray, expected: np.ndarray, tolerance: float = 1e
     assert error < tolerance, f"pixels differ by {error:.1e}"
 
 
-@pytest.mark.parametrize("latent_frames", [1, 2, 7])
-@pytest.mark.parametrize("sizes", VAES.values(), ids=VAES)
+@pytest.mark.parametrize("latent_frames", [*(pytest.param(few, marks=pytest.mark.slow) for few in (1, 2)), 7])
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(sizes, marks=[] if name == "three levels" else pytest.mark.slow) for name, sizes in VAES.items()],
+    ids=VAES,
+)
 @both_decoders
 def test_decode_matches_diffusers(decoder, sizes, latent_frames):
     vae = make_vae(sizes)
@@ -98,6 +102,7 @@ SPLITS = {  # chips, rows of chips, strips, latent size
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [17, 61, 81])
 @pytest.mark.parametrize("split", SPLITS)
 def test_split_in_space_is_exact(split, frames, random_model):
@@ -111,6 +116,7 @@ def test_split_in_space_is_exact(split, frames, random_model):
     assert_close(pixels, expected_pixels(vae, latents), 1e-4)
 
 
+@pytest.mark.slow
 @both_decoders
 def test_real_widths(decoder):
     """At a small size, in float32 on four uneven parts, and in bfloat16."""
@@ -122,6 +128,7 @@ def test_real_widths(decoder):
     assert psnr >= 45, f"bfloat16: {psnr:.1f} dB"
 
 
+@pytest.mark.slow
 def test_forms_for_a_tpu():
     """The kernel in Pallas' interpreter, columns in pairs and by eights, two chips with strips that are not full."""
     vae = make_vae(dict(block_out_channels=(128, 8), latent_channels=4, layers_per_block=1, norm_num_groups=4))
@@ -130,6 +137,7 @@ def test_forms_for_a_tpu():
     assert_close(pixels, expected_pixels(vae, latents))
 
 
+@pytest.mark.slow
 @both_decoders
 def test_a_longer_video_needs_no_other_programs(decoder):
     """So that the time to compile them does not grow: 17 and 81 frames, and 29 and 61."""
@@ -137,8 +145,8 @@ def test_a_longer_video_needs_no_other_programs(decoder):
     weights = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in ours.weight_shapes.items()}
     weights = jax.eval_shape(ours.convert_weights, weights)
     split = choose_split(jax.devices()[:1], 4, 6)
-    for short, long in ((5, 21), (8, 16)):
-        programs = [chunk_programs(ours, weights, (1, 4, frames, 4, 6), split) for frames in (short, long)]
+    for lengths in ((5, 21), (8, 16)):
+        programs = [chunk_programs(ours, weights, (1, 4, frames, 4, 6), split) for frames in lengths]
         short, long = ([program.lower().as_text() for program in both] for both in programs)
         assert len(short) == 2 and short == long
 
@@ -180,7 +188,7 @@ def test_split_with_the_least_to_do(chips, size, shape, even):
         ((2, 3, 10, 8, 4), 4, 2, (2, 3, 10), 0, False),
     ],
 )
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 def test_conv_input_kernel(source, frames, factor, scale, history, cached, dtype):
     """In Pallas' interpreter, against the same in jax.numpy."""
     rng = np.random.default_rng(0)
@@ -208,10 +216,9 @@ def test_conv_input_kernel(source, frames, factor, scale, history, cached, dtype
 
 COMPILE_CONV_INPUT = """
 import functools, jax, jax.numpy as jnp
-from benchmarks import tpu
-from benchmarks.compile_for_tpu import compiling_for
+from compile_for_tpu import topologies
 from models.conv_input import conv_input
-device = tpu.devices("v6e-1")[0]
+device = topologies.devices("v6e-1")[0]
 array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
     shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
 for channels, packed, factor, history in ((128, True, 1, 2), (256, False, 1, 2), (256, False, 2, 0)):
@@ -221,16 +228,17 @@ for channels, packed, factor, history in ((128, True, 1, 2), (256, False, 1, 2),
     function = functools.partial(
         conv_input, activation=jax.nn.silu, history=history, frames=8, factor=factor, packed=packed)
     edges = array(8, 2, size[1], 1, channels), array(8, size[0] - 2, 2, 8, channels)
-    with compiling_for(jax.sharding.Mesh([device], ("chips",))):
+    with topologies.compiling_for(jax.sharding.Mesh([device], ("chips",))):
         lowered = jax.jit(function).lower(array(8, 24, 344, 8, channels), scale, scale, *edges, cache)
     print("tpu_custom_call" in lowered.compile().as_text())
 """
 
 
+@pytest.mark.slow
+@needs_libtpu
 def test_conv_input_compiles_for_v6e():
     """The three forms that the decoder has of it, at full width on four chips."""
-    pytest.importorskip("libtpu")
-    environment = os.environ | tpu.compiler_environment("v6e-1", None)
+    environment = os.environ | topologies.compiler_environment("v6e-1", None)
     command = [sys.executable, "-c", COMPILE_CONV_INPUT]
-    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    process = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert process.stdout == "True\n" * 3, process.stderr[-2000:]

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-from benchmarks import tpu
-from benchmarks.hlo_schedule import HloError, Program, costs, replica_groups
+from compile_for_tpu import topologies
+from compile_for_tpu.hlo_schedule import HloError, Program, costs, replica_groups
 
 ESTIMATE = 'backend_config={{"window_config":{{"estimated_cycles":"{}"}}}}'
 
 
 def program(*, bound="constant(42)", start="constant(0)", body_cycles=1000) -> str:
-    """A loop over a fusion with a matrix product, a kernel and a collective, as the TPU compiler prints them."""
+    """Write a loop over a fusion with a matrix product, a kernel and a collective, as the TPU compiler prints them."""
     return f"""HloModule jit_f, is_scheduled=true
 
 FileNames
@@ -114,7 +114,7 @@ def test_replica_groups(text, groups):
 def test_collectives_on_a_2x4_slice():
     """Against counting by hand what crosses the links: one way, 100 bytes a second each."""
     places = {y * 2 + x: (x, y, 0) for x in range(2) for y in range(4)}
-    seconds = lambda opcode, group: tpu.collective_seconds(opcode, 1200, group, places, 100.0)  # noqa: E731
+    seconds = lambda opcode, group: topologies.collective_seconds(opcode, 1200, group, places, 100.0)  # noqa: E731
     assert seconds("all-gather", [0]) == 0
     assert seconds("all-gather", [0, 1]) == pytest.approx(12)  # the other's 1200 bytes on one link
     assert seconds("all-gather", [0, 1, 2, 3]) == pytest.approx(18)  # a square: 3 x 1200 bytes on two links
@@ -128,5 +128,5 @@ def test_collectives_on_a_2x4_slice():
 
 
 def test_every_slice_has_a_chip():
-    for topology in tpu.TOPOLOGIES.keys() - {"cpu"}:
-        assert np.isfinite(tpu.chip(topology).clock)
+    for topology in topologies.TOPOLOGIES.keys() - {"cpu"}:
+        assert np.isfinite(topologies.chip(topology).clock)

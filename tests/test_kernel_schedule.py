@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_schedule import Region, ScheduleError, read_schedules
+from compile_for_tpu.kernel_schedule import Region, ScheduleError, read_schedules
 
 # A kernel on a (2, 3, 4) grid that adds seven [128, 128] bf16 products to an accumulator, which it clears in the
 # first and writes in the last step of the innermost axis; v6e, libtpu 0.0.42.1. Counted by eye in the listing.
@@ -56,7 +56,7 @@ def test_a_loop_that_counts_in_steps(dump):
 
 
 @pytest.mark.parametrize(
-    "pattern, replacement, message",
+    ("pattern", "replacement", "message"),
     [
         (r"7 /\* loop exit test \*/", "%s941_s12 /* loop exit test */", "no readable trip count"),
         (r"%s1135_s27 = smov 0", "%s1135_s27 = smov %s941_s12", "not a constant"),
@@ -106,5 +106,5 @@ def test_a_dump_without_what_is_needed(dump, tmp_path):
     with pytest.raises(ScheduleError, match="no schedule of another kernel"):
         read_schedules(dump, GRIDS | {"another": (1,)})
     next(dump.glob("*utilization*")).unlink()
-    with pytest.raises(ScheduleError, match="no .*utilization.txt"):
+    with pytest.raises(ScheduleError, match=r"no .*utilization\.txt"):
         read_schedules(dump, GRIDS)

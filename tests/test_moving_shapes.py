@@ -18,8 +18,10 @@ from tools.moving_shapes import (
 )
 
 
-@pytest.mark.parametrize(("frames", "size"), [(17, 64), (9, 64), (9, 96)], ids=str)
-@pytest.mark.parametrize("noise", [0, 12], ids=lambda noise: f"noise {noise}")
+@pytest.mark.parametrize(
+    ("frames", "size"), [(17, 64), *(pytest.param(9, size, marks=pytest.mark.slow) for size in (64, 96))]
+)
+@pytest.mark.parametrize("noise", [pytest.param(0, marks=pytest.mark.slow), 12], ids=lambda noise: f"noise {noise}")
 def test_measure_knows_every_caption(noise, frames, size):
     """Clean, and with more noise than a reconstruction of 28 dB has error."""
     generator = np.random.default_rng(0)
@@ -58,6 +60,7 @@ def test_what_is_not_there_is_not_measured():
     assert sum(agreement(ALL[0], measure(noise))) <= 2
 
 
+@pytest.mark.slow
 def test_the_measure_of_other_clips_is_chance():
     """Captions that have nothing to do with the clip agree as often as chance says."""
     generator = np.random.default_rng(1)

@@ -9,11 +9,11 @@ import safetensors.torch
 import torch
 
 from stage3_vae_decoder import video_writer
-from tests.conftest import SIZE, STAGE1, STAGE2, STAGE3, contents
-from tests.test_bad_input import edit_latents, poison
+from tests.helpers import SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, contents, edit_latents, poison
 from utils import VIDEO_SUFFIXES
 
 
+@pytest.mark.slow
 def test_stage2_alone_with_another_seed(outputs, run_stage):
     before = contents(outputs)
     process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--seed", 1)
@@ -23,6 +23,7 @@ def test_stage2_alone_with_another_seed(outputs, run_stage):
     run_stage(STAGE3, "--input_dir", outputs)
 
 
+@pytest.mark.slow
 def test_stage2_to_another_folder(outputs, run_stage, tmp_path):
     before = contents(outputs)
     run_stage(STAGE2, "--input_dir", outputs, "--output_dir", tmp_path / "other", *SIZE)
@@ -31,6 +32,7 @@ def test_stage2_to_another_folder(outputs, run_stage, tmp_path):
     assert contents(tmp_path / "other")["stage2_latents.safetensors"] == before["stage2_latents.safetensors"]
 
 
+@pytest.mark.slow
 def test_stage2_on_eight_devices(outputs, run_stage, tmp_path):
     """dp, sp and tp of two each give the latents of one device."""
     options = ("--sp_num", 2, "--use_fsdp", "--output_dir", tmp_path / "mesh")
@@ -41,6 +43,7 @@ def test_stage2_on_eight_devices(outputs, run_stage, tmp_path):
     assert error < 1e-4, f"latents differ by {error:.1e} of their scale"
 
 
+@pytest.mark.slow
 def test_stage3_alone(outputs, run_stage):
     before = contents(outputs)
     run_stage(STAGE3, "--input_dir", outputs, "--fps", 24)
@@ -48,6 +51,7 @@ def test_stage3_alone(outputs, run_stage):
     assert changed == {"output_video.mp4"}
 
 
+@pytest.mark.slow
 def test_stage3_on_eight_devices(outputs, run_stage, tmp_path):
     """Split over a mesh and into strips: the frames of one device."""
     run_stage(STAGE3, "--input_dir", outputs, "--output_frames", tmp_path / "one.safetensors")
@@ -67,22 +71,25 @@ def test_every_video_suffix(suffix, tmp_path):
     assert imageio.imread(tmp_path / f"video{suffix}").shape == frames.shape
 
 
+@pytest.mark.slow
 def test_nan_is_decoded_if_allowed(outputs, run_stage):
     edit_latents(outputs, poison)
     assert "wrote" in run_stage(STAGE3, "--input_dir", outputs, "--allow_nan").stdout
 
 
+@pytest.mark.slow
 def test_nothing_but_the_progress_bar_on_stderr(outputs, random_model, run_stage):
     for script, *arguments in (
         (STAGE1, "--prompt", "x", "--model_id", random_model, "--output_dir", outputs),
         (STAGE2, "--input_dir", outputs, *SIZE),
         (STAGE3, "--input_dir", outputs),
-        ("stage3_vae_decoder_flax.py", "--input_dir", outputs),
+        (STAGE3_FLAX, "--input_dir", outputs),
     ):
         lines = [line for line in run_stage(script, *arguments).stderr.replace("\r", "\n").splitlines() if line.strip()]
         assert all(line.startswith(("  denoising:", "  decoding:")) for line in lines), lines
 
 
+@pytest.mark.slow
 def test_long_prompt_is_cut_with_a_warning(other_model, run_stage, tmp_path):
     prompt = "a red circle moving left on a white background, " * 20 + "and one last panda"
     process = run_stage(STAGE1, "--prompt", prompt, "--model_id", other_model, "--output_dir", tmp_path)
@@ -92,6 +99,7 @@ def test_long_prompt_is_cut_with_a_warning(other_model, run_stage, tmp_path):
     assert embeddings["prompt_embeds"].shape == (1, 40, 48)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_bfloat16(random_model, run_stage, tmp_path):
     """A model stored in bfloat16, as the published one is: no file holds another dtype."""
     from diffusers import CogVideoXPipeline
@@ -101,7 +109,7 @@ def test_bfloat16_stays_bfloat16(random_model, run_stage, tmp_path):
     run_stage(STAGE1, "--prompt", "a red circle", "--model_id", model, "--output_dir", tmp_path)
     run_stage(STAGE2, "--input_dir", tmp_path, *SIZE)
     run_stage(STAGE3, "--input_dir", tmp_path)
-    run_stage("stage3_vae_decoder_flax.py", "--input_dir", tmp_path)
+    run_stage(STAGE3_FLAX, "--input_dir", tmp_path)
     for name in ("stage1_embeddings", "stage2_latents"):
         for tensor in safetensors.torch.load_file(tmp_path / f"{name}.safetensors").values():
             assert tensor.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""The embedded model makes sense: what its prompt says is what its video shows."""
+"""The tiny model makes sense: what its prompt says is what its video shows."""
 
 import json
 import re
@@ -6,11 +6,11 @@ import re
 import imageio.v3 as imageio
 import numpy as np
 import pytest
-from conftest import ROOT, STAGE1, STAGE2, TINY_MODEL
 
+from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, TINY_MODEL
 from tools.moving_shapes import ALL, FRAMES, SIZE, held_out, measure
 
-QUALITY = ROOT / "benchmarks" / "quality.py"
+QUALITY = "benchmarks.quality"
 
 
 def test_at_most_10_megabytes_in_the_published_layout():
@@ -29,7 +29,8 @@ def demo_options() -> list[str]:
     return command[1].split()
 
 
-@pytest.mark.parametrize("decoder", ["stage3_vae_decoder.py", "stage3_vae_decoder_flax.py"])
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", [STAGE3, STAGE3_FLAX])
 def test_the_demo_shows_what_its_prompt_says(decoder, run_stage, tmp_path):
     """In the model's own dtype with the options of `make demo`, judged on the mp4 itself."""
     caption = next(caption for caption in held_out() if str(caption) == demo_prompt())
@@ -39,6 +40,7 @@ def test_the_demo_shows_what_its_prompt_says(decoder, run_stage, tmp_path):
     assert measure(imageio.imread(tmp_path / "stage_outputs" / "output_video.mp4")) == caption
 
 
+@pytest.mark.slow
 def test_quality_of_a_few_captions(run_stage, tmp_path):
     """Our stages with the project's kernel, in its reference form on the CPU, against diffusers."""
     outputs = ("--output", "report.json", "--sheet", "sheet.png", "--animation", "clips.webp")
@@ -58,6 +60,7 @@ def test_quality_of_a_few_captions(run_stage, tmp_path):
     assert all(f"wrote {name}" in process.stdout for name in ("report.json", "sheet.png", "clips.webp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -21,7 +21,7 @@ class Mixer(torch.nn.Module):
 
 
 def run(**replacements) -> tuple[np.ndarray, np.ndarray]:
-    """What JAX and what torch make of the same input."""
+    """Return what JAX and what torch make of the same input."""
     torch.manual_seed(0)
     module, x = Mixer(), torch.randn(2, 5, 8)
     with torch.no_grad():

@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 from diffusers import CogVideoXPipeline
 
 from tools import train_tiny_model
@@ -13,8 +12,9 @@ from tools.moving_shapes import held_out
 FEW = ("--effort", 0.002, "--work_dir", "work", "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_all_parts_and_the_folder_that_comes_out(run_stage, tmp_path):
-    script = ROOT / "tools" / "train_tiny_model.py"
+    script = "tools.train_tiny_model"
     process = run_stage(script, *FEW, "--output_dir", "once")
     assert [line.split(":")[0] for line in process.stdout.splitlines()[:-1]] == [
         *("vae_taught", "vae_together", "vae_decoder", "encoding", "transformer")
@@ -63,7 +63,8 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path, monkeypatch):
     assert torch.equal(train(tmp_path / "parts"), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [("--effort", -1), ("--seed", 1.5), ("--effort", "much")], ids=str)
 def test_wrong_options(option, run_stage):
-    process = run_stage(ROOT / "tools" / "train_tiny_model.py", *option, status=2)
+    process = run_stage("tools.train_tiny_model", *option, status=2)
     assert len(process.stderr.splitlines()) == 1 and option[0] in process.stderr

@@ -1,10 +1,10 @@
 """Make a small CogVideoX 1.5 pipeline with random weights, in diffusers' folder layout.
 
 It has every part of zai-org/CogVideoX1.5-5B (tokenizer, text encoder, transformer with temporal patches and rotary
-embedding, VAE, scheduler) at a size that a laptop runs in seconds. The weights are seeded and untrained: most tests run
-them, and train_tiny_model.py starts from them.
+embedding, VAE, scheduler) at a size that a laptop runs in seconds. The weights are untrained and drawn from a seed.
+Most tests run such a model, and the training of the tiny model starts from one (train_tiny_model.py).
 
-    python tools/make_tiny_model.py --output_dir random_model
+    python -m tools.make_tiny_model --output_dir random_model
 """
 
 import argparse
@@ -20,6 +20,7 @@ from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    SchedulerMixin,
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from transformers.utils.logging import disable_progress_bar
@@ -48,9 +49,9 @@ SCHEDULER = dict(
 
 
 def make_tokenizer(folder: Path, max_length: int, words: Sequence[str] = ()) -> T5Tokenizer:
-    """Train a T5 sentencepiece vocabulary on a few lines; the folder holds `spiece.model`, as CogVideoX's does.
+    """Train a T5 sentencepiece vocabulary on TOKENIZER_TEXT; write it to `folder` as `spiece.model`, as CogVideoX does.
 
-    Each of `words` is a piece of its own; so few lines would leave it cut into letters.
+    Each of `words` becomes one token. Training on so few lines would split it into letters.
     """
     vocabulary = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -62,7 +63,7 @@ def make_tokenizer(folder: Path, max_length: int, words: Sequence[str] = ()) -> 
         eos_id=1,
         unk_id=2,
         bos_id=-1,
-        user_defined_symbols=[f"\N{LOWER ONE EIGHTH BLOCK}{word}" for word in words],  # sentencepiece's mark of a space
+        user_defined_symbols=[f"\N{LOWER ONE EIGHTH BLOCK}{word}" for word in words],  # the sign for a space
         num_threads=1,
         minloglevel=2,
     )
@@ -71,6 +72,34 @@ def make_tokenizer(folder: Path, max_length: int, words: Sequence[str] = ()) -> 
     config = dict(tokenizer_class="T5Tokenizer", model_max_length=max_length, extra_ids=100)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return T5Tokenizer.from_pretrained(folder)
+
+
+def make_text_encoder(vocabulary_size: int, width: int, layers: int) -> T5EncoderModel:
+    """Return a T5 encoder with random weights, drawn from torch's global generator."""
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=vocabulary_size,
+            d_model=width,
+            d_kv=width // 4,
+            d_ff=2 * width,
+            num_heads=4,
+            num_layers=layers,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def make_vae(channels: Sequence[int], latent_channels: int, layers: int, groups: int) -> AutoencoderKLCogVideoX:
+    """Return a VAE with random weights, drawn from torch's global generator."""
+    return AutoencoderKLCogVideoX(
+        block_out_channels=channels,
+        down_block_types=("CogVideoXDownBlock3D",) * len(channels),
+        up_block_types=("CogVideoXUpBlock3D",) * len(channels),
+        latent_channels=latent_channels,
+        layers_per_block=layers,
+        norm_num_groups=groups,
+        scaling_factor=0.7,
+    )
 
 
 def make_pipeline(
@@ -89,39 +118,24 @@ def make_pipeline(
     vae_groups: int = 8,
     sample_size: int = 60,
     words: Sequence[str] = (),
-    scheduler_class=CogVideoXDDIMScheduler,
+    scheduler_class: type[SchedulerMixin] = CogVideoXDDIMScheduler,
     seed: int = 0,
 ) -> None:
-    """Write a pipeline with seeded random weights, float32, to `folder`.
+    """Write a pipeline with random float32 weights to `folder`.
+
+    The other arguments have the names that they have in the configs of diffusers and transformers.
 
     Args:
-        folder: where to write; made if missing.
-        words: pieces of the tokenizer in any case.
-        sample_size: the largest height and width in latent pixels that the rotary embedding covers.
-        The other names are those of the diffusers and transformers configurations.
+        folder: where the pipeline is written; it is made if it is missing.
+        words: words of which each is one token.
+        sample_size: the largest height and width, in latent pixels, that the rotary embedding covers.
+        scheduler_class: class of the scheduler.
+        seed: of the random weights.
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "tokenizer", max_text_seq_length, words)
-    text_encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=text_width,
-            d_kv=text_width // 4,
-            d_ff=2 * text_width,
-            num_heads=4,
-            num_layers=text_layers,
-            feed_forward_proj="gated-gelu",
-        )
-    )
-    vae = AutoencoderKLCogVideoX(
-        block_out_channels=vae_channels,
-        down_block_types=("CogVideoXDownBlock3D",) * len(vae_channels),
-        up_block_types=("CogVideoXUpBlock3D",) * len(vae_channels),
-        latent_channels=latent_channels,
-        layers_per_block=vae_layers,
-        norm_num_groups=vae_groups,
-        scaling_factor=0.7,
-    )
+    text_encoder = make_text_encoder(len(tokenizer), text_width, text_layers)
+    vae = make_vae(vae_channels, latent_channels, vae_layers, vae_groups)
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=num_attention_heads,
         attention_head_dim=attention_head_dim,
@@ -140,13 +154,14 @@ def make_pipeline(
         patch_bias=False,
     )
     CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler_class(**SCHEDULER)).save_pretrained(folder)
-    # The published model has the sentencepiece file alone; with tokenizer.json beside it that would never be read.
+    # The published model has only the sentencepiece file; transformers would read tokenizer.json instead of it.
     (folder / "tokenizer" / "tokenizer.json").unlink()
 
 
 def main() -> None:
+    """Write a model to --output_dir, and print its size in MB."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("random_model"))
+    parser.add_argument("--output_dir", type=Path, default=Path("random_model"), help="where the model goes")
     arguments = parser.parse_args()
     disable_progress_bar()
     make_pipeline(arguments.output_dir)

@@ -1,6 +1,6 @@
-"""Made-up clips of one coloured shape moving over a plain background, their captions, and what a clip shows.
+"""Draw clips of one coloured shape that moves over a plain background, with captions, and measure what a clip shows.
 
-The embedded model is trained on these (tools/train_tiny_model.py); `measure` says by plain image measurement, without
+The tiny model is trained on these clips (tools/train_tiny_model.py). `measure` finds out by image processing, without
 any model, what a generated clip shows (benchmarks/quality.py).
 """
 
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-FRAMES, SIZE = 17, 64  # of the clips: height and width in pixels
-GUIDANCE_SCALE = 2.0  # that suits a model trained on them; more of it bends the shapes
+FRAMES, SIZE = 17, 64  # number of frames of a clip; its height and width in pixels
+GUIDANCE_SCALE = 2.0  # for a model trained on the clips; a larger scale bends the shapes
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -28,7 +28,7 @@ BACKGROUNDS = {"black": (16, 16, 16), "gray": (128, 128, 128), "white": (240, 24
 class Outline(NamedTuple):
     """A shape that reaches from -1 to 1 in height and width, y pointing down."""
 
-    outside: Callable[[np.ndarray, np.ndarray], np.ndarray]  # distance of (x, y) from the edge, negative inside
+    outside: Callable[[np.ndarray, np.ndarray], np.ndarray]  # signed distance of (x, y) from the edge, negative inside
     area: float
     centroid_y: float
 
@@ -40,14 +40,14 @@ SHAPES = {
 }
 
 # Thresholds of `measure`; tests/test_moving_shapes.py checks them on clips whose caption is known.
-FOREGROUND = 60  # distance from the background's colour, of 441 at most
-LEAST_PIXELS = 0.01  # of the frame; with less in it there is no shape
-LEAST_OVERLAP = 0.7  # with the best outline; clips with noise have 0.96 and more, a circle with a square 0.83
-LEAST_MOTION = 0.1  # of the frame's width, from the first frame to the last
+FOREGROUND = 60  # least distance in RGB from the background's colour; the largest possible one is 441
+LEAST_PIXELS = 0.01  # share of the frame that a shape must fill to count
+LEAST_OVERLAP = 0.7  # with the best outline; noisy clips have at least 0.96, a circle and a square have 0.83
+LEAST_MOTION = 0.1  # from the first frame to the last, as a share of the frame's width
 
 
 class Caption(NamedTuple):
-    """What a clip shows, one word for each attribute; None for what `measure` cannot see."""
+    """The words that describe a clip, one for each attribute; None stands for what `measure` cannot see."""
 
     colour: str | None
     shape: str | None
@@ -70,7 +70,7 @@ CHANCE = {
 
 @functools.cache
 def held_out() -> tuple[Caption, ...]:
-    """An eighth of all captions, never trained on; every word, and nearly every pair of words, is in the others."""
+    """Return an eighth of all captions, never trained on; the others have every word and nearly every pair of words."""
     sizes = [len(values) for values in (COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS)]
     places = itertools.product(*map(range, sizes))
     return tuple(caption for caption, place in zip(ALL, places, strict=True) if np.dot(place, (1, 3, 5, 2)) % 8 == 0)
@@ -78,7 +78,7 @@ def held_out() -> tuple[Caption, ...]:
 
 @functools.cache
 def trained_on() -> tuple[Caption, ...]:
-    """All the other captions."""
+    """Return all captions that are not held out."""
     return tuple(caption for caption in ALL if caption not in held_out())
 
 
@@ -89,9 +89,10 @@ def render(
     size: int = SIZE,
     variety: float = 1.0,
 ) -> np.ndarray:
-    """A clip that shows `caption`: uint8 [frames, size, size, 3].
+    """Draw a clip that shows `caption`, uint8 [frames, size, size, 3].
 
-    Place, way and extent are drawn from all that fits with a variety of 1, and are those in the middle with 0.
+    Position, path length and radius of the shape are random. With a variety of 1 they can have every value that keeps
+    the shape in the frame; with 0 they have the middle value.
     """
 
     def drawn(least: float, most: float) -> float:
@@ -111,17 +112,18 @@ def render(
     x = pixel[None, None, :] - centre_x[:, None, None]
     y = pixel[None, :, None] - centre_y[:, None, None]
     outside = radius * SHAPES[caption.shape].outside(x / radius, y / radius)
-    cover = np.clip(0.5 - outside, 0, 1)[..., None]  # of a pixel, by the distance from the edge: no jagged outlines
+    cover = np.clip(0.5 - outside, 0, 1)[..., None]  # share of each pixel that the shape covers: smooth edges
     clip = cover * COLOURS[caption.colour] + (1 - cover) * BACKGROUNDS[caption.background]
     return np.round(clip).astype(np.uint8)
 
 
 def measure(clip: np.ndarray) -> Caption:
-    """What a clip, uint8 [frames, height, width, 3], shows.
+    """Measure what a clip, uint8 [frames, height, width, 3], shows.
 
-    The background is the colour of the frame's border. What differs from it is the shape: its colour is taken from the
-    middle frame, its kind from the ideal outline that it overlaps best with, the direction from the way of its centre.
-    The edge is where a pixel is half background and half shape, so that blur moves it nowhere.
+    The background is the colour of the frame's border. All that differs from it is the shape. The colour of the shape
+    is taken from the middle frame, its kind is the outline that overlaps best with it, and its direction is that of its
+    centre from the first frame to the last. The shape ends where a pixel is half background and half shape, so that
+    blur does not move its edge.
     """
     clip = clip.astype(float)
     border = np.concatenate([clip[:, 0], clip[:, -1], clip[:, :, 0], clip[:, :, -1]], axis=1)
@@ -133,30 +135,31 @@ def measure(clip: np.ndarray) -> Caption:
     if len(seen) == 0:
         return Caption(None, None, None, background)
     middle = seen[len(seen) // 2]
-    strongest = distance[middle] > distance[middle].max() / 2  # and not what is faint around the shape
+    strongest = distance[middle] > distance[middle].max() / 2  # leaves out faint pixels around the shape
     plain_colour = np.median(clip[middle][strongest], axis=0)
     foreground = distance > max(FOREGROUND, np.linalg.norm(plain_colour - plain) / 2)
     return Caption(_nearest(plain_colour, COLOURS), _shape(foreground[seen]), _direction(foreground, seen), background)
 
 
 def agreement(expected: Caption, measured: Caption) -> list[bool]:
-    """Attribute by attribute, whether two captions agree."""
+    """Return whether two captions agree, for each attribute."""
     return [a == b for a, b in zip(expected, measured, strict=True)]
 
 
 def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
+    """Return the name of the colour in `palette` that is nearest to an RGB colour."""
     return min(palette, key=lambda name: np.linalg.norm(np.subtract(colour, palette[name])))
 
 
 def _shape(masks: np.ndarray) -> str | None:
-    """The shape whose ideal outline overlaps best with the masks, [frames, height, width], over all frames."""
+    """Return the shape whose outline overlaps best with bool masks [frames, height, width], or None if none does."""
     overlaps = {name: np.mean([_overlap(mask, outline) for mask in masks]) for name, outline in SHAPES.items()}
     best = max(overlaps, key=overlaps.get)
     return best if overlaps[best] > LEAST_OVERLAP else None
 
 
 def _overlap(mask: np.ndarray, outline: Outline) -> float:
-    """Intersection over union of a mask with the outline of the same area and centroid."""
+    """Return the intersection over union of a mask [height, width] with the outline of the same area and centroid."""
     if not mask.any():
         return 0.0
     radius = np.sqrt(mask.sum() / outline.area)
@@ -166,6 +169,7 @@ def _overlap(mask: np.ndarray, outline: Outline) -> float:
 
 
 def _direction(foreground: np.ndarray, seen: np.ndarray) -> str | None:
+    """Return the direction in which the centre of bool masks [frames, height, width] moves, or None if it is still."""
     centres = [np.argwhere(foreground[frame]).mean(axis=0) for frame in (seen[0], seen[-1]) if foreground[frame].any()]
     dy, dx = (centres[1] - centres[0]) / foreground.shape[2]
     if max(abs(dx), abs(dy)) < LEAST_MOTION:

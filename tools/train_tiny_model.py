@@ -1,18 +1,18 @@
-"""Train a small CogVideoX 1.5 on made-up clips of moving shapes, and save it in diffusers' folder layout.
+"""Train the tiny model, a CogVideoX 1.5, on clips of moving shapes, and save it in diffusers' folder layout.
 
-    python tools/train_tiny_model.py --output_dir tiny_model --work_dir training
+    python -m tools.train_tiny_model --output_dir tiny_model --work_dir training
 
-It makes a tokenizer, then trains the VAE, then text encoder and transformer together (v-prediction, prompts dropped at
-times for guidance). Two free CPU cores take about 20 minutes. Every part leaves a checkpoint in --work_dir each minute
-and goes on from there when the script is started again.
+The script makes a tokenizer, trains the VAE, and then trains text encoder and transformer together by v-prediction,
+with some prompts dropped for guidance. It takes about 20 minutes on two free CPU cores. It saves a checkpoint in
+--work_dir each minute, and continues from there when it is started again.
 """
 
+import argparse
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,15 +23,13 @@ from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from console import ArgumentParser, number, prepare_libraries, run  # noqa: E402
-from tools import moving_shapes  # noqa: E402
-from tools.make_tiny_model import make_pipeline  # noqa: E402
-from tools.moving_shapes import FRAMES, SIZE, Caption  # noqa: E402
+from console import ArgumentParser, number, prepare_libraries, run
+from tools import moving_shapes
+from tools.make_tiny_model import make_pipeline
+from tools.moving_shapes import FRAMES, SIZE, Caption
 
 MODEL = dict(
-    num_attention_heads=4,  # a number that the chips of a slice can share
+    num_attention_heads=4,  # so that 2 or 4 chips can share them evenly
     attention_head_dim=48,
     num_layers=4,
     time_embed_dim=128,
@@ -41,25 +39,26 @@ MODEL = dict(
 CHECKPOINT_SECONDS = 60
 
 # The VAE
-LATENT_NOISE = 0.08  # deviation of the posterior: the decoder learns to draw from latents that are off by as much
-TAUGHT_NOISE = 0.15  # the same while it learns from components
-WHITENING = 0.7  # of the components: 0 leaves their deviations as they are, 1 makes them equal
+LATENT_NOISE = 0.08  # standard deviation of the posterior, and of the noise with which the decoder is trained
+TAUGHT_NOISE = 0.15  # the same while the VAE learns principal components
+WHITENING = 0.7  # 0 leaves the standard deviations of the principal components as they are, 1 makes them equal
 
 # The transformer
-CLIPS = 1500  # encoded once
-VARIETY = 0.1  # of those clips; with all of it two cores would take days
+CLIPS = 1500  # encoded once, before the training
+VARIETY = 0.1  # of those clips, see moving_shapes.render; training with 1 would take days on two cores
 BATCH_SIZE = 32
 PROMPT_DROPOUT = 0.1
-FULL_TEXT, FULL_TEXT_BATCH_SIZE = 0.04, 8  # share of the batches whose text is padded as far as the pipelines pad it
+FULL_TEXT = 0.04  # share of the batches whose text is padded to the full length, as the pipelines pad it
+FULL_TEXT_BATCH_SIZE = 8
 
 
 class Part(NamedTuple):
-    """One part of the training: its batches, and how Muon and Adam take them."""
+    """One part of the training: its number of batches, and the settings of Muon and Adam."""
 
     steps: int
-    learning_rate: float  # of Muon; Adam's is a tenth of it
-    schedule: str  # diffusers' name of what the learning rate does after its warm-up
-    averaging: float  # of the running mean that the weights end as
+    learning_rate: float  # of Muon; that of Adam is a tenth of it
+    schedule: str  # diffusers' name of the learning rate's schedule after its warm-up
+    averaging: float  # decay of the running mean of the weights, which is the result
 
 
 PARTS = {
@@ -70,19 +69,21 @@ PARTS = {
 }
 
 
-def parse_arguments():
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("tiny_model"), help="where the model goes")
-    parser.add_argument("--work_dir", type=Path, default=Path("training"), help="checkpoints")
+    parser.add_argument("--work_dir", type=Path, default=Path("training"), help="where the checkpoints go")
     parser.add_argument(
-        "--effort", type=number(float, 0), default=1.0, help="share of the recipe's batches and clips to train with"
+        "--effort", type=number(float, 0), default=1.0, help="factor on the numbers of batches and clips"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of data, weights and noise")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of data, weights and noise")
     return parser.parse_args()
 
 
 def main() -> None:
+    """Train all parts, and write the model in bfloat16 to --output_dir."""
     arguments = parse_arguments()
     prepare_libraries()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
@@ -104,16 +105,16 @@ def main() -> None:
 # --- The VAE -----------------------------------------------------------------------------------------------------
 
 
-def train_vae(vae: AutoencoderKLCogVideoX, arguments) -> None:
-    """Teach both halves the clips' principal components, then train them together, then the decoder alone.
+def train_vae(vae: AutoencoderKLCogVideoX, arguments: argparse.Namespace) -> None:
+    """Teach encoder and decoder principal components of the clips, then train both together, then the decoder alone.
 
-    Left to invent latents together, the halves need thousands of batches before anything can be seen. Components of
-    blocks of pixels are latents that are good at once: the decoder learns to draw from them while the encoder learns to
-    give them. They stay near them, which the transformer finds easier. The decoder, whose strokes people look at, then
-    goes on by itself.
+    Trained together from the start, they need thousands of batches before a video shows anything. Principal components
+    of blocks of pixels are good latents from the first batch on: the decoder learns to decode them while the encoder
+    learns to compute them. Later the latents stay near them, which makes the transformer's task easier. At the end the
+    decoder is trained alone, because its errors are what people see.
     """
     components = principal_components(vae.config.latent_channels, arguments)
-    with torch.no_grad():  # a constant posterior deviation, which no part changes
+    with torch.no_grad():  # the standard deviation of the posterior becomes constant; training does not change it
         mean_and_log_variance = vae.encoder.conv_out.conv
         mean_and_log_variance.weight[vae.config.latent_channels :] = 0
         mean_and_log_variance.bias[vae.config.latent_channels :] = 2 * np.log(LATENT_NOISE)
@@ -140,11 +141,11 @@ def train_vae(vae: AutoencoderKLCogVideoX, arguments) -> None:
             latents = encode(pixels)
         return drawing_error(latents, LATENT_NOISE, pixels)
 
-    def clip_sizes(progress: float, halves: float) -> tuple[int, int, int]:
-        """Clips, frames and size of a batch: two halves at first, then a whole one, as the norms will see them."""
-        return (2, 9, SIZE) if progress < halves else (1, FRAMES, SIZE)
+    def clip_sizes(progress: float, share_of_short: float) -> tuple[int, int, int]:
+        """Return clips, frames and size of a batch: two short clips at first, then a whole one, as at inference."""
+        return (2, 9, SIZE) if progress < share_of_short else (1, FRAMES, SIZE)
 
-    # The tips of triangles are the first that a decoder blurs, and what a triangle is known by.
+    # A decoder blurs the tips of triangles first, and without them a triangle looks like another shape.
     known = moving_shapes.trained_on()
     more_triangles = (*known, *(caption for caption in known if caption.shape == "triangle"))
     fit("vae_taught", {"vae": vae}, taught, arguments)
@@ -152,14 +153,15 @@ def train_vae(vae: AutoencoderKLCogVideoX, arguments) -> None:
     fit("vae_decoder", {"decoder": vae.decoder}, decoder, arguments)
 
 
-def principal_components(number: int, arguments) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from pixels [B, 3, F, H, W] to latents of unit variance [B, number, T, H / 8, W / 8].
+def principal_components(number: int, arguments: argparse.Namespace) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a function from pixels [B, 3, F, H, W] to latents of unit variance [B, number, T, H / 8, W / 8].
 
-    A latent frame stands for four frames, the first one for the first frame alone, here repeated four times.
+    The latents are the `number` largest principal components of blocks of pixels. A latent frame stands for four
+    frames; the first latent frame stands for the first frame alone, which is therefore repeated four times.
     """
 
     def blocks(pixels: torch.Tensor) -> torch.Tensor:
-        """The pixels [B, T, H / 8, W / 8, 768] that each latent stands for."""
+        """Return the pixels that each latent stands for, [B, T, H / 8, W / 8, 768]."""
         pixels = torch.cat([pixels[:, :, :1].expand(-1, -1, 3, -1, -1), pixels], dim=2)
         return pixels.unfold(2, 4, 4).unfold(3, 8, 8).unfold(4, 8, 8).permute(0, 2, 3, 4, 1, 5, 6, 7).flatten(4)
 
@@ -178,8 +180,11 @@ def principal_components(number: int, arguments) -> Callable[[torch.Tensor], tor
 
 
 @torch.no_grad()
-def encoded_clips(pipeline: CogVideoXPipeline, arguments) -> tuple[torch.Tensor, list[str]]:
-    """Latents [clips, T, C, H, W] of random clips, scaled to unit variance, and their prompts; sets scaling_factor."""
+def encoded_clips(pipeline: CogVideoXPipeline, arguments: argparse.Namespace) -> tuple[torch.Tensor, list[str]]:
+    """Return latents [clips, T, C, H, W] of random clips, scaled to unit variance, and their prompts.
+
+    Latents and prompts are kept in the work folder. The VAE's scaling_factor is set to the scale.
+    """
     path = arguments.work_dir / "latents.pt"
     if not path.exists():
         start = time.monotonic()
@@ -198,8 +203,13 @@ def encoded_clips(pipeline: CogVideoXPipeline, arguments) -> tuple[torch.Tensor,
     return latents * factor, prompts
 
 
-def train_transformer(pipeline: CogVideoXPipeline, latents: torch.Tensor, prompts: list[str], arguments) -> None:
-    """v-prediction of noised latents; the frames that fill up the temporal patch are copies of the first one."""
+def train_transformer(
+    pipeline: CogVideoXPipeline, latents: torch.Tensor, prompts: list[str], arguments: argparse.Namespace
+) -> None:
+    """Train transformer and text encoder to predict v of noised latents.
+
+    Copies of the first latent frame are put in front, as many as the last temporal patch lacks.
+    """
     transformer, scheduler, device = pipeline.transformer, pipeline.scheduler, arguments.device
     surplus = -latents.shape[1] % transformer.config.patch_size_t
     latents = torch.cat([latents[:, :1].expand(-1, surplus, -1, -1, -1), latents], dim=1)
@@ -209,24 +219,25 @@ def train_transformer(pipeline: CogVideoXPipeline, latents: torch.Tensor, prompt
     least = int((tokens != pipeline.tokenizer.pad_token_id).sum(dim=1).max())
 
     def loss(generator: np.random.Generator, progress: float) -> torch.Tensor:
-        # CogVideoX attends to the padding of the text too; it learns both a short one, which is cheap, and the longest.
+        # CogVideoX attends to the padding of the text too. Most batches have a short padding, which is cheap, but the
+        # model must also learn the full one.
         full = generator.random() < FULL_TEXT
         size, length = (FULL_TEXT_BATCH_SIZE, most) if full else (BATCH_SIZE, generator.integers(least, least + 7))
         chosen = generator.integers(0, len(prompts), size)
         dropped = generator.random(size) < PROMPT_DROPOUT
         x = latents[chosen].to(device)
         noise = torch.randn(x.shape).to(device)
-        # Spread evenly over each batch, and more where there is much noise: only there the prompt is needed.
+        # Each batch has steps from all of the range, and more of them with much noise, where the prompt matters most.
         spread = (generator.permutation(size) + generator.random(size)) / size
         steps = torch.from_numpy((scheduler.config.num_train_timesteps * spread**0.8).astype(int)).to(device)
         text = pipeline.text_encoder(tokens[np.where(dropped, len(prompts), chosen), :length].to(device))
         noisy = scheduler.add_noise(x, noise, steps)
-        with sdpa_kernel(SDPBackend.MATH):  # at this size the fused kernels' backward pass is slower on a CPU
+        with sdpa_kernel(SDPBackend.MATH):  # faster on a CPU at this size than the backward pass of the fused kernels
             (v,) = transformer(noisy, text.last_hidden_state, steps, image_rotary_emb=rotary, return_dict=False)
         return F.mse_loss(v.float(), scheduler.get_velocity(x, noise, steps))
 
-    # Rotary embeddings tell where tokens are to each other. Queries and keys with parts that depend on no content make
-    # attention differ near the frame's edge, so that the model finds out early where in the frame a token is.
+    # Rotary embeddings give the model relative positions only. Random biases of queries and keys make attention depend
+    # on position but not on content, and differ near the frame's edge. From that the model learns absolute positions.
     torch.manual_seed(arguments.seed)
     for block in transformer.transformer_blocks:
         for norm in (block.attn1.norm_q, block.attn1.norm_k):
@@ -237,41 +248,83 @@ def train_transformer(pipeline: CogVideoXPipeline, latents: torch.Tensor, prompt
 # --- Shared ------------------------------------------------------------------------------------------------------
 
 
+class Optimization:
+    """Optimizers of modules, and the running mean of their weights.
+
+    Muon optimizes the matrices inside the blocks, Adam the other parameters: first and last layers, norms, embeddings
+    (https://kellerjordan.github.io/posts/muon).
+
+    Args:
+        modules: the modules that are trained, by the names that they have in a checkpoint.
+        part: learning rate, its schedule, and decay of the running mean.
+        steps: number of steps of the whole part.
+    """
+
+    def __init__(self, modules: dict[str, torch.nn.Module], part: Part, steps: int):
+        named = [pair for module in modules.values() for pair in module.named_parameters()]
+        self._parameters = [parameter for _, parameter in named]
+        self._hidden = [p for key, p in named if "block" in key and "norm" not in key and "bias" not in key]
+        others = [p for p in self._parameters if not any(p is q for q in self._hidden)]
+        # Muon takes only matrices. These share their memory with the convolutions' [out, in, time, height, width].
+        self._matrices = [torch.nn.Parameter(weight.detach().flatten(1)) for weight in self._hidden]
+        muon = torch.optim.Muon(self._matrices, part.learning_rate, weight_decay=0)
+        adam = torch.optim.Adam(others, part.learning_rate / 10, betas=(0.9, 0.99))
+        self._mean = EMAModel(self._parameters, decay=part.averaging)
+        schedules = [
+            get_scheduler(part.schedule, optimizer, num_warmup_steps=30, num_training_steps=steps)
+            for optimizer in (muon, adam)
+        ]
+        self._steppers = [muon, adam, *schedules]
+        names = ("muon", "adam", "schedule of Muon", "schedule of Adam")
+        self._saved = modules | dict(zip(names, self._steppers, strict=True)) | {"mean": self._mean}
+
+    def step(self) -> None:
+        """Clip the gradients, update the weights and their running mean, and remove the gradients."""
+        torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
+        for matrix, weight in zip(self._matrices, self._hidden, strict=True):
+            matrix.grad = weight.grad.flatten(1)
+        for stepper in self._steppers:
+            stepper.step()
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._mean.step(self._parameters)
+
+    def finish(self) -> None:
+        """Set the weights to their running mean."""
+        self._mean.copy_to(self._parameters)
+
+    def save(self, path: Path, step: int, seconds: float) -> None:
+        """Write a checkpoint after `step` steps and `seconds`; the old one is replaced when the new one is complete."""
+        values = {name: part.state_dict() for name, part in self._saved.items()}
+        torch.save(values | {"step": step, "seconds": seconds}, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+
+    def load(self, path: Path, device: str) -> tuple[int, float]:
+        """Restore everything from a checkpoint; return its steps and seconds."""
+        saved = torch.load(path, map_location=device)
+        step, seconds = saved.pop("step"), saved.pop("seconds")
+        for name, value in saved.items():
+            self._saved[name].load_state_dict(value)
+        return step, seconds
+
+
 def fit(
     name: str,
     modules: dict[str, torch.nn.Module],
     loss: Callable[[np.random.Generator, float], torch.Tensor],
-    arguments,
+    arguments: argparse.Namespace,
 ) -> None:
-    """Minimise `loss(generator, progress)` by Muon and Adam in bfloat16 autocast; the weights end as a running mean.
+    """Minimise `loss(generator, progress)` in bfloat16 autocast, with the settings of the part `name`.
 
-    Muon takes the matrices inside the blocks, Adam the rest: first and last layers, norms, embeddings
-    (https://kellerjordan.github.io/posts/muon). Progress goes from 0 to 1. Goes on from the checkpoint in the work
-    folder if there is one. What a step draws depends on the seed and its number alone, so a run that was interrupted
-    gives what it would have given without.
+    Progress goes from 0 to 1. At the end the weights are set to their running mean. The function continues from the
+    part's checkpoint in the work folder if there is one. The random numbers of a step depend only on the seed and on
+    the number of the step, so that an interrupted run ends with the same weights as one that was not interrupted.
     """
     part = PARTS[name]
     steps = share(part.steps, arguments)
     path = arguments.work_dir / f"{name}.pt"
-    named = [pair for module in modules.values() for pair in module.named_parameters()]
-    parameters = [parameter for _, parameter in named]
-    hidden = [p for key, p in named if "block" in key and "norm" not in key and "bias" not in key]
-    others = [p for p in parameters if not any(p is q for q in hidden)]
-    # Muon wants matrices; these share their memory with a convolution's weight [out, in, time, height, width].
-    matrices = [torch.nn.Parameter(weight.detach().flatten(1)) for weight in hidden]
-    muon = torch.optim.Muon(matrices, part.learning_rate, weight_decay=0)
-    adam = torch.optim.Adam(others, part.learning_rate / 10, betas=(0.9, 0.99))
-    mean = EMAModel(parameters, decay=part.averaging)
-    state = modules | {"muon": muon, "adam": adam, "mean": mean}
-    for optimizer in (muon, adam):
-        schedule = get_scheduler(part.schedule, optimizer, num_warmup_steps=30, num_training_steps=steps)
-        state[f"schedule of {type(optimizer).__name__}"] = schedule
-    done, seconds = 0, 0.0
-    if path.exists():
-        saved = torch.load(path, map_location=arguments.device)
-        done, seconds = saved.pop("step"), saved.pop("seconds")
-        for key, value in saved.items():
-            state[key].load_state_dict(value)
+    optimization = Optimization(modules, part, steps)
+    done, seconds = optimization.load(path, arguments.device) if path.exists() else (0, 0.0)
     start = saved_at = time.monotonic()
     shown = None
     with tqdm(total=steps, initial=done, desc=name, unit="step") as bar:
@@ -281,29 +334,19 @@ def fit(
             with torch.autocast(torch.device(arguments.device).type, torch.bfloat16):
                 value = loss(generator, step / steps)
             value.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            for matrix, weight in zip(matrices, hidden, strict=True):
-                matrix.grad = weight.grad.flatten(1)
-            for key in ("muon", "adam", "schedule of Muon", "schedule of Adam"):
-                state[key].step()
-            for parameter in parameters:
-                parameter.grad = None
-            mean.step(parameters)
+            optimization.step()
             shown = value.item() if shown is None else 0.98 * shown + 0.02 * value.item()
             bar.set_postfix(loss=f"{shown:.4f}")
             bar.update()
             if step + 1 == steps or time.monotonic() - saved_at > CHECKPOINT_SECONDS:
                 saved_at = time.monotonic()
-                values = {key: value.state_dict() for key, value in state.items()}
-                values |= {"step": step + 1, "seconds": seconds + saved_at - start}
-                torch.save(values, path.with_suffix(".new"))
-                path.with_suffix(".new").replace(path)
-    mean.copy_to(parameters)
+                optimization.save(path, step + 1, seconds + saved_at - start)
+    optimization.finish()
     print(f"{name}: {steps} batches in {seconds + time.monotonic() - start:.0f} s")
 
 
-def share(number: int, arguments) -> int:
-    """`number` of the recipe at the effort that was asked for."""
+def share(number: int, arguments: argparse.Namespace) -> int:
+    """Return `number` times --effort, rounded."""
     return round(number * arguments.effort)
 
 
@@ -313,15 +356,15 @@ def random_clips(
     variety: float = 1.0,
     captions: Sequence[Caption] = moving_shapes.trained_on(),
 ) -> tuple[list[np.ndarray], list[Caption]]:
-    """Clips and their captions, none of which is held out."""
+    """Return `number` random clips, uint8 [frames, size, size, 3], and their captions, drawn from `captions`."""
     chosen = [captions[i] for i in generator.integers(0, len(captions), number)]
     return [moving_shapes.render(caption, generator, variety=variety) for caption in chosen], chosen
 
 
 def random_pixels(
-    generator: np.random.Generator, device: str, number: int, frames: int, size: int, **options
+    generator: np.random.Generator, device: str, number: int, frames: int, size: int, **options: Any
 ) -> torch.Tensor:
-    """Random pieces of random clips, [number, 3, frames, size, size] in [-1, 1]."""
+    """Cut random pieces from random clips, float32 [number, 3, frames, size, size] in [-1, 1]."""
     clips, _ = random_clips(generator, number, **options)
     lengths = frames, size, size
     pieces = []
@@ -332,7 +375,7 @@ def random_pixels(
 
 
 def to_tensor(clips: Sequence[np.ndarray], device: str) -> torch.Tensor:
-    """uint8 clips [frames, height, width, 3] to one tensor [clips, 3, frames, height, width] in [-1, 1]."""
+    """Turn uint8 clips [frames, height, width, 3] into one tensor [clips, 3, frames, height, width] in [-1, 1]."""
     return torch.from_numpy(np.stack(clips)).to(device).permute(0, 4, 1, 2, 3) / 127.5 - 1
 
 

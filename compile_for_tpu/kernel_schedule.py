@@ -1,7 +1,7 @@
-"""The TPU compiler's static schedule of a Pallas kernel, read from the compiler's dumps (compile_for_tpu.py).
+"""Read the TPU compiler's static schedule of a Pallas kernel from the compiler's dumps.
 
-A TPU core issues one bundle a cycle, so the bundles that a kernel's grid loop issues predict its cycles as long as its
-DMA is hidden and no unit is waited for. Everything here is the compiler's prediction, not a measurement.
+A TPU core issues one bundle a cycle. So the number of bundles that a kernel's grid loop issues predicts its cycles, as
+long as its DMA is hidden and it waits for no unit. This is the compiler's prediction, not a measurement.
 """
 
 import dataclasses
@@ -12,9 +12,13 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 DELAY_SLOTS = 4  # bundles after a branch that run whether it is taken or not
-PIPELINE_STEPS = 2  # the grid loop runs so many times more at most, to start and to drain the pipeline of its DMA
+PIPELINE_STEPS = 2  # at most so many extra runs of the grid loop start and drain the pipeline of its DMA
 
 BUNDLE = re.compile(r"^ *(0x[0-9a-f]+|0) +(?:[A-Z]{2})? *:", re.MULTILINE)
 BRANCH = re.compile(r"sbr\.rel (?:\((!?)%(\w+)\) )?target = \$region(\d+)")
@@ -22,12 +26,12 @@ EXIT_TEST = re.compile(r"scmp\.ge\.s32\.totalorder %(\w+), (\d+) /\* loop exit t
 
 
 class ScheduleError(ValueError):
-    """A dump that does not say what is asked of it; the message names the kernel and the missing part."""
+    """A dump lacks something or cannot be read; the message names the kernel and the missing part."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """Bundles [start, stop) of a program that run `times` times for each run of what encloses them.
+    """Bundles [start, stop) of a program that run `times` times for each run of the enclosing region.
 
     `kind` is "grid" (one run a grid step), "loop" or "predicated". A predicated region has times < 1 where its
     condition compares grid indices with constants, and 1, an upper bound, for any other condition.
@@ -40,6 +44,7 @@ class Region:
 
     @property
     def bundles(self) -> int:
+        """The number of bundles."""
         return self.stop - self.start
 
 
@@ -54,7 +59,7 @@ class KernelSchedule:
         regions: loops and predicated regions, outer before inner.
         body_bundles: bundles issued in one grid step, averaged over the steps.
         used: slots that each unit issues in one grid step: MXU, XLU, VALU, VPOP, EUP, VLOAD, VLOAD:FILL, VSTORE,
-            VSTORE:SPILL, SALU; fills and spills are counted in their own column only if the compiler does so.
+            VSTORE:SPILL, SALU; fills and spills are counted separately only if the compiler does so.
         capacity: slots that each unit offers in one bundle.
     """
 
@@ -73,22 +78,23 @@ class KernelSchedule:
 
     @property
     def cycles(self) -> float:
-        """Predicted cycles of the whole call: every grid step, and what lies outside the grid loop once."""
+        """The predicted cycles of a whole call: those of all grid steps, and those outside the grid loop once."""
         return self.body_bundles * self.body.times + self.bundles - self.body.bundles
 
     def utilization(self, unit: str) -> float:
-        """Share of a unit's slots that is used in the grid loop's body, 0 to 1."""
+        """Return the share of a unit's slots that is used in the grid loop's body, 0 to 1."""
         return self.used[unit] / (self.body_bundles * self.capacity[unit])
 
 
 def read_schedules(folder: Path, grids: Mapping[str, tuple[int, ...]]) -> dict[str, KernelSchedule]:
-    """Read Pallas kernels in a folder of the compiler's dumps (plain or .gz), by kernel name.
+    """Read the schedules of Pallas kernels from a folder of the compiler's dumps (plain or .gz), by kernel name.
 
     Args:
-        grids: grid of each kernel that is wanted, by its name in `pallas_call`.
+        folder: the folder of the dumps.
+        grids: the grid of each kernel to read, by its name in `pallas_call`.
 
     Raises:
-        ScheduleError: a kernel's files are missing, or a trip count cannot be read.
+        ScheduleError: the files of a kernel are missing, or a trip count cannot be read.
     """
     schedules = {}
     for program in sorted(Path(folder).glob("*-final_bundles.txt*")):
@@ -109,7 +115,7 @@ def parse_schedule(name: str, grid: tuple[int, ...], program: str, utilization: 
     """Parse the text of a kernel's `*final_bundles.txt` and `*final_hlo-static-per-bundle-utilization.txt`.
 
     Raises:
-        ScheduleError: a trip count or a branch target that cannot be read, or a grid that is not the program's.
+        ScheduleError: a trip count or a branch target cannot be read, or the program has another grid.
     """
     marks = [*BUNDLE.finditer(program)]
     bundles = [program[mark.start() : stop.start()] for mark, stop in itertools.pairwise(marks)]
@@ -136,6 +142,7 @@ def parse_schedule(name: str, grid: tuple[int, ...], program: str, utilization: 
 
 
 def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Scalars") -> Iterator[Region]:
+    """Yield the regions of a program: one for each backward branch (a loop) and each forward branch (predicated)."""
     loops, forward = [], []
     labels = {}
     for address, text in enumerate(bundles):
@@ -171,7 +178,7 @@ def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Sca
         if count is None:
             raise ScheduleError(f"{name}: the loop at {start:#x} starts or steps by what is not a constant")
         if is_grid:
-            # A chip whose two cores are one device shares out the grid.
+            # Where a device has two cores, each of them runs half of the grid.
             shares = [steps // cores for cores in (1, 2) if steps % cores == 0]
             shares = [share for share in shares if 0 <= count - share <= PIPELINE_STEPS]
             if not shares:
@@ -185,7 +192,7 @@ def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Sca
 
 
 class _Scalars:
-    """What the scalar registers of a program hold, as far as loop counts and grid indices need it."""
+    """The definitions of a program's scalar registers, to find trip counts, grid indices and predicates."""
 
     def __init__(self, bundles: Iterable[str]):
         text = "\n".join(bundles)
@@ -198,8 +205,8 @@ class _Scalars:
         }
         for counter, _ in EXIT_TEST.findall(text):
             self.bounds.pop(counter, None)
-        # A grid index is the register that is counted up, perhaps only where an inner index is at its end, and compared
-        # with the length of its axis.
+        # A grid index is a register that is counted up, perhaps only when an inner index is at its end, and that is
+        # compared with the length of its axis.
         self.axes = {}
         for name, (operation, operands) in self.definitions.items():
             old = re.match(r"(?:\(!?%\w+, %\w+\), )?%(\w+)", operands) if operation == "smov" else None
@@ -210,7 +217,7 @@ class _Scalars:
                 self.axes[match[1]] = self.bounds[name]
 
     def trips(self, counter: str, bound: str) -> int | None:
-        """Trips of a loop that counts `counter` up from a constant to `bound`, or None."""
+        """Return the trips of a loop that counts `counter` up from a constant to `bound`, or None."""
         operation, operands = self.definitions.get(counter, ("", ""))
         step = re.match(r"(\d+), %(\w+)", operands)
         if operation != "sadd.s32" or not step:
@@ -224,13 +231,13 @@ class _Scalars:
         return -((int(start[1]) - int(bound)) // int(step[1])) if operation == "smov" and start else None
 
     def unspilled(self, name: str) -> str:
-        """The register that `name` was loaded back from, if it is a reload of a spilled one."""
+        """Return the register that was spilled if `name` is loaded from a spill slot, else `name`."""
         operation, operands = self.definitions.get(name, ("", ""))
         slot = re.match(r"\[smem:\[(#\w+)\]\]", operands)
         return self.spilled.get(slot[1], "") if operation == "sld" and slot else name
 
     def axis(self, name: str) -> str | None:
-        """The grid index (a key of `axes`) that a register holds, or None; follows copies, spills, pipeline stages."""
+        """Return the grid index (a key of `axes`) that a register holds, or None; follow copies and spills."""
         for _ in range(16):
             if name in self.axes:
                 return name
@@ -243,10 +250,11 @@ class _Scalars:
                 return None
         return None
 
-    def predicate(self, name: str):
-        """Value of a predicate register in each grid step: a boolean array with an axis for each of `axes`, or None.
+    def predicate(self, name: str) -> "np.ndarray | None":
+        """Return a predicate register's value in each grid step, or None if it is not known.
 
-        It is known if it is made of comparisons of grid indices with constants.
+        The value is a bool array with an axis for each of `axes`. It is known if it combines comparisons of grid
+        indices with constants.
         """
         import numpy as np
 
@@ -266,18 +274,18 @@ class _Scalars:
         return ~values[0] if operation == "pneg" and len(values) == 1 else None
 
     def share(self, predicate: str, negated: bool) -> float:
-        """Share of the grid steps that run a region which is jumped over when `predicate` holds; 1 if unknown."""
+        """Return the share of the grid steps that run a region which `predicate` can skip; 1 if it is unknown."""
         value = self.predicate(predicate)
         return 1.0 if value is None else float((value if negated else ~value).mean())
 
 
 def grids(jaxpr) -> dict[str, tuple[int, ...]]:
-    """Grid of every Pallas kernel in a jaxpr, by its name in `pallas_call`."""
+    """Return the grid of every Pallas kernel in a jaxpr, by its name in `pallas_call`."""
     return {equation.params["name"]: equation.params["grid_mapping"].grid for equation in _pallas(jaxpr)}
 
 
 def _pallas(jaxpr) -> Iterator:
-    """The pallas_call equations of a jaxpr and of those inside it."""
+    """Yield the pallas_call equations of a jaxpr and of those inside it."""
     import jax
 
     for equation in jaxpr.eqns:
@@ -290,4 +298,5 @@ def _pallas(jaxpr) -> Iterator:
 
 
 def _text(path: Path) -> str:
+    """Read a text file, plain or .gz."""
     return gzip.open(path, "rt").read() if path.suffix == ".gz" else path.read_text()

@@ -1,15 +1,19 @@
-"""Where the time of a compiled TPU program goes, read from its scheduled HLO text.
+"""Predict where the time of a compiled TPU program goes, from its scheduled HLO text.
 
-Each fusion carries the compiler's `estimated_cycles`. Loops are multiplied by their trip counts; Pallas kernels count
-what their own schedule says (benchmarks/kernel_schedule.py); collectives what their bytes take on the links
-(benchmarks/tpu.py), less the work that the schedule puts between their start and their end. Copies between HBM and VMEM
-that the compiler starts ahead of their use count as hidden. Predictions all, no measurement.
+Each fusion has the compiler's `estimated_cycles`. The cost of a loop's body is multiplied by the trip count. A Pallas
+kernel takes the time of its own schedule (kernel_schedule.py). A collective takes the time that its bytes need on the
+links (topologies.py), minus the work that is scheduled between its start and its end. Copies between HBM and VMEM that
+the compiler starts before they are needed count as hidden. All of these are predictions, not measurements.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 CATEGORIES = ("Pallas kernels", "matrix products", "collectives", "layout copies", "elementwise and rest")
 
@@ -27,7 +31,7 @@ MOVEMENT = {
 
 
 class HloError(ValueError):
-    """Something in the program that the prediction needs and that cannot be read."""
+    """A part of the program that the prediction needs cannot be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +46,12 @@ class Instruction:
 
     @property
     def cycles(self) -> int | None:
+        """The compiler's estimate, or None if it gives none."""
         match = re.search(r'"estimated_cycles":"(\d+)"', self.text)
         return int(match[1]) if match else None
 
     def called(self, attribute: str) -> str | None:
+        """Return the computation that an attribute such as "calls" or "body" names, or None."""
         match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
         return match[1] if match else None
 
@@ -74,8 +80,8 @@ class Program:
         """Parse `compiled.as_text()`; raises HloError if there is no entry computation."""
         computations, entry, current = {}, None, None
         lines = []
-        for line in text.splitlines():  # kernels' metadata holds line breaks
-            if lines and current_is_continuation(line):
+        for line in text.splitlines():  # the metadata of a Pallas kernel holds line breaks
+            if lines and is_continuation(line):
                 lines[-1] += " " + line
             else:
                 lines.append(line)
@@ -92,7 +98,7 @@ class Program:
         return cls(computations, entry, parse_frames(text))
 
     def opcodes(self, computation: str) -> set[str]:
-        """Opcodes in a computation and in the fusions inside it."""
+        """Return the opcodes in a computation and in the fusions inside it."""
         found = set()
         for instruction in self.computations[computation]:
             found.add(instruction.opcode)
@@ -101,13 +107,14 @@ class Program:
         return found
 
     def source(self, instruction: Instruction) -> str:
+        """Return where an instruction comes from: "file:line operation"."""
         frame = re.search(r"stack_frame_id=(\d+)", instruction.text)
         name = re.search(r'op_name="([^"]*)"', instruction.text)
         place = self.frames.get(frame[1], "") if frame else ""
         return " ".join(filter(None, (place, name and name[1].rsplit("/", 1)[-1]))) or "no source line"
 
     def trip_count(self, loop: Instruction, parent: str) -> int:
-        """Trips of a while instruction of the computation `parent`; raises HloError if the program does not say."""
+        """Return the trips of a while instruction of the computation `parent`; raises HloError if it cannot be read."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.text)
         if known:
             return int(known[1])
@@ -131,11 +138,13 @@ class Program:
         return max(0, -((start - stop) // step))
 
 
-def current_is_continuation(line: str) -> bool:
+def is_continuation(line: str) -> bool:
+    """Return whether a line continues the instruction of the line before."""
     return line.startswith(('"', "}}", "},"))
 
 
 def parse_instruction(line: str) -> Instruction | None:
+    """Parse a line of a computation; return None if it has no instruction."""
     match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)
     if not match:
         return None
@@ -149,7 +158,7 @@ def parse_instruction(line: str) -> Instruction | None:
 
 
 def matching(text: str, start: int) -> int:
-    """Index of the parenthesis that closes the one at `start`."""
+    """Return the index of the parenthesis that closes the one at `start`; raises HloError if none does."""
     depth = 0
     for i in range(start, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -159,7 +168,7 @@ def matching(text: str, start: int) -> int:
 
 
 def parse_frames(text: str) -> dict[str, str]:
-    """Stack frame id -> "file:line", from the tables at the head of the module."""
+    """Map each stack frame's id to "file:line", from the tables at the head of the module."""
     tables = {}
     for title in ("FileNames", "FileLocations", "StackFrames"):
         section = re.search(rf"^{title}\n((?:\d+ .*\n)+)", text, re.MULTILINE)
@@ -176,30 +185,33 @@ def parse_frames(text: str) -> dict[str, str]:
 
 
 def follow(computation: Mapping[str, Instruction], name: str) -> Instruction:
+    """Return the instruction that a name stands for; for a copy or a conversion, that of its operand."""
     instruction = computation[name]
     while instruction.opcode in ("copy", "bitcast", "convert"):
         instruction = computation[instruction.operands[0]]
     return instruction
 
 
-def is_constant(computation, name) -> bool:
+def is_constant(computation: Mapping[str, Instruction], name: str) -> bool:
+    """Return whether a name stands for a constant."""
     return follow(computation, name).opcode == "constant"
 
 
 def constant(computation: Mapping[str, Instruction], name: str) -> int:
+    """Return the integer constant that a name stands for; raise ValueError if it is not an integer."""
     return int(follow(computation, name).operands[0])
 
 
 def shape_bytes(shape: str) -> int:
-    """Bytes of an array or a tuple shape, padding of the layout left out."""
+    """Return the bytes of an array's or a tuple's shape, without the padding of its layout."""
     return sum(
         DTYPE_BYTES.get(dtype, 0) * math.prod(int(size) for size in sizes.split(",") if size)
         for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)
     )
 
 
-def device_list(text: str):
-    """Device ids in the order that "[4,2]T(1,0)" (counted up in this shape, then transposed) or "0,4,1,5" gives."""
+def device_list(text: str) -> "np.ndarray":
+    """Return the device ids in the order of "[4,2]T(1,0)" (counted up in that shape, then transposed) or "0,4,1,5"."""
     import numpy as np
 
     match = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text)
@@ -211,7 +223,11 @@ def device_list(text: str):
 
 
 def replica_groups(text: str) -> list[list[int]]:
-    """The groups of a collective: {{0,1},{2,3}}, [2,4]<=[8], [4,2]<=[2,4]T(1,0), or mesh['a'=2,...] {'a'}."""
+    """Return the groups of a collective.
+
+    They are written as {{0,1},{2,3}}, as [2,4]<=[8], as [4,2]<=[2,4]T(1,0), or as mesh['a'=2,...] {'a'}; another form
+    raises HloError.
+    """
     import numpy as np
 
     if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})\}", text):
@@ -236,86 +252,118 @@ def costs(
     seconds_of_collective: Callable[[str, int, Sequence[int]], float],
     rare_kernels: Sequence[str] = (),
 ) -> list[Cost]:
-    """Predicted seconds of every instruction that takes time, in schedule order.
+    """Predict the seconds of every instruction that takes time, in schedule order.
 
     Args:
+        program: the scheduled program.
         clock: cycles a second.
         seconds_of_kernel: (name of a Pallas kernel's instruction, bytes of its operands and results) -> seconds.
         seconds_of_collective: (opcode, operand bytes, group of device ids) -> seconds.
-        rare_kernels: beginnings of the names of kernels that only unusual data call for, as often as the data say; a
-            loop around one of them counts as not run.
+        rare_kernels: beginnings of the names of kernels that run only for unusual data. A loop around one of them
+            counts as not run.
 
     Raises:
-        HloError: a trip count or a collective's groups that cannot be read, or an instruction without an estimate.
+        HloError: a trip count or the groups of a collective cannot be read, or a fusion has no estimate.
     """
-    arguments = (clock, seconds_of_kernel, seconds_of_collective, tuple(rare_kernels))
-    return list(_computation(program, program.entry, 1, *arguments))
+    walk = _Walk(program, clock, seconds_of_kernel, seconds_of_collective, tuple(rare_kernels))
+    return walk.computation(program.entry, 1)
 
 
-def _computation(program, name, times, *arguments) -> Iterator[Cost]:
-    clock, seconds_of_kernel, seconds_of_collective, rare_kernels = arguments
-    shapes = {instruction.name: instruction.shape for instruction in program.computations[name]}
-    busy = 0.0  # seconds of the core so far, in one run of this computation
-    started = {}  # name of a collective's start -> (core seconds then, seconds that it takes)
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """The walk through a program that finds its costs; for the fields, see `costs`."""
 
-    def cost(instruction, category, seconds):
-        nonlocal busy
-        busy += seconds
-        return Cost(instruction.name, category, seconds * times, times, program.source(instruction))
+    program: Program
+    clock: float
+    seconds_of_kernel: Callable[[str, int], float]
+    seconds_of_collective: Callable[[str, int, Sequence[int]], float]
+    rare_kernels: tuple[str, ...]
 
-    for instruction in program.computations[name]:
-        opcode, calls = instruction.opcode, instruction.called("calls")
-        if opcode == "while":
-            body = program.computations[instruction.called("body")]
-            if rare_kernels and any(inside.name.startswith(rare_kernels) for inside in body):
+    def computation(self, name: str, times: int) -> list[Cost]:
+        """Return the costs of a computation that runs `times` times, in schedule order."""
+        shapes = {instruction.name: instruction.shape for instruction in self.program.computations[name]}
+        busy = 0.0  # seconds of the core so far, in one run of this computation
+        started = {}  # name of a collective's start -> (core seconds then, seconds that it takes)
+        found = []
+        for instruction in self.program.computations[name]:
+            inside = self.inside(instruction, name, times)
+            if inside is not None:
+                found += inside
+                busy += sum(cost.seconds for cost in inside) / times if inside else 0.0
                 continue
-            trips = program.trip_count(instruction, name)
-            inside = list(_computation(program, instruction.called("body"), times * trips, *arguments))
-        elif opcode == "call":
-            inside = list(_computation(program, instruction.called("to_apply"), times, *arguments))
-        elif opcode == "conditional":  # the dearest branch
+            own = self.own(instruction, shapes, busy, started)
+            if own:
+                category, seconds = own
+                busy += seconds
+                source = self.program.source(instruction)
+                found.append(Cost(instruction.name, category, seconds * times, times, source))
+        return found
+
+    def inside(self, instruction: Instruction, parent: str, times: int) -> list[Cost] | None:
+        """Return the costs of what an instruction of the computation `parent` calls, or None if it calls nothing."""
+        if instruction.opcode == "while":
+            body = self.program.computations[instruction.called("body")]
+            if self.rare_kernels and any(called.name.startswith(self.rare_kernels) for called in body):
+                return []
+            trips = self.program.trip_count(instruction, parent)
+            return self.computation(instruction.called("body"), times * trips) if trips else []
+        if instruction.opcode == "call":
+            return self.computation(instruction.called("to_apply"), times)
+        if instruction.opcode == "conditional":  # the slowest branch
             listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
             branches = re.findall(r"%?([\w.\-]+)", listed[1]) if listed else []
             branches = branches or [instruction.called(f"{value}_computation") for value in ("true", "false")]
-            inside = max(
-                (list(_computation(program, branch, times, *arguments)) for branch in branches),
-                key=lambda found: sum(cost.seconds for cost in found),
-            )
-        else:
-            inside = None
-        if inside is not None:
-            busy += sum(cost.seconds for cost in inside) / times
-            yield from inside
-            continue
+            costs_of_branches = [self.computation(branch, times) for branch in branches]
+            return max(costs_of_branches, key=lambda found: sum(cost.seconds for cost in found))
+        return None
 
-        kind = opcode.removesuffix("-start").removesuffix("-done")
-        if kind == "async" and opcode == "async-start":
-            wrapped = [i for i in program.computations[calls] if i.opcode in COLLECTIVES]
-            kind = wrapped[0].opcode if wrapped else kind
-        if kind in COLLECTIVES and not opcode.endswith("-done"):
-            text = instruction.text if kind == opcode.removesuffix("-start") else wrapped[0].text
-            size = sum(shape_bytes(shapes[operand]) for operand in instruction.operands)
-            groups = replica_groups(text)
-            seconds = max(seconds_of_collective(kind, size, group) for group in groups)
-            if opcode.endswith("-start"):
-                started[instruction.name] = (busy, seconds)
-            else:
-                yield cost(instruction, "collectives", seconds)
-        elif opcode.endswith("-done") and instruction.operands and instruction.operands[0] in started:
-            then, seconds = started.pop(instruction.operands[0])
-            yield cost(instruction, "collectives", max(0.0, seconds - (busy - then)))
-        elif opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.text:
-            size = shape_bytes(instruction.shape) + sum(
-                shape_bytes(shapes[operand]) for operand in instruction.operands
-            )
-            yield cost(instruction, "Pallas kernels", seconds_of_kernel(instruction.name, size))
-        elif instruction.cycles is not None:
-            opcodes = program.opcodes(calls) if calls else {opcode}
+    def own(
+        self, instruction: Instruction, shapes: Mapping[str, str], busy: float, started: dict
+    ) -> tuple[str, float] | None:
+        """Return category and seconds of an instruction that calls nothing, or None if it takes no time.
+
+        The start of a collective that has a separate end is kept in `started`. Such a collective costs its own time
+        minus the time of the core's work between start and end.
+        """
+        opcode, operands = instruction.opcode, instruction.operands
+        seconds = self.collective_seconds(instruction, shapes)
+        if seconds is not None:
+            if not opcode.endswith("-start"):
+                return "collectives", seconds
+            started[instruction.name] = (busy, seconds)
+            return None
+        if opcode.endswith("-done") and operands and operands[0] in started:
+            then, seconds = started.pop(operands[0])
+            return "collectives", max(0.0, seconds - (busy - then))
+        return self.work(instruction, shapes)
+
+    def collective_seconds(self, instruction: Instruction, shapes: Mapping[str, str]) -> float | None:
+        """Return the seconds of the collective that an instruction is or starts; for other instructions None."""
+        kind, text = instruction.opcode.removesuffix("-start"), instruction.text
+        if instruction.opcode == "async-start":
+            called = self.program.computations[instruction.called("calls")]
+            wrapped = next((inner for inner in called if inner.opcode in COLLECTIVES), instruction)
+            kind, text = wrapped.opcode, wrapped.text
+        if kind not in COLLECTIVES:
+            return None
+        size = sum(shape_bytes(shapes[operand]) for operand in instruction.operands)
+        return max(self.seconds_of_collective(kind, size, group) for group in replica_groups(text))
+
+    def work(self, instruction: Instruction, shapes: Mapping[str, str]) -> tuple[str, float] | None:
+        """Return category and seconds of a Pallas kernel or an instruction with an estimate; for others None."""
+        opcode = instruction.opcode
+        if opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.text:
+            size = shape_bytes(instruction.shape) + sum(shape_bytes(shapes[name]) for name in instruction.operands)
+            return "Pallas kernels", self.seconds_of_kernel(instruction.name, size)
+        if instruction.cycles is not None:
+            calls = instruction.called("calls")
+            opcodes = self.program.opcodes(calls) if calls else {opcode}
             category = "elementwise and rest"
             if opcodes & MATRIX:
                 category = "matrix products"
             elif opcodes <= MOVEMENT:
                 category = "layout copies"
-            yield cost(instruction, category, instruction.cycles / clock)
-        elif opcode == "fusion" or opcode in MATRIX:
+            return category, instruction.cycles / self.clock
+        if opcode == "fusion" or opcode in MATRIX:
             raise HloError(f"the compiler gives no estimate for {instruction.name}")
+        return None

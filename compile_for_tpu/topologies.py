@@ -1,21 +1,29 @@
-"""TPUs as the compiler sees them: slices to compile for without having one, and the figures that predictions need."""
+"""Define the TPU slices that can be compiled for, with the figures of their chips that predictions need."""
 
+import contextlib
 import dataclasses
+import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from console import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """One JAX device of a TPU generation: a chip, or a TensorCore where a chip shows two of them (v4, 7x).
 
-    Peak, bandwidths and cores are those of Google's pages, docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x};
-    memory is what libtpu 0.0.42.1 says is available when a program asks for too much.
+    Peak FLOP/s, bandwidths and cores are from docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. The memory is what
+    libtpu 0.0.42.1 reports as available when a program needs too much.
 
     Attributes:
-        clock: cycles a second, peak FLOP/s over the FLOP that the matrix units can do in a cycle.
+        clock: cycles a second: peak FLOP/s divided by the FLOP of the matrix units in one cycle.
         flops: peak bfloat16 FLOP/s.
-        hbm_gib: memory in GiB that a program can have.
+        hbm_gib: GiB of HBM that a program can use.
         hbm_bandwidth: bytes a second.
         link_bandwidth: bytes a second of one link between chips, one way.
     """
@@ -36,7 +44,7 @@ CHIPS = {
 }
 
 
-# Slice -> what `topologies.get_topology_desc` takes.
+# Arguments of `jax.experimental.topologies.get_topology_desc`, by slice.
 TOPOLOGIES = {
     "v6e-1": ("v6e:1x1", {"chips_per_host_bounds": [1, 1, 1]}),
     "v6e-4": ("v6e:2x2", {}),
@@ -47,22 +55,34 @@ TOPOLOGIES = {
     "v5p-4": ("v5p:2x2x1", {}),
     "v4-4": ("v4:2x2x1", {}),
     "7x-4": ("tpu7x:2x2x1", {}),
-    "cpu": None,  # this machine, to try the tool and the executables without a TPU
+    "cpu": None,  # the CPU of this machine, to try the tool and executables without a TPU
 }
 
 
+def check(topology: str) -> None:
+    """Raise UserError if a slice is not in TOPOLOGIES, or if libtpu, which compiles for it, is not installed."""
+    if topology not in TOPOLOGIES:
+        raise UserError(f"--topology {topology} is unknown; known are {', '.join(TOPOLOGIES)}")
+    if topology != "cpu" and importlib.util.find_spec("libtpu") is None:
+        raise UserError(
+            "libtpu, which holds the TPU compiler, is not installed; on Linux x86-64, "
+            "pip install -r requirements.txt brings it"
+        )
+
+
 def chip(topology: str) -> Chip:
-    """The chip of a slice in TOPOLOGIES."""
+    """Return the chip of a slice in TOPOLOGIES."""
     return CHIPS[topology.split("-")[0]]
 
 
 def compiler_environment(topology: str, dump: os.PathLike | None = None) -> dict[str, str]:
-    """Environment variables for a process that compiles for a TPU it does not have; set before libtpu loads.
+    """Return the environment variables of a process that compiles for a slice; they must be set before libtpu loads.
 
     Args:
-        dump: folder for the final schedules of all kernels, if they are wanted.
+        topology: the slice.
+        dump: folder for the final schedules of all kernels; None writes none.
     """
-    # A program from the cache leaves no schedules, and the CPU's cannot be serialised again.
+    # The cache is off: a program from it leaves no schedules, and one for a CPU cannot be serialised again.
     environment = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if topology == "cpu":
         return environment
@@ -81,7 +101,7 @@ def compiler_environment(topology: str, dump: os.PathLike | None = None) -> dict
 
 
 def devices(topology: str) -> list:
-    """Compile-only JAX devices of a slice; `compiler_environment` must hold in this process."""
+    """Return JAX devices of a slice that can only be compiled for; this process must have `compiler_environment`."""
     import jax
     from jax.experimental import topologies
 
@@ -91,18 +111,33 @@ def devices(topology: str) -> list:
     return topologies.get_topology_desc(name, platform="tpu", **options).devices
 
 
+@contextlib.contextmanager
+def compiling_for(mesh: "jax.sharding.Mesh") -> Iterator[None]:
+    """Trace and compile for the devices of a mesh; without this, Pallas compiles for the devices of this machine."""
+    import jax
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
 def collective_seconds(
     opcode: str, operand_bytes: int, group: Sequence[int], coordinates: dict[int, tuple], link_bandwidth: float
 ) -> float:
-    """Predicted seconds of a collective, from the bytes that must cross the links of its group.
+    """Predict the seconds of a collective from the bytes that must cross the links of its group.
 
-    A gather, scatter or reduction is bound by the chip of the group with the fewest links, each of which carries one
-    link's bandwidth each way; an all-to-all also by the links that cross the middle of the group. Small slices have no
-    wrap-around links. Latency is left out.
+    A gather, scatter or reduction is limited by the chip of the group that has the fewest links; each link carries the
+    link bandwidth in each direction. An all-to-all is also limited by the links that cross the middle of the group.
+    Small slices have no wrap-around links. Latency is not counted.
 
     Args:
-        operand_bytes: of one device's input.
-        group: device ids that take part; coordinates: id -> (x, y, z) of its chip.
+        opcode: the collective's name in HLO, such as "all-gather".
+        operand_bytes: bytes of one device's input.
+        group: ids of the devices that take part.
+        coordinates: device id -> (x, y, z) of its chip.
+        link_bandwidth: bytes a second of one link, one way.
+
+    Raises:
+        ValueError: there is no model of this collective.
 
     Source of the model: jax-ml.github.io/scaling-book/sharding, for meshes without wrap-around.
     """

@@ -1,0 +1,1 @@
+"""Measure time and quality of the stages beside the diffusers pipeline; compare predictions with measurements."""

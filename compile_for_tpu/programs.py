@@ -1,0 +1,221 @@
+"""Define the kinds of programs that can be compiled: options, tracing without weights, labels of their reports."""
+
+import argparse
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import checkpoint
+import options
+import utils
+from compile_for_tpu.prediction import Programs
+from compile_for_tpu.topologies import compiling_for
+from console import number
+
+if TYPE_CHECKING:
+    from models import denoising
+
+# The configs of zai-org/CogVideoX1.5-5B, without weights.
+BUILT_IN_MODEL = Path(__file__).resolve().parent.parent / "configs" / "CogVideoX1.5-5B"
+
+# Options that are not in a report's name as key=value: its other labels have them, or they change no program.
+NOT_IN_NAME = {"what", "topology", "output", "save", "model_id", "num_inference_steps"}
+NOT_IN_NAME |= {"height", "width", "frames", "guidance_scale", "decoder", "tokens"}
+
+
+class Kind(NamedTuple):
+    """A kind of programs that can be compiled.
+
+    Attributes:
+        help: what it is, for the help of the command line.
+        add_options: adds its options to a parser.
+        trace: takes the options and the devices of a slice, returns the `Programs`; raises UserError.
+        labels: takes the options, returns the labels that the report's name begins with.
+    """
+
+    help: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    trace: Callable[[argparse.Namespace, list], Programs]
+    labels: Callable[[argparse.Namespace], list[str]]
+
+
+def labels(arguments: argparse.Namespace, defaults: argparse.Namespace) -> list[str]:
+    """Return the labels that distinguish a report from others of the same kind and slice.
+
+    The size comes first, then "guided" or the decoder, then the model if it is not the built-in one, then key=value for
+    each option that is not the default.
+    """
+    found = KINDS[arguments.what].labels(arguments)
+    model = getattr(arguments, "model_id", None)
+    if model and checkpoint.resolve_model_id(model) != checkpoint.resolve_model_id(defaults.model_id):
+        found.append(f"model={model_name(model)}")
+    for name, value in vars(arguments).items():
+        if name not in NOT_IN_NAME and value != getattr(defaults, name):
+            found.append(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
+    return found
+
+
+def model_name(model_id: str) -> str:
+    """Return the last part of a model's folder or of its name on the hub."""
+    return checkpoint.resolve_model_id(model_id).rstrip("/").rsplit("/", 1)[-1]
+
+
+# --- Stage 2 -----------------------------------------------------------------------------------------------------
+
+
+def add_stage2_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the denoising step."""
+    _add_model_options(parser)
+    options.add_denoising_options(parser)
+
+
+def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
+    """Trace the denoising step."""
+    from models import denoising
+
+    platform = "cpu" if arguments.topology == "cpu" else "tpu"
+    plan = options.denoising_plan(arguments, arguments.model_id, devices, platform, dtype=arguments.dtype)
+    with compiling_for(plan.parallelism.mesh):
+        traced = denoising.make_step(plan).trace(*denoising.abstract_arguments(plan))
+    config, samples = plan.transformer, 2 if plan.guided else 1
+    scores = samples * config["num_attention_heads"] / len(devices) * plan.tokens**2
+    return Programs(
+        traced=[traced],
+        times=[1],
+        devices=plan.parallelism.mesh.devices.flatten().tolist(),
+        scores_per_kernel=scores,
+        attention_flops=4 * config["attention_head_dim"] * scores * config["num_layers"],
+        options=_size(arguments) | {"guided": plan.guided} | plan.program_options,
+        model=model_name(arguments.model_id),
+        name="denoising step",
+        executable_options=plan.program_options,
+        advice=_stage2_advice(plan),
+    )
+
+
+def _stage2_advice(plan: "denoising.Plan") -> str:
+    if not plan.attention.is_kernel:
+        return "--attention splash, which keeps no scores in memory"
+    if plan.parallelism.layout != "fsdp" and plan.parallelism.mesh.size > 1:
+        return "--layout fsdp, or a slice of more chips"
+    return "a slice of more chips, --guidance_scale 1 or a smaller size"
+
+
+def _stage2_labels(arguments: argparse.Namespace) -> list[str]:
+    return [_size_label(arguments)] + ["guided"] * (arguments.guidance_scale > 1.0)
+
+
+# --- Stage 3 -----------------------------------------------------------------------------------------------------
+
+
+def add_stage3_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the decoder."""
+    _add_model_options(parser)
+    parser.add_argument("--decoder", default="torchax", help="torchax or flax")
+    options.add_size_options(parser)
+    options.add_decoding_options(parser)
+
+
+def trace_stage3(arguments: argparse.Namespace, devices: list) -> Programs:
+    """Trace the decoder's two programs, one for the first chunk of latent frames and one for each later chunk."""
+    size = {name: getattr(arguments, name) for name in ("height", "width", "frames")}
+    plan = options.decoding_plan(arguments, arguments.model_id, arguments.decoder, size, devices, dtype=arguments.dtype)
+    decoder = plan.make_decoder()
+    with compiling_for(plan.split.mesh):
+        traced = plan.programs(decoder, plan.abstract_weights(decoder))
+    return Programs(
+        traced=traced,
+        times=plan.runs,
+        devices=plan.split.mesh.devices.flatten().tolist(),
+        options=_size(arguments) | {"decoder": plan.decoder, "split": plan.split},
+        model=model_name(arguments.model_id),
+        name=f"{plan.decoder} decoder",
+        executable_options=plan.program_options,
+        advice="a slice of more chips, or a smaller --height or --width",
+    )
+
+
+def _stage3_labels(arguments: argparse.Namespace) -> list[str]:
+    return [_size_label(arguments)] + [arguments.decoder] * (arguments.decoder != "torchax")
+
+
+# --- The attention kernel alone ----------------------------------------------------------------------------------
+
+
+def add_kernel_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the attention kernel."""
+    positive = number(int, 1)
+    options.add_attention_options(parser)
+    parser.add_argument("--tokens", type=positive, default=25826, help="length of the sequence")
+    parser.add_argument("--heads", type=positive, default=6, help="attention heads of one chip")
+    parser.add_argument("--head_dim", type=positive, default=64, help="width of a head")
+    _add_dtype_option(parser, "dtype of query, key and value")
+
+
+def trace_kernel(arguments: argparse.Namespace, devices: list) -> Programs:
+    """Trace the attention of one chip."""
+    import jax
+    import jax.numpy as jnp
+
+    from models.attention import Attention
+
+    with options.plan_errors():
+        function = Attention.choose(
+            arguments.attention,
+            "tpu",
+            arguments.block_sizes,
+            arguments.use_k_smooth,
+            arguments.head_dim,
+            arguments.dtype,
+        )
+    where = jax.sharding.SingleDeviceSharding(devices[0])
+    shape = (1, arguments.heads, arguments.tokens, arguments.head_dim)
+    array = jax.ShapeDtypeStruct(shape, jnp.dtype(arguments.dtype), sharding=where)
+    with compiling_for(jax.sharding.Mesh(devices[:1], ("chips",))):
+        traced = jax.jit(functools.partial(function, kv_length=arguments.tokens)).trace(array, array, array)
+    scores = arguments.heads * arguments.tokens**2
+    names = ("tokens", "heads", "head_dim", "dtype", "block_sizes")
+    return Programs(
+        traced=[traced],
+        times=[1],
+        devices=devices[:1],
+        scores_per_kernel=scores,
+        attention_flops=4 * arguments.head_dim * scores,
+        options={"attention": function.name} | {name: getattr(arguments, name) for name in names},
+        advice="fewer --tokens or --heads",
+    )
+
+
+def _kernel_labels(arguments: argparse.Namespace) -> list[str]:
+    return [str(arguments.tokens)]
+
+
+# --- Shared ------------------------------------------------------------------------------------------------------
+
+
+def _add_model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model_id", default=str(BUILT_IN_MODEL), help="the model; only its configs are read")
+    _add_dtype_option(parser, "dtype of the weights")
+    parser.add_argument(
+        "--save", type=utils.path, help="also write the compiled programs to this file, for a stage's --executable"
+    )
+
+
+def _add_dtype_option(parser: argparse.ArgumentParser, help_: str) -> None:
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help=help_)
+
+
+def _size(arguments: argparse.Namespace) -> dict:
+    return {name: getattr(arguments, name) for name in ("height", "width", "frames", "dtype")}
+
+
+def _size_label(arguments: argparse.Namespace) -> str:
+    return f"{arguments.height}x{arguments.width}x{arguments.frames}"
+
+
+KINDS: dict[str, Kind] = {
+    "stage2": Kind("the denoising step of stage 2", add_stage2_options, trace_stage2, _stage2_labels),
+    "stage3": Kind("the decoder of stage 3", add_stage3_options, trace_stage3, _stage3_labels),
+    "kernel": Kind("the attention kernel of one chip", add_kernel_options, trace_kernel, _kernel_labels),
+}

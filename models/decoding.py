@@ -1,0 +1,117 @@
+"""The plan of a decode: everything that decides it, except weights and latents."""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from models.decoder import Decoder, chunk_programs, chunk_sizes
+from models.plan_error import PlanError
+from models.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
+from models.spatial_split import Split, choose_split
+
+DECODERS = ("torchax", "flax")  # of each there is a module models/vae_<name>.py with a function make_decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that decides a decode, except weights and latents.
+
+    Attributes:
+        vae: the model's config, as in `vae/config.json`.
+        decoder: which decoder, one of DECODERS.
+        height, width, frames: of the video, in pixels and frames.
+        dtype: of weights and latents.
+        split: of a frame over the devices.
+    """
+
+    vae: Mapping
+    decoder: str
+    height: int
+    width: int
+    frames: int
+    dtype: jnp.dtype
+    split: Split
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int, int]:
+        """[1, channels, frames, height, width] of the latents."""
+        return 1, self.vae["latent_channels"], *latent_size(self.vae, self.frames, self.height, self.width)
+
+    @property
+    def runs(self) -> list[int]:
+        """How often each of `programs` runs."""
+        chunks = len(chunk_sizes(self.latent_shape[2]))
+        return [1] if chunks == 1 else [1, chunks - 1]
+
+    @property
+    def program_options(self) -> dict:
+        """Everything that the compiled programs depend on, except the config and the shapes of their arguments."""
+        return {"mesh": dict(self.split.mesh.shape), "strips": self.split.strips}
+
+    def make_decoder(self) -> Decoder:
+        """Make the decoder, without weights."""
+        return importlib.import_module(f"models.vae_{self.decoder}").make_decoder(self.vae)
+
+    def programs(self, decoder: Decoder, weights: Any) -> list[jax.stages.Traced]:
+        """Trace the programs; see `chunk_programs`."""
+        return chunk_programs(decoder, weights, self.latent_shape, self.split)
+
+    def abstract_weights(self, decoder: Decoder) -> Any:
+        """Return the decoder's weights as shapes, to compile without the weights."""
+
+        def abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.split.replicated)
+
+        stored = {name: abstract(shape) for name, shape in decoder.weight_shapes.items()}
+        return jax.tree.map(lambda x: abstract(x.shape), jax.eval_shape(decoder.convert_weights, stored))
+
+
+def make_plan(
+    *,
+    vae: Mapping,
+    decoder: str,
+    devices: Sequence[jax.Device],
+    dtype: jax.typing.DTypeLike,
+    height: int,
+    width: int,
+    frames: int,
+    chip_rows: int | None = None,
+    strips: int | None = None,
+) -> Plan:
+    """Make the plan that the options ask for.
+
+    Args:
+        vae, decoder, dtype, height, width, frames: see `Plan`.
+        devices: that share each frame.
+        chip_rows, strips: see `choose_split`.
+
+    Raises:
+        PlanError: the model, the devices and the options do not fit together.
+    """
+    if vae.get("use_post_quant_conv"):
+        raise PlanError(
+            None, "this model's VAE has a post_quant_conv, as no CogVideoX 1.5 for text has; correct --model_id"
+        )
+    if decoder not in DECODERS:
+        raise PlanError("decoder", f"{decoder} is unknown; there are {', '.join(DECODERS)}")
+    for name, size in (("height", height), ("width", width)):
+        check_multiple(name, size, spatial_compression_ratio(vae))
+    check_frames(vae, frames)
+    _, latent_height, latent_width = latent_size(vae, frames, height, width)
+    try:
+        split = choose_split(devices, latent_height, latent_width, chip_rows, strips)
+    except ValueError as error:
+        raise PlanError("chip_rows", str(error)) from error
+    return Plan(
+        vae=vae,
+        decoder=decoder,
+        height=height,
+        width=width,
+        frames=frames,
+        dtype=jnp.dtype(dtype),
+        split=split,
+    )

@@ -1,0 +1,385 @@
+"""A denoising run: its plan, one step as a jitted function, and the loop over the steps.
+
+Nothing here depends on files or command lines. Arrays are on the devices; only the noise is drawn by torch on the host,
+so that a seed gives the same noise as in the diffusers pipeline.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from models import tap
+from models.attention import Attention
+from models.plan_error import PlanError
+from models.scheduler import SAMPLERS, AffineScheduler
+from models.sharding import LAYOUTS, MESH_AXES, Parallelism, make_mesh, mesh_sizes
+from models.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
+from models.transformer import abstract_parameters, rotary_embedding, transformer
+
+# --- The plan ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything that decides a denoising run, except weights, prompt and seed.
+
+    Attributes:
+        transformer, vae, scheduler: the model's configs, as in its `config.json` files.
+        height, width, frames: of the video, in pixels and frames.
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance; there is no guidance if it is at most 1.
+        batch: videos at a time.
+        dtype: of weights, latents and embeddings.
+        parallelism: the mesh of devices, and the layout of the parameters on it.
+        attention: the implementation, with its options.
+    """
+
+    transformer: Mapping
+    vae: Mapping
+    scheduler: Mapping
+    height: int
+    width: int
+    frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    batch: int
+    dtype: jnp.dtype
+    parallelism: Parallelism
+    attention: Attention
+
+    @property
+    def guided(self) -> bool:
+        """Whether a step predicts for the negative prompt too."""
+        return self.guidance_scale > 1.0
+
+    @property
+    def adds_noise(self) -> bool:
+        """Whether the scheduler adds noise at each step."""
+        return SAMPLERS[self.scheduler["_class_name"]].adds_noise
+
+    @property
+    def surplus_frames(self) -> int:
+        """Latent frames that are put in front to fill the temporal patch, and cut off again at the end."""
+        return -latent_size(self.vae, self.frames, self.height, self.width)[0] % self.transformer["patch_size_t"]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int, int]:
+        """[batch, frames, channels, height, width] of the latents, surplus frames included."""
+        frames, height, width = latent_size(self.vae, self.frames, self.height, self.width)
+        return self.batch, frames + self.surplus_frames, self.transformer["in_channels"], height, width
+
+    @property
+    def video_tokens(self) -> int:
+        """Tokens of one sample that stand for patches of the video."""
+        _, frames, _, height, width = self.latent_shape
+        patch = self.transformer["patch_size"]
+        return frames // self.transformer["patch_size_t"] * (height // patch) * (width // patch)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sample, text and video together."""
+        return self.transformer["max_text_seq_length"] + self.video_tokens
+
+    def with_dtype(self, dtype: jax.typing.DTypeLike) -> "Plan":
+        """Return the plan for weights of another dtype; raises PlanError if that does not fit the other options."""
+        plan = dataclasses.replace(self, dtype=jnp.dtype(dtype))
+        check_plan(plan)
+        return plan
+
+    @property
+    def program_options(self) -> dict:
+        """Everything that the compiled step depends on, except the configs and the shapes of its arguments."""
+        return {
+            "mesh": dict(self.parallelism.mesh.shape),
+            "layout": self.parallelism.layout,
+            "attention": self.attention.name,
+            "blocks": self.attention.block_sizes or "default",
+            "k_smooth": self.attention.k_smooth,
+        }
+
+
+def make_plan(
+    *,
+    transformer: Mapping,
+    vae: Mapping,
+    scheduler: Mapping,
+    devices: Sequence[jax.Device],
+    platform: str,
+    height: int,
+    width: int,
+    frames: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    batch: int = 1,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    attention: str | None = None,
+    block_sizes: Sequence[int] | None = None,
+    use_k_smooth: bool | None = None,
+    use_dp: bool = True,
+    sp_num: int | None = None,
+    mesh_order: Sequence[str] = MESH_AXES,
+    layout: str = "tp",
+) -> Plan:
+    """Make the plan that the options ask for, on `devices` of `platform` ("tpu", "cpu" or "gpu"); see `Plan`.
+
+    Args:
+        attention, block_sizes, use_k_smooth: see `Attention.choose`.
+        use_dp, sp_num: see `mesh_sizes`.
+        mesh_order: order of the mesh's axes; along the last one devices are neighbours.
+        layout: of the parameters, a key of LAYOUTS.
+
+    Raises:
+        PlanError: the model, the devices and the options do not fit together.
+    """
+    check_configs(transformer, scheduler)
+    if sorted(mesh_order) != sorted(MESH_AXES):
+        raise PlanError("mesh_order", f"{','.join(mesh_order)} is not an order of {','.join(MESH_AXES)}")
+    if layout not in LAYOUTS:
+        raise PlanError("layout", f"{layout} is unknown; there are {', '.join(LAYOUTS)}")
+    sizes = mesh_sizes(
+        len(devices), transformer["num_attention_heads"], 2 if guidance_scale > 1.0 else 1, use_dp, sp_num
+    )
+    plan = Plan(
+        transformer=transformer,
+        vae=vae,
+        scheduler=scheduler,
+        height=height,
+        width=width,
+        frames=frames,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        batch=batch,
+        dtype=jnp.dtype(dtype),
+        parallelism=Parallelism(make_mesh(sizes, devices, mesh_order), layout),
+        attention=Attention.choose(
+            attention, platform, block_sizes, use_k_smooth, transformer["attention_head_dim"], dtype
+        ),
+    )
+    check_plan(plan)
+    return plan
+
+
+def check_configs(transformer: Mapping, scheduler: Mapping) -> None:
+    """Raise PlanError unless the model is a CogVideoX 1.5 for text to video with a supported scheduler."""
+    kind = {"use_rotary_positional_embeddings": True, "activation_fn": "gelu-approximate", "ofs_embed_dim": None}
+    if transformer.get("patch_size_t") is None or any(transformer.get(name) != kind[name] for name in kind):
+        raise PlanError(
+            None,
+            "this model is not a CogVideoX 1.5 for text to video (temporal patches, rotary embedding, no image input); "
+            "correct --model_id",
+        )
+    if scheduler["_class_name"] not in SAMPLERS:
+        raise PlanError(None, f"scheduler {scheduler['_class_name']} is not supported, only {' and '.join(SAMPLERS)}")
+
+
+def check_plan(plan: Plan) -> None:
+    """Raise PlanError, naming values that work, if the model or the kernel cannot take the sizes or number of steps."""
+    spatial = spatial_compression_ratio(plan.vae)
+    multiple = spatial * plan.transformer["patch_size"]
+    for name in ("height", "width"):
+        check_multiple(name, getattr(plan, name), multiple, plan.transformer[f"sample_{name}"] * spatial)
+    check_frames(plan.vae, plan.frames)
+    maximum = plan.scheduler["num_train_timesteps"]
+    if plan.num_inference_steps > maximum:
+        raise PlanError("num_inference_steps", f"can be at most {maximum} with this scheduler")
+    plan.attention.check(plan.transformer["attention_head_dim"], plan.dtype)
+
+
+# --- A step ------------------------------------------------------------------------------------------------------
+
+
+class State(NamedTuple):
+    """What a step passes on to the next step. A step donates the state that it takes: its memory is used again.
+
+    Attributes:
+        latents: [batch, frames, channels, height, width], the model's dtype.
+        pred_original_sample: the step's estimate of the noise-free latents, float32 of the same shape; zeros before the
+            first step.
+    """
+
+    latents: jax.Array
+    pred_original_sample: jax.Array
+
+
+class Condition(NamedTuple):
+    """What stays the same in all steps.
+
+    Attributes:
+        prompt_embeds: [batch, text tokens, text width], or, for classifier-free guidance, [2 * batch, ...] with the
+            negative prompts first.
+        rotary: see `rotary_embedding`.
+    """
+
+    prompt_embeds: jax.Array
+    rotary: tuple[jax.Array, jax.Array]
+
+
+class StepInputs(NamedTuple):
+    """What changes from step to step.
+
+    Attributes:
+        timestep: int32 scalar.
+        coefficients: float32 [2, 3]; see `AffineScheduler`.
+        noise: shape and dtype of the latents; None with a scheduler that adds no noise.
+        guidance_scale: float32 scalar; read only with guidance.
+    """
+
+    timestep: jax.Array
+    coefficients: jax.Array
+    noise: jax.Array | None
+    guidance_scale: jax.Array
+
+
+class StepArguments(NamedTuple):
+    """The arguments of a step, in the order in which it takes them.
+
+    Shapes (`jax.ShapeDtypeStruct`) can stand in the place of all arrays, to compile without data.
+    """
+
+    parameters: Mapping[str, Any]
+    state: State
+    condition: Condition
+    inputs: StepInputs
+
+
+def make_step(plan: Plan, tapped: Sequence[str] = ()) -> jax.stages.Wrapped:
+    """Make a jitted denoising step, `step(parameters, state, condition, inputs)`, which returns the next `State`.
+
+    The step donates the state. With `tapped`, patterns of names, it also returns what models/tap.py collects.
+
+    Source: the loop body of `CogVideoXPipeline.__call__`.
+    """
+
+    def step(parameters: Mapping[str, jax.Array], state: State, condition: Condition, inputs: StepInputs) -> State:
+        latents = state.latents
+        # With float32 weights the products are float32 too; a TPU's default is bfloat16.
+        with jax.default_matmul_precision("highest" if latents.dtype == jnp.float32 else "default"):
+            model_output = transformer(
+                parameters,
+                jnp.tile(latents, (2 if plan.guided else 1, 1, 1, 1, 1)),
+                condition.prompt_embeds,
+                inputs.timestep,
+                condition.rotary,
+                config=plan.transformer,
+                parallelism=plan.parallelism,
+                attention=plan.attention,
+            )
+        if plan.guided:
+            negative, positive = jnp.split(model_output, 2)
+            model_output = negative + inputs.guidance_scale * (positive - negative)
+
+        arrays = latents.astype(jnp.float32), model_output, state.pred_original_sample
+        prev_sample, pred_original_sample = (
+            sum(c * a for c, a in zip(row, arrays, strict=True)) for row in inputs.coefficients
+        )
+        if inputs.noise is not None:
+            prev_sample = prev_sample + inputs.noise
+        return State(prev_sample.astype(latents.dtype), pred_original_sample)
+
+    replicated = plan.parallelism.sharding()
+    if tapped:
+        return jax.jit(tap.collecting(step, tapped), donate_argnums=1)
+    return jax.jit(step, donate_argnums=1, out_shardings=replicated)
+
+
+def abstract_arguments(plan: Plan) -> StepArguments:
+    """Return the arguments of a step as shapes, to compile without weights."""
+
+    def array(shape: tuple[int, ...], dtype: jax.typing.DTypeLike = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=plan.parallelism.sharding())
+
+    config = plan.transformer
+    latents = array(plan.latent_shape, plan.dtype)
+    text = plan.batch * (2 if plan.guided else 1), config["max_text_seq_length"], config["text_embed_dim"]
+    rotary = array((plan.video_tokens, config["attention_head_dim"] // 2))
+    return StepArguments(
+        abstract_parameters(config, plan.dtype, plan.parallelism),
+        State(latents, array(plan.latent_shape)),
+        Condition(array(text, plan.dtype), (rotary, rotary)),
+        StepInputs(array((), jnp.int32), array((2, 3)), latents if plan.adds_noise else None, array(())),
+    )
+
+
+# --- The loop ----------------------------------------------------------------------------------------------------
+
+
+class Denoising:
+    """A run of `plan` from one prompt and one seed, before its loop.
+
+    Args:
+        plan: see `Plan`.
+        parameters: see models/transformer.py.
+        prompt_embeds, negative_prompt_embeds: [batch, text tokens, text width], torch.
+        seed: of the noise, which is drawn as in `CogVideoXPipeline`, in the dtype of the embeddings.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        parameters: Mapping[str, jax.Array],
+        prompt_embeds: torch.Tensor,
+        negative_prompt_embeds: torch.Tensor,
+        seed: int,
+    ):
+        self.plan = plan
+        self.parameters = parameters
+        self._replicated = plan.parallelism.sharding()
+        self._generator = torch.Generator().manual_seed(seed)
+        self._noise = randn_tensor(plan.latent_shape, generator=self._generator, dtype=prompt_embeds.dtype)
+        sampler = SAMPLERS[plan.scheduler["_class_name"]].scheduler
+        self._scheduler = AffineScheduler(sampler.from_config(dict(plan.scheduler)), plan.num_inference_steps)
+        if plan.guided:
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        rotary = rotary_embedding(plan.transformer, plan.latent_shape)
+        self.condition = Condition(self._to_device(prompt_embeds, plan.dtype), jax.device_put(rotary, self._replicated))
+
+    def arguments(self) -> StepArguments:
+        """Return the arguments of the first step."""
+        return StepArguments(self.parameters, self._start(), self.condition, self._inputs(0, torch.Generator()))
+
+    def warm_up(self, step: Callable, steps: int) -> None:
+        """Run the first step `steps` times, each time on the result before; draws nothing from the run's generator."""
+        for _ in self._loop(step, [0] * steps, torch.Generator()):
+            pass
+
+    def run(self, step: Callable) -> Iterator[State]:
+        """Yield the state after each step. The next step donates it, so that only the last one may be kept."""
+        yield from self._loop(step, range(self.plan.num_inference_steps), self._generator)
+
+    def _loop(self, step: Callable, indices: Sequence[int], generator: torch.Generator) -> Iterator[State]:
+        """Run the steps `indices` from the initial state, and yield the state after each."""
+        state = self._start()
+        inputs = self._inputs(indices[0], generator) if indices else None
+        for n in range(len(indices)):
+            state = step(self.parameters, state, self.condition, inputs)
+            if n + 1 < len(indices):
+                inputs = self._inputs(indices[n + 1], generator)  # on the host, while the device works
+            jax.block_until_ready(state)
+            yield state
+
+    def _start(self) -> State:
+        """Return the initial noise and an empty estimate, in new buffers each time, because a step donates them."""
+        empty = torch.zeros(self.plan.latent_shape)
+        return State(self._to_device(self._noise, self.plan.dtype), self._to_device(empty, jnp.float32))
+
+    def _inputs(self, i: int, generator: torch.Generator) -> StepInputs:
+        """Return the inputs of step `i`; draws its noise from `generator`."""
+        scheduler, plan = self._scheduler, self.plan
+        noise = scheduler.noise(i, plan.latent_shape, self._noise.dtype, generator)
+        scalars = (
+            jnp.int32(scheduler.timesteps[i]),
+            jnp.asarray(scheduler.coefficients[i]),
+            jnp.float32(plan.guidance_scale),
+        )
+        timestep, coefficients, guidance_scale = jax.device_put(scalars, self._replicated)
+        noise_on_device = None if noise is None else self._to_device(noise, plan.dtype)
+        return StepInputs(timestep, coefficients, noise_on_device, guidance_scale)
+
+    def _to_device(self, tensor: torch.Tensor, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Copy a tensor to all devices as an array of `dtype`."""
+        return jax.device_put(jnp.from_dlpack(tensor.contiguous()).astype(dtype).copy(), self._replicated)

@@ -1,0 +1,168 @@
+"""Define the command-line options that decide a compiled program, and make plans from them.
+
+The stages and the compile tool share this module. Importing it loads neither jax nor torch.
+"""
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import checkpoint
+import utils
+from console import UserError, number
+
+if TYPE_CHECKING:
+    from models import decoding, denoising
+
+
+def add_size_options(parser: argparse.ArgumentParser) -> None:
+    """Add the video's height, width and frames."""
+    positive = number(int, 1)
+    parser.add_argument("--height", type=positive, default=utils.HEIGHT, help="height of the video in pixels")
+    parser.add_argument("--width", type=positive, default=utils.WIDTH, help="width of the video in pixels")
+    parser.add_argument("--frames", type=positive, default=utils.FRAMES, help="frames of the video, of the form 4n + 1")
+
+
+def add_denoising_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding."""
+    positive, yes_no = number(int, 1), argparse.BooleanOptionalAction
+    parser.add_argument("--num_inference_steps", type=positive, default=utils.NUM_STEPS, help="denoising steps")
+    add_size_options(parser)
+    parser.add_argument(
+        "--guidance_scale",
+        type=number(float, 0),
+        default=utils.GUIDANCE_SCALE,
+        help="scale of classifier-free guidance; 1 or less switches it off, and a step costs half",
+    )
+    parser.add_argument(
+        "--use_dp",
+        action=yes_no,
+        default=utils.USE_DP,
+        help="use data parallelism (dp): split the two prompts of guidance over the chips",
+    )
+    parser.add_argument(
+        "--sp_num",
+        type=positive,
+        help="chips that split the sequence (sp); the others split attention heads (default: all that dp leaves)",
+    )
+    parser.add_argument(
+        "--layout",
+        default=utils.LAYOUT,
+        help="layout of the weights: tp splits them over tp alone, fsdp keeps even shares of them on all chips",
+    )
+    parser.add_argument(
+        "--use_fsdp", dest="layout", action="store_const", const="fsdp", help="the same as --layout fsdp"
+    )
+    for name in ("--use_tp", "--no-use_fsdp"):
+        parser.add_argument(name, dest="layout", action="store_const", const="tp", help="the same as --layout tp")
+    parser.add_argument(
+        "--mesh_order", help="order of the mesh axes; chips along the last one are neighbours (default: dp,sp,tp)"
+    )
+    add_attention_options(parser)  # last, because the names of reports list the options in this order
+
+
+def add_attention_options(parser: argparse.ArgumentParser) -> None:
+    """Add the choice of the attention implementation and its own options."""
+    parser.add_argument(
+        "--attention",
+        help="implementation of attention, a name in models/attention.py (default: splash_exp2 on a TPU, else xla)",
+    )
+    parser.add_argument(
+        "--block_sizes",
+        type=int,
+        nargs="+",
+        help="block sizes of the attention kernel, in the order of its BlockSizes (default: the kernel's choice)",
+    )
+    parser.add_argument(
+        "--use_k_smooth",
+        action=argparse.BooleanOptionalAction,
+        help="subtract the mean of the keys in attention (default: the kernel's choice)",
+    )
+
+
+def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the split in space, which a decoder's programs depend on beside the size."""
+    positive = number(int, 1)
+    parser.add_argument(
+        "--chip_rows",
+        type=positive,
+        help="rows of chips that a frame is split over (default: the split with the least work for each chip)",
+    )
+    parser.add_argument("--strips", type=positive, help="bands of rows on each chip (default: 8 on a TPU, else 1)")
+
+
+def denoising_plan(
+    arguments: argparse.Namespace, model_id: str, devices: Sequence, platform: str, **details: Any
+) -> "denoising.Plan":
+    """Return the plan that the options of `add_denoising_options` ask for, with the configs of a model.
+
+    Args:
+        arguments: the parsed options.
+        model_id: the model whose configs are read.
+        devices: the jax devices to run on.
+        platform: "tpu", "cpu" or "gpu".
+        details: other arguments of `denoising.make_plan`: batch, dtype.
+
+    Raises:
+        UserError: the model, the devices and the options do not fit together.
+    """
+    from models import denoising
+
+    given = {"mesh_order": arguments.mesh_order.split(",")} if arguments.mesh_order else {}
+    names = (
+        *("height", "width", "frames", "num_inference_steps", "guidance_scale"),
+        *("attention", "block_sizes", "use_k_smooth", "use_dp", "sp_num", "layout"),
+    )
+    with plan_errors():
+        return denoising.make_plan(
+            transformer=checkpoint.read_config(model_id, "transformer"),
+            vae=checkpoint.read_config(model_id, "vae"),
+            scheduler=checkpoint.read_config(model_id, "scheduler", "scheduler_config.json"),
+            devices=devices,
+            platform=platform,
+            **details,
+            **{name: getattr(arguments, name) for name in names},
+            **given,
+        )
+
+
+def decoding_plan(
+    arguments: argparse.Namespace, model_id: str, decoder: str, size: dict[str, int], devices: Sequence, dtype: Any
+) -> "decoding.Plan":
+    """Return the plan that the options of `add_decoding_options` ask for, with the VAE config of a model.
+
+    Args:
+        arguments: the parsed options.
+        model_id: the model whose config is read.
+        decoder: "torchax" or "flax".
+        size: "height" and "width" of the video in pixels, and its "frames".
+        devices: the jax devices to run on.
+        dtype: of weights and latents.
+
+    Raises:
+        UserError: the model, the devices and the options do not fit together.
+    """
+    from models import decoding
+
+    with plan_errors():
+        return decoding.make_plan(
+            vae=checkpoint.read_config(model_id, "vae"),
+            decoder=decoder,
+            devices=devices,
+            dtype=dtype,
+            chip_rows=arguments.chip_rows,
+            strips=arguments.strips,
+            **size,
+        )
+
+
+@contextlib.contextmanager
+def plan_errors() -> Iterator[None]:
+    """Turn a PlanError, which says why a plan cannot be carried out, into a UserError that names the option."""
+    from models.plan_error import PlanError
+
+    try:
+        yield
+    except PlanError as error:
+        raise UserError(f"--{error}" if error.option else str(error)) from error

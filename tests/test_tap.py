@@ -1,0 +1,162 @@
+"""The seam for looking inside: what it returns is what diffusers' modules give, and when it is off it is not there."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+from models import tap, transformer
+from models.attention import xla_attention
+from models.decoder import chunk_programs
+from models.sharding import Parallelism, make_mesh
+from models.spatial_split import choose_split
+from tests.test_decoders import both_decoders, make_vae
+from tests.test_transformer import SMALL, make_module, relative_error
+
+LAYERS, TEXT = SMALL["num_layers"], 10
+IN_A_BLOCK = (
+    *("norm1", "attn1.to_q", "attn1.norm_q", "attn1.to_k", "attn1.norm_k", "attn1.to_v", "attn1.to_out.0"),
+    *("norm2", "ff.net.0", "ff.net.2"),
+)
+OF_THE_BLOCKS = [
+    f"transformer_blocks.{i}{name}" for i in range(LAYERS) for name in ("", *(f".{n}" for n in IN_A_BLOCK))
+]
+SHAPE = (2, 4, 4, 6, 10)
+
+
+def transformer_inputs(config) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(SHAPE), torch.randn(SHAPE[0], TEXT, config["text_embed_dim"])
+
+
+def diffusers_outputs(module) -> dict[str, np.ndarray]:
+    """Each module's output by its name; of a pair of text and video both, in the order of the sequence."""
+    seen = {}
+
+    def record(_, __, output, name):
+        tokens = output if isinstance(output, torch.Tensor) else torch.cat([output[1], output[0]], dim=1)
+        seen[name] = tokens.clone().numpy()  # the rotary embedding is applied in place
+
+    handles = [
+        layer.register_forward_hook(functools.partial(record, name=name))
+        for name, layer in module.named_modules()
+        if name in (*OF_THE_BLOCKS, "patch_embed", "norm_final", "norm_out", "proj_out")
+    ]
+    latents, prompts = transformer_inputs(module.config)
+    rotary = get_3d_rotary_pos_embed(
+        module.config.attention_head_dim, None, (3, 5), 2, grid_type="slice", max_size=(10, 10)
+    )
+    with torch.no_grad():
+        module(latents, prompts, torch.full((SHAPE[0],), 37), image_rotary_emb=rotary, return_dict=False)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def make_transformer(module, mesh: tuple[int, int, int]):
+    """Our transformer as a function of its arguments, and these."""
+    config = dict(module.config)
+    parallelism = Parallelism(
+        make_mesh(dict(zip(("dp", "sp", "tp"), mesh, strict=True)), jax.devices()[: np.prod(mesh)])
+    )
+    function = functools.partial(
+        transformer.transformer, config=config, parallelism=parallelism, attention=xla_attention
+    )
+    latents, prompts = (jnp.asarray(tensor.numpy()) for tensor in transformer_inputs(config))
+    stored = {name: weight.numpy() for name, weight in module.state_dict().items()}
+    parameters = transformer.load_parameters(stored.__getitem__, config, parallelism)
+    return function, (parameters, latents, prompts, jnp.int32(37), transformer.rotary_embedding(config, SHAPE))
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)], ids=str)
+def test_transformer_modules_match_diffusers(mesh, monkeypatch):
+    monkeypatch.setattr(transformer, "FEED_FORWARD_TOKENS", 32)  # so that the MLP runs on several pieces
+    module = make_module(SMALL)
+    function, arguments = make_transformer(module, mesh)
+    prediction, tapped = jax.jit(tap.collecting(function, ["*"]))(*arguments)
+    np.testing.assert_allclose(prediction, jax.jit(function)(*arguments), rtol=1e-4, atol=1e-4)
+    theirs = diffusers_outputs(module)
+    assert set(theirs) <= set(tapped), set(theirs) - set(tapped)
+    assert set(OF_THE_BLOCKS) <= set(theirs)
+    for name, expected in theirs.items():
+        tokens = -2
+        length = TEXT + SHAPE[1] * SHAPE[3] * SHAPE[4] // 8
+        ours = np.take(tapped[name], range(length), axis=tokens)
+        if expected.shape[tokens] != length:  # of the video's tokens alone
+            ours = np.take(ours, range(TEXT, length), axis=tokens)
+        assert ours.shape == expected.shape, f"{name}: {ours.shape}, diffusers {expected.shape}"
+        assert (error := relative_error(ours, expected)) < 1e-5, f"{name} on mesh {mesh}: {error:.1e}"
+
+
+def test_only_what_is_asked_for():
+    function, arguments = make_transformer(make_module(SMALL), (1, 2, 1))
+    _, tapped = jax.eval_shape(tap.collecting(function, ["transformer_blocks.1.ff.*", "proj_out"]), *arguments)
+    assert sorted(tapped) == ["proj_out", "transformer_blocks.1.ff.net.0", "transformer_blocks.1.ff.net.2"]
+    with pytest.raises(ValueError, match="no module is called nothing"):
+        jax.eval_shape(tap.collecting(function, ["nothing", "proj_out"]), *arguments)
+
+
+@both_decoders
+@pytest.mark.parametrize(("chips", "strips"), [(1, 1), (8, 2)], ids=str)
+def test_decoder_modules_match_diffusers(decoder, chips, strips):
+    """The first chunk of latents that split unevenly."""
+    vae = make_vae(dict(block_out_channels=(8, 8, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4))
+    torch.manual_seed(1)
+    latents = torch.randn(1, 4, 3, 6, 10)
+    seen = {}
+
+    def record(_, __, output, name):
+        seen[f"decoder.{name}"] = (output[0] if isinstance(output, tuple) else output)[0].movedim(0, 1).numpy()
+
+    kinds = ("norm1", "conv1", "norm2", "conv2", "conv_shortcut", "conv_in", "norm_out", "conv_out", "mid_block")
+    for name, layer in vae.decoder.named_modules():
+        if name.endswith(kinds) or re.fullmatch(r".*(resnets|up_blocks|upsamplers)\.\d+", name):
+            layer.register_forward_hook(functools.partial(record, name=name))
+    with torch.no_grad():
+        vae.decoder(latents)
+
+    split = choose_split(jax.devices()[:chips], 6, 10, strips=strips)
+    ours = decoder.make_decoder(dict(vae.config))
+    weights = {name: jnp.asarray(weight.numpy()) for name, weight in vae.decoder.state_dict().items()}
+    weights = jax.device_put(ours.convert_weights(weights), split.replicated)
+    (traced,) = chunk_programs(ours, weights, latents.shape, split, tapped=["*"])
+    tiles = jax.device_put(split.tiles(latents.numpy()), split.latents)
+    _, tapped = traced.lower().compile()(weights, tiles)
+    assert len(seen) > 30 and set(seen) <= set(tapped), set(seen) - set(tapped)
+    for name, expected in seen.items():
+        array = np.asarray(tapped[name])[..., : expected.shape[2], : expected.shape[3]]
+        assert array.shape == expected.shape, f"{name}: {array.shape}, diffusers {expected.shape}"
+        assert (error := relative_error(array, expected)) < 1e-4, f"{name}: {error:.1e}"
+
+
+def text_of(lowered: jax.stages.Lowered) -> str:
+    """Return a compiled program's text without the names of its operations and their places in the source."""
+    return re.sub(r"metadata=\{[^}]*\}|, (module_)?name=\"[^\"]*\"", "", lowered.compile().as_text())
+
+
+def test_off_it_is_not_in_the_program(monkeypatch):
+    """The compiled step is the same text with the seam's functions replaced by jax's own, and `tap` by nothing."""
+    module = make_module(SMALL)
+    function, arguments = make_transformer(module, (2, 2, 2))
+    ours = text_of(jax.jit(function).lower(*arguments))
+
+    def scan(name, function, carry, xs):
+        return jax.lax.scan(lambda carry, x: (function(carry, x), None), carry, xs)[0]
+
+    def pieces(function, arguments, axis):
+        return [function(*each) for each in arguments]
+
+    monkeypatch.setattr(tap, "tap", lambda *_: None)
+    monkeypatch.setattr(tap, "scan", scan)
+    monkeypatch.setattr(tap, "pieces", pieces)
+    monkeypatch.setattr(tap, "shard_map", functools.partial(jax.shard_map, check_vma=False))
+    without, arguments = make_transformer(module, (2, 2, 2))
+    assert ours == text_of(jax.jit(without).lower(*arguments))
+    with_taps, _ = make_transformer(module, (2, 2, 2))
+    monkeypatch.undo()
+    assert ours != text_of(jax.jit(tap.collecting(with_taps, ["*"])).lower(*arguments))

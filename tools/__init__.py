@@ -1,0 +1,1 @@
+"""Make, train and judge the tiny model."""
