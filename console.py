@@ -60,6 +60,9 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         _exit(f"error: {error}", 2)
+    except BrokenPipeError:  # whoever reads what is printed, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         _exit("interrupted; existing files are unchanged", 130)
 
