@@ -19,7 +19,7 @@ from tools.moving_shapes import (
 
 
 @pytest.mark.parametrize(
-    ("frames", "size"), [(17, 64), *(pytest.param(9, size, marks=pytest.mark.slow) for size in (64, 96))]
+    ("frames", "size"), [(17, 64), *(pytest.param(*clip, marks=pytest.mark.slow) for clip in ((9, 64), (33, 96)))]
 )
 @pytest.mark.parametrize("noise", [pytest.param(0, marks=pytest.mark.slow), 12], ids=lambda noise: f"noise {noise}")
 def test_measure_knows_every_caption(noise, frames, size):

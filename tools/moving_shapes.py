@@ -153,19 +153,27 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> st
 
 def _shape(masks: np.ndarray) -> str | None:
     """Return the shape whose outline overlaps best with bool masks [frames, height, width], or None if none does."""
-    overlaps = {name: np.mean([_overlap(mask, outline) for mask in masks]) for name, outline in SHAPES.items()}
+    overlaps = dict(zip(SHAPES, np.mean([_overlaps(mask) for mask in masks], axis=0), strict=True))
     best = max(overlaps, key=overlaps.get)
     return best if overlaps[best] > LEAST_OVERLAP else None
 
 
-def _overlap(mask: np.ndarray, outline: Outline) -> float:
-    """Return the intersection over union of a mask [height, width] with the outline of the same area and centroid."""
+def _overlaps(mask: np.ndarray) -> list[float]:
+    """Return for each of SHAPES the intersection over union of a mask [height, width] and its outline.
+
+    The outline has the area and the centroid of the mask.
+    """
     if not mask.any():
-        return 0.0
-    radius = np.sqrt(mask.sum() / outline.area)
-    y, x = np.indices(mask.shape) - np.argwhere(mask).mean(axis=0)[:, None, None]
-    ideal = outline.outside(x / radius, y / radius + outline.centroid_y) < 0
-    return (mask & ideal).sum() / (mask | ideal).sum()
+        return [0.0] * len(SHAPES)
+    area = mask.sum()
+    y, x = np.ogrid[: mask.shape[0], : mask.shape[1]]
+    center_y, center_x = np.argwhere(mask).mean(axis=0)
+    overlaps = []
+    for outline in SHAPES.values():
+        radius = np.sqrt(area / outline.area)
+        ideal = outline.outside((x - center_x) / radius, (y - center_y) / radius + outline.centroid_y) < 0
+        overlaps.append((mask & ideal).sum() / (mask | ideal).sum())
+    return overlaps
 
 
 def _direction(foreground: np.ndarray, seen: np.ndarray) -> str | None:
