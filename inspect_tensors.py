@@ -8,6 +8,7 @@ time, when runs are compared one of each.
 """
 
 import argparse
+import functools
 import hashlib
 import itertools
 import json
@@ -25,6 +26,7 @@ from console import ArgumentParser, UserError, number, run
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from safetensors import safe_open
 
 CHUNK = 2**20  # elements that are looked at together: few enough to stay in a processor's cache
 BLACK, PLAIN, FROZEN = (
@@ -93,15 +95,25 @@ class Item(NamedTuple):
     def load(self) -> "torch.Tensor":
         """Read the tensor, or the video's frames as uint8 [frames, height, width, 3]."""
         import torch
-        from safetensors import SafetensorError, safe_open
 
         if self.tensor is None:
             return torch.from_numpy(read_video(self.file))
-        try:
-            with safe_open(self.file, framework="pt") as file:
-                return file.get_tensor(self.tensor)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {self.tensor} of {self.file}: {error}") from error
+        return opened(self.file).get_tensor(self.tensor)
+
+
+@functools.cache
+def opened(path: Path) -> "safe_open":
+    """Open a safetensors file, once; its header is read, and no tensor.
+
+    Raises:
+        UserError: the file is not what its name says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a complete safetensors file ({error})") from error
 
 
 def items(path: Path) -> dict[str, Item]:
@@ -112,8 +124,6 @@ def items(path: Path) -> dict[str, Item]:
     Raises:
         UserError: there is nothing to look at, or a file is not what its name says.
     """
-    from safetensors import SafetensorError, safe_open
-
     suffixes = {".safetensors", *utils.VIDEO_SUFFIXES}
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
     if not files:
@@ -124,11 +134,7 @@ def items(path: Path) -> dict[str, Item]:
         if file.suffix.lower() != ".safetensors":
             found[folder + file.name] = Item(file, None)
             continue
-        try:
-            with safe_open(file, framework="np") as tensors:
-                found |= {folder + name: Item(file, name) for name in tensors.keys()}  # noqa: SIM118  no mapping
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} is not a complete safetensors file ({error})") from error
+        found |= {folder + name: Item(file, name) for name in opened(file).keys()}  # noqa: SIM118  no mapping
     return dict(sorted(found.items(), key=lambda pair: execution_order(*pair)))
 
 
@@ -139,14 +145,6 @@ def execution_order(name: str, item: Item) -> tuple:
     return stage, [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def provenance(file: Path) -> dict:
-    """Return the config entries that a stage's file says it was made from."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="np") as tensors:
-        return json.loads((tensors.metadata() or {}).get("made_from", "{}"))
-
-
 def describe(item: Item) -> dict:
     """Return all that the table has of a tensor or a video."""
     if item.tensor is None:
@@ -154,7 +152,7 @@ def describe(item: Item) -> dict:
     tensor = item.load()
     shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     found = {"file": str(item.file), "tensor": item.tensor, "shape": shape, "dtype": dtype}
-    return found | statistics(tensor) | {"made_from": provenance(item.file)}
+    return found | statistics(tensor) | {"made_from": utils.read_made_from(opened(item.file).metadata())}
 
 
 def statistics(tensor: "torch.Tensor") -> dict:

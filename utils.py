@@ -152,6 +152,11 @@ def made_from(config: Mapping, entries: Iterable[str]) -> dict[str, str]:
     return {"made_from": json.dumps({name: config[name] for name in entries})}
 
 
+def read_made_from(metadata: Mapping[str, str] | None) -> dict:
+    """Return the config entries that a safetensors file says it was made from; the reverse of `made_from`."""
+    return json.loads((metadata or {}).get("made_from", "{}"))
+
+
 def tensor_shapes(path: Path, stage: int, names: Iterable[str], config: Mapping) -> dict[str, tuple[int, ...]]:
     """Read the shapes of the tensors `names` from the header of a stage's file, and check what the file was made from.
 
@@ -160,7 +165,7 @@ def tensor_shapes(path: Path, stage: int, names: Iterable[str], config: Mapping)
     """
     try:
         with safe_open(path, framework="np") as file:
-            metadata = file.metadata() or {}
+            entries = read_made_from(file.metadata())
             missing = set(names) - set(file.keys())
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in set(names) - missing}
     except FileNotFoundError:
@@ -169,7 +174,7 @@ def tensor_shapes(path: Path, stage: int, names: Iterable[str], config: Mapping)
         raise UserError(f"{path} is not a complete safetensors file ({error}); run stage {stage} again") from error
     if missing:
         raise UserError(f"{path} has no tensor '{min(missing)}'; run stage {stage} again")
-    for name, value in json.loads(metadata.get("made_from", "{}")).items():
+    for name, value in entries.items():
         if config.get(name) != value:
             raise UserError(
                 f"{path} was made with {name} = {value!r}, but {CONFIG} says {config.get(name)!r}; "

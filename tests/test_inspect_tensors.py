@@ -61,8 +61,9 @@ def test_names_and_order(tmp_path):
 
 
 def order_of(folder, name):
-    save_file({name: torch.zeros(1)}, folder / "one.safetensors")
-    return execution_order(name, items(folder / "one.safetensors")[name])
+    file = folder / f"{name}.safetensors"
+    save_file({name: torch.zeros(1)}, file)
+    return execution_order(name, items(file)[name])
 
 
 @pytest.fixture
