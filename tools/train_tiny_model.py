@@ -3,8 +3,8 @@
     python -m tools.train_tiny_model --output_dir tiny_model --work_dir training
 
 The script makes a tokenizer, trains the VAE, and then trains text encoder and transformer together by v-prediction,
-with some prompts dropped for guidance. It takes about 20 minutes on two free CPU cores. It saves a checkpoint in
---work_dir each minute, and continues from there when it is started again.
+with some prompts dropped for guidance. That takes about 25 minutes on a CPU core or two. The script saves a checkpoint
+in --work_dir each minute, and continues from there when it is started again.
 """
 
 import argparse
