@@ -89,6 +89,11 @@ def _exit(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def error_message(stderr: str) -> str:
+    """Return the message of the one-line error that a program of ours printed last, for who shows it as its own."""
+    return stderr.strip().splitlines()[-1].split("error: ", 1)[-1]
+
+
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
     """Return an argparse type for a finite `kind` (int or float) from `least` to `most`."""
 

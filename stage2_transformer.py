@@ -82,9 +82,8 @@ def main() -> None:
         from models.denoising import make_step
 
         traced = make_step(plan).trace(*denoising.arguments())
-        devices = plan.parallelism.mesh.devices.flatten().tolist()
         (step,) = compile_or_load(
-            arguments.executable, "denoising step", devices, [traced], plan.program_options, report
+            arguments.executable, "denoising step", plan.devices, [traced], plan.program_options, report
         )
 
     with report.phase(f"warm-up ({arguments.warmup_steps} steps)"):

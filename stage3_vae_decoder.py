@@ -89,9 +89,8 @@ def main(decoder: str = "torchax") -> None:
         from executable import compile_or_load
 
         traced = plan.programs(vae, weights)
-        devices = plan.split.mesh.devices.flatten().tolist()
         programs = compile_or_load(
-            arguments.executable, f"{decoder} decoder", devices, traced, plan.program_options, report
+            arguments.executable, f"{decoder} decoder", plan.devices, traced, plan.program_options, report
         )
 
     with report.phase("run, with encoding") as run_phase, report.progress("decoding", "frame", plan.frames) as bar:

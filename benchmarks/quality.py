@@ -27,7 +27,7 @@ import numpy as np
 
 import checkpoint
 import utils
-from console import ArgumentParser, UserError, number, prepare_libraries, run
+from console import ArgumentParser, UserError, error_message, number, prepare_libraries, run
 from tools.moving_shapes import (
     CHANCE,
     FRAMES,
@@ -181,9 +181,10 @@ def reconstruct(vae: "AutoencoderKLCogVideoX", clips: Sequence[np.ndarray]) -> l
     """Encode and decode clips, uint8 [frames, height, width, 3], by diffusers' VAE."""
     import torch
 
-    pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3) / 127.5 - 1
+    from tools.train_tiny_model import to_tensor
+
     with torch.no_grad():
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+        decoded = vae.decode(vae.encode(to_tensor(clips, "cpu")).latent_dist.mode()).sample
     videos = [np.stack(utils.prepare_video_for_export(video[None])) for video in decoded]
     return [np.round(video * 255).astype(np.uint8) for video in videos]
 
@@ -228,7 +229,7 @@ def run_stages(model: Path, case: Case, stage2_options: Sequence[str], folder: P
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                 stage.main()
         except SystemExit:  # a wrong option; the message is the last line
-            raise UserError(said.getvalue().splitlines()[-1].split("error: ", 1)[-1]) from None
+            raise UserError(error_message(said.getvalue())) from None
         finally:
             sys.argv = command_line
     return [load_file(frames)["frames"]]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import utils
 from compile_for_tpu import prediction, topologies
-from console import UserError
+from console import UserError, error_message
 
 ROOT = Path(__file__).resolve().parent.parent
 DUMP = "COMPILE_FOR_TPU_DUMP"  # names the folder of the compiler's dumps, in the process that compiles
@@ -47,7 +47,7 @@ def in_a_process(module: str, command: Sequence[str], topology: str, what: str) 
             log.seek(0)
             errors = log.read()
     if process.returncode == 2:
-        raise UserError(errors.strip().splitlines()[-1].split("error: ", 1)[-1])
+        raise UserError(error_message(errors))
     if process.returncode:
         raise RuntimeError(f"the compiling process ended with {process.returncode}:\n{errors}")
     return json.loads(output.splitlines()[-1])

@@ -78,12 +78,12 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
     plan = options.denoising_plan(arguments, arguments.model_id, devices, platform, dtype=arguments.dtype)
     with compiling_for(plan.parallelism.mesh):
         traced = denoising.make_step(plan).trace(*denoising.abstract_arguments(plan))
-    config, samples = plan.transformer, 2 if plan.guided else 1
-    scores = samples * config["num_attention_heads"] / len(devices) * plan.tokens**2
+    config = plan.transformer
+    scores = plan.prompts * config["num_attention_heads"] / len(devices) * plan.tokens**2
     return Programs(
         traced=[traced],
         times=[1],
-        devices=plan.parallelism.mesh.devices.flatten().tolist(),
+        devices=plan.devices,
         scores_per_kernel=scores,
         attention_flops=4 * config["attention_head_dim"] * scores * config["num_layers"],
         options=_size(arguments) | {"guided": plan.guided} | plan.program_options,
@@ -127,7 +127,7 @@ def trace_stage3(arguments: argparse.Namespace, devices: list) -> Programs:
     return Programs(
         traced=traced,
         times=plan.runs,
-        devices=plan.split.mesh.devices.flatten().tolist(),
+        devices=plan.devices,
         options=_size(arguments) | {"decoder": plan.decoder, "split": plan.split},
         model=model_name(arguments.model_id),
         name=f"{plan.decoder} decoder",

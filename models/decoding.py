@@ -42,6 +42,11 @@ class Plan:
         return 1, self.vae["latent_channels"], *latent_size(self.vae, self.frames, self.height, self.width)
 
     @property
+    def devices(self) -> list[jax.Device]:
+        """The devices in the order of the mesh."""
+        return self.split.mesh.devices.flatten().tolist()
+
+    @property
     def runs(self) -> list[int]:
         """How often each of `programs` runs."""
         chunks = len(chunk_sizes(self.latent_shape[2]))

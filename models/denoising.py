@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from models import tap
 from models.attention import Attention
 from models.plan_error import PlanError
-from models.scheduler import SAMPLERS, AffineScheduler
+from models.scheduler import SAMPLERS, AffineScheduler, Sampler
 from models.sharding import LAYOUTS, MESH_AXES, Parallelism, make_mesh, mesh_sizes
 from models.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
 from models.transformer import abstract_parameters, rotary_embedding, transformer
@@ -58,9 +58,19 @@ class Plan:
         return self.guidance_scale > 1.0
 
     @property
-    def adds_noise(self) -> bool:
-        """Whether the scheduler adds noise at each step."""
-        return SAMPLERS[self.scheduler["_class_name"]].adds_noise
+    def prompts(self) -> int:
+        """Prompts that a step predicts for, for each video: with guidance the negative and the positive one."""
+        return 2 if self.guided else 1
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the scheduler is called, and whether it adds noise."""
+        return SAMPLERS[self.scheduler["_class_name"]]
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """The devices in the order of the mesh."""
+        return self.parallelism.mesh.devices.flatten().tolist()
 
     @property
     def surplus_frames(self) -> int:
@@ -87,9 +97,8 @@ class Plan:
 
     def with_dtype(self, dtype: jax.typing.DTypeLike) -> "Plan":
         """Return the plan for weights of another dtype; raises PlanError if that does not fit the other options."""
-        plan = dataclasses.replace(self, dtype=jnp.dtype(dtype))
-        check_plan(plan)
-        return plan
+        self.attention.check(self.transformer["attention_head_dim"], dtype)
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     @property
     def program_options(self) -> dict:
@@ -178,7 +187,7 @@ def check_configs(transformer: Mapping, scheduler: Mapping) -> None:
 
 
 def check_plan(plan: Plan) -> None:
-    """Raise PlanError, naming values that work, if the model or the kernel cannot take the sizes or number of steps."""
+    """Raise PlanError, naming values that work, if the model cannot take the sizes or the number of steps."""
     spatial = spatial_compression_ratio(plan.vae)
     multiple = spatial * plan.transformer["patch_size"]
     for name in ("height", "width"):
@@ -187,7 +196,6 @@ def check_plan(plan: Plan) -> None:
     maximum = plan.scheduler["num_train_timesteps"]
     if plan.num_inference_steps > maximum:
         raise PlanError("num_inference_steps", f"can be at most {maximum} with this scheduler")
-    plan.attention.check(plan.transformer["attention_head_dim"], plan.dtype)
 
 
 # --- A step ------------------------------------------------------------------------------------------------------
@@ -261,7 +269,7 @@ def make_step(plan: Plan, tapped: Sequence[str] = ()) -> jax.stages.Wrapped:
         with jax.default_matmul_precision("highest" if latents.dtype == jnp.float32 else "default"):
             model_output = transformer(
                 parameters,
-                jnp.tile(latents, (2 if plan.guided else 1, 1, 1, 1, 1)),
+                jnp.tile(latents, (plan.prompts, 1, 1, 1, 1)),
                 condition.prompt_embeds,
                 inputs.timestep,
                 condition.rotary,
@@ -295,13 +303,13 @@ def abstract_arguments(plan: Plan) -> StepArguments:
 
     config = plan.transformer
     latents = array(plan.latent_shape, plan.dtype)
-    text = plan.batch * (2 if plan.guided else 1), config["max_text_seq_length"], config["text_embed_dim"]
+    text = plan.batch * plan.prompts, config["max_text_seq_length"], config["text_embed_dim"]
     rotary = array((plan.video_tokens, config["attention_head_dim"] // 2))
     return StepArguments(
         abstract_parameters(config, plan.dtype, plan.parallelism),
         State(latents, array(plan.latent_shape)),
         Condition(array(text, plan.dtype), (rotary, rotary)),
-        StepInputs(array((), jnp.int32), array((2, 3)), latents if plan.adds_noise else None, array(())),
+        StepInputs(array((), jnp.int32), array((2, 3)), latents if plan.sampler.adds_noise else None, array(())),
     )
 
 
@@ -331,8 +339,8 @@ class Denoising:
         self._replicated = plan.parallelism.sharding()
         self._generator = torch.Generator().manual_seed(seed)
         self._noise = randn_tensor(plan.latent_shape, generator=self._generator, dtype=prompt_embeds.dtype)
-        sampler = SAMPLERS[plan.scheduler["_class_name"]].scheduler
-        self._scheduler = AffineScheduler(sampler.from_config(dict(plan.scheduler)), plan.num_inference_steps)
+        scheduler = plan.sampler.scheduler.from_config(dict(plan.scheduler))
+        self._scheduler = AffineScheduler(scheduler, plan.num_inference_steps)
         if plan.guided:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         rotary = rotary_embedding(plan.transformer, plan.latent_shape)
