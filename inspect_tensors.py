@@ -29,11 +29,10 @@ if TYPE_CHECKING:
     from safetensors import safe_open
 
 CHUNK = 2**20  # elements that are looked at together: few enough to stay in a processor's cache
-BLACK, PLAIN, FROZEN = (
-    8,
-    2,
-    0.05,
-)  # of 255: brightness, deviation within a frame, change from frame to frame; see `sight`
+# What `sight` calls a video by, of 255.
+BLACK = 8  # the brightest value is at most this
+PLAIN = 2  # no frame's standard deviation is larger
+FROZEN = 0.05  # no frame differs more from the one before, on average
 
 # The axis along which a tensor goes on, and what a step of it is called.
 PROGRESS = {
