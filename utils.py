@@ -63,7 +63,7 @@ def replacing(path: Path) -> Iterator[str]:
     Raises:
         UserError: the file cannot be written (no permission, no space, or a folder has this name).
     """
-    with _write_errors(path):
+    with write_errors(path):
         temporary = _temporary_beside(path)
         try:
             yield temporary
@@ -77,7 +77,7 @@ def replacing(path: Path) -> Iterator[str]:
 
 def check_writable(path: Path) -> None:
     """Raise UserError if `path` cannot be written; change no existing file."""
-    with _write_errors(path):
+    with write_errors(path):
         os.unlink(_temporary_beside(path))
 
 
@@ -92,7 +92,7 @@ def _temporary_beside(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """Turn errors of writing `path` into a UserError."""
     try:
         yield

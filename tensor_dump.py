@@ -1,0 +1,242 @@
+"""Write what a stage computes on its way to safetensors files, step by step, for inspect_tensors.py to read.
+
+A dump is a folder. `<stage>_tensors.safetensors` has whole arrays, named "step_003/transformer_blocks.7.attn1.to_q";
+`<stage>_statistics.safetensors` has, for every named point, one row of STATISTICS for each step. The tensors of both
+lie in the order of execution.
+"""
+
+import contextlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import numpy as np
+
+import utils
+from console import UserError
+
+STATISTICS = ("min", "max", "mean", "std", "nan", "inf")  # of the finite values; then how many are not finite
+DTYPES = {  # NumPy's name: safetensors' name
+    **{"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"},
+    **{"int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL"},
+}
+
+
+class Planned(NamedTuple):
+    """Shape and dtype of an array that will be written."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+class GrowingFile:
+    """A safetensors file that arrays are appended to; after each `append` it is complete, whatever comes later.
+
+    The place for the header of all planned arrays is kept free at the beginning of the file.
+
+    Args:
+        path: an existing file is replaced.
+        planned: all arrays that may come, in the order in which they come.
+        metadata: of the file.
+
+    Raises:
+        UserError: the disk has no room for the planned arrays, or the file cannot be written.
+    """
+
+    def __init__(self, path: Path, planned: Mapping[str, Planned], metadata: Mapping[str, str]):
+        self._path, self._planned, self._metadata = path, planned, metadata
+        self._header: dict[str, dict] = {}
+        self._size = 0
+        needed = sum(array.nbytes for array in planned.values())
+        utils.check_writable(path)
+        free = shutil.disk_usage(path.parent).free + (path.stat().st_size if path.exists() else 0)
+        if needed > free:
+            raise UserError(
+                f"the dump needs {needed / 2**30:.1f} GiB, and the disk of {path.parent} has {free / 2**30:.1f} GiB "
+                "free; name fewer tensors with --dump_names, fewer steps with --dump_steps, or use --dump_stats"
+            )
+        whole, end = {}, 0
+        for name, array in planned.items():
+            whole[name] = self._entry(array, end)
+            end += array.nbytes
+        self._reserved = len(self._encoded(whole)) + 8
+        with utils.write_errors(path):
+            path.unlink(missing_ok=True)
+            self._file = open(path, "w+b")  # noqa: SIM115  closed by `close`
+        self._write_header()
+
+    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Write the next arrays, which must be as planned."""
+        with utils.write_errors(self._path):
+            self._file.seek(8 + self._reserved + self._size)
+            header, size = dict(self._header), self._size
+            for name, array in arrays.items():
+                expected = self._planned[name]
+                assert (array.shape, array.dtype) == (expected.shape, expected.dtype), f"{name}: {array.shape}"
+                self._file.write(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
+                header[name] = self._entry(expected, size)
+                size += expected.nbytes
+            self._file.flush()
+            self._header, self._size = header, size
+            self._write_header()
+
+    def close(self) -> None:
+        """Close the file, and cut off what an interrupted `append` left."""
+        with contextlib.suppress(OSError):
+            self._file.truncate(8 + self._reserved + self._size)
+            self._file.close()
+
+    def _entry(self, array: Planned, start: int) -> dict:
+        end = start + array.nbytes
+        return {
+            "dtype": DTYPES[np.dtype(array.dtype).name],
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+
+    def _encoded(self, header: Mapping[str, dict]) -> bytes:
+        encoded = json.dumps({"__metadata__": dict(self._metadata)} | header, separators=(",", ":")).encode()
+        return encoded + b" " * (-len(encoded) % 8)
+
+    def _write_header(self) -> None:
+        encoded = self._encoded(self._header).ljust(self._reserved)
+        self._file.seek(0)
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._file.flush()
+
+
+class Dump:
+    """The files of one stage in a dump folder; a context manager that closes them.
+
+    Args:
+        directory: the folder, made if it is missing; files of an earlier dump of the stage are replaced.
+        stage: "stage2" or "stage3".
+        unit: what the numbers given to `add` count: "step" or "chunk".
+        planned: for each number whose arrays are dumped, the arrays by name, in the order of execution.
+        metadata: what the tensors were made from, see `utils.made_from`.
+
+    Raises:
+        UserError: see `GrowingFile`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        stage: str,
+        unit: str,
+        planned: Mapping[int, Mapping[str, Planned]],
+        metadata: Mapping[str, str],
+    ):
+        self._unit = unit
+        self._metadata = dict(metadata) | {"order": "execution"}
+        self._statistics_path = directory / f"{stage}_statistics.safetensors"
+        tensors_path = directory / f"{stage}_tensors.safetensors"
+        self.paths: list[Path] = []
+        for path in (self._statistics_path, tensors_path):
+            with utils.write_errors(path):
+                path.unlink(missing_ok=True)
+        self._tensors = None
+        if planned:
+            flat = {self._name(number, name): array for number in planned for name, array in planned[number].items()}
+            self._tensors = GrowingFile(tensors_path, flat, self._metadata)
+            self.paths.append(tensors_path)
+        self._rows: dict[str, list[np.ndarray]] = {}
+        self._numbers: list[int] = []
+
+    def add(self, number: int, arrays: Mapping[str, np.ndarray], statistics: Mapping[str, np.ndarray]) -> None:
+        """Write the arrays of one step, and its statistics: for each name a row of STATISTICS, or another small array.
+
+        The names of the statistics are the same for all steps.
+        """
+        if arrays:
+            assert self._tensors is not None, "arrays of a step that was not planned"
+            self._tensors.append({self._name(number, name): array for name, array in arrays.items()})
+        if not statistics:
+            return
+        if not self._rows:
+            self.paths.append(self._statistics_path)
+        self._numbers.append(number)
+        for name, row in statistics.items():
+            self._rows.setdefault(name, []).append(row)
+        stacked = {name: np.stack(rows) for name, rows in self._rows.items()}
+        metadata = self._metadata | {"statistics": json.dumps(STATISTICS), self._unit: json.dumps(self._numbers)}
+        planned = {name: Planned(array.shape, array.dtype) for name, array in stacked.items()}
+        with utils.replacing(self._statistics_path) as temporary:
+            file = GrowingFile(Path(temporary), planned, metadata)
+            file.append(stacked)
+            file.close()
+
+    def _name(self, number: int, name: str) -> str:
+        return f"{self._unit}_{number:03}/{name}"
+
+    def __enter__(self) -> "Dump":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._tensors is not None:
+            self._tensors.close()
+
+
+def steps(text: str, count: int) -> list[int]:
+    """Return the numbers that `text`, such as "0,3-5,-1", names out of 0 ... count - 1; -1 is the last.
+
+    Raises:
+        UserError: the text is no such list, or names what is not there.
+    """
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", part.strip())
+        if not match:
+            raise UserError(f"--dump_steps {text}: '{part}' is no number and no range such as 3-5")
+        first, last = (
+            int(bound) % count if -count <= int(bound) < 0 else int(bound) for bound in (match[1], match[2] or match[1])
+        )
+        if not 0 <= first <= last < count:
+            raise UserError(f"--dump_steps {text}: '{part}' is not within 0 to {count - 1}")
+        found.update(range(first, last + 1))
+    return sorted(found)
+
+
+def merged(sums: np.ndarray) -> np.ndarray:
+    """Merge the sums of all chips, float32 [chips, 7 or more] as `tap.sums` returns them, to a row of STATISTICS."""
+    count, total, squares, nan, inf = sums[:, :5].astype(np.float64).sum(0)
+    if not count:
+        return np.array([np.nan] * 4 + [nan, inf], np.float32)
+    mean = total / count
+    deviation = math.sqrt(max(squares / count - mean * mean, 0.0))
+    return np.array([sums[:, 5].min(), sums[:, 6].max(), mean, deviation, nan, inf], np.float32)
+
+
+def statistics_of(array: np.ndarray) -> np.ndarray:
+    """Compute the row of STATISTICS of an array on the host."""
+    values = np.asarray(array, np.float64)
+    finite = values[np.isfinite(values)]
+    counts = [float(np.isnan(values).sum()), float(np.isinf(values).sum())]
+    if not finite.size:
+        return np.array([np.nan] * 4 + counts, np.float32)
+    return np.array([finite.min(), finite.max(), finite.mean(), finite.std(), *counts], np.float32)
+
+
+def read_statistics(metadata: Mapping[str, str]) -> tuple[str, Sequence[int]] | None:
+    """Return the unit and the numbers of the rows in a file of statistics, or None for another file."""
+    if "statistics" not in metadata:
+        return None
+    unit = "step" if "step" in metadata else "chunk"
+    return unit, json.loads(metadata[unit])
+
+
+def in_order(metadata: Mapping[str, str] | None) -> bool:
+    """Return whether the tensors of a file lie in the order of execution."""
+    return (metadata or {}).get("order") == "execution"
