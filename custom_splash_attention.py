@@ -152,7 +152,7 @@ def splash_attention(
         block_sizes.check(head_dim, query.dtype.itemsize)
 
     factor = scale * math.log2(math.e)
-    queries, keys, values = (x.reshape(batch * heads, -1, head_dim).swapaxes(1, 2) for x in (query, key, value))
+    queries, keys, values = (_transposed(x) for x in (query, key, value))
     arguments = queries, keys, values, *_bound(queries, keys[:, :, :kv_length], factor, k_smooth)
     run = functools.partial(_run, factor=factor, blocks=blocks, kv_len=kv_length)
     if interpret is None:
@@ -161,6 +161,25 @@ def splash_attention(
     else:
         output = run(*arguments, interpret=interpret)
     return output.swapaxes(1, 2).reshape(query.shape)
+
+
+def online_heads(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    scale: float | None = None,
+    k_smooth: bool = USE_K_SMOOTH,
+    kv_length: int | None = None,
+) -> jax.Array:
+    """Tell which heads `splash_attention` computes by the online kernel, bool [batch, heads]; arguments as there."""
+    factor = (query.shape[3] ** -0.5 if scale is None else scale) * math.log2(math.e)
+    _, safe = _bound(_transposed(query), _transposed(key)[:, :, :kv_length], factor, k_smooth)
+    return ~safe.reshape(query.shape[:2])
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    """Turn [batch, heads, length, head_dim] into [batch * heads, head_dim, length]."""
+    return x.reshape(-1, *x.shape[2:]).swapaxes(1, 2)
 
 
 def _bound(queries: jax.Array, keys: jax.Array, factor: float, k_smooth: bool) -> tuple[jax.Array, jax.Array]:

@@ -13,7 +13,7 @@ import utils
 from console import UserError, number
 
 if TYPE_CHECKING:
-    from models import decoding, denoising
+    from models import decoding, denoising, tap
 
 
 def add_size_options(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +92,46 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strips", type=positive, help="bands of rows on each chip (default: 8 on a TPU, else 1)")
 
 
+def add_dump_options(parser: argparse.ArgumentParser, unit: str) -> None:
+    """Add what a stage writes of the tensors inside it; `unit` is what it does many of, "step" or "chunk"."""
+    parser.add_argument("--dump", type=utils.path, metavar="DIR", help="write tensors inside the model to this folder")
+    parser.add_argument(
+        "--dump_names",
+        nargs="+",
+        metavar="PATTERN",
+        help="patterns over diffusers' names of modules, such as 'transformer_blocks.7.attn1.*' (default: all)",
+    )
+    parser.add_argument(
+        "--dump_steps", metavar="NUMBERS", help=f"{unit}s whose tensors are written, such as 0,3-5,-1 (default: all)"
+    )
+    parser.add_argument(
+        "--dump_stats",
+        action="store_true",
+        help=f"write the statistics of every named tensor in every {unit}; whole tensors only with --dump_names",
+    )
+    parser.add_argument(
+        "--dump_shards", action="store_true", help="say which chips differ where they should be equal, and --dump_stats"
+    )
+
+
+def dump_wanted(arguments: argparse.Namespace) -> "tap.Wanted | None":
+    """Return what the options of `add_dump_options` ask the programs to return, or None without --dump.
+
+    Raises:
+        UserError: an option belongs to --dump, which is not there.
+    """
+    from models import tap
+
+    if arguments.dump is None:
+        for name in ("dump_names", "dump_steps", "dump_stats", "dump_shards"):
+            if getattr(arguments, name):
+                raise UserError(f"--{name} belongs to --dump, which says where the files go")
+        return None
+    statistics = arguments.dump_stats or arguments.dump_shards
+    arrays = arguments.dump_names or ([] if statistics else ["*"])
+    return tap.Wanted(tuple(arrays), ("*",) if statistics else (), checksums=arguments.dump_shards)
+
+
 def denoising_plan(
     arguments: argparse.Namespace, model_id: str, devices: Sequence, platform: str, **details: Any
 ) -> "denoising.Plan":
@@ -159,10 +199,13 @@ def decoding_plan(
 
 @contextlib.contextmanager
 def plan_errors() -> Iterator[None]:
-    """Turn a PlanError, which says why a plan cannot be carried out, into a UserError that names the option."""
+    """Turn errors that say why a plan cannot be carried out into a UserError that names the option."""
     from models.plan_error import PlanError
+    from models.tap import NoSuchNameError
 
     try:
         yield
     except PlanError as error:
         raise UserError(f"--{error}" if error.option else str(error)) from error
+    except NoSuchNameError as error:
+        raise UserError(f"--dump_names: {str(error).splitlines()[0]}") from error

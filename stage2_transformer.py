@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import checkpoint
+import tensor_dump
 import utils
 from console import ArgumentParser, Report, UserError, number, prepare_libraries, run
-from options import add_denoising_options, denoising_plan, plan_errors
+from options import add_denoising_options, add_dump_options, denoising_plan, dump_wanted, plan_errors
 
 if TYPE_CHECKING:
     import jax
 
     from models.denoising import Plan
+    from models.recorder import Recorder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,6 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--executable", type=utils.path, help="load the compiled step from this file, if it is the right one"
     )
+    add_dump_options(parser, "step")
     return parser.parse_args()
 
 
@@ -58,18 +61,23 @@ def main() -> None:
     devices = jax.devices()
     plan = denoising_plan(arguments, model_id, devices, devices[0].platform, batch=shapes["prompt_embeds"][0])
     check_embeddings(shapes, plan.transformer, embeddings_path)
+    wanted = dump_wanted(arguments)
+    tensor_dump.steps(arguments.dump_steps, plan.num_inference_steps)  # wrong ones are said before anything is loaded
 
     report = Report(f"Stage 2: transformer of {model_id}")
     with report.phase("load"):
         from safetensors.torch import load_file
 
-        from models.denoising import Denoising
+        from models.denoising import Denoising, abstract_arguments, make_step
         from models.transformer import load_parameters, stored_names
 
         read = checkpoint.tensor_reader(model_id, "transformer", stored_names(plan.transformer))
         with plan_errors():
             plan = plan.with_dtype(read("proj_out.weight").dtype)
+            traced = make_step(plan, wanted).trace(*abstract_arguments(plan))
         describe(plan, arguments, report)
+        config = config_of(arguments, text_config, plan)
+        recorder = make_recorder(arguments, config, plan, traced) if wanted else None
         parameters = load_parameters(read, plan.transformer, plan.parallelism)
         report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
         embeddings = load_file(embeddings_path)
@@ -79,17 +87,15 @@ def main() -> None:
 
     with report.phase("compile"):
         from executable import compile_or_load
-        from models.denoising import make_step
 
-        traced = make_step(plan).trace(*denoising.arguments())
-        (step,) = compile_or_load(
+        (program,) = compile_or_load(
             arguments.executable, "denoising step", plan.devices, [traced], plan.program_options, report
         )
 
     with report.phase(f"warm-up ({arguments.warmup_steps} steps)"):
-        denoising.warm_up(step, arguments.warmup_steps)
+        denoising.warm_up(recorder.ignoring(program) if recorder else program, arguments.warmup_steps)
 
-    steps = plan.num_inference_steps
+    steps, step = plan.num_inference_steps, recorder.recording(program) if recorder else program
     with report.phase("run") as run_phase, report.progress("denoising", "step", steps) as bar:
         for state in denoising.run(step):  # noqa: B007  the last state is the result
             bar.update()
@@ -97,11 +103,31 @@ def main() -> None:
 
     with report.phase("save"):
         latents = jax.numpy.transpose(state.latents[:, plan.surplus_frames :], (0, 2, 1, 3, 4))
-        save(latents, config_of(arguments, text_config, plan), output_dir)
+        save(latents, config, output_dir)
     report.say(f"wrote {output_dir / utils.LATENTS} and {utils.CONFIG}")
 
     report.add_array("latents", latents)
+    for name, value in recorder.summary() if recorder else ():
+        report.add(name, value)
     report.close(shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
+
+
+def make_recorder(
+    arguments: argparse.Namespace, config: Mapping, plan: "Plan", traced: "jax.stages.Traced"
+) -> "Recorder":
+    """Make what writes the files of --dump while the steps run."""
+    from models.recorder import Recorder
+
+    steps = plan.num_inference_steps
+    return Recorder(
+        arguments.dump,
+        "stage2",
+        "step",
+        utils.made_from(config, [name for name in config if name != "fps"]),
+        plan.parallelism.mesh,
+        [traced] * steps,
+        tensor_dump.steps(arguments.dump_steps, steps),
+    )
 
 
 def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> None:

@@ -10,9 +10,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -75,12 +74,12 @@ class GrowingFile:
             self._file = open(path, "w+b")  # noqa: SIM115  closed by `close`
         self._write_header()
 
-    def append(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write the next arrays, which must be as planned."""
-        with utils.write_errors(self._path):
+    def append(self, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+        """Write the next arrays, pairs of a name and an array, which must be as planned."""
+        header, size = dict(self._header), self._size
+        with utils.write_errors(self._path), self._cut_off_on_error():
             self._file.seek(8 + self._reserved + self._size)
-            header, size = dict(self._header), self._size
-            for name, array in arrays.items():
+            for name, array in arrays:
                 expected = self._planned[name]
                 assert (array.shape, array.dtype) == (expected.shape, expected.dtype), f"{name}: {array.shape}"
                 self._file.write(np.ascontiguousarray(array).view(np.uint8).data if array.size else b"")
@@ -91,10 +90,19 @@ class GrowingFile:
             self._write_header()
 
     def close(self) -> None:
-        """Close the file, and cut off what an interrupted `append` left."""
-        with contextlib.suppress(OSError):
-            self._file.truncate(8 + self._reserved + self._size)
-            self._file.close()
+        """Close the file."""
+        self._file.close()
+
+    @contextlib.contextmanager
+    def _cut_off_on_error(self) -> Iterator[None]:
+        """Leave the file as it was before an `append` that was interrupted."""
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._file.truncate(8 + self._reserved + self._size)
+                self._write_header()
+            raise
 
     def _entry(self, array: Planned, start: int) -> dict:
         end = start + array.nbytes
@@ -105,7 +113,7 @@ class GrowingFile:
         }
 
     def _encoded(self, header: Mapping[str, dict]) -> bytes:
-        encoded = json.dumps({"__metadata__": dict(self._metadata)} | header, separators=(",", ":")).encode()
+        encoded = json.dumps({"__metadata__": dict(self._metadata), **header}, separators=(",", ":")).encode()
         return encoded + b" " * (-len(encoded) % 8)
 
     def _write_header(self) -> None:
@@ -116,7 +124,7 @@ class GrowingFile:
 
 
 class Dump:
-    """The files of one stage in a dump folder; a context manager that closes them.
+    """The files of one stage in a dump folder, which are complete after each step.
 
     Args:
         directory: the folder, made if it is missing; files of an earlier dump of the stage are replaced.
@@ -153,14 +161,14 @@ class Dump:
         self._rows: dict[str, list[np.ndarray]] = {}
         self._numbers: list[int] = []
 
-    def add(self, number: int, arrays: Mapping[str, np.ndarray], statistics: Mapping[str, np.ndarray]) -> None:
+    def add(self, number: int, arrays: Iterable[tuple[str, np.ndarray]], statistics: Mapping[str, np.ndarray]) -> None:
         """Write the arrays of one step, and its statistics: for each name a row of STATISTICS, or another small array.
 
-        The names of the statistics are the same for all steps.
+        The arrays are pairs of a name and an array, of which one at a time is needed. The names of the statistics are
+        the same for all steps.
         """
-        if arrays:
-            assert self._tensors is not None, "arrays of a step that was not planned"
-            self._tensors.append({self._name(number, name): array for name, array in arrays.items()})
+        if self._tensors is not None:
+            self._tensors.append((self._name(number, name), array) for name, array in arrays)
         if not statistics:
             return
         if not self._rows:
@@ -173,28 +181,21 @@ class Dump:
         planned = {name: Planned(array.shape, array.dtype) for name, array in stacked.items()}
         with utils.replacing(self._statistics_path) as temporary:
             file = GrowingFile(Path(temporary), planned, metadata)
-            file.append(stacked)
+            file.append(stacked.items())
             file.close()
 
     def _name(self, number: int, name: str) -> str:
         return f"{self._unit}_{number:03}/{name}"
 
-    def __enter__(self) -> "Dump":
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._tensors is not None:
-            self._tensors.close()
-
-
-def steps(text: str, count: int) -> list[int]:
-    """Return the numbers that `text`, such as "0,3-5,-1", names out of 0 ... count - 1; -1 is the last.
+def steps(text: str | None, count: int) -> list[int]:
+    """Return the numbers that `text`, such as "0,3-5,-1", names out of 0 ... count - 1; -1 is the last, None all.
 
     Raises:
         UserError: the text is no such list, or names what is not there.
     """
+    if text is None:
+        return list(range(count))
     found: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", part.strip())
@@ -210,7 +211,7 @@ def steps(text: str, count: int) -> list[int]:
 
 
 def merged(sums: np.ndarray) -> np.ndarray:
-    """Merge the sums of all chips, float32 [chips, 7 or more] as `tap.sums` returns them, to a row of STATISTICS."""
+    """Merge the sums of all chips, float32 [chips, 7 or more] as `tap.sums` returns them, into a row of STATISTICS."""
     count, total, squares, nan, inf = sums[:, :5].astype(np.float64).sum(0)
     if not count:
         return np.array([np.nan] * 4 + [nan, inf], np.float32)

@@ -67,17 +67,19 @@ def model_name(model_id: str) -> str:
 def add_stage2_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the denoising step."""
     _add_model_options(parser)
+    parser.add_argument("--dump_stats", action="store_true", help="the step as it is with stage 2's --dump_stats")
     options.add_denoising_options(parser)
 
 
 def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
     """Trace the denoising step."""
-    from models import denoising
+    from models import denoising, tap
 
     platform = "cpu" if arguments.topology == "cpu" else "tpu"
     plan = options.denoising_plan(arguments, arguments.model_id, devices, platform, dtype=arguments.dtype)
     with compiling_for(plan.parallelism.mesh):
-        traced = denoising.make_step(plan).trace(*denoising.abstract_arguments(plan))
+        wanted = tap.Wanted(statistics=["*"]) if arguments.dump_stats else None
+        traced = denoising.make_step(plan, wanted).trace(*denoising.abstract_arguments(plan))
     config = plan.transformer
     scores = plan.prompts * config["num_attention_heads"] / len(devices) * plan.tokens**2
     return Programs(

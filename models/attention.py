@@ -6,6 +6,7 @@ function returns [batch, heads, sequence, head_dim]. The table says which other 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -16,7 +17,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 
 import custom_splash_attention
+from models import tap
 from models.plan_error import PlanError
+from models.sharding import activation_spec
 
 
 def xla_attention(
@@ -111,15 +114,22 @@ class Implementation(NamedTuple):
         block_sizes: the frozen dataclass of its block sizes, with a method `check(head_dim, itemsize)`; None where it
             has none. A function with block sizes also takes `k_smooth` and `interpret`.
         platform_options: options of the function by platform of the devices, for those that need some.
+        online_heads: `online_heads(query, key, kv_length=..., k_smooth=...)` tells which heads, bool [batch, heads],
+            take the slower of the function's two kernels; None where it has one.
     """
 
     function: Callable[..., jax.Array]
     block_sizes: type | None = None
     platform_options: Mapping[str, Mapping] = MappingProxyType({})
+    online_heads: Callable[..., jax.Array] | None = None
 
 
 IMPLEMENTATIONS = {
-    "splash_exp2": Implementation(custom_splash_attention.splash_attention, custom_splash_attention.BlockSizes),
+    "splash_exp2": Implementation(
+        custom_splash_attention.splash_attention,
+        custom_splash_attention.BlockSizes,
+        online_heads=custom_splash_attention.online_heads,
+    ),
     "splash": Implementation(splash_attention, BlockSizes),
     "xla": Implementation(xla_attention, platform_options={"gpu": {"use_cudnn": True}}),
 }
@@ -205,4 +215,9 @@ class Attention:
         if implementation.block_sizes:
             interpret = self.platform != "tpu"
             options |= {"block_sizes": self.block_sizes, "k_smooth": self.k_smooth, "interpret": interpret}
+        if implementation.online_heads:
+            which = functools.partial(
+                implementation.online_heads, query, key, kv_length=kv_length, k_smooth=self.k_smooth
+            )
+            tap.tap("online_heads", which, activation_spec("attended heads"))
         return implementation.function(query, key, value, kv_length=kv_length, **options)

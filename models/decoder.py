@@ -1,6 +1,6 @@
 """What the TorchAx and the Flax decoder share: chunks in time, the split in space, conversion to pixels, the loop."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -61,7 +61,7 @@ def chunk_programs(
     latent_shape: tuple[int, ...],
     split: Split,
     pixel_dtype: jax.typing.DTypeLike = jnp.uint8,
-    tapped: Sequence[str] = (),
+    wanted: tap.Wanted | None = None,
 ) -> list[jax.stages.Traced]:
     """Trace the programs that decode latents [1, channels, frames, height, width]: the first chunk, and any later one.
 
@@ -71,8 +71,8 @@ def chunk_programs(
         latent_shape: of the latents, all chunks together.
         split: of a frame over chips and strips.
         pixel_dtype: of the pixels, see `to_pixels`.
-        tapped: patterns of names. With them a program also returns what models/tap.py collects: the outputs of modules
-            as [frames, channels, height, width], which may reach beyond the frame's edge.
+        wanted: if anything, a program returns its result and what is `tap.Collected`: the outputs of modules as
+            [frames, channels, height, width].
 
     Returns:
         One or two programs that map weights, latents and cache to pixels and the next cache. The first program takes no
@@ -92,7 +92,7 @@ def chunk_programs(
             out_specs = split.pixels.spec, split.latents.spec
             return tap.shard_map(decode_chunk, mesh=split.mesh, in_specs=specs, out_specs=out_specs)(*arguments)
 
-        function = tap.collecting(run, tapped) if tapped else run
+        function = tap.collecting(run, wanted, split.mesh) if wanted else run
         return jax.jit(function, donate_argnums=tuple(range(2, len(arguments)))).trace(*arguments)
 
     def chunk(frames):
@@ -101,7 +101,7 @@ def chunk_programs(
     first = program(weights, chunk(sizes[0]))
     if len(sizes) == 1:
         return [first]
-    _, cache = first.out_info[0] if tapped else first.out_info
+    _, cache = first.out_info[0] if wanted else first.out_info
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split.latents), cache)
     return [first, program(weights, chunk(sizes[1]), cache)]
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from jax.sharding import PartitionSpec
 
 from models import tap
 from models.attention import Attention
@@ -20,6 +21,8 @@ from models.scheduler import SAMPLERS, AffineScheduler, Sampler
 from models.sharding import LAYOUTS, MESH_AXES, Parallelism, make_mesh, mesh_sizes
 from models.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
 from models.transformer import abstract_parameters, rotary_embedding, transformer
+
+WHOLE_LATENTS = PartitionSpec(*[None] * 5)  # every chip has all of them
 
 # --- The plan ----------------------------------------------------------------------------------------------------
 
@@ -255,16 +258,19 @@ class StepArguments(NamedTuple):
     inputs: StepInputs
 
 
-def make_step(plan: Plan, tapped: Sequence[str] = ()) -> jax.stages.Wrapped:
+def make_step(plan: Plan, wanted: tap.Wanted | None = None) -> jax.stages.Wrapped:
     """Make a jitted denoising step, `step(parameters, state, condition, inputs)`, which returns the next `State`.
 
-    The step donates the state. With `tapped`, patterns of names, it also returns what models/tap.py collects.
+    The step donates the state. If anything is `wanted`, it returns the state and what is `tap.Collected`; beside the
+    transformer's modules there are "latents", from which the step starts, "noise_pred" after guidance,
+    "pred_original_sample" and "prev_sample", all [batch, frames, channels, height, width].
 
     Source: the loop body of `CogVideoXPipeline.__call__`.
     """
 
     def step(parameters: Mapping[str, jax.Array], state: State, condition: Condition, inputs: StepInputs) -> State:
         latents = state.latents
+        tap.tap("latents", latents, WHOLE_LATENTS)
         # With float32 weights the products are float32 too; a TPU's default is bfloat16.
         with jax.default_matmul_precision("highest" if latents.dtype == jnp.float32 else "default"):
             model_output = transformer(
@@ -280,6 +286,7 @@ def make_step(plan: Plan, tapped: Sequence[str] = ()) -> jax.stages.Wrapped:
         if plan.guided:
             negative, positive = jnp.split(model_output, 2)
             model_output = negative + inputs.guidance_scale * (positive - negative)
+        tap.tap("noise_pred", model_output, WHOLE_LATENTS)
 
         arrays = latents.astype(jnp.float32), model_output, state.pred_original_sample
         prev_sample, pred_original_sample = (
@@ -287,11 +294,15 @@ def make_step(plan: Plan, tapped: Sequence[str] = ()) -> jax.stages.Wrapped:
         )
         if inputs.noise is not None:
             prev_sample = prev_sample + inputs.noise
-        return State(prev_sample.astype(latents.dtype), pred_original_sample)
+        prev_sample = prev_sample.astype(latents.dtype)
+        tap.tap("pred_original_sample", pred_original_sample, WHOLE_LATENTS)
+        tap.tap("prev_sample", prev_sample, WHOLE_LATENTS)
+        return State(prev_sample, pred_original_sample)
 
     replicated = plan.parallelism.sharding()
-    if tapped:
-        return jax.jit(tap.collecting(step, tapped), donate_argnums=1)
+    if wanted:
+        collecting = tap.collecting(step, wanted, plan.parallelism.mesh)
+        return jax.jit(collecting, donate_argnums=1, out_shardings=(replicated, None))
     return jax.jit(step, donate_argnums=1, out_shardings=replicated)
 
 

@@ -50,6 +50,7 @@ ACTIVATION_AXES = {
     "hidden states": ("batch", "tokens", "embed"),
     "gathered heads": ("batch", "gathered tokens", "split heads"),
     "projected heads": ("batch", "split heads", "gathered tokens", "head_dim"),
+    "attended heads": ("batch", "exchanged heads"),
     "rotary embedding": ("gathered tokens", "rotary"),
     "time embedding": ("time",),
 }
@@ -62,6 +63,7 @@ ACTIVATIONS = {
     "tokens": ("sp", "tp"),
     "gathered tokens": ("sp",),
     "split heads": ("tp",),
+    "exchanged heads": ("tp", "sp"),
 }
 # In every layout tp, named first, splits heads and MLP and nothing else of the weights, because a block computes on
 # that share; sp and dp may split one axis of each weight.

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from jax.sharding import PartitionSpec
 
 from models import sharding, tap
 from models.sharding import Parallelism, activation_spec
@@ -29,6 +30,7 @@ SEQUENCE_TILE = 16  # rows of a bfloat16 tile in a TPU's memory; each chip's sha
 HIDDEN_STATES = activation_spec("hidden states")
 PROJECTED_HEADS = activation_spec("projected heads")
 GATHERED = activation_spec("gathered heads")
+REPLICATED = PartitionSpec(None, None)
 TOKENS = 1  # the axis of the hidden states
 
 
@@ -169,7 +171,9 @@ def time_embedding(timestep: jax.Array, parameters: Mapping, config: Mapping, dt
     order = (jnp.cos, jnp.sin) if config["flip_sin_to_cos"] else (jnp.sin, jnp.cos)
     x = jnp.concatenate([function(angles) for function in order]).astype(dtype)
     x = jax.nn.silu(linear(x, parameters, "time_embedding.linear_1")).astype(dtype)
-    return jax.nn.silu(linear(x, parameters, "time_embedding.linear_2").astype(dtype))
+    x = linear(x, parameters, "time_embedding.linear_2").astype(dtype)
+    tap.tap("linear_2", lambda: x[None], REPLICATED)
+    return jax.nn.silu(x)
 
 
 def transformer(
@@ -196,7 +200,8 @@ def transformer(
         attention: a function as in models/attention.py.
     """
     text_length, length = prompt_embeds.shape[1], prompt_embeds.shape[1] + rotary[0].shape[0]
-    hidden = embed(parameters, latents, prompt_embeds, config, parallelism)
+    bounds = {-2: (0, length)}
+    hidden = embed(parameters, latents, prompt_embeds, config, parallelism, bounds)
     # Text and padding are not rotated: their angle is 0.
     edges = ((text_length, hidden.shape[1] - length), (0, 0))
     cos, sin = jnp.pad(rotary[0], edges, constant_values=1.0), jnp.pad(rotary[1], edges)
@@ -211,6 +216,7 @@ def transformer(
             parallelism=parallelism,
             attention=functools.partial(attention, kv_length=length),
             text_length=text_length,
+            bounds=bounds,
         ),
         mesh=parallelism.mesh,
         in_specs=(
@@ -222,7 +228,7 @@ def transformer(
         out_specs=HIDDEN_STATES,
     )
     hidden = constrained(run(blocks, hidden, time, (cos, sin)), parallelism)
-    output = predict_patches(parameters, hidden, time, config)
+    output = predict_patches(parameters, hidden, time, config, {-2: (text_length, length)})
     return unpatchify(output[:, text_length:length], latents.shape, config)
 
 
@@ -237,6 +243,7 @@ def embed(
     prompt_embeds: jax.Array,
     config: Mapping,
     parallelism: Parallelism,
+    bounds: tap.Bounds,
 ) -> jax.Array:
     """Embed text and video as one sequence [batch, tokens, embed], padded at the end to what the mesh divides."""
     dtype = prompt_embeds.dtype
@@ -246,26 +253,32 @@ def embed(
         padding = -(text.shape[1] + video.shape[1]) % (parallelism.sp * parallelism.tp * SEQUENCE_TILE)
         hidden = jnp.pad(jnp.concatenate([text, video], axis=1), ((0, 0), (0, padding), (0, 0)))
         hidden = constrained(hidden, parallelism)
-        tap.tap("", hidden, HIDDEN_STATES)
+        tap.tap("", hidden, HIDDEN_STATES, bounds)
     return hidden
 
 
 def predict_patches(
-    parameters: Mapping[str, jax.Array], hidden: jax.Array, time: jax.Array, config: Mapping
+    parameters: Mapping[str, jax.Array],
+    hidden: jax.Array,
+    time: jax.Array,
+    config: Mapping,
+    video_bounds: tap.Bounds,
 ) -> jax.Array:
     """Turn the last block's hidden states into predicted patches, float32 [batch, tokens, patch]."""
     dtype = hidden.dtype
     with tap.scope("norm_final"):
         hidden = layer_norm(hidden, parameters, "norm_final", config["norm_eps"]).astype(dtype)
-        tap.tap("", hidden, HIDDEN_STATES)
+        tap.tap("", hidden, HIDDEN_STATES, video_bounds)
     with tap.scope("norm_out"):
-        shift, scale = jnp.split(linear(time, parameters, "norm_out.linear"), 2)
+        modulation = linear(time, parameters, "norm_out.linear")
+        tap.tap("linear", lambda: modulation[None], REPLICATED)
+        shift, scale = jnp.split(modulation, 2)
         hidden = layer_norm(hidden, parameters, "norm_out.norm", config["norm_eps"]) * (1 + scale) + shift
         hidden = hidden.astype(dtype)
-        tap.tap("", hidden, HIDDEN_STATES)
+        tap.tap("", hidden, HIDDEN_STATES, video_bounds)
     with tap.scope("proj_out"):
         output = linear(hidden, parameters, "proj_out")
-        tap.tap("", output, HIDDEN_STATES)
+        tap.tap("", output, HIDDEN_STATES, video_bounds)
     return output
 
 
@@ -279,6 +292,7 @@ def run_blocks(
     parallelism: Parallelism,
     attention: Callable,
     text_length: int,
+    bounds: tap.Bounds,
 ) -> jax.Array:
     """Run all blocks on one chip's share [batch / dp, sequence / (sp * tp), embed] of the hidden states."""
     share = hidden.shape[1]
@@ -288,7 +302,7 @@ def run_blocks(
     def step(hidden, parameters):
         parameters = {name.removeprefix("blocks."): array for name, array in parameters.items()}
         parameters = {name: gather_share(name, array, parallelism) for name, array in parameters.items()}
-        return Block(parameters, time, rotary, is_text, config, parallelism, attention)(hidden)
+        return Block(parameters, time, rotary, is_text, config, parallelism, attention, bounds)(hidden)
 
     return tap.scan("transformer_blocks", step, hidden, blocks)
 
@@ -311,6 +325,7 @@ class Block:
         config: `transformer/config.json`.
         parallelism: see `Parallelism`.
         attention: `attention(query, key, value)` of arrays [batch, heads / (sp * tp), sequence, head_dim].
+        bounds: of the tokens that are not padding, for taps.
     """
 
     parameters: Mapping[str, jax.Array]
@@ -320,6 +335,7 @@ class Block:
     config: Mapping
     parallelism: Parallelism
     attention: Callable
+    bounds: tap.Bounds
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Apply the block to hidden states [batch / dp, sequence / (sp * tp), embed]."""
@@ -330,7 +346,7 @@ class Block:
         bounds = [hidden.shape[1] * i // pieces // SEQUENCE_TILE * SEQUENCE_TILE for i in range(1, pieces)]
         tokens = zip(jnp.split(hidden, bounds, axis=1), jnp.split(self.is_text, bounds), strict=True)
         hidden = jnp.concatenate(tap.pieces(self.feed_forward, list(tokens), TOKENS), axis=TOKENS)
-        tap.tap("", hidden, HIDDEN_STATES)
+        tap.tap("", hidden, HIDDEN_STATES, self.bounds)
         return hidden
 
     def self_attention(self, hidden: jax.Array) -> jax.Array:
@@ -341,9 +357,12 @@ class Block:
             heads = self.config["num_attention_heads"] // self.parallelism.tp
             query, key, value = (project_heads(x, parameters, f"attn1.to_{letter}", heads) for letter in "qkv")
             for letter, x in (("q", query), ("k", key), ("v", value)):
-                tap.tap(f"to_{letter}", functools.partial(self.as_projected, x, letter), GATHERED)
+                as_projected = functools.partial(self.as_projected, x, letter)
+                tap.tap(f"to_{letter}", as_projected, GATHERED, self.bounds, same_values=x)
             for letter, x in (("q", query), ("k", key)):
-                tap.tap(f"norm_{letter}", functools.partial(self.as_normalized, x, letter), PROJECTED_HEADS)
+                normalized = functools.partial(self.normalized, x, letter)
+                as_stored = functools.partial(lambda normalized: interleaved(normalized()), normalized)
+                tap.tap(f"norm_{letter}", as_stored, PROJECTED_HEADS, self.bounds, same_values=normalized)
             query, key = (
                 normalized_and_rotated(x, parameters, f"attn1.norm_{letter}", self.rotary).astype(dtype)
                 for letter, x in (("q", query), ("k", key))
@@ -363,7 +382,7 @@ class Block:
         with tap.scope("ff"):
             x = jax.nn.gelu(linear(x, parameters, "ff.net.0.proj"), approximate=True).astype(dtype)
             own_tokens = functools.partial(jax.lax.all_to_all, x, "tp", split_axis=1, concat_axis=2, tiled=True)
-            tap.tap("net.0", own_tokens, HIDDEN_STATES)
+            tap.tap("net.0", own_tokens, HIDDEN_STATES, self.bounds)
             x = jnp.einsum(
                 "bsi,oi->bso", materialized(x), parameters["ff.net.2.weight"], preferred_element_type=jnp.float32
             )
@@ -372,12 +391,13 @@ class Block:
     def modulated(self, hidden: jax.Array, is_text: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
         """Normalise and modulate hidden states; returns them gathered over tp, and the gate of this chip's tokens."""
         with tap.scope(name):
-            modulation = jnp.split(linear(self.time, self.parameters, f"{name}.linear"), 6)
-            shift, scale, gate, text_shift, text_scale, text_gate = modulation
+            modulation = linear(self.time, self.parameters, f"{name}.linear")
+            tap.tap("linear", lambda: modulation[None], REPLICATED)
+            shift, scale, gate, text_shift, text_scale, text_gate = jnp.split(modulation, 6)
             x = layer_norm(hidden, self.parameters, f"{name}.norm", self.config["norm_eps"])
             x = x * (1 + jnp.where(is_text, text_scale, scale)) + jnp.where(is_text, text_shift, shift)
             x = x.astype(hidden.dtype)
-            tap.tap("", x, HIDDEN_STATES)
+            tap.tap("", x, HIDDEN_STATES, self.bounds)
             x = materialized(jax.lax.all_gather(x, "tp", axis=1, tiled=True))
             return x, jnp.where(is_text, text_gate, gate)
 
@@ -386,10 +406,10 @@ class Block:
         x = x if letter == "v" else interleaved(x)
         return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
 
-    def as_normalized(self, x: jax.Array, letter: str) -> jax.Array:
-        """Normalise projected queries or keys without rotating them, rotary pairs interleaved as in diffusers."""
+    def normalized(self, x: jax.Array, letter: str) -> jax.Array:
+        """Normalise projected queries or keys without rotating them."""
         mean, scale = moments(x, QK_NORM_EPS)
-        return interleaved(affine((x - mean) * scale, self.parameters, f"attn1.norm_{letter}"))
+        return affine((x - mean) * scale, self.parameters, f"attn1.norm_{letter}")
 
     def residual(self, hidden: jax.Array, partial_sum: jax.Array, name: str, gate: jax.Array) -> jax.Array:
         """Compute hidden + gate * (sum of `partial_sum` over tp + bias of module `name`) for the chip's own tokens."""
@@ -397,7 +417,7 @@ class Block:
         x = x.astype(jnp.float32)
         if f"{name}.bias" in self.parameters:
             x = x + self.parameters[f"{name}.bias"].astype(jnp.float32)
-        tap.tap(name.partition(".")[2], x, HIDDEN_STATES)
+        tap.tap(name.partition(".")[2], x, HIDDEN_STATES, self.bounds)
         return (hidden.astype(jnp.float32) + gate * x).astype(hidden.dtype)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from models import tap
 from models.conv_input import conv_input, modulated, plain_conv_input
@@ -42,16 +43,18 @@ class Deferred:
         scale, offset: float32, of the latents' size in frames, height and width: each element applies to all the frames
             and pixels that were made of its latent. None for 1 and 0.
         activation: None for none.
+        moments: mean and mean square of each group of a norm, float32 [2, groups], which all chips have alike.
     """
 
     values: jax.Array
     scale: jax.Array | None = None
     offset: jax.Array | None = None
     activation: Callable[[jax.Array], jax.Array] | None = None
+    moments: jax.Array | None = None
 
     def with_activation(self, activation: Callable[[jax.Array], jax.Array]) -> "Deferred":
         """Return the same with an activation."""
-        return dataclasses.replace(self, activation=activation)
+        return dataclasses.replace(self, activation=activation, moments=None)
 
     def compute(self) -> jax.Array:
         """Compute the array, [frames, height, width, strips, channels]."""
@@ -62,10 +65,18 @@ def tap_output(name: str, output: "jax.Array | Deferred | tuple", split: Split) 
     """Tap the output of the decoder's module `name`, or the first of its outputs; see models/tap.py."""
     x = output[0] if isinstance(output, tuple) else output
 
+    values = x.values if isinstance(x, Deferred) else x
+    bounds: tap.Bounds = {}
+    if not split.is_even:
+        scale = values.shape[1] // split.strip_height
+        bounds = {-2: (0, split.height * scale), -1: (0, split.width * scale)}
+
     def image() -> jax.Array:
         return split.image(x.compute() if isinstance(x, Deferred) else x)
 
-    tap.tap(f"decoder.{name}", image, split.pixels.spec)
+    if isinstance(x, Deferred) and x.moments is not None:
+        tap.tap(f"decoder.{name}.norm_layer.moments", x.moments, PartitionSpec(None, None))
+    tap.tap(f"decoder.{name}", image, split.pixels.spec, bounds)
 
 
 def spatial_norm(
@@ -93,7 +104,8 @@ def spatial_norm(
     if not split.is_even:
         values = jnp.where(split.inside(x.shape), values, 0.0)
     sums = jnp.stack([values.sum((0, 1, 2, 3)), (values * values).sum((0, 1, 2, 3))])
-    mean, square = split.sum(sums.reshape(2, groups, -1).sum(-1)) / count
+    moments = split.sum(sums.reshape(2, groups, -1).sum(-1)) / count
+    mean, square = moments
     factor = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + NORM_EPSILON)
     weight, bias = (parameter.astype(jnp.float32) for parameter in norm)
     factor = weight * jnp.repeat(factor, channels // groups)
@@ -104,7 +116,7 @@ def spatial_norm(
     scale, offset = scale * factor, scale * shift + offset
     if not split.is_even:
         scale, offset = (jnp.where(split.inside(scale.shape), value, 0.0) for value in (scale, offset))
-    return Deferred(x, scale, offset)
+    return Deferred(x, scale, offset, moments=moments)
 
 
 def pointwise_conv(

@@ -15,14 +15,17 @@ from models.attention import xla_attention
 from models.decoder import chunk_programs
 from models.sharding import Parallelism, make_mesh
 from models.spatial_split import choose_split
+from tensor_dump import merged, statistics_of
 from tests.test_decoders import both_decoders, make_vae
 from tests.test_transformer import SMALL, make_module, relative_error
 
 LAYERS, TEXT = SMALL["num_layers"], 10
 IN_A_BLOCK = (
     *("norm1", "attn1.to_q", "attn1.norm_q", "attn1.to_k", "attn1.norm_k", "attn1.to_v", "attn1.to_out.0"),
-    *("norm2", "ff.net.0", "ff.net.2"),
+    *("norm2", "ff.net.0", "ff.net.2", "norm1.linear", "norm2.linear"),
 )
+OUTSIDE = ("time_embedding.linear_2", "patch_embed", "norm_final", "norm_out.linear", "norm_out", "proj_out")
+EVERYTHING = tap.Wanted(arrays=["*"], statistics=["*"], checksums=True)
 OF_THE_BLOCKS = [
     f"transformer_blocks.{i}{name}" for i in range(LAYERS) for name in ("", *(f".{n}" for n in IN_A_BLOCK))
 ]
@@ -40,12 +43,13 @@ def diffusers_outputs(module) -> dict[str, np.ndarray]:
 
     def record(_, __, output, name):
         tokens = output if isinstance(output, torch.Tensor) else torch.cat([output[1], output[0]], dim=1)
-        seen[name] = tokens.clone().numpy()  # the rotary embedding is applied in place
+        one = name.endswith(("linear", "linear_2"))  # the same for all samples, which have one time step
+        seen[name] = tokens[: 1 if one else None].clone().numpy()  # the rotary embedding is applied in place
 
     handles = [
         layer.register_forward_hook(functools.partial(record, name=name))
         for name, layer in module.named_modules()
-        if name in (*OF_THE_BLOCKS, "patch_embed", "norm_final", "norm_out", "proj_out")
+        if name in (*OF_THE_BLOCKS, *OUTSIDE)
     ]
     latents, prompts = transformer_inputs(module.config)
     rotary = get_3d_rotary_pos_embed(
@@ -70,35 +74,66 @@ def make_transformer(module, mesh: tuple[int, int, int]):
     latents, prompts = (jnp.asarray(tensor.numpy()) for tensor in transformer_inputs(config))
     stored = {name: weight.numpy() for name, weight in module.state_dict().items()}
     parameters = transformer.load_parameters(stored.__getitem__, config, parallelism)
-    return function, (parameters, latents, prompts, jnp.int32(37), transformer.rotary_embedding(config, SHAPE))
+    return (
+        function,
+        parallelism.mesh,
+        (parameters, latents, prompts, jnp.int32(37), transformer.rotary_embedding(config, SHAPE)),
+    )
 
 
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)], ids=str)
 def test_transformer_modules_match_diffusers(mesh, monkeypatch):
     monkeypatch.setattr(transformer, "FEED_FORWARD_TOKENS", 32)  # so that the MLP runs on several pieces
     module = make_module(SMALL)
-    function, arguments = make_transformer(module, mesh)
-    prediction, tapped = jax.jit(tap.collecting(function, ["*"]))(*arguments)
+    function, devices, arguments = make_transformer(module, mesh)
+    prediction, collected = jax.jit(tap.collecting(function, EVERYTHING, devices))(*arguments)
     np.testing.assert_allclose(prediction, jax.jit(function)(*arguments), rtol=1e-4, atol=1e-4)
     theirs = diffusers_outputs(module)
-    assert set(theirs) <= set(tapped), set(theirs) - set(tapped)
-    assert set(OF_THE_BLOCKS) <= set(theirs)
+    assert {*OF_THE_BLOCKS, *OUTSIDE} == set(theirs) == set(collected.arrays) == set(collected.statistics)
+    assert list(collected.arrays) == list(collected.statistics)
+    order = [name for name in collected.arrays if name.startswith("transformer_blocks")]
+    assert [name.split(".")[1] for name in order] == sorted(name.split(".")[1] for name in order), "not block by block"
     for name, expected in theirs.items():
-        tokens = -2
-        length = TEXT + SHAPE[1] * SHAPE[3] * SHAPE[4] // 8
-        ours = np.take(tapped[name], range(length), axis=tokens)
-        if expected.shape[tokens] != length:  # of the video's tokens alone
-            ours = np.take(ours, range(TEXT, length), axis=tokens)
+        ours = collected.arrays[name].without_padding()
         assert ours.shape == expected.shape, f"{name}: {ours.shape}, diffusers {expected.shape}"
         assert (error := relative_error(ours, expected)) < 1e-5, f"{name} on mesh {mesh}: {error:.1e}"
+        row, truth = merged(np.asarray(collected.statistics[name].array)), statistics_of(expected)
+        error = np.abs(row - truth).max() / np.abs(truth).max()
+        assert error < 1e-5, f"statistics of {name} on mesh {mesh}: {row}, of diffusers' array {truth}"
 
 
 def test_only_what_is_asked_for():
-    function, arguments = make_transformer(make_module(SMALL), (1, 2, 1))
-    _, tapped = jax.eval_shape(tap.collecting(function, ["transformer_blocks.1.ff.*", "proj_out"]), *arguments)
-    assert sorted(tapped) == ["proj_out", "transformer_blocks.1.ff.net.0", "transformer_blocks.1.ff.net.2"]
-    with pytest.raises(ValueError, match="no module is called nothing"):
-        jax.eval_shape(tap.collecting(function, ["nothing", "proj_out"]), *arguments)
+    function, mesh, arguments = make_transformer(make_module(SMALL), (1, 2, 1))
+    wanted = tap.Wanted(arrays=["transformer_blocks.1.ff.*", "proj_out"], statistics=["*.to_v"])
+    _, found = jax.eval_shape(tap.collecting(function, wanted, mesh), *arguments)
+    assert list(found.arrays) == ["transformer_blocks.1.ff.net.0", "transformer_blocks.1.ff.net.2", "proj_out"]
+    assert list(found.statistics) == [f"transformer_blocks.{i}.attn1.to_v" for i in range(LAYERS)]
+    with pytest.raises(tap.NoSuchNameError, match=r"no module is called \*.to_x; the nearest: .*to_[qkv]"):
+        jax.eval_shape(tap.collecting(function, tap.Wanted(arrays=["*.to_x", "proj_out"]), mesh), *arguments)
+
+
+def test_one_block_takes_the_memory_of_one_block():
+    """The scan keeps a slot for each block that is asked for, and one for all others."""
+    function, mesh, arguments = make_transformer(make_module(SMALL | {"num_layers": 12}), (1, 1, 1))
+
+    def temporaries(pattern):
+        program = jax.jit(tap.collecting(function, tap.Wanted(arrays=[pattern]), mesh)).lower(*arguments)
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    one, all_ = temporaries("transformer_blocks.5.ff.net.0"), temporaries("transformer_blocks.*.ff.net.0")
+    length = TEXT + SHAPE[1] * SHAPE[3] * SHAPE[4] // 8
+    size = 4 * SHAPE[0] * length * 4 * SMALL["num_attention_heads"] * SMALL["attention_head_dim"]
+    assert all_ - one > 8 * size, f"{one} bytes for one block, {all_} for all twelve, {size} for an array"
+
+
+def test_what_is_not_finite_is_counted():
+    x = jnp.asarray([[1.0, jnp.nan, 2.0], [jnp.inf, -4.0, -jnp.inf], [7.0, jnp.nan, 7.0]])
+    real = jnp.asarray([[True], [True], [False]])
+    np.testing.assert_array_equal(tap.sums(x, real, copies=1), [[3, -1, 21, 1, 2, -4, 2]])
+    row = merged(np.asarray(tap.sums(x, real, copies=1)))
+    np.testing.assert_allclose(row, [-4, 2, -1 / 3, np.std([1, 2, -4]), 1, 2], rtol=1e-6)
+    empty = merged(np.asarray(tap.sums(jnp.full((2, 2), jnp.nan), jnp.ones((), bool), copies=1)))
+    np.testing.assert_array_equal(empty, [np.nan] * 4 + [4, 0])
 
 
 @both_decoders
@@ -124,14 +159,17 @@ def test_decoder_modules_match_diffusers(decoder, chips, strips):
     ours = decoder.make_decoder(dict(vae.config))
     weights = {name: jnp.asarray(weight.numpy()) for name, weight in vae.decoder.state_dict().items()}
     weights = jax.device_put(ours.convert_weights(weights), split.replicated)
-    (traced,) = chunk_programs(ours, weights, latents.shape, split, tapped=["*"])
+    (traced,) = chunk_programs(ours, weights, latents.shape, split, wanted=EVERYTHING)
     tiles = jax.device_put(split.tiles(latents.numpy()), split.latents)
-    _, tapped = traced.lower().compile()(weights, tiles)
-    assert len(seen) > 30 and set(seen) <= set(tapped), set(seen) - set(tapped)
+    _, collected = traced.lower().compile()(weights, tiles)
+    assert len(seen) > 30 and set(seen) <= set(collected.arrays), set(seen) - set(collected.arrays)
     for name, expected in seen.items():
-        array = np.asarray(tapped[name])[..., : expected.shape[2], : expected.shape[3]]
+        array = collected.arrays[name].without_padding()
         assert array.shape == expected.shape, f"{name}: {array.shape}, diffusers {expected.shape}"
         assert (error := relative_error(array, expected)) < 1e-4, f"{name}: {error:.1e}"
+        row, truth = merged(np.asarray(collected.statistics[name].array)), statistics_of(expected)
+        error = np.abs(row - truth).max() / np.abs(truth).max()
+        assert error < 1e-4, f"statistics of {name}: {row}, of diffusers' array {truth}"
 
 
 def text_of(lowered: jax.stages.Lowered) -> str:
@@ -142,7 +180,7 @@ def text_of(lowered: jax.stages.Lowered) -> str:
 def test_off_it_is_not_in_the_program(monkeypatch):
     """The compiled step is the same text with the seam's functions replaced by jax's own, and `tap` by nothing."""
     module = make_module(SMALL)
-    function, arguments = make_transformer(module, (2, 2, 2))
+    function, mesh, arguments = make_transformer(module, (2, 2, 2))
     ours = text_of(jax.jit(function).lower(*arguments))
 
     def scan(name, function, carry, xs):
@@ -151,12 +189,12 @@ def test_off_it_is_not_in_the_program(monkeypatch):
     def pieces(function, arguments, axis):
         return [function(*each) for each in arguments]
 
-    monkeypatch.setattr(tap, "tap", lambda *_: None)
+    monkeypatch.setattr(tap, "tap", lambda *_, **__: None)
     monkeypatch.setattr(tap, "scan", scan)
     monkeypatch.setattr(tap, "pieces", pieces)
     monkeypatch.setattr(tap, "shard_map", functools.partial(jax.shard_map, check_vma=False))
-    without, arguments = make_transformer(module, (2, 2, 2))
+    without, _, arguments = make_transformer(module, (2, 2, 2))
     assert ours == text_of(jax.jit(without).lower(*arguments))
-    with_taps, _ = make_transformer(module, (2, 2, 2))
+    with_taps, _, _ = make_transformer(module, (2, 2, 2))
     monkeypatch.undo()
-    assert ours != text_of(jax.jit(tap.collecting(with_taps, ["*"])).lower(*arguments))
+    assert ours != text_of(jax.jit(tap.collecting(with_taps, EVERYTHING, mesh)).lower(*arguments))

@@ -1,0 +1,142 @@
+"""Record what programs collect through models/tap.py: write it to a dump, and say what it shows."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from models.tap import CHECKSUMS, Collected, Tapped
+from tensor_dump import STATISTICS, Dump, Planned, merged
+
+ONLINE_HEADS = ".attn1.online_heads"  # of a block, see models/attention.py
+
+
+class Recorder:
+    """Takes what programs collect, step by step, or chunk by chunk.
+
+    Args:
+        directory, stage, unit, metadata: see `Dump`.
+        mesh: the devices.
+        programs: for each step the program that it runs, which returns its result and what is `Collected`.
+        chosen: the steps of which arrays are written; statistics are written of all.
+
+    Raises:
+        UserError: see `Dump`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        stage: str,
+        unit: str,
+        metadata: Mapping[str, str],
+        mesh: Mesh,
+        programs: Sequence[jax.stages.Traced],
+        chosen: Sequence[int],
+    ):
+        self._unit, self._mesh, self._chosen = unit, mesh, set(chosen)
+        self._number = 0
+        self._points = 0
+        self._not_finite: str | None = None
+        self._differing: list[str] = []
+        self._online: list[np.ndarray] = []  # for each step [blocks, prompts, heads]
+        collected: list[Collected] = [program.out_info[1] for program in programs]
+        planned = {i: {name: _planned(tapped) for name, tapped in collected[i].arrays.items()} for i in chosen}
+        split = {name: _axes(tapped.spec) for name, tapped in collected[0].arrays.items()}
+        shards = {"mesh": json.dumps(dict(mesh.shape)), "split": json.dumps(split)} if mesh.size > 1 else {}
+        self._dump = Dump(directory, stage, unit, planned if split else {}, dict(metadata) | shards)
+
+    def recording(self, program: Callable) -> Callable:
+        """Return a function that runs the program, records what it collects and returns its result alone."""
+
+        def run(*arguments: Any) -> Any:
+            result, collected = program(*arguments)
+            self._record(collected)
+            return result
+
+        return run
+
+    @staticmethod
+    def ignoring(program: Callable) -> Callable:
+        """Return a function that runs the program and returns its result alone, as in a warm-up."""
+        return lambda *arguments: program(*arguments)[0]
+
+    def _record(self, collected: Collected) -> None:
+        number, self._number = self._number, self._number + 1
+        statistics = {name: self._row(name, tapped) for name, tapped in collected.statistics.items()}
+        chosen = collected.arrays if number in self._chosen else {}
+        self._dump.add(number, ((name, tapped.without_padding()) for name, tapped in chosen.items()), statistics)
+        online = [row for name, row in statistics.items() if name.endswith(ONLINE_HEADS)]
+        if online:
+            self._online.append(np.stack(online))
+        self._points = len(statistics)
+
+    def _row(self, name: str, tapped: Tapped) -> np.ndarray:
+        """Return what the dump has of a point, and note what is wrong with it."""
+        array = np.asarray(tapped.array)
+        if tapped.tapped_spec is None:
+            return array
+        where = f"{self._unit} {self._number - 1}, {name}"
+        row = merged(array)
+        nan, inf = (int(row[STATISTICS.index(kind)]) for kind in ("nan", "inf"))
+        if self._not_finite is None and nan + inf:
+            self._not_finite = f"first at {where}: {nan:,} NaN and {inf:,} Inf"
+        for chips in differing_chips(array[:, CHECKSUMS], self._mesh, tapped.tapped_spec):
+            self._differing.append(f"{where}: {chips}")
+        return row
+
+    def summary(self) -> Iterator[tuple[str, str]]:
+        """Yield rows for the stage's closing table."""
+        yield "dump", " and ".join(map(str, self._dump.paths)) or "nothing"
+        if self._points:
+            yield "not finite", self._not_finite or f"nothing at {self._points:,} points"
+        if self._online:
+            yield "online kernel", online_summary(np.stack(self._online))
+        for line in self._differing[:5]:
+            yield "chips differ", line
+        if len(self._differing) > 5:
+            yield "chips differ", f"and at {len(self._differing) - 5:,} more points"
+
+
+def online_summary(heads: np.ndarray) -> str:
+    """Say how many heads, bool [steps, blocks, prompts, heads], took the online kernel, and which most often."""
+    if not heads.any():
+        return f"none of {heads[0].size:,} heads, in no step"
+    often = heads.sum((0, 2))
+    block, head = np.unravel_index(often.argmax(), often.shape)
+    runs = heads.shape[0] * heads.shape[2]
+    return f"{heads.mean():.2%} of the heads; most often block {block}, head {head}: {often.max()} of {runs} times"
+
+
+def differing_chips(checksums: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> Iterator[str]:
+    """Say which chips hold another share than the others that should have the same; `checksums` is [chips, n]."""
+    axes = [axis for axes in _axes(spec) for axis in axes]
+    coordinates = [dict(zip(mesh.axis_names, place, strict=True)) for place in np.ndindex(*mesh.devices.shape)]
+    groups: dict[tuple, list[int]] = {}
+    for chip, place in enumerate(coordinates):
+        groups.setdefault(tuple(place[axis] for axis in axes), []).append(chip)
+    for chips in groups.values():
+        found = {chip: checksums[chip].tobytes() for chip in chips}
+        most, _ = Counter(found.values()).most_common(1)[0]
+        for chip in chips:
+            if found[chip] != most:
+                where = ", ".join(f"{axis} {index}" for axis, index in coordinates[chip].items())
+                yield f"chip {chip} ({where}) differs from {sum(f == most for f in found.values())} others"
+
+
+def _axes(spec: PartitionSpec) -> list[list[str]]:
+    """Return the mesh axes that split each axis of an array."""
+    return [[axes] if isinstance(axes, str) else list(axes or ()) for axes in spec]
+
+
+def _planned(tapped: Tapped) -> Planned:
+    """Return the shape and dtype of an array without its padding."""
+    shape = list(tapped.array.shape)
+    for axis, (start, stop) in tapped.bounds:
+        shape[axis] = stop - start
+    return Planned(tuple(shape), tapped.array.dtype)
