@@ -6,14 +6,15 @@ decoder instead.
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import checkpoint
+import tensor_dump
 import utils
 from console import ArgumentParser, Report, UserError, number, prepare_libraries, run
-from options import add_decoding_options, decoding_plan
+from options import add_decoding_options, add_dump_options, decoding_plan, dump_wanted, plan_errors
 
 if TYPE_CHECKING:
     import jax
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from models.decoder import Decoder
     from models.decoding import Plan
+    from models.recorder import Recorder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -37,6 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
     add_decoding_options(parser)
+    add_dump_options(parser, "chunk")
     return parser.parse_args()
 
 
@@ -73,6 +76,8 @@ def main(decoder: str = "torchax") -> None:
     check_shape(shape, plan.latent_shape, latents_path)
     if not arguments.allow_nan:
         check_finite(stored, latents_path)
+    wanted = dump_wanted(arguments)
+    tensor_dump.steps(arguments.dump_steps, sum(plan.runs))  # wrong ones are said before anything is loaded
 
     report = Report(f"Stage 3: {decoder} VAE decoder of {model_id}")
     with report.phase("load"):
@@ -88,7 +93,9 @@ def main(decoder: str = "torchax") -> None:
     with report.phase("compile"):
         from executable import compile_or_load
 
-        traced = plan.programs(vae, weights)
+        with plan_errors():
+            traced = plan.programs(vae, weights, wanted)
+        recorder = make_recorder(arguments, config, plan, traced) if wanted else None
         programs = compile_or_load(
             arguments.executable, f"{decoder} decoder", plan.devices, traced, plan.program_options, report
         )
@@ -96,7 +103,7 @@ def main(decoder: str = "torchax") -> None:
     with report.phase("run, with encoding") as run_phase, report.progress("decoding", "frame", plan.frames) as bar:
         from models.decoder import decode
 
-        chunks = decode(programs, weights, latents, plan.split)
+        chunks = decode([*map(recorder.recording, programs)] if recorder else programs, weights, latents, plan.split)
         frames = write_video(chunks, output_video, fps, bar, keep=arguments.output_frames is not None)
     report.add("per frame", f"{run_phase.seconds / plan.frames:.3f} s")
 
@@ -107,7 +114,27 @@ def main(decoder: str = "torchax") -> None:
 
     report.add_array("latents", latents)
     report.add("video", f"{bar.n} frames, {plan.width} x {plan.height}, {fps} frames per second")
+    for name, value in recorder.summary() if recorder else ():
+        report.add(name, value)
     report.close()
+
+
+def make_recorder(
+    arguments: argparse.Namespace, config: Mapping, plan: "Plan", traced: "Sequence[jax.stages.Traced]"
+) -> "Recorder":
+    """Make what writes the files of --dump while the chunks are decoded."""
+    from models.recorder import Recorder
+
+    programs = [program for program, runs in zip(traced, plan.runs, strict=True) for _ in range(runs)]
+    return Recorder(
+        arguments.dump,
+        "stage3",
+        "chunk",
+        utils.made_from(config, [*utils.TEXT_ENTRIES, *utils.VIDEO_ENTRIES]),
+        plan.split.mesh,
+        programs,
+        tensor_dump.steps(arguments.dump_steps, len(programs)),
+    )
 
 
 def load_weights(vae: "Decoder", model_id: str, plan: "Plan") -> Any:

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import numpy as np
 import utils
 from console import UserError
 
-STATISTICS = ("min", "max", "mean", "std", "nan", "inf")  # of the finite values; then how many are not finite
+STATISTICS = ("min", "max", "mean", "std")  # NaN or infinite where a value is
 DTYPES = {  # NumPy's name: safetensors' name
     **{"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"},
     **{"int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL"},
@@ -185,7 +185,7 @@ class Dump:
             file.close()
 
     def _name(self, number: int, name: str) -> str:
-        return f"{self._unit}_{number:03}/{name}"
+        return f"{row_name(self._unit, number)}/{name}"
 
 
 def steps(text: str | None, count: int) -> list[int]:
@@ -211,33 +211,54 @@ def steps(text: str | None, count: int) -> list[int]:
 
 
 def merged(sums: np.ndarray) -> np.ndarray:
-    """Merge the sums of all chips, float32 [chips, 7 or more] as `tap.sums` returns them, into a row of STATISTICS."""
-    count, total, squares, nan, inf = sums[:, :5].astype(np.float64).sum(0)
-    if not count:
-        return np.array([np.nan] * 4 + [nan, inf], np.float32)
+    """Merge the sums of all chips, float32 [chips, 5 or more] as `tap.sums` returns them, into a row of STATISTICS."""
+    count, total, squares = sums[:, :3].astype(np.float64).sum(0)
     mean = total / count
-    deviation = math.sqrt(max(squares / count - mean * mean, 0.0))
-    return np.array([sums[:, 5].min(), sums[:, 6].max(), mean, deviation, nan, inf], np.float32)
+    with np.errstate(invalid="ignore"):  # infinite values
+        deviation = np.sqrt(np.maximum(squares / count - mean * mean, 0.0))
+    return np.array([sums[:, 3].min(), sums[:, 4].max(), mean, deviation], np.float32)
 
 
 def statistics_of(array: np.ndarray) -> np.ndarray:
     """Compute the row of STATISTICS of an array on the host."""
     values = np.asarray(array, np.float64)
-    finite = values[np.isfinite(values)]
-    counts = [float(np.isnan(values).sum()), float(np.isinf(values).sum())]
-    if not finite.size:
-        return np.array([np.nan] * 4 + counts, np.float32)
-    return np.array([finite.min(), finite.max(), finite.mean(), finite.std(), *counts], np.float32)
+    with np.errstate(invalid="ignore"):
+        return np.array([values.min(), values.max(), values.mean(), values.std()], np.float32)
 
 
-def read_statistics(metadata: Mapping[str, str]) -> tuple[str, Sequence[int]] | None:
-    """Return the unit and the numbers of the rows in a file of statistics, or None for another file."""
+def row_names(metadata: Mapping[str, str]) -> list[str]:
+    """Return what the rows of a file of statistics are called: "step_000" and so on; nothing for another file."""
     if "statistics" not in metadata:
-        return None
+        return []
     unit = "step" if "step" in metadata else "chunk"
-    return unit, json.loads(metadata[unit])
+    return [row_name(unit, number) for number in json.loads(metadata[unit])]
 
 
-def in_order(metadata: Mapping[str, str] | None) -> bool:
+def row_name(unit: str, number: int) -> str:
+    """Return what a step or a chunk is called in a dump."""
+    return f"{unit}_{number:03}"
+
+
+def in_order(metadata: Mapping[str, str]) -> bool:
     """Return whether the tensors of a file lie in the order of execution."""
-    return (metadata or {}).get("order") == "execution"
+    return metadata.get("order") == "execution"
+
+
+def shares(metadata: Mapping[str, str], name: str) -> Iterator[tuple[str, tuple[slice, ...]]]:
+    """Yield each chip of a dump's mesh, in words, and where its share of the array `name` lies in the whole array.
+
+    Yields nothing for an array that one chip had, or of which all chips had the same.
+    """
+    mesh = json.loads(metadata.get("mesh", "{}"))
+    shape, split = json.loads(metadata.get("shares", "{}")).get(name.partition("/")[2], ([], []))
+    if not any(math.prod(mesh[axis] for axis in axes) > 1 for axes in split):
+        return
+    for place in np.ndindex(*mesh.values()):
+        coordinates = dict(zip(mesh, place, strict=True))
+        where = []
+        for length, axes in zip(shape, split, strict=True):
+            index, parts = 0, 1
+            for axis in axes:
+                index, parts = index * mesh[axis] + coordinates[axis], parts * mesh[axis]
+            where.append(slice(length // parts * index, length // parts * (index + 1)))
+        yield ", ".join(f"{axis} {index}" for axis, index in coordinates.items()), tuple(where)

@@ -1,6 +1,6 @@
 """What the TorchAx and the Flax decoder share: chunks in time, the split in space, conversion to pixels, the loop."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -106,9 +106,7 @@ def chunk_programs(
     return [first, program(weights, chunk(sizes[1]), cache)]
 
 
-def decode(
-    programs: list[jax.stages.Compiled], weights: Any, latents: np.ndarray, split: Split
-) -> Iterator[np.ndarray]:
+def decode(programs: Sequence[Callable], weights: Any, latents: np.ndarray, split: Split) -> Iterator[np.ndarray]:
     """Run the compiled `chunk_programs` on latents [1, channels, frames, height, width].
 
     Yields the pixels of each chunk, [frames, height, width, 3], while the next chunk is decoded. If the first chunk has

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from models import tap
 from models.decoder import Decoder, chunk_programs, chunk_sizes
 from models.plan_error import PlanError
 from models.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
@@ -61,9 +62,9 @@ class Plan:
         """Make the decoder, without weights."""
         return importlib.import_module(f"models.vae_{self.decoder}").make_decoder(self.vae)
 
-    def programs(self, decoder: Decoder, weights: Any) -> list[jax.stages.Traced]:
+    def programs(self, decoder: Decoder, weights: Any, wanted: tap.Wanted | None = None) -> list[jax.stages.Traced]:
         """Trace the programs; see `chunk_programs`."""
-        return chunk_programs(decoder, weights, self.latent_shape, self.split)
+        return chunk_programs(decoder, weights, self.latent_shape, self.split, wanted=wanted)
 
     def abstract_weights(self, decoder: Decoder) -> Any:
         """Return the decoder's weights as shapes, to compile without the weights."""

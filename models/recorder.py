@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from models.tap import CHECKSUMS, Collected, Tapped
-from tensor_dump import STATISTICS, Dump, Planned, merged
+from tensor_dump import Dump, Planned, merged
 
 ONLINE_HEADS = ".attn1.online_heads"  # of a block, see models/attention.py
 
@@ -47,9 +47,10 @@ class Recorder:
         self._online: list[np.ndarray] = []  # for each step [blocks, prompts, heads]
         collected: list[Collected] = [program.out_info[1] for program in programs]
         planned = {i: {name: _planned(tapped) for name, tapped in collected[i].arrays.items()} for i in chosen}
-        split = {name: _axes(tapped.spec) for name, tapped in collected[0].arrays.items()}
-        shards = {"mesh": json.dumps(dict(mesh.shape)), "split": json.dumps(split)} if mesh.size > 1 else {}
-        self._dump = Dump(directory, stage, unit, planned if split else {}, dict(metadata) | shards)
+        names = collected[0].arrays
+        shares = {name: [tapped.array.shape, _axes(tapped.spec)] for name, tapped in names.items()}
+        split = {"mesh": json.dumps(dict(mesh.shape)), "shares": json.dumps(shares)} if mesh.size > 1 else {}
+        self._dump = Dump(directory, stage, unit, planned if names else {}, dict(metadata) | split)
 
     def recording(self, program: Callable) -> Callable:
         """Return a function that runs the program, records what it collects and returns its result alone."""
@@ -83,9 +84,8 @@ class Recorder:
             return array
         where = f"{self._unit} {self._number - 1}, {name}"
         row = merged(array)
-        nan, inf = (int(row[STATISTICS.index(kind)]) for kind in ("nan", "inf"))
-        if self._not_finite is None and nan + inf:
-            self._not_finite = f"first at {where}: {nan:,} NaN and {inf:,} Inf"
+        if self._not_finite is None and not np.isfinite(row).all():
+            self._not_finite = f"first {where}"
         for chips in differing_chips(array[:, CHECKSUMS], self._mesh, tapped.tapped_spec):
             self._differing.append(f"{where}: {chips}")
         return row

@@ -63,7 +63,7 @@ def test_names_and_order(tmp_path):
 def order_of(folder, name):
     file = folder / f"{name}.safetensors"
     save_file({name: torch.zeros(1)}, file)
-    return execution_order(name, items(file)[name])
+    return execution_order(name, items(file)[name], 0)
 
 
 @pytest.fixture

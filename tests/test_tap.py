@@ -126,14 +126,16 @@ def test_one_block_takes_the_memory_of_one_block():
     assert all_ - one > 8 * size, f"{one} bytes for one block, {all_} for all twelve, {size} for an array"
 
 
-def test_what_is_not_finite_is_counted():
-    x = jnp.asarray([[1.0, jnp.nan, 2.0], [jnp.inf, -4.0, -jnp.inf], [7.0, jnp.nan, 7.0]])
+def test_sums_of_finite_and_other_values():
+    x = jnp.asarray([[1.0, -8.0, 2.0], [3.0, -4.0, 5.0], [7.0, jnp.nan, 7.0]])
     real = jnp.asarray([[True], [True], [False]])
-    np.testing.assert_array_equal(tap.sums(x, real, copies=1), [[3, -1, 21, 1, 2, -4, 2]])
+    np.testing.assert_array_equal(tap.sums(x, real, copies=1), [[6, -1, 119, -8, 5]])
+    np.testing.assert_array_equal(tap.sums(x, real, copies=2), [[3, -0.5, 59.5, -8, 5]])
     row = merged(np.asarray(tap.sums(x, real, copies=1)))
-    np.testing.assert_allclose(row, [-4, 2, -1 / 3, np.std([1, 2, -4]), 1, 2], rtol=1e-6)
-    empty = merged(np.asarray(tap.sums(jnp.full((2, 2), jnp.nan), jnp.ones((), bool), copies=1)))
-    np.testing.assert_array_equal(empty, [np.nan] * 4 + [4, 0])
+    np.testing.assert_allclose(row, [-8, 5, -1 / 6, np.std([1, -8, 2, 3, -4, 5])], rtol=1e-6)
+    assert np.isnan(merged(np.asarray(tap.sums(x, ~real, copies=1)))).all()
+    infinite = merged(np.asarray(tap.sums(x.at[0, 0].set(jnp.inf), real, copies=1)))
+    assert infinite[1] == np.inf and infinite[0] == -8
 
 
 @both_decoders
