@@ -14,6 +14,7 @@ import contextvars
 import dataclasses
 import difflib
 import fnmatch
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,7 +164,11 @@ def _reducer(spec: PartitionSpec, bounds: Bounds, collector: _Collector) -> Call
         real = jnp.ones((), bool)
         for axis, (start, stop) in bounds.items():
             first, length = collector.piece or (0, share.shape[axis])
-            index = jax.lax.axis_index(spec[axis]) if spec[axis] else 0
+            axes = (spec[axis],) if isinstance(spec[axis], str) else spec[axis] or ()
+            padding = length * math.prod(collector.mesh.shape[name] for name in axes) - stop
+            if not start and first + share.shape[axis] <= length - padding:
+                continue  # no chip has padding here, as in most pieces
+            index = jax.lax.axis_index(axes) if axes else 0
             shape = [1] * share.ndim
             shape[axis] = share.shape[axis]
             position = index * length + first + jnp.arange(share.shape[axis]).reshape(shape)
