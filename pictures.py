@@ -5,6 +5,7 @@ while a run goes on, with Pillow alone. Both show latents in colours that are li
 """
 
 import argparse
+import contextlib
 import json
 import math
 import re
@@ -30,17 +31,15 @@ MOST_SHEETS = 6
 MOST_FRAMES = 8  # of a video
 MOST_BINS = 80  # of a histogram
 CHUNK = 2**20  # elements of a tensor that are counted together
-NOT_FINITE = np.array([255, 0, 255], np.uint8)  # the colour of a latent that is NaN or infinite
-NOT_FINITE_NAME = "magenta"
 
 
 # --- Colours of latents ------------------------------------------------------------------------------------------
 
 MAP_FILE = "latent_rgb.json"  # in the folder of a model's VAE; tools/fit_latent_rgb.py writes it
-
-
-# How red, green and blue grow with a principal component: the largest one is brightness, the others are faint tints, so
-# that NOT_FINITE stands out.
+NOT_FINITE = np.array([255, 0, 255], np.uint8)  # the colour of a latent that is NaN or infinite
+NOT_FINITE_TEXT = "magenta is NaN or Inf"
+# How red, green and blue grow with each principal component: the largest one is brightness, the others are faint
+# tints, so that NOT_FINITE stands out.
 COMPONENTS = np.array([[1, 1, 1], [0.6, 0, -0.6], [-0.3, 0.6, -0.3]])
 
 
@@ -72,15 +71,14 @@ def fitted_map(model_id: str) -> LatentMap | None:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
 
-        try:
-            path = Path(try_to_load_from_cache(model_id, f"vae/{MAP_FILE}") or path)
-        except HFValidationError:  # the name of a folder that is gone
-            return None
+        with contextlib.suppress(HFValidationError):  # the path of a folder that is gone is no name on the Hub
+            cached = try_to_load_from_cache(model_id, f"vae/{MAP_FILE}")
+            path = Path(cached) if isinstance(cached, str) else path
     if not path.is_file():
         return None
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
-        weights, bias = np.array(stored["weights"], np.float32), np.array(stored["bias"], np.float32)
+        weights, bias = np.array(stored["weights"], float), np.array(stored["bias"], float)
         origin = f"colours fitted on {stored['fitted_on']}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"cannot read {path} ({error!r}); run python -m tools.fit_latent_rgb again") from error
@@ -148,7 +146,7 @@ def preview(latents: np.ndarray, path: Path, mapping: LatentMap | None, title: s
 
     pictures = latents_to_rgb(latents, mapping)
     if not np.isfinite(latents).all():
-        title += f"; {NOT_FINITE_NAME} is NaN or Inf"
+        title += f"; {NOT_FINITE_TEXT}"
     count, height, width, _ = pictures.shape
     factor = max(1, round(160 / width))
     pictures = pictures.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -213,7 +211,7 @@ class Sheet(NamedTuple):
     """A contact sheet.
 
     Attributes:
-        title: of one line.
+        title: of a few lines.
         columns: what stands above each picture.
         rows: by label, uint8 [columns, height, width, 3].
     """
@@ -279,12 +277,13 @@ def plot_comparison(
         note = f"relative difference {size:.2g}" if 0 < size < math.inf else "" if size else "equal"
         return Entry(row["name"], (a.get(row["name"]), b.get(row["name"])), note)
 
-    tensors = [row for row in rows if is_tensor(entry(row))]
-    chosen = tensors
+    chosen = tensors = [row for row in rows if is_tensor(entry(row))]
     title = f"A: {ours[0]}\nB: {theirs[0]}"
     if len(tensors) > MOST_HISTOGRAMS:
-        chosen = sorted(tensors, key=relative, reverse=True)[:MOST_HISTOGRAMS]
-        title += f"\nhistograms of those {len(chosen)} of {len(tensors)} tensors that differ most, the largest first"
+        different = sorted((row for row in tensors if relative(row)), key=relative, reverse=True)
+        chosen = (different or tensors)[:MOST_HISTOGRAMS]
+        title += f"\n{len(different)} of {len(tensors)} tensors differ; histograms of "
+        title += f"{len(chosen)} of them, the largest difference first" if different else f"the first {len(chosen)}"
     draw(path, title, [entry(row) for row in chosen], [entry(row) for row in rows], ["A", "B"])
 
 
@@ -361,14 +360,17 @@ def sheet_of(entry: Entry, labels: Sequence[str]) -> Sheet | None:
     """Return the contact sheet of latents [B, C, T, H, W], of frames or of a video, or None for any other shape."""
     items = {label: item for label, item in zip(labels, entry.items, strict=True) if item is not None}
     tensors = {label: item.load() for label, item in items.items()}
-    first = next(iter(tensors.values()))
-    if all(t.ndim == 5 and t.numel() for t in tensors.values()):
-        batch = f", the first of {first.shape[0]} videos" if first.shape[0] > 1 else ""
+    if not all(tensor.numel() for tensor in tensors.values()):
+        return None
+    if all(tensor.ndim == 5 for tensor in tensors.values()):
+        first = next(iter(tensors.values()))
+        batch = f", the first of {len(first)} videos" if len(first) > 1 else ""
         mapping = map_of(next(iter(items.values())), first.shape[1])
         latents = {label: tensor[0].float().numpy() for label, tensor in tensors.items()}
         return latents_sheet(entry.name + batch, latents, mapping)
-    if all(t.ndim == 4 and t.shape[3] == 3 and t.numel() and not t.is_floating_point() for t in tensors.values()):
-        return frames_sheet(entry.name, {label: tensor.numpy() for label, tensor in tensors.items()})
+    videos = {label: tensor.numpy() for label, tensor in tensors.items() if str(tensor.dtype) == "torch.uint8"}
+    if len(videos) == len(tensors) and all(video.ndim == 4 and video.shape[3] == 3 for video in videos.values()):
+        return frames_sheet(entry.name, videos)
     return None
 
 
@@ -390,16 +392,17 @@ def latents_sheet(name: str, latents: Mapping[str, np.ndarray], mapping: LatentM
     rows = {label: latents_to_rgb(array, shared[label]) for label, array in latents.items()}
     title = f"{name}: {mapping.origin}"
     if any(not np.isfinite(array).all() for array in latents.values()):
-        title += f"; {NOT_FINITE_NAME} is NaN or Inf"
+        title += f"; {NOT_FINITE_TEXT}"
     if len(rows) == 2 and len({array.shape for array in latents.values()}) == 1:
-        a, b = latents.values()
-        size = np.sqrt(np.square(a - b).mean(axis=0))
+        a, b = (array.astype(np.float64) for array in latents.values())
+        with np.errstate(invalid="ignore"):  # infinite minus infinite
+            size = np.sqrt(np.square(a - b).mean(axis=0))
         known = np.where(np.isfinite(size), size, 0)
         factor = brightening(known, 1.0)
         gray = to_bytes(known * factor)[..., None].repeat(3, axis=-1)
         rows["|A − B|"] = np.where(np.isfinite(size)[..., None], gray, NOT_FINITE)
         title += f"\nthird row: root mean square of A − B over the channels × {factor:g}; white is {1 / factor:g}"
-    return Sheet(title, [f"latent frame {i}" for i in range(first.shape[1])], rows)
+    return Sheet(title, [f"latent frame {i}" for i in range(max(map(len, rows.values())))], rows)
 
 
 def frames_sheet(name: str, videos: Mapping[str, np.ndarray]) -> Sheet:
@@ -431,7 +434,8 @@ def brightening(differences: np.ndarray, white: float) -> float:
 WIDTH = 14.0  # of the figure; all lengths are inches
 HISTOGRAM_COLUMNS, HISTOGRAM_HEIGHT = 4, 2.5
 LEAST_COLUMNS, MOST_COLUMNS = 7, 8  # of a contact sheet
-COLOURS = ("tab:blue", "tab:orange")
+AREA: dict = {"color": "tab:blue", "fill": True, "alpha": 0.6}
+LOOKS: dict = {"": AREA, "A": AREA, "B": {"color": "tab:orange", "linewidth": 1.2}}
 TITLE: dict = {"x": 0.005, "horizontalalignment": "left", "fontsize": 11}
 SUBTITLE = TITLE | {"fontsize": 10, "fontweight": "bold"}
 STYLE: dict = {
@@ -460,15 +464,20 @@ def draw(path: Path, title: str, tensors: Sequence[Entry], all_entries: Sequence
     with mpl.rc_context(STYLE), utils.replacing(path) as temporary:
         heights = [histograms_height(histograms)] if histograms else []
         heights += [sheet_height(sheet) for sheet in sheets]
-        title_height = 0.25 * (1 + title.count("\n")) + 0.1
+        title_height = 0.25 * (1 + wrapped(title).count("\n")) + 0.1
         figure = Figure(figsize=(WIDTH, sum(heights) + title_height), layout="constrained")
-        figure.suptitle(title, **TITLE)
+        figure.suptitle(wrapped(title), **TITLE)
         parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
         if histograms:
             draw_histograms(parts.pop(0), histograms)
         for part, sheet in zip(parts, sheets, strict=True):
             draw_sheet(part, sheet)
         figure.savefig(temporary, format="png")
+
+
+def wrapped(title: str) -> str:
+    """Return a title in lines that fit the width of the figure."""
+    return "\n".join(textwrap.fill(line, 140) for line in title.splitlines())
 
 
 def histograms_height(histograms: Sequence[Histogram]) -> float:
@@ -479,7 +488,8 @@ def histograms_height(histograms: Sequence[Histogram]) -> float:
 
 def draw_histograms(figure: "SubFigure", histograms: Sequence[Histogram]) -> None:
     """Draw the histograms in a grid."""
-    runs = " (A: blue area, B: orange line)" if any(len(histogram.counts) > 1 for histogram in histograms) else ""
+    compared = any("B" in histogram.counts for histogram in histograms)
+    runs = " (A: blue area, B: orange line)" if compared else ""
     figure.suptitle(f"Values: how often each occurs{runs}", **SUBTITLE)
     rows = math.ceil(len(histograms) / HISTOGRAM_COLUMNS)
     axes = figure.subplots(rows, HISTOGRAM_COLUMNS, squeeze=False).flatten()
@@ -501,9 +511,8 @@ def draw_histogram(axis: "Axes", histogram: Histogram) -> None:
         axis.set(xticks=[], yticks=[])
         return
     axis.set_yscale("log")
-    for i, counts in enumerate(histogram.counts.values()):
-        look: dict = {"fill": True, "alpha": 0.6} if i == 0 else {"linewidth": 1.2}
-        axis.stairs(counts, histogram.edges, baseline=0.5, color=COLOURS[i], **look)
+    for label, counts in histogram.counts.items():
+        axis.stairs(counts, histogram.edges, baseline=0.5, **LOOKS[label])
     axis.set_ylim(bottom=0.5)
     axis.yaxis.set_major_formatter(EngFormatter(sep=""))
     axis.yaxis.set_minor_formatter(NullFormatter())
@@ -525,12 +534,14 @@ def sheet_height(sheet: Sheet) -> float:
     """Return the height of a contact sheet."""
     _, height, width, _ = next(iter(sheet.rows.values())).shape
     picture = ((WIDTH - 0.3) / columns_of(sheet) - 0.06) * height / width
-    return len(blocks(sheet)) * (len(sheet.rows) * (picture + 0.06) + 0.2) + 0.25 * (1 + sheet.title.count("\n"))
+    return len(blocks(sheet)) * (len(sheet.rows) * (picture + 0.06) + 0.2) + 0.25 * (
+        1 + wrapped(sheet.title).count("\n")
+    )
 
 
 def draw_sheet(figure: "SubFigure", sheet: Sheet) -> None:
     """Draw the pictures of a sheet, a row for each run and one for the differences."""
-    figure.suptitle(sheet.title, **SUBTITLE)
+    figure.suptitle(wrapped(sheet.title), **SUBTITLE)
     columns, parts = columns_of(sheet), blocks(sheet)
     axes = figure.subplots(len(parts) * len(sheet.rows), columns, squeeze=False)
     for axis in axes.flat:
