@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pictures
 import tensor_dump
 import utils
 from console import ArgumentParser, UserError, number, run
@@ -69,17 +70,24 @@ def parse_arguments() -> argparse.Namespace:
         help="normwise relative difference that is allowed (default: 0); with --noise a multiple of it (default: 3)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--plot", type=pictures.png_path, help="also draw histograms and contact sheets to this PNG file"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
     """Print what is asked for; end with status 1 if two runs differ."""
     arguments = parse_arguments()
+    if arguments.plot:
+        utils.check_writable(arguments.plot)
     if arguments.compare is None:
         if arguments.noise is not None or arguments.tolerance is not None:
             raise UserError("--noise and --tolerance belong to --compare")
         found = [entry for path in arguments.paths for entry in described(path)]
         print(json.dumps(found, indent=2) if arguments.json else table(found))
+        if arguments.plot:
+            pictures.plot(arguments.plot, [(path, items(path)) for path in arguments.paths])
         return
     if len(arguments.paths) != 1:
         raise UserError(f"--compare takes one path to compare with, not {len(arguments.paths)}")
@@ -89,6 +97,9 @@ def main() -> None:
     else:
         print("\n".join([*provenance_lines(arguments.paths[0], arguments.compare), comparison_table(rows)]))
         print(conclusion)
+    if arguments.plot:
+        ours, theirs = ((path, items(path)) for path in (arguments.paths[0], arguments.compare))
+        pictures.plot_comparison(arguments.plot, ours, theirs, rows)
     sys.exit(any(row["differs"] for row in rows))
 
 
