@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import timings
 import utils
 from console import ArgumentParser, UserError, number, run
 
@@ -70,6 +71,8 @@ def main() -> None:
             raise UserError("--noise and --tolerance belong to --compare")
         found = [describe(item) for path in arguments.paths for item in items(path).values()]
         print(json.dumps(found, indent=2) if arguments.json else table(found))
+        for line in itertools.chain(*map(timings.lines, [] if arguments.json else arguments.paths)):
+            print(line)
         return
     if len(arguments.paths) != 1:
         raise UserError(f"--compare takes one path to compare with, not {len(arguments.paths)}")
@@ -78,6 +81,8 @@ def main() -> None:
         print(json.dumps({"tensors": rows, "conclusion": conclusion}, indent=2))
     else:
         print(comparison_table(rows))
+        for line in timings.lines(arguments.paths[0], arguments.compare):
+            print(line)
         print(conclusion)
     sys.exit(any(row["differs"] for row in rows))
 

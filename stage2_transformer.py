@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import checkpoint
 import utils
-from console import ArgumentParser, Report, UserError, number, prepare_libraries, run
+from console import ArgumentParser, Report, UserError, add_log_options, number, prepare_libraries, run
 from options import add_denoising_options, denoising_plan, plan_errors
+from profiling import Profile, add_profile_option
 
 if TYPE_CHECKING:
     import jax
@@ -39,12 +40,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--executable", type=utils.path, help="load the compiled step from this file, if it is the right one"
     )
+    add_profile_option(parser, "step")
+    add_log_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Run stage 2."""
     arguments = parse_arguments()
+    report = Report("stage2", arguments)
+    profile = Profile(arguments.profile, "step", report)
     output_dir = arguments.output_dir or arguments.input_dir
     text_config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES})
     embeddings_path = arguments.input_dir / utils.EMBEDDINGS
@@ -59,7 +64,7 @@ def main() -> None:
     plan = denoising_plan(arguments, model_id, devices, devices[0].platform, batch=shapes["prompt_embeds"][0])
     check_embeddings(shapes, plan.transformer, embeddings_path)
 
-    report = Report(f"Stage 2: transformer of {model_id}")
+    report.title(f"Stage 2: transformer of {model_id}")
     with report.phase("load"):
         from safetensors.torch import load_file
 
@@ -69,6 +74,7 @@ def main() -> None:
         read = checkpoint.tensor_reader(model_id, "transformer", stored_names(plan.transformer))
         with plan_errors():
             plan = plan.with_dtype(read("proj_out.weight").dtype)
+        report.plan(plan)
         describe(plan, arguments, report)
         parameters = load_parameters(read, plan.transformer, plan.parallelism)
         report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
@@ -90,6 +96,7 @@ def main() -> None:
         denoising.warm_up(step, arguments.warmup_steps)
 
     steps = plan.num_inference_steps
+    (step,) = profile.traced([step], steps)
     with report.phase("run") as run_phase, report.progress("denoising", "step", steps) as bar:
         for state in denoising.run(step):  # noqa: B007  the last state is the result
             bar.update()
@@ -99,9 +106,10 @@ def main() -> None:
         latents = jax.numpy.transpose(state.latents[:, plan.surplus_frames :], (0, 2, 1, 3, 4))
         save(latents, config_of(arguments, text_config, plan), output_dir)
     report.say(f"wrote {output_dir / utils.LATENTS} and {utils.CONFIG}")
+    profile.show()
 
     report.add_array("latents", latents)
-    report.close(shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
+    report.close(output_dir, shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
 
 
 def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> None:
