@@ -6,7 +6,6 @@ made yourself.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import pickle
 import re
@@ -19,7 +18,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jax.extend import core
 
-from console import Report, UserError
+from console import Report, UserError, versions
 
 SOURCES = sorted(
     [*Path(__file__).parent.glob("models/*.py"), *Path(__file__).parent.glob("custom_splash_attention.py")]
@@ -58,17 +57,6 @@ def description(what: str, devices: Sequence[jax.Device], traced: Sequence[jax.s
         "operations": operations_digest(traced),
         "source files": hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest(),
     }
-
-
-def versions(*names: str) -> dict[str, str]:
-    """Return the version of each library by name, or "not installed"; libtpu exists on few platforms."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def operations_digest(traced: Sequence[jax.stages.Traced]) -> str:
@@ -117,7 +105,7 @@ def compile_or_load(
             report.say(f"loaded the {what} from {path}")
             return programs
         except Mismatch as mismatch:
-            report.say(f"WARNING: {path} holds other programs, compiling instead: {mismatch}")
+            report.warn(f"{path} holds other programs, compiling instead: {mismatch}")
     try:
         with ThreadPoolExecutor() as pool:
             programs = list(pool.map(lambda program: program.lower().compile(), traced))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pictures
 import tensor_dump
+import timings
 import utils
 from console import ArgumentParser, UserError, number, run
 
@@ -86,6 +87,8 @@ def main() -> None:
             raise UserError("--noise and --tolerance belong to --compare")
         found = [entry for path in arguments.paths for entry in described(path)]
         print(json.dumps(found, indent=2) if arguments.json else table(found))
+        for line in itertools.chain(*map(timings.lines, [] if arguments.json else arguments.paths)):
+            print(line)
         if arguments.plot:
             pictures.plot(arguments.plot, [(path, items(path)) for path in arguments.paths])
         return
@@ -96,6 +99,8 @@ def main() -> None:
         print(json.dumps({"tensors": rows, "conclusion": conclusion}, indent=2))
     else:
         print("\n".join([*provenance_lines(arguments.paths[0], arguments.compare), comparison_table(rows)]))
+        for line in timings.lines(arguments.paths[0], arguments.compare):
+            print(line)
         print(conclusion)
     if arguments.plot:
         ours, theirs = ((path, items(path)) for path in (arguments.paths[0], arguments.compare))

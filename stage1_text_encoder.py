@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import checkpoint
 import utils
-from console import ArgumentParser, Report, prepare_libraries, run
+from console import ArgumentParser, Report, add_log_options, prepare_libraries, run
 
 if TYPE_CHECKING:
     from diffusers import CogVideoXPipeline
@@ -23,12 +23,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--negative_prompt", default="", help="what the video must not show; used with guidance")
     parser.add_argument("--model_id", default=utils.MODEL_NAME, help="Hugging Face model id, or a folder")
     parser.add_argument("--output_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="where the files go")
+    add_log_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Run stage 1."""
     arguments = parse_arguments()
+    report = Report("stage1", arguments)
     embeddings_path = arguments.output_dir / utils.EMBEDDINGS
     utils.check_writable(embeddings_path)
     prepare_libraries()
@@ -39,7 +41,7 @@ def main() -> None:
     }
     max_sequence_length = checkpoint.read_config(config["model_id"], "transformer")["max_text_seq_length"]
 
-    report = Report(f"Stage 1: text encoder of {config['model_id']}")
+    report.title(f"Stage 1: text encoder of {config['model_id']}")
     with report.phase("load"):
         pipeline = load_text_pipeline(config["model_id"])
         encoder = pipeline.text_encoder
@@ -48,7 +50,7 @@ def main() -> None:
     for option in ("prompt", "negative_prompt"):
         lost = text_beyond(pipeline.tokenizer, config[option], max_sequence_length)
         if lost:
-            report.say(f"WARNING: --{option} is longer than {max_sequence_length} tokens; this is cut off: «{lost}»")
+            report.warn(f"--{option} is longer than {max_sequence_length} tokens; this is cut off: «{lost}»")
 
     with report.phase("run"):
         import torch
@@ -69,7 +71,9 @@ def main() -> None:
 
     for name, tensor in tensors.items():
         report.add_array(name, tensor)
-    report.close(shlex.join(["python", "stage2_transformer.py", "--input_dir", str(arguments.output_dir)]))
+    report.close(
+        arguments.output_dir, shlex.join(["python", "stage2_transformer.py", "--input_dir", str(arguments.output_dir)])
+    )
 
 
 def load_text_pipeline(model_id: str) -> "CogVideoXPipeline":

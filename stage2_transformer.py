@@ -6,20 +6,23 @@ generation_config.json to --output_dir.
 
 import argparse
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 import checkpoint
 import tensor_dump
 import utils
-from console import ArgumentParser, Report, UserError, number, prepare_libraries, run
+from console import ArgumentParser, Report, UserError, add_log_options, number, prepare_libraries, run
 from options import add_denoising_options, add_dump_options, denoising_plan, dump_wanted, plan_errors
+from profiling import Profile, add_profile_option
 
 if TYPE_CHECKING:
     import jax
 
-    from models.denoising import Plan
+    from models.denoising import Plan, State
     from models.recorder import Recorder
 
 
@@ -41,13 +44,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--executable", type=utils.path, help="load the compiled step from this file, if it is the right one"
     )
+    parser.add_argument(
+        "--preview_every",
+        type=number(int, 1),
+        metavar="N",
+        help=f"after every N steps draw the latents that they predict as {utils.PREVIEW} in the output folder",
+    )
     add_dump_options(parser, "step")
+    add_profile_option(parser, "step")
+    add_log_options(parser)
     return parser.parse_args()
 
 
 def main() -> None:
     """Run stage 2."""
     arguments = parse_arguments()
+    report = Report("stage2", arguments)
+    profile = Profile(arguments.profile, "step", report)
     output_dir = arguments.output_dir or arguments.input_dir
     text_config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES})
     embeddings_path = arguments.input_dir / utils.EMBEDDINGS
@@ -64,7 +77,7 @@ def main() -> None:
     wanted = dump_wanted(arguments)
     tensor_dump.steps(arguments.dump_steps, plan.num_inference_steps)  # wrong ones are said before anything is loaded
 
-    report = Report(f"Stage 2: transformer of {model_id}")
+    report.title(f"Stage 2: transformer of {model_id}")
     with report.phase("load"):
         from safetensors.torch import load_file
 
@@ -75,6 +88,7 @@ def main() -> None:
         with plan_errors():
             plan = plan.with_dtype(read("proj_out.weight").dtype)
             traced = make_step(plan, wanted).trace(*abstract_arguments(plan))
+        report.plan(plan)
         describe(plan, arguments, report)
         config = config_of(arguments, text_config, plan)
         recorder = make_recorder(arguments, config, plan, traced) if wanted else None
@@ -95,21 +109,41 @@ def main() -> None:
     with report.phase(f"warm-up ({arguments.warmup_steps} steps)"):
         denoising.warm_up(recorder.ignoring(program) if recorder else program, arguments.warmup_steps)
 
-    steps, step = plan.num_inference_steps, recorder.recording(program) if recorder else program
+    steps = plan.num_inference_steps
+    (step,) = profile.traced([program], steps)
+    step = recorder.recording(step) if recorder else step
+    draw_preview = make_preview(config, plan, output_dir, report)
     with report.phase("run") as run_phase, report.progress("denoising", "step", steps) as bar:
-        for state in denoising.run(step):  # noqa: B007  the last state is the result
+        for state in denoising.run(step):
             bar.update()
+            if arguments.preview_every and bar.n % arguments.preview_every == 0:
+                draw_preview(state, bar.n)
     report.add("per step", f"{run_phase.seconds / steps:.3f} s")
 
     with report.phase("save"):
         latents = jax.numpy.transpose(state.latents[:, plan.surplus_frames :], (0, 2, 1, 3, 4))
         save(latents, config, output_dir)
     report.say(f"wrote {output_dir / utils.LATENTS} and {utils.CONFIG}")
+    profile.show()
 
     report.add_array("latents", latents)
     for name, value in recorder.summary() if recorder else ():
         report.add(name, value)
-    report.close(shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
+    report.close(output_dir, shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
+
+
+def make_preview(config: Mapping, plan: "Plan", output_dir: Path, report: Report) -> "Callable[[State, int], None]":
+    """Return a function that draws the noise-free latents which a step, the n-th, predicts; its time is shown apart."""
+    import pictures
+
+    def draw(state: "State", n: int) -> None:
+        with report.aside("previews"):
+            predicted = np.asarray(state.pred_original_sample[0, plan.surplus_frames :]).swapaxes(0, 1)
+            title = f"step {n} of {plan.num_inference_steps}, the video that it predicts: {config['prompt']}"
+            path = output_dir / utils.PREVIEW
+            pictures.preview(predicted, path, pictures.fitted_map(config["model_id"]), title)
+
+    return draw
 
 
 def make_recorder(

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import checkpoint
 import tensor_dump
 import utils
-from console import ArgumentParser, Report, UserError, number, prepare_libraries, run
+from console import ArgumentParser, Progress, Report, UserError, add_log_options, number, prepare_libraries, run
 from options import add_decoding_options, add_dump_options, decoding_plan, dump_wanted, plan_errors
+from profiling import Profile, add_profile_option
 
 if TYPE_CHECKING:
     import jax
     import numpy as np
-    from tqdm import tqdm
 
     from models.decoder import Decoder
     from models.decoding import Plan
@@ -40,6 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
     add_decoding_options(parser)
     add_dump_options(parser, "chunk")
+    add_profile_option(parser, "chunk")
+    add_log_options(parser)
     return parser.parse_args()
 
 
@@ -56,6 +58,8 @@ def video_path(text: str) -> Path:
 def main(decoder: str = "torchax") -> None:
     """Run stage 3 with the decoder of `models/vae_<decoder>.py`."""
     arguments = parse_arguments()
+    report = Report("stage3", arguments)
+    profile = Profile(arguments.profile, "chunk", report)
     output_video = arguments.output_video or arguments.input_dir / utils.VIDEO
     config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES, 2: utils.VIDEO_ENTRIES})
     latents_path = arguments.input_dir / utils.LATENTS
@@ -79,7 +83,8 @@ def main(decoder: str = "torchax") -> None:
     wanted = dump_wanted(arguments)
     tensor_dump.steps(arguments.dump_steps, sum(plan.runs))  # wrong ones are said before anything is loaded
 
-    report = Report(f"Stage 3: {decoder} VAE decoder of {model_id}")
+    report.title(f"Stage 3: {decoder} VAE decoder of {model_id}")
+    report.plan(plan)
     with report.phase("load"):
         vae = plan.make_decoder()
         weights = load_weights(vae, model_id, plan)
@@ -103,7 +108,9 @@ def main(decoder: str = "torchax") -> None:
     with report.phase("run, with encoding") as run_phase, report.progress("decoding", "frame", plan.frames) as bar:
         from models.decoder import decode
 
-        chunks = decode([*map(recorder.recording, programs)] if recorder else programs, weights, latents, plan.split)
+        functions = profile.traced(programs, sum(plan.runs))
+        functions = [*map(recorder.recording, functions)] if recorder else functions
+        chunks = decode(functions, weights, latents, plan.split)
         frames = write_video(chunks, output_video, fps, bar, keep=arguments.output_frames is not None)
     report.add("per frame", f"{run_phase.seconds / plan.frames:.3f} s")
 
@@ -111,12 +118,13 @@ def main(decoder: str = "torchax") -> None:
         with report.phase("save frames"):
             save_frames(frames, arguments.output_frames)
     report.say(f"wrote {output_video}" + (f" and {arguments.output_frames}" if arguments.output_frames else ""))
+    profile.show()
 
     report.add_array("latents", latents)
     report.add("video", f"{bar.n} frames, {plan.width} x {plan.height}, {fps} frames per second")
     for name, value in recorder.summary() if recorder else ():
         report.add(name, value)
-    report.close()
+    report.close(output_video.parent)
 
 
 def make_recorder(
@@ -169,14 +177,14 @@ def check_finite(latents: "jax.Array", path: Path) -> None:
         )
 
 
-def write_video(chunks: Iterable["np.ndarray"], path: Path, fps: int, bar: "tqdm", keep: bool) -> "list[np.ndarray]":
+def write_video(chunks: Iterable["np.ndarray"], path: Path, fps: int, bar: Progress, keep: bool) -> "list[np.ndarray]":
     """Encode each chunk, uint8 [frames, height, width, 3], as soon as it is decoded; return the chunks if `keep`."""
     kept = []
     with utils.replacing(path) as temporary, video_writer(temporary, fps) as append:
         for frames in chunks:
             for frame in frames:
                 append(frame)
-                bar.update()
+            bar.update(len(frames))
             if keep:
                 kept.append(frames)
     return kept

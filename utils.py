@@ -39,6 +39,7 @@ STAGE_OUTPUTS = Path("stage_outputs")
 CONFIG = "generation_config.json"
 EMBEDDINGS = "stage1_embeddings.safetensors"
 LATENTS = "stage2_latents.safetensors"
+PREVIEW = "stage2_preview.png"
 VIDEO = "output_video.mp4"
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")  # containers for H.264
 TEXT_ENTRIES = {"model_id": str, "prompt": str, "negative_prompt": str}

@@ -18,7 +18,7 @@ def test_stage2_alone_with_another_seed(outputs, run_stage):
     before = contents(outputs)
     process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--seed", 1)
     changed = {name for name, content in contents(outputs).items() if before.get(name) != content}
-    assert changed == {"stage2_latents.safetensors", "generation_config.json"}
+    assert changed == {"stage2_latents.safetensors", "generation_config.json", "timings.json"}
     assert process.stdout.rstrip().endswith(f"stage3_vae_decoder.py --input_dir {outputs}"), process.stdout
     run_stage(STAGE3, "--input_dir", outputs)
 
@@ -48,7 +48,7 @@ def test_stage3_alone(outputs, run_stage):
     before = contents(outputs)
     run_stage(STAGE3, "--input_dir", outputs, "--fps", 24)
     changed = {name for name, content in contents(outputs).items() if before.get(name) != content}
-    assert changed == {"output_video.mp4"}
+    assert changed == {"output_video.mp4", "timings.json"}
 
 
 @pytest.mark.slow
