@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 MOST_HISTOGRAMS = 24
 MOST_SHEETS = 6
+LATENTS = ("latents", "pred_original_sample")  # names in stage 2's file and in its dumps
 MOST_FRAMES = 8  # of a video
 MOST_BINS = 80  # of a histogram
 CHUNK = 2**20  # elements of a tensor that are counted together
@@ -259,7 +260,7 @@ def plot_comparison(
 
     Args:
         rows: the comparison, in the order of execution: of each tensor or video its "name", and "relative", the
-            normwise relative difference, if there is one.
+            normwise relative difference, if there is one, and whether it "differs".
 
     Raises:
         UserError: see `plot`.
@@ -269,18 +270,19 @@ def plot_comparison(
         b = dict(zip(a, b.values(), strict=True))
 
     def relative(row: Mapping) -> float:
+        """Return the difference by which rows are sorted; what one run lacks, or is not finite, differs most."""
         found = row.get("relative")
-        return math.inf if found is None else found
+        return (math.inf if row["differs"] else 0.0) if found is None else found
 
     def entry(row: Mapping) -> Entry:
-        size = relative(row)
-        note = f"relative difference {size:.2g}" if 0 < size < math.inf else "" if size else "equal"
+        size = row.get("relative")
+        note = f"relative difference {size:.2g}" if size else "" if size is None else "equal"
         return Entry(row["name"], (a.get(row["name"]), b.get(row["name"])), note)
 
     chosen = tensors = [row for row in rows if is_tensor(entry(row))]
     title = f"A: {ours[0]}\nB: {theirs[0]}"
     if len(tensors) > MOST_HISTOGRAMS:
-        different = sorted((row for row in tensors if relative(row)), key=relative, reverse=True)
+        different = sorted(filter(relative, tensors), key=relative, reverse=True)
         chosen = (different or tensors)[:MOST_HISTOGRAMS]
         title += f"\n{len(different)} of {len(tensors)} tensors differ; histograms of "
         title += f"{len(chosen)} of them, the largest difference first" if different else f"the first {len(chosen)}"
@@ -288,8 +290,8 @@ def plot_comparison(
 
 
 def is_tensor(entry: Entry) -> bool:
-    """Return whether an entry is a tensor and no video."""
-    return any(item is not None and item.tensor is not None for item in entry.items)
+    """Return whether an entry is a tensor: no video, and no row of a dump's statistics."""
+    return all(item is None or (item.tensor is not None and item.row is None) for item in entry.items)
 
 
 def histogram_of(entry: Entry, labels: Sequence[str]) -> Histogram:
@@ -352,8 +354,8 @@ def bin_edges(low: float, high: float, count: int, whole: bool) -> np.ndarray:
 
 def has_sheet(entry: Entry) -> bool:
     """Return whether an entry is a video, or has the name of latents or of frames."""
-    names = [item.tensor for item in entry.items if item is not None]
-    return any(name is None or name.rsplit("/")[-1] in ("latents", "frames") for name in names)
+    names = [(item.tensor or "frames").rsplit("/")[-1] for item in entry.items if item is not None]
+    return not any(item and item.row is not None for item in entry.items) and names[0] in (*LATENTS, "frames")
 
 
 def sheet_of(entry: Entry, labels: Sequence[str]) -> Sheet | None:
@@ -363,11 +365,13 @@ def sheet_of(entry: Entry, labels: Sequence[str]) -> Sheet | None:
     if not all(tensor.numel() for tensor in tensors.values()):
         return None
     if all(tensor.ndim == 5 for tensor in tensors.values()):
-        first = next(iter(tensors.values()))
-        batch = f", the first of {len(first)} videos" if len(first) > 1 else ""
-        mapping = map_of(next(iter(items.values())), first.shape[1])
+        first = next(iter(items.values()))
+        if "/" in str(first.tensor):  # in a dump the frames stand before the channels
+            tensors = {label: tensor.transpose(1, 2) for label, tensor in tensors.items()}
+        batch, channels = next(iter(tensors.values())).shape[:2]
         latents = {label: tensor[0].float().numpy() for label, tensor in tensors.items()}
-        return latents_sheet(entry.name + batch, latents, mapping)
+        name = entry.name + (f", the first of {batch} videos" if batch > 1 else "")
+        return latents_sheet(name, latents, map_of(first, channels))
     videos = {label: tensor.numpy() for label, tensor in tensors.items() if str(tensor.dtype) == "torch.uint8"}
     if len(videos) == len(tensors) and all(video.ndim == 4 and video.shape[3] == 3 for video in videos.values()):
         return frames_sheet(entry.name, videos)
@@ -376,10 +380,7 @@ def sheet_of(entry: Entry, labels: Sequence[str]) -> Sheet | None:
 
 def map_of(item: "Item", channels: int) -> LatentMap | None:
     """Return the map that was fitted for the model that a file was made with, if there is one for so many channels."""
-    from safetensors import safe_open
-
-    with safe_open(item.file, "np") as file:
-        model_id = utils.read_made_from(file.metadata()).get("model_id")
+    model_id = utils.read_made_from(item.metadata).get("model_id")
     mapping = fitted_map(model_id) if model_id else None
     return mapping if mapping is not None and len(mapping.weights) == channels else None
 
@@ -453,11 +454,12 @@ def draw(path: Path, title: str, tensors: Sequence[Entry], all_entries: Sequence
     """Draw histograms of `tensors`, and contact sheets of what has one among `all_entries`, to a PNG file."""
     histograms = [histogram_of(entry, labels) for entry in tensors]
     shown = [entry for entry in all_entries if has_sheet(entry)]
-    sheets = [sheet for entry in shown[:MOST_SHEETS] if (sheet := sheet_of(entry, labels))]
     if len(shown) > MOST_SHEETS:
-        title += f"\npictures of the first {MOST_SHEETS} of {len(shown)} that have some"
+        title += f"\npictures of {MOST_SHEETS} of {len(shown)} that have some, evenly spread"
+        shown = [shown[i] for i in np.linspace(0, len(shown) - 1, MOST_SHEETS).round().astype(int)]
+    sheets = [sheet for entry in shown if (sheet := sheet_of(entry, labels))]
     if not histograms and not sheets:
-        raise UserError(f"there is nothing to plot in {title.splitlines()[0]}: it has no tensor and no video")
+        raise UserError(f"there is nothing to plot in {title.splitlines()[0]}: it has no whole tensor and no video")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

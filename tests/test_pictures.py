@@ -287,20 +287,46 @@ def test_sheets_of_runs_that_do_not_fit_together(two_runs, tmp_path):
         assert pictures.sheet_of(Entry(name, [item]), [""]) is None
 
 
+def test_dumps(tmp_path, monkeypatch):
+    """In a dump, frames stand before channels; of many pictures, some are drawn; statistics are no tensors."""
+    clean = {f"step_{i:03}/pred_original_sample": torch.randn(2, 3, 16, 5, 6) for i in range(20)}
+    save_file(clean, tmp_path / "stage2_tensors.safetensors", {"order": "execution"})
+    statistics = {"order": "execution", "statistics": json.dumps(["min"]), "step": json.dumps([0, 1])}
+    save_file({"norm_out": torch.zeros(2, 6)}, tmp_path / "stage2_statistics.safetensors", statistics)
+    found = items(tmp_path)
+    assert "step_001/norm_out" in found
+    sheets = []
+    monkeypatch.setattr(pictures, "draw_sheet", lambda _, sheet: sheets.append(sheet))
+    monkeypatch.setattr(pictures, "draw_histograms", lambda _, histograms: sheets.append(len(histograms)))
+    pictures.plot(tmp_path / "x.png", [(tmp_path, found)])
+    assert sheets[0] == 20 and len(sheets) == 7
+    assert [sheet.title[5:8] for sheet in sheets[1:]] == ["000", "004", "008", "011", "015", "019"]
+    latents = clean["step_019/pred_original_sample"][0].transpose(0, 1).numpy()
+    np.testing.assert_array_equal(sheets[-1].rows[""], pictures.latents_to_rgb(latents, None))
+    only = {name: item for name, item in found.items() if item.row is not None}
+    with pytest.raises(UserError, match="nothing to plot"):
+        pictures.plot(tmp_path / "x.png", [(tmp_path, only)])
+
+
 def test_the_map_comes_from_the_model_that_made_the_file(tmp_path):
     latents = torch.randn(1, 16, 2, 4, 4)
-    for model, words in ((str(TINY_MODEL), "fitted on 16 clips"), (str(tmp_path / "gone"), "no map"), (None, "no map")):
+    cases = ((str(TINY_MODEL), "fitted on 16 clips"), (str(tmp_path / "gone"), "no map"), (None, "no map"))
+    for i, (model, words) in enumerate(cases):
         made_from = {"made_from": json.dumps({"model_id": model})} if model else None
-        save_file({"latents": latents}, tmp_path / LATENTS, made_from)
-        item = items(tmp_path / "." / LATENTS)["latents"]
+        save_file({"latents": latents}, tmp_path / f"{i}.safetensors", made_from)
+        item = items(tmp_path / f"{i}.safetensors")["latents"]
         assert pictures.map_of(item, 4) is None
         assert words in pictures.latents_sheet("", {"": latents[0].numpy()}, pictures.map_of(item, 16)).title
 
 
 def test_a_figure_of_two_runs_has_more_rows(two_runs, tmp_path):
     a, b = ((folder, items(folder)) for folder in two_runs)
+    rows = [
+        {"name": "latents", "relative": 0.1, "differs": True},
+        {"name": "frames", "relative": None, "differs": True},
+    ]
     pictures.plot(tmp_path / "one.png", [a])
-    pictures.plot_comparison(tmp_path / "two.png", a, b, [{"name": "latents", "relative": 0.1}, {"name": "frames"}])
+    pictures.plot_comparison(tmp_path / "two.png", a, b, rows)
     one, two = picture(tmp_path / "one.png"), picture(tmp_path / "two.png")
     assert one.shape[1] == two.shape[1] and two.shape[0] > one.shape[0] + 300
     assert one.std() > 20 and two.std() > 20
@@ -337,7 +363,7 @@ def test_too_many_tensors(tmp_path, monkeypatch):
         ([0] * 28 + [1, None], [None, 1], "2 of 30 tensors differ; histograms of 2 of them"),
         ([0] * 30, [0] * 24, "0 of 30 tensors differ; histograms of the first 24"),
     ):
-        rows = [{"name": name, "relative": size} for name, size in zip(a, sizes, strict=True)]
+        rows = [{"name": name, "relative": size, "differs": size != 0} for name, size in zip(a, sizes, strict=True)]
         pictures.plot_comparison(tmp_path / "x.png", (tmp_path / "a", a), (tmp_path / "b", b), rows)
         _, title, chosen, *_ = drawn[-1]
         assert [sizes[int(entry.name.split(".")[1])] for entry in chosen] == shown and words in title, title
