@@ -552,7 +552,7 @@ def comparison_table(rows: Sequence[dict]) -> str:
         shown = different or sorted(shown, key=lambda row: -(row["relative"] or 0.0))[:WORST]
     width = max((len(row["name"]) for row in shown[:SHOWN]), default=0)
     lines = [line for row in shown[:SHOWN] for line in comparison_lines(row, width)]
-    if len(rows) > SHOWN:
+    if len(rows) > SHOWN and shown:
         lines.append(
             f"  {len(rows):,} tensors; these are {'the first that differ' if shown[0]['differs'] else 'the worst'}"
         )
