@@ -320,12 +320,12 @@ def scope(instruction: Instruction) -> tuple[str, str] | None:
 
     "jit(step)/while/body/closed_call/transformer_blocks.{4}/attn1/bsi,nhi->bnsh/dot_general" is a dot_general in the
     module transformer_blocks.{4}.attn1. A scope may repeat the name of the one around it, as in
-    "jit(run)/up_blocks.1/up_blocks.1.upsamplers.0/add".
+    "jit(run)/up_blocks.1/up_blocks.1.upsamplers.0/add". The operation of a Pallas kernel is its name.
     """
     match = re.search(r'op_name="([^"]*)"', instruction.text)
     if match is None or instruction.opcode == "parameter":
         return None
-    *path, operation = match[1].split("/")
+    *path, operation = match[1].removesuffix("/pallas_call").split("/")
     module = ""
     for part in path:
         if part not in NOT_SCOPES and re.fullmatch(r"[A-Za-z_]\w*(\.(\w+|\{\d+\}))*", part):

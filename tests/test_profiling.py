@@ -26,6 +26,7 @@ from tests.helpers import LATENTS, SIZE, STAGE2, STAGE3, STAGE3_FLAX
         ("jit(step)/while/body/closed_call/blocks.{4}/ff/bsi,nhi->bnsh/dot_general", ("blocks.{4}.ff", "dot_general")),
         ("jit(step)/while/body/checkpoint/blocks.{2}/attn1/vmap(jit(_where))/gt", ("blocks.{2}.attn1", "gt")),
         ("jit(run)/up_blocks.1/up_blocks.1.upsamplers.0/add", ("up_blocks.1.upsamplers.0", "add")),
+        ("jit(step)/while/body/blocks.{4}/attn1/exp2_splash/pallas_call", ("blocks.{4}.attn1", "exp2_splash")),
         ("jit(run)/aten::add.Tensor/add", ("", "add")),
         ("jit(step)/...i,oi->...o/dot_general", ("", "dot_general")),
         ("jit(step)/mul", ("", "mul")),
