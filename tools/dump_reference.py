@@ -94,6 +94,8 @@ def main() -> None:
         raise UserError("--from_step and --latents belong together: a step, and the file with its latents")
     if arguments.from_step is not None and arguments.stage == 3:
         raise UserError("--from_step belongs to --stage 2; stage 3 always begins with the first chunk")
+    if arguments.latents is not None and arguments.latents.parent.resolve() == arguments.dump.resolve():
+        raise UserError(f"--dump {arguments.dump} would overwrite --latents; choose another folder")
     prepare_libraries()
     logging.set_verbosity_error()
     jax.config.update("jax_platforms", "cpu")  # jax computes nothing here, and must not hold the accelerator
@@ -231,7 +233,8 @@ def follow_steps(
             recorder("pred_original_sample", estimate)
             recorder("prev_sample", prev_sample.to(pipeline.transformer.dtype))
         elif recorder.number == first - 1 and start is not None:
-            prev_sample, estimate = start
+            prev_sample = start.latents.to(prev_sample)
+            estimate = estimate if start.estimate is None else start.estimate.to(estimate)
         pipeline._interrupt = recorder.number == last
         recorder.next()
         return prev_sample, estimate
