@@ -10,7 +10,6 @@ import argparse
 import difflib
 import fnmatch
 import functools
-import math
 import re
 import resource
 import sys
@@ -511,10 +510,8 @@ def statistics_of(tensor: torch.Tensor) -> np.ndarray:
     """Compute the row of tensor_dump.STATISTICS where the tensor lies, piece by piece, in float64."""
     sums = []
     for piece in tensor.flatten().split(VALUES_AT_A_TIME):
-        values = piece[piece.isfinite()].double()
-        least, most = torch.aminmax(values) if len(values) else (math.inf, -math.inf)
-        totals = len(values), values.sum(), values.square().sum(), piece.isnan().sum(), piece.isinf().sum()
-        sums.append([float(value) for value in (*totals, least, most)])
+        values = piece.double()
+        sums.append([len(values), *map(float, (values.sum(), values.square().sum(), values.min(), values.max()))])
     return tensor_dump.merged(np.array(sums))
 
 
