@@ -34,7 +34,7 @@ from tqdm import tqdm
 import checkpoint
 import tensor_dump
 import utils
-from console import ArgumentParser, Report, UserError, number, prepare_libraries, run
+from console import ArgumentParser, UserError, number, prepare_libraries, run
 from models.decoder import chunk_sizes
 from models.denoising import Plan, make_plan
 from models.sizes import latent_size
@@ -100,15 +100,13 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # jax computes nothing here, and must not hold the accelerator
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
 
-    report = Report(f"Reference: diffusers in {arguments.dtype} on {arguments.device}")
     with torch.no_grad():
-        dump = (dump_denoising if arguments.stage == 2 else dump_decoding)(arguments, report)
-    report.say(f"wrote {' and '.join(str(path) for path in dump.paths)}")
+        dump = (dump_denoising if arguments.stage == 2 else dump_decoding)(arguments)
+    print(f"wrote {' and '.join(str(path) for path in dump.paths)}")
     unit = 1 if sys.platform == "darwin" else 1024
-    report.add("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB")
+    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB")
     if arguments.device == "cuda":
-        report.add("peak memory of the GPU", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    report.close()
+        print(f"peak memory of the GPU: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
 # --- Stage 2 -----------------------------------------------------------------------------------------------------
@@ -124,7 +122,7 @@ class Start(NamedTuple):
     estimate: torch.Tensor | None
 
 
-def dump_denoising(arguments: argparse.Namespace, report: Report) -> Dump:
+def dump_denoising(arguments: argparse.Namespace) -> Dump:
     """Run diffusers' pipeline up to the last wanted step, and return the finished dump."""
     config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES, 2: utils.VIDEO_ENTRIES})
     path = arguments.input_dir / utils.EMBEDDINGS
@@ -146,7 +144,7 @@ def dump_denoising(arguments: argparse.Namespace, report: Report) -> Dump:
     recorder = open_recorder(arguments, "step", selected, config)
     attach(transformer, TRANSFORMER, "", of_tokens, recorder)
     follow_steps(pipeline, recorder, plan.batch, first, last, start)
-    with report.phase("run"), report.progress("denoising", "block", (last + 1 - first) * len(blocks)) as bar:
+    with tqdm(total=(last + 1 - first) * len(blocks), desc="denoising", unit="block") as bar:
         advance(bar, blocks.values())
         run_pipeline(pipeline, load_file(path), plan, config["seed"], dtype, start if first == 0 else None)
     return recorder.dump
@@ -287,7 +285,7 @@ def of_tokens(name: str, output: torch.Tensor | tuple[torch.Tensor, ...]) -> tor
 # --- Stage 3 -----------------------------------------------------------------------------------------------------
 
 
-def dump_decoding(arguments: argparse.Namespace, report: Report) -> Dump:
+def dump_decoding(arguments: argparse.Namespace) -> Dump:
     """Run diffusers' decoder up to the last wanted chunk, and return the finished dump."""
     config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES, 2: utils.VIDEO_ENTRIES})
     path = arguments.input_dir / utils.LATENTS
@@ -306,7 +304,7 @@ def dump_decoding(arguments: argparse.Namespace, report: Report) -> Dump:
     latents = load_file(path)["latents"].to(arguments.device, dtype)
     frames = chunk_sizes(shape[2]) if arguments.dump_stats else chunk_sizes(shape[2])[: chunks[-1] + 1]
     recorder = open_recorder(arguments, "chunk", selected, config)
-    with report.phase("run"), report.progress("decoding", "chunk", len(frames)) as bar:
+    with tqdm(total=len(frames), desc="decoding", unit="chunk") as bar:
         advance(bar, [pipeline.vae.decoder])
         decode(pipeline, latents[:, :, : sum(frames)], recorder)
     return recorder.dump
@@ -331,7 +329,7 @@ def of_frames(_: str, output: torch.Tensor | tuple) -> torch.Tensor:
 
 
 class Pipeline(CogVideoXPipeline):
-    """diffusers' pipeline, which runs on `device` though its modules lie nowhere while they wait."""
+    """diffusers' pipeline, which runs on `device_of_run` though its modules lie nowhere while they wait."""
 
     device_of_run = "cpu"
 
