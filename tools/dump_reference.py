@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("input_dir", type=utils.path, help="the folder with the files of the stages")
     parser.add_argument("--stage", type=int, choices=(2, 3), default=2, help="2: the transformer; 3: the VAE's decoder")
-    parser.add_argument("--dump", type=utils.path, required=True, help="the folder for the dump")
+    parser.add_argument("--dump", type=utils.path, metavar="DIR", required=True, help="the folder for the dump")
     parser.add_argument(
         "--dump_names",
         nargs="+",
@@ -79,8 +79,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and latents")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what torch runs on")
-    parser.add_argument("--from_step", type=number(int, 0), help="begin at this step, with the latents of --latents")
-    parser.add_argument("--latents", type=utils.path, help="stage2_tensors.safetensors of a dump of stage 2")
+    parser.add_argument(
+        "--from_step", type=number(int, 0), metavar="STEP", help="begin here, with the latents of --latents"
+    )
+    parser.add_argument(
+        "--latents", type=utils.path, metavar="FILE", help="stage2_tensors.safetensors of a dump of stage 2"
+    )
     return parser.parse_args()
 
 
