@@ -10,7 +10,6 @@ import argparse
 import difflib
 import fnmatch
 import functools
-import math
 import re
 import resource
 import sys
@@ -35,7 +34,7 @@ from tqdm import tqdm
 import checkpoint
 import tensor_dump
 import utils
-from console import ArgumentParser, Report, UserError, number, prepare_libraries, run
+from console import ArgumentParser, UserError, number, prepare_libraries, run
 from models.decoder import chunk_sizes
 from models.denoising import Plan, make_plan
 from models.sizes import latent_size
@@ -63,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("input_dir", type=utils.path, help="the folder with the files of the stages")
     parser.add_argument("--stage", type=int, choices=(2, 3), default=2, help="2: the transformer; 3: the VAE's decoder")
-    parser.add_argument("--dump", type=utils.path, required=True, help="the folder for the dump")
+    parser.add_argument("--dump", type=utils.path, metavar="DIR", required=True, help="the folder for the dump")
     parser.add_argument(
         "--dump_names",
         nargs="+",
@@ -80,8 +79,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of weights and latents")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="what torch runs on")
-    parser.add_argument("--from_step", type=number(int, 0), help="begin at this step, with the latents of --latents")
-    parser.add_argument("--latents", type=utils.path, help="stage2_tensors.safetensors of a dump of stage 2")
+    parser.add_argument(
+        "--from_step", type=number(int, 0), metavar="STEP", help="begin here, with the latents of --latents"
+    )
+    parser.add_argument(
+        "--latents", type=utils.path, metavar="FILE", help="stage2_tensors.safetensors of a dump of stage 2"
+    )
     return parser.parse_args()
 
 
@@ -101,15 +104,13 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # jax computes nothing here, and must not hold the accelerator
     torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
 
-    report = Report(f"Reference: diffusers in {arguments.dtype} on {arguments.device}")
     with torch.no_grad():
-        dump = (dump_denoising if arguments.stage == 2 else dump_decoding)(arguments, report)
-    report.say(f"wrote {' and '.join(str(path) for path in dump.paths)}")
+        dump = (dump_denoising if arguments.stage == 2 else dump_decoding)(arguments)
+    print(f"wrote {' and '.join(str(path) for path in dump.paths)}")
     unit = 1 if sys.platform == "darwin" else 1024
-    report.add("peak memory", f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB")
+    print(f"peak memory: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB")
     if arguments.device == "cuda":
-        report.add("peak memory of the GPU", f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    report.close()
+        print(f"peak memory of the GPU: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
 
 
 # --- Stage 2 -----------------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ class Start(NamedTuple):
     estimate: torch.Tensor | None
 
 
-def dump_denoising(arguments: argparse.Namespace, report: Report) -> Dump:
+def dump_denoising(arguments: argparse.Namespace) -> Dump:
     """Run diffusers' pipeline up to the last wanted step, and return the finished dump."""
     config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES, 2: utils.VIDEO_ENTRIES})
     path = arguments.input_dir / utils.EMBEDDINGS
@@ -147,7 +148,7 @@ def dump_denoising(arguments: argparse.Namespace, report: Report) -> Dump:
     recorder = open_recorder(arguments, "step", selected, config)
     attach(transformer, TRANSFORMER, "", of_tokens, recorder)
     follow_steps(pipeline, recorder, plan.batch, first, last, start)
-    with report.phase("run"), report.progress("denoising", "block", (last + 1 - first) * len(blocks)) as bar:
+    with tqdm(total=(last + 1 - first) * len(blocks), desc="denoising", unit="block") as bar:
         advance(bar, blocks.values())
         run_pipeline(pipeline, load_file(path), plan, config["seed"], dtype, start if first == 0 else None)
     return recorder.dump
@@ -288,7 +289,7 @@ def of_tokens(name: str, output: torch.Tensor | tuple[torch.Tensor, ...]) -> tor
 # --- Stage 3 -----------------------------------------------------------------------------------------------------
 
 
-def dump_decoding(arguments: argparse.Namespace, report: Report) -> Dump:
+def dump_decoding(arguments: argparse.Namespace) -> Dump:
     """Run diffusers' decoder up to the last wanted chunk, and return the finished dump."""
     config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES, 2: utils.VIDEO_ENTRIES})
     path = arguments.input_dir / utils.LATENTS
@@ -307,7 +308,7 @@ def dump_decoding(arguments: argparse.Namespace, report: Report) -> Dump:
     latents = load_file(path)["latents"].to(arguments.device, dtype)
     frames = chunk_sizes(shape[2]) if arguments.dump_stats else chunk_sizes(shape[2])[: chunks[-1] + 1]
     recorder = open_recorder(arguments, "chunk", selected, config)
-    with report.phase("run"), report.progress("decoding", "chunk", len(frames)) as bar:
+    with tqdm(total=len(frames), desc="decoding", unit="chunk") as bar:
         advance(bar, [pipeline.vae.decoder])
         decode(pipeline, latents[:, :, : sum(frames)], recorder)
     return recorder.dump
@@ -332,7 +333,7 @@ def of_frames(_: str, output: torch.Tensor | tuple) -> torch.Tensor:
 
 
 class Pipeline(CogVideoXPipeline):
-    """diffusers' pipeline, which runs on `device` though its modules lie nowhere while they wait."""
+    """diffusers' pipeline, which runs on `device_of_run` though its modules lie nowhere while they wait."""
 
     device_of_run = "cpu"
 
@@ -511,10 +512,8 @@ def statistics_of(tensor: torch.Tensor) -> np.ndarray:
     """Compute the row of tensor_dump.STATISTICS where the tensor lies, piece by piece, in float64."""
     sums = []
     for piece in tensor.flatten().split(VALUES_AT_A_TIME):
-        values = piece[piece.isfinite()].double()
-        least, most = torch.aminmax(values) if len(values) else (math.inf, -math.inf)
-        totals = len(values), values.sum(), values.square().sum(), piece.isnan().sum(), piece.isinf().sum()
-        sums.append([float(value) for value in (*totals, least, most)])
+        values = piece.double()
+        sums.append([len(values), *map(float, (values.sum(), values.square().sum(), values.min(), values.max()))])
     return tensor_dump.merged(np.array(sums))
 
 
