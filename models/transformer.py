@@ -201,12 +201,12 @@ def transformer(
     """
     text_length, length = prompt_embeds.shape[1], prompt_embeds.shape[1] + rotary[0].shape[0]
     bounds = {-2: (0, length)}
+    with tap.scope("time_embedding"):
+        time = time_embedding(timestep, parameters, config, prompt_embeds.dtype)
     hidden = embed(parameters, latents, prompt_embeds, config, parallelism, bounds)
     # Text and padding are not rotated: their angle is 0.
     edges = ((text_length, hidden.shape[1] - length), (0, 0))
     cos, sin = jnp.pad(rotary[0], edges, constant_values=1.0), jnp.pad(rotary[1], edges)
-    with tap.scope("time_embedding"):
-        time = time_embedding(timestep, parameters, config, prompt_embeds.dtype)
 
     blocks = {name: array for name, array in parameters.items() if name.startswith("blocks.")}
     run = tap.shard_map(

@@ -200,7 +200,7 @@ def test_a_dump_changes_nothing(good, tmp_path, run_stage):
             ("--dump", "d", "--dump_names", "*.to_w"),
             "no module is called *.to_w; the nearest: ",
         ),
-        (("--dump", "/dev/null/d"), "cannot write /dev/null/d/"),
+        (("--dump", "outputs/generation_config.json/d"), "cannot write outputs/generation_config.json/d/"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
