@@ -187,6 +187,7 @@ def options_of(program: str, *subcommand: str) -> set[str]:
 def programs() -> Iterator[tuple[str, ...]]:
     """Yield the command line of each program of the project."""
     yield from ((stage,) for stage in STAGES)
+    yield ("inspect_tensors.py",)
     yield from ((COMPILE_TOOL, what) for what in ("stage2", "stage3", "kernel"))
     for folder in ("benchmarks", "tools"):
         for file in sorted((ROOT / folder).glob("*.py")):
