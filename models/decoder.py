@@ -1,7 +1,7 @@
 """What the TorchAx and the Flax decoder share: chunks in time, the split in space, conversion to pixels, the loop."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec
 
 from models import tap
 from models.spatial_split import Split
+
+Array = TypeVar("Array", jax.Array, np.ndarray)
 
 # AutoencoderKLCogVideoX.num_latent_frames_batch_size. The group norms see one chunk at a time, so the chunks are part
 # of the result, and the VAE was trained with this number: it is no option.
@@ -25,12 +27,13 @@ class Decoder(NamedTuple):
             causal convolutions keep of the chunk before, None for the first chunk. Returns pixels around [-1, 1],
             [frames, height, width, strips, 3], and the cache for the next chunk.
         weight_shapes: shape of each weight by its name in the checkpoint, as in `CogVideoXDecoder3D.state_dict()`.
-        convert_weights: turns a dict of those weights into the tree that `decode_chunk` takes.
+        convert_weights: turns a dict of those weights into the tree that `decode_chunk` takes. Of NumPy arrays it makes
+            views of them, and copies nothing.
     """
 
     decode_chunk: Callable
     weight_shapes: dict[str, tuple[int, ...]]
-    convert_weights: Callable[[dict[str, jax.Array]], Any]
+    convert_weights: Callable[[dict[str, Array]], Any]
 
 
 def chunk_sizes(latent_frames: int) -> list[int]:
@@ -41,9 +44,9 @@ def chunk_sizes(latent_frames: int) -> list[int]:
     return [LATENT_FRAMES_PER_CHUNK + odd] + [LATENT_FRAMES_PER_CHUNK] * (chunks - 1)
 
 
-def channels_last(weight: jax.Array) -> jax.Array:
+def channels_last(weight: Array) -> Array:
     """Transpose a convolution's weight from torch's [out, in, ...] to [..., in, out], with which a TPU is faster."""
-    return jnp.moveaxis(weight, (0, 1), (-1, -2))
+    return weight.transpose(*range(2, weight.ndim), 1, 0)
 
 
 def to_pixels(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
