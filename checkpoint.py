@@ -66,9 +66,7 @@ def read_config(model_id: str, component: str, name: str = "config.json") -> dic
         raise UserError(f"{path} is not valid JSON ({error}); get the model again") from error
 
 
-def tensor_reader(
-    model_id: str, component: str, shapes: Mapping[str, tuple[int, ...]]
-) -> Callable[[str], np.ndarray]:
+def tensor_reader(model_id: str, component: str, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], np.ndarray]:
     """Return a function that returns a tensor by its stored name, as a read-only array in its stored dtype.
 
     The arrays are the files themselves, mapped into memory: nothing is read before a value is used, and the pages that

@@ -72,10 +72,10 @@ def main(decoder: str = "torchax") -> None:
     prepare_libraries()
     import jax
     import numpy as np
-    from safetensors.flax import load_file
+    from safetensors.numpy import load_file  # that of safetensors.flax imports flax
 
     size = {name: config[name] for name in ("height", "width", "frames")}
-    stored = load_file(latents_path)["latents"]
+    stored = jax.numpy.asarray(load_file(latents_path)["latents"])
     plan = decoding_plan(arguments, model_id, decoder, size, jax.devices(), stored.dtype)
     check_shape(shape, plan.latent_shape, latents_path)
     if not arguments.allow_nan:

@@ -1,7 +1,7 @@
 """What the TorchAx and the Flax decoder share: chunks in time, the split in space, conversion to pixels, the loop."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +10,6 @@ from jax.sharding import PartitionSpec
 
 from models import tap
 from models.spatial_split import Split
-
-Array = TypeVar("Array", jax.Array, np.ndarray)
 
 # AutoencoderKLCogVideoX.num_latent_frames_batch_size. The group norms see one chunk at a time, so the chunks are part
 # of the result, and the VAE was trained with this number: it is no option.
@@ -33,7 +31,7 @@ class Decoder(NamedTuple):
 
     decode_chunk: Callable
     weight_shapes: dict[str, tuple[int, ...]]
-    convert_weights: Callable[[dict[str, Array]], Any]
+    convert_weights: Callable[[dict[str, Any]], Any]
 
 
 def chunk_sizes(latent_frames: int) -> list[int]:
@@ -44,7 +42,7 @@ def chunk_sizes(latent_frames: int) -> list[int]:
     return [LATENT_FRAMES_PER_CHUNK + odd] + [LATENT_FRAMES_PER_CHUNK] * (chunks - 1)
 
 
-def channels_last(weight: Array) -> Array:
+def channels_last(weight: jax.Array) -> jax.Array:
     """Transpose a convolution's weight from torch's [out, in, ...] to [..., in, out], with which a TPU is faster."""
     return weight.transpose(*range(2, weight.ndim), 1, 0)
 

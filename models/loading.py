@@ -67,7 +67,7 @@ def load_arrays(
         gather = pool.submit(compile_gather, wanted, scatters) if scatters else None
         for (key, *_), arrays in zip(parts, pool.map(send, *zip(*parts, strict=True)), strict=True):
             arrived[key] += arrays
-    loaded = {
+    loaded: dict[Key, jax.Array] = {
         key: jax.make_array_from_single_device_arrays(array.shape, array.sharding, arrived[key])
         for key, array in sent.items()
     }
