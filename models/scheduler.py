@@ -7,6 +7,7 @@ zeros. So its formulas, its options and its order of random draws are not writte
 device has no branch on the timestep.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,7 +59,10 @@ def make_scheduler(config: Mapping) -> "SchedulerMixin":
     """Make the diffusers scheduler of a `scheduler_config.json` that names one of SAMPLERS."""
     import diffusers
 
-    return getattr(diffusers, config["_class_name"]).from_config(dict(config))
+    scheduler = getattr(diffusers, config["_class_name"])
+    # `from_config` does the same, but first imports all other schedulers, to see which of them could take the config.
+    known = inspect.signature(scheduler).parameters
+    return scheduler(**{name: value for name, value in config.items() if name in known})
 
 
 class AffineScheduler:
