@@ -120,10 +120,11 @@ def compile_gather(wanted: Mapping[Key, jax.ShapeDtypeStruct], scatters: Mapping
 
     sent = {key: scatter.sent for key, scatter in scatters.items()}
     in_specs = {key: array.sharding.spec for key, array in sent.items()}
-    out_specs = {key: wanted[key].sharding.spec for key in scatters}
-    mesh = next(iter(sent.values())).sharding.mesh
+    shardings = {key: wanted[key].sharding for key in scatters}
+    out_specs = {key: sharding.spec for key, sharding in shardings.items()}
+    mesh = next(iter(shardings.values())).mesh
     mapped = jax.shard_map(gather, mesh=mesh, in_specs=(in_specs,), out_specs=out_specs, check_vma=False)
-    return jax.jit(mapped).lower(sent).compile()
+    return jax.jit(mapped, out_shardings=shardings).lower(sent).compile()
 
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
