@@ -2,14 +2,17 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from console import UserError
+
+# The dtypes that weights may have, by their names in a safetensors file.
+DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
 def resolve_model_id(model_id: str) -> str:
@@ -63,30 +66,52 @@ def read_config(model_id: str, component: str, name: str = "config.json") -> dic
         raise UserError(f"{path} is not valid JSON ({error}); get the model again") from error
 
 
-def tensor_reader(model_id: str, component: str, names: Iterable[str]) -> Callable[[str], np.ndarray]:
-    """Return a function that reads a tensor by its stored name, as an array in its stored dtype.
+def tensor_reader(model_id: str, component: str, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], np.ndarray]:
+    """Return a function that returns a tensor by its stored name, as a read-only array in its stored dtype.
 
-    Only the files' headers are read before the function is called. bfloat16 arrays have the dtype of `ml_dtypes`.
+    The arrays are the files themselves, mapped into memory: nothing is read before a value is used, and the pages that
+    hold them are the system's cache. Several threads may read at a time.
 
     Args:
-        names: names of the tensors that will be read.
+        model_id: a folder, or a model of the Hugging Face Hub.
+        component: "transformer" or "vae".
+        shapes: shape of each tensor that will be read, by its name.
 
     Raises:
-        UserError: a file cannot be read, or no file has one of the tensors.
+        UserError: a file cannot be read, or no file has one of the tensors with that shape.
     """
     folder = model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]) / component
-    files: dict[str, Any] = {}  # safetensors names no type for an open file
+    tensors: dict[str, np.ndarray] = {}
     with load_errors(folder):
         for path in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
-            file = safe_open(path, framework="np")
-            files |= dict.fromkeys(file.keys(), file)
-    missing = set(names) - files.keys()
-    if missing:
+            tensors |= mapped_tensors(path)
+    wrong = {name for name, shape in shapes.items() if name not in tensors or tensors[name].shape != shape}
+    if wrong:
+        name = min(wrong)
+        found = f"has shape {list(tensors[name].shape)}" if name in tensors else "is missing"
         raise UserError(
-            f"{folder}: {len(missing)} tensors are not in diffusion_pytorch_model*.safetensors, "
-            f"{min(missing)} among them; get the model again"
+            f"{folder}: {len(wrong)} tensors do not fit config.json, {name} among them, which {found}; "
+            "get the model again"
         )
-    return lambda name: files[name].get_tensor(name)
+    return tensors.__getitem__
+
+
+def mapped_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Map a safetensors file into memory, and return its tensors by name; those of no dtype in DTYPES are left out.
+
+    Raises:
+        OSError, SafetensorError: there is no such file, or it is not a complete safetensors file.
+    """
+    safe_open(path, framework="np")  # checks header and length; its own arrays would be copies
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        data = np.memmap(file, mode="r", offset=file.tell())
+    header.pop("__metadata__", None)
+    return {
+        name: np.asarray(data[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).reshape(entry["shape"]))
+        for name, entry in header.items()
+        if entry["dtype"] in DTYPES
+    }
 
 
 @contextlib.contextmanager

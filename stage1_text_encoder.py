@@ -12,8 +12,8 @@ import utils
 from console import ArgumentParser, Report, add_log_options, prepare_libraries, run
 
 if TYPE_CHECKING:
-    from diffusers import CogVideoXPipeline
-    from transformers import T5Tokenizer
+    import torch
+    from transformers import T5EncoderModel, T5Tokenizer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,27 +43,23 @@ def main() -> None:
 
     report.title(f"Stage 1: text encoder of {config['model_id']}")
     with report.phase("load"):
-        pipeline = load_text_pipeline(config["model_id"])
-        encoder = pipeline.text_encoder
+        tokenizer, encoder = load_text_encoder(config["model_id"])
         report.say(f"loaded tokenizer and text encoder: {encoder.num_parameters():,} parameters, {encoder.dtype}")
 
-    for option in ("prompt", "negative_prompt"):
-        lost = text_beyond(pipeline.tokenizer, config[option], max_sequence_length)
+    options = ("prompt", "negative_prompt")
+    for option in options:
+        lost = text_beyond(tokenizer, config[option], max_sequence_length)
         if lost:
             report.warn(f"--{option} is longer than {max_sequence_length} tokens; this is cut off: «{lost}»")
 
     with report.phase("run"):
-        import torch
-
-        with torch.no_grad():
-            embeddings = pipeline.encode_prompt(
-                config["prompt"], config["negative_prompt"], max_sequence_length=max_sequence_length
-            )
+        tensors = {
+            f"{option}_embeds": encode(tokenizer, encoder, config[option], max_sequence_length) for option in options
+        }
 
     with report.phase("save"):
         from safetensors.torch import save_file
 
-        tensors = dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeddings, strict=True))
         with utils.replacing(embeddings_path) as temporary:
             save_file(tensors, temporary, metadata=utils.made_from(config, utils.TEXT_ENTRIES))
         utils.write_config(arguments.output_dir, config)
@@ -76,18 +72,34 @@ def main() -> None:
     )
 
 
-def load_text_pipeline(model_id: str) -> "CogVideoXPipeline":
-    """Load a `CogVideoXPipeline` that has only a tokenizer and a text encoder, with weights in their stored dtype."""
+def load_text_encoder(model_id: str) -> "tuple[T5Tokenizer, T5EncoderModel]":
+    """Load the model's tokenizer and text encoder, with weights in their stored dtype.
+
+    Raises:
+        UserError: there is no such model, or a file of it cannot be read.
+    """
     folder = checkpoint.model_folder(model_id, ["tokenizer/*", "text_encoder/*"])
-    from diffusers import CogVideoXPipeline
     from transformers import T5EncoderModel, T5Tokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     with checkpoint.load_errors(folder):
         tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer")
-        text_encoder = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype="auto")
-    return CogVideoXPipeline(tokenizer, text_encoder, vae=None, transformer=None, scheduler=None)
+        return tokenizer, T5EncoderModel.from_pretrained(folder / "text_encoder", dtype="auto")
+
+
+def encode(tokenizer: "T5Tokenizer", encoder: "T5EncoderModel", text: str, max_sequence_length: int) -> "torch.Tensor":
+    """Encode a text, cut off or padded to [1, max_sequence_length, width]; padding is not masked.
+
+    Source: `CogVideoXPipeline._get_t5_prompt_embeds`. To import the pipeline would take longer than to encode.
+    """
+    import torch
+
+    tokens = tokenizer(
+        text, padding="max_length", max_length=max_sequence_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    with torch.no_grad():
+        return encoder(tokens).last_hidden_state
 
 
 def text_beyond(tokenizer: "T5Tokenizer", text: str, max_sequence_length: int) -> str:

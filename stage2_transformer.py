@@ -82,9 +82,9 @@ def main() -> None:
         from safetensors.torch import load_file
 
         from models.denoising import Denoising, abstract_arguments, make_step
-        from models.transformer import load_parameters, stored_names
+        from models.transformer import load_parameters, stored_shapes
 
-        read = checkpoint.tensor_reader(model_id, "transformer", stored_names(plan.transformer))
+        read = checkpoint.tensor_reader(model_id, "transformer", stored_shapes(plan.transformer))
         with plan_errors():
             plan = plan.with_dtype(read("proj_out.weight").dtype)
             traced = make_step(plan, wanted).trace(*abstract_arguments(plan))

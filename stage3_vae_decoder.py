@@ -72,10 +72,10 @@ def main(decoder: str = "torchax") -> None:
     prepare_libraries()
     import jax
     import numpy as np
-    from safetensors.flax import load_file
+    from safetensors.numpy import load_file  # that of safetensors.flax imports flax
 
     size = {name: config[name] for name in ("height", "width", "frames")}
-    stored = load_file(latents_path)["latents"]
+    stored = jax.numpy.asarray(load_file(latents_path)["latents"])
     plan = decoding_plan(arguments, model_id, decoder, size, jax.devices(), stored.dtype)
     check_shape(shape, plan.latent_shape, latents_path)
     if not arguments.allow_nan:
@@ -148,11 +148,21 @@ def make_recorder(
 def load_weights(vae: "Decoder", model_id: str, plan: "Plan") -> Any:
     """Load the decoder's weights onto all devices, replicated, as the tree that `vae.decode_chunk` takes."""
     import jax
-    import jax.numpy as jnp
 
-    read = checkpoint.tensor_reader(model_id, "vae", [f"decoder.{name}" for name in vae.weight_shapes])
-    weights = vae.convert_weights({name: jnp.asarray(read(f"decoder.{name}")) for name in vae.weight_shapes})
-    return jax.device_put(weights, plan.split.replicated)
+    from models.loading import load_arrays
+
+    shapes = {f"decoder.{name}": shape for name, shape in vae.weight_shapes.items()}
+    read = checkpoint.tensor_reader(model_id, "vae", shapes)
+    stored, tree = jax.tree.flatten(vae.convert_weights({name: read(f"decoder.{name}") for name in vae.weight_shapes}))
+    wanted = {
+        i: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=plan.split.replicated)
+        for i, array in enumerate(stored)
+    }
+
+    def fill(i: int, index: tuple[slice, ...], part: "np.ndarray") -> None:
+        part[...] = stored[i][index]
+
+    return jax.tree.unflatten(tree, load_arrays(wanted, fill).values())
 
 
 def check_shape(shape: tuple[int, ...], expected: tuple[int, ...], path: Path) -> None:

@@ -25,12 +25,13 @@ class Decoder(NamedTuple):
             causal convolutions keep of the chunk before, None for the first chunk. Returns pixels around [-1, 1],
             [frames, height, width, strips, 3], and the cache for the next chunk.
         weight_shapes: shape of each weight by its name in the checkpoint, as in `CogVideoXDecoder3D.state_dict()`.
-        convert_weights: turns a dict of those weights into the tree that `decode_chunk` takes.
+        convert_weights: turns a dict of those weights into the tree that `decode_chunk` takes. Of NumPy arrays it makes
+            views of them, and copies nothing.
     """
 
     decode_chunk: Callable
     weight_shapes: dict[str, tuple[int, ...]]
-    convert_weights: Callable[[dict[str, jax.Array]], Any]
+    convert_weights: Callable[[dict[str, Any]], Any]
 
 
 def chunk_sizes(latent_frames: int) -> list[int]:
@@ -43,7 +44,7 @@ def chunk_sizes(latent_frames: int) -> list[int]:
 
 def channels_last(weight: jax.Array) -> jax.Array:
     """Transpose a convolution's weight from torch's [out, in, ...] to [..., in, out], with which a TPU is faster."""
-    return jnp.moveaxis(weight, (0, 1), (-1, -2))
+    return weight.transpose(*range(2, weight.ndim), 1, 0)
 
 
 def to_pixels(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -6,21 +6,23 @@ so that a seed gives the same noise as in the diffusers pipeline.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import torch
-from diffusers.utils.torch_utils import randn_tensor
 from jax.sharding import PartitionSpec
 
 from models import tap
 from models.attention import Attention
 from models.plan_error import PlanError
-from models.scheduler import SAMPLERS, AffineScheduler, Sampler
+from models.scheduler import SAMPLERS, AffineScheduler, Sampler, make_scheduler
 from models.sharding import LAYOUTS, MESH_AXES, Parallelism, make_mesh, mesh_sizes
 from models.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
 from models.transformer import abstract_parameters, rotary_embedding, transformer
+
+# Plan and step do without torch and diffusers, which take seconds to import; the run imports them.
+if TYPE_CHECKING:
+    import torch
 
 WHOLE_LATENTS = PartitionSpec(*[None] * 5)  # every chip has all of them
 
@@ -341,17 +343,19 @@ class Denoising:
         self,
         plan: Plan,
         parameters: Mapping[str, jax.Array],
-        prompt_embeds: torch.Tensor,
-        negative_prompt_embeds: torch.Tensor,
+        prompt_embeds: "torch.Tensor",
+        negative_prompt_embeds: "torch.Tensor",
         seed: int,
     ):
+        import torch
+        from diffusers.utils.torch_utils import randn_tensor
+
         self.plan = plan
         self.parameters = parameters
         self._replicated = plan.parallelism.sharding()
         self._generator = torch.Generator().manual_seed(seed)
         self._noise = randn_tensor(plan.latent_shape, generator=self._generator, dtype=prompt_embeds.dtype)
-        scheduler = plan.sampler.scheduler.from_config(dict(plan.scheduler))
-        self._scheduler = AffineScheduler(scheduler, plan.num_inference_steps)
+        self._scheduler = AffineScheduler(make_scheduler(plan.scheduler), plan.num_inference_steps)
         if plan.guided:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         rotary = rotary_embedding(plan.transformer, plan.latent_shape)
@@ -359,18 +363,19 @@ class Denoising:
 
     def arguments(self) -> StepArguments:
         """Return the arguments of the first step."""
-        return StepArguments(self.parameters, self._start(), self.condition, self._inputs(0, torch.Generator()))
+        inputs = self._inputs(0, self._generator.clone_state())
+        return StepArguments(self.parameters, self._start(), self.condition, inputs)
 
     def warm_up(self, step: Callable, steps: int) -> None:
         """Run the first step `steps` times, each time on the result before; draws nothing from the run's generator."""
-        for _ in self._loop(step, [0] * steps, torch.Generator()):
+        for _ in self._loop(step, [0] * steps, self._generator.clone_state()):
             pass
 
     def run(self, step: Callable) -> Iterator[State]:
         """Yield the state after each step. The next step donates it, so that only the last one may be kept."""
         yield from self._loop(step, range(self.plan.num_inference_steps), self._generator)
 
-    def _loop(self, step: Callable, indices: Sequence[int], generator: torch.Generator) -> Iterator[State]:
+    def _loop(self, step: Callable, indices: Sequence[int], generator: "torch.Generator") -> Iterator[State]:
         """Run the steps `indices` from the initial state, and yield the state after each."""
         state = self._start()
         inputs = self._inputs(indices[0], generator) if indices else None
@@ -383,10 +388,10 @@ class Denoising:
 
     def _start(self) -> State:
         """Return the initial noise and an empty estimate, in new buffers each time, because a step donates them."""
-        empty = torch.zeros(self.plan.latent_shape)
-        return State(self._to_device(self._noise, self.plan.dtype), self._to_device(empty, jnp.float32))
+        empty = jnp.zeros(self.plan.latent_shape, jnp.float32, device=self._replicated)
+        return State(self._to_device(self._noise, self.plan.dtype), empty)
 
-    def _inputs(self, i: int, generator: torch.Generator) -> StepInputs:
+    def _inputs(self, i: int, generator: "torch.Generator") -> StepInputs:
         """Return the inputs of step `i`; draws its noise from `generator`."""
         scheduler, plan = self._scheduler, self.plan
         noise = scheduler.noise(i, plan.latent_shape, self._noise.dtype, generator)
@@ -399,6 +404,6 @@ class Denoising:
         noise_on_device = None if noise is None else self._to_device(noise, plan.dtype)
         return StepInputs(timestep, coefficients, noise_on_device, guidance_scale)
 
-    def _to_device(self, tensor: torch.Tensor, dtype: jax.typing.DTypeLike) -> jax.Array:
+    def _to_device(self, tensor: "torch.Tensor", dtype: jax.typing.DTypeLike) -> jax.Array:
         """Copy a tensor to all devices as an array of `dtype`."""
         return jax.device_put(jnp.from_dlpack(tensor.contiguous()).astype(dtype).copy(), self._replicated)

@@ -7,27 +7,28 @@ zeros. So its formulas, its options and its order of random draws are not writte
 device has no branch on the timestep.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+# A plan needs only the names below; torch and diffusers take seconds to import, and wait until a run begins.
+if TYPE_CHECKING:
+    import torch
+    from diffusers import SchedulerMixin
 
 
 class Sampler(NamedTuple):
     """How a diffusers scheduler is called.
 
     Attributes:
-        scheduler: the diffusers class.
         step: `step(scheduler, i, sample, model_output, old_pred_original_sample, generator)` of the i-th step, to
             (prev_sample, pred_original_sample); affine in the three arrays.
         adds_noise: whether a step draws noise from `generator` and adds it to prev_sample.
     """
 
-    scheduler: type[SchedulerMixin]
-    step: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    step: "Callable[..., tuple[torch.Tensor, torch.Tensor]]"
     adds_noise: bool
 
 
@@ -47,11 +48,21 @@ def _dpm_step(scheduler, i, sample, model_output, old_pred_original_sample, gene
     )
 
 
-# The schedulers that stage 2 can run, by the class name in a model's scheduler_config.json.
+# The schedulers that stage 2 can run, by the name of the diffusers class, as in a model's scheduler_config.json.
 SAMPLERS = {
-    "CogVideoXDDIMScheduler": Sampler(CogVideoXDDIMScheduler, _ddim_step, adds_noise=False),
-    "CogVideoXDPMScheduler": Sampler(CogVideoXDPMScheduler, _dpm_step, adds_noise=True),
+    "CogVideoXDDIMScheduler": Sampler(_ddim_step, adds_noise=False),
+    "CogVideoXDPMScheduler": Sampler(_dpm_step, adds_noise=True),
 }
+
+
+def make_scheduler(config: Mapping) -> "SchedulerMixin":
+    """Make the diffusers scheduler of a `scheduler_config.json` that names one of SAMPLERS."""
+    import diffusers
+
+    scheduler = getattr(diffusers, config["_class_name"])
+    # `from_config` does the same, but first imports all other schedulers, to see which of them could take the config.
+    known = inspect.signature(scheduler).parameters
+    return scheduler(**{name: value for name, value in config.items() if name in known})
 
 
 class AffineScheduler:
@@ -67,7 +78,7 @@ class AffineScheduler:
             (sample, model_output, old_pred_original_sample).
     """
 
-    def __init__(self, scheduler: SchedulerMixin, num_inference_steps: int):
+    def __init__(self, scheduler: "SchedulerMixin", num_inference_steps: int):
         scheduler.set_timesteps(num_inference_steps)
         self._scheduler = scheduler
         self._sampler = SAMPLERS[type(scheduler).__name__]
@@ -75,19 +86,22 @@ class AffineScheduler:
         self.coefficients = np.stack([self._matrix(i) for i in range(num_inference_steps)]).astype(np.float32)
 
     def noise(
-        self, step: int, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
-    ) -> torch.Tensor | None:
+        self, step: int, shape: tuple[int, ...], dtype: "torch.dtype", generator: "torch.Generator"
+    ) -> "torch.Tensor | None":
         """Return the scaled noise that step `step` adds to prev_sample; None if the scheduler adds no noise.
 
         Draws from `generator` exactly what `scheduler.step` draws.
         """
         if not self._sampler.adds_noise:
             return None
+        import torch
+
         zeros = torch.zeros(shape, dtype=dtype)
         return self._sampler.step(self._scheduler, step, zeros, zeros, zeros, generator)[0].to(dtype)
 
     def _matrix(self, step: int) -> np.ndarray:
         """Return the coefficients of step `step`, float64 [2, 3]."""
+        import torch
 
         def evaluate(vector: list[float]) -> torch.Tensor:
             arrays = torch.tensor(vector, dtype=torch.float64).split(1)

@@ -15,12 +15,10 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-from diffusers import CogVideoXTransformer3DModel
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from jax.sharding import PartitionSpec
 
 from models import sharding, tap
+from models.loading import load_arrays
 from models.sharding import Parallelism, activation_spec
 
 QK_NORM_EPS = 1e-6  # CogVideoXBlock passes this to Attention; no config contains it
@@ -38,13 +36,37 @@ TOKENS = 1  # the axis of the hidden states
 
 
 def parameter_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
-    """Return each parameter's shape by its name; the blocks' are stacked: "blocks.ff.net.2.bias" is [layers, out]."""
-    with torch.device("meta"):
-        module = CogVideoXTransformer3DModel.from_config(config)
-    shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
-    first, layers = "transformer_blocks.0.", config["num_layers"]
-    stacked = {f"blocks.{n.removeprefix(first)}": (layers, *s) for n, s in shapes.items() if n.startswith(first)}
-    return stacked | {name: shape for name, shape in shapes.items() if not name.startswith("transformer_blocks.")}
+    """Return each parameter's shape by its name; the blocks' are stacked: "blocks.ff.net.2.bias" is [layers, out].
+
+    Source: the constructors of `CogVideoXTransformer3DModel` and `CogVideoXBlock`.
+    """
+    head_dim, time = config["attention_head_dim"], config["time_embed_dim"]
+    embed, patch = config["num_attention_heads"] * head_dim, config["patch_size"] ** 2 * config["patch_size_t"]
+
+    def linear(name: str, inputs: int, outputs: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
+
+    def norm(name: str, size: int, affine: bool = config["norm_elementwise_affine"]) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.weight": (size,), f"{name}.bias": (size,)} if affine else {}
+
+    block = linear("ff.net.0.proj", embed, 4 * embed) | linear("ff.net.2", 4 * embed, embed)
+    for name in ("norm1", "norm2"):
+        block |= linear(f"{name}.linear", time, 6 * embed) | norm(f"{name}.norm", embed)
+    for name in ("to_q", "to_k", "to_v"):
+        block |= linear(f"attn1.{name}", embed, embed, config["attention_bias"])
+    for name in ("norm_q", "norm_k"):
+        block |= norm(f"attn1.{name}", head_dim, affine=True)
+    block |= linear("attn1.to_out.0", embed, embed)
+    return {f"blocks.{name}": (config["num_layers"], *shape) for name, shape in block.items()} | {
+        **linear("patch_embed.proj", config["in_channels"] * patch, embed),
+        **linear("patch_embed.text_proj", config["text_embed_dim"], embed),
+        **linear("time_embedding.linear_1", embed, time),
+        **linear("time_embedding.linear_2", time, time),
+        **norm("norm_final", embed),
+        **linear("norm_out.linear", time, 2 * embed),
+        **norm("norm_out.norm", embed),
+        **linear("proj_out", embed, config["out_channels"] * patch),
+    }
 
 
 def checkpoint_names(name: str, config: Mapping) -> list[str]:
@@ -54,43 +76,53 @@ def checkpoint_names(name: str, config: Mapping) -> list[str]:
     return [f"transformer_blocks.{i}.{name.removeprefix('blocks.')}" for i in range(config["num_layers"])]
 
 
-def stored_names(config: Mapping) -> list[str]:
-    """Return the checkpoint's names of all parameters."""
-    return [stored for name in parameter_shapes(config) for stored in checkpoint_names(name, config)]
+def stored_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of the checkpoint by its name there."""
+    return {
+        stored: shape[1:] if name.startswith("blocks.") else shape
+        for name, shape in parameter_shapes(config).items()
+        for stored in checkpoint_names(name, config)
+    }
 
 
-def rotary_halves(name: str, weight: np.ndarray, config: Mapping) -> np.ndarray:
-    """Reorder the rows of one layer's q or k weight, bias or norm so that rotary pairs are the two halves of a head.
+def rotary_order(rows: int, config: Mapping) -> np.ndarray:
+    """Return the order of a q or k weight's rows in which the rotary pairs of a head are its two halves.
 
-    Scores do not change: q and k are reordered alike.
+    Scores do not change: q and k, their biases and norms are reordered alike.
     """
-    if not any(part in name for part in ROTATED):
-        return weight
-    heads = weight.reshape(-1, config["attention_head_dim"] // 2, 2, *weight.shape[1:])
-    return np.moveaxis(heads, 2, 1).reshape(weight.shape)
+    return np.arange(rows).reshape(-1, config["attention_head_dim"] // 2, 2).swapaxes(1, 2).ravel()
 
 
 def load_parameters(
     read: Callable[[str], np.ndarray], config: Mapping, parallelism: Parallelism
 ) -> dict[str, jax.Array]:
-    """Load the parameters as sharded JAX arrays; `read(checkpoint name)` returns one stored tensor.
+    """Load the parameters as sharded JAX arrays, of the stored dtypes.
 
-    The host holds one parameter at a time, and of that only one chip's share.
+    Args:
+        read: `read(checkpoint name)` returns one stored tensor. It is called in several threads, and for each chip's
+            part again, so it should not copy.
+        config: `transformer/config.json`.
+        parallelism: the mesh, and the layout of the parameters on it.
     """
 
-    def load(name: str, shape: tuple[int, ...]) -> jax.Array:
+    def fill(name: str, index: tuple[slice, ...], part: np.ndarray) -> None:
         names = checkpoint_names(name, config)
-        dtype = read(names[0]).dtype
+        if not name.startswith("blocks."):
+            part[...] = read(*names)[index]
+            return
+        layers, rows, *columns = index
+        for layer, stored in zip(part, names[layers], strict=True):
+            weight = read(stored)[:, *columns]
+            if any(rotated in name for rotated in ROTATED):
+                np.take(weight, rotary_order(len(weight), config)[rows], axis=0, out=layer, mode="clip")
+            else:
+                layer[...] = weight[rows]
 
-        def shard(index):
-            stacked = shape != read(names[0]).shape
-            tensors = (rotary_halves(name, read(n), config) for n in names)
-            return np.stack([t[index[1:]] for t in tensors]) if stacked else next(tensors)[index]
-
-        where = sharding.parameter_sharding(name, parallelism.layout, parallelism.mesh)
-        return jax.make_array_from_callback(shape, where, shard, dtype=dtype)
-
-    return {name: load(name, shape) for name, shape in parameter_shapes(config).items()}
+    wanted = {
+        name: array.update(dtype=read(checkpoint_names(name, config)[0]).dtype)
+        for name, array in abstract_parameters(config, jnp.bfloat16, parallelism).items()
+    }
+    return load_arrays(wanted, fill)
 
 
 def abstract_parameters(
@@ -114,6 +146,8 @@ def rotary_embedding(config: Mapping, latent_shape: tuple[int, ...]) -> tuple[np
 
     Source: `CogVideoXPipeline._prepare_rotary_positional_embeddings`, the branch of CogVideoX 1.5.
     """
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
     _, frames, _, height, width = latent_shape
     patch = config["patch_size"]
     cos, sin = get_3d_rotary_pos_embed(

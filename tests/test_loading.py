@@ -1,0 +1,315 @@
+"""Weights from files to devices against arrays that NumPy puts together, and what a stage imports."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import checkpoint
+import stage3_vae_decoder
+from compile_for_tpu import topologies
+from console import UserError
+from models import decoding, loading, transformer
+from models.sharding import LAYOUTS, Parallelism, make_mesh, parameter_sharding
+from tests.helpers import CONFIG, EMBEDDINGS, ROOT, SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, needs_libtpu
+
+CONFIG_5B = json.loads((ROOT / "configs" / "CogVideoX1.5-5B" / "transformer" / "config.json").read_text())
+EIGHT_HEADS = CONFIG_5B | dict(
+    num_attention_heads=8, attention_head_dim=16, num_layers=3, time_embed_dim=24, text_embed_dim=40, in_channels=4
+)
+SIX_HEADS = CONFIG_5B | dict(
+    num_attention_heads=6, attention_head_dim=4, num_layers=2, time_embed_dim=10, text_embed_dim=6, out_channels=3
+)
+PLAIN = CONFIG_5B | dict(num_layers=1, attention_bias=False, norm_elementwise_affine=False, patch_size_t=3)
+
+
+@pytest.mark.parametrize("config", [CONFIG_5B, EIGHT_HEADS, SIX_HEADS, PLAIN], ids=["5B", "8", "6", "plain"])
+def test_shapes_are_those_of_diffusers(config):
+    with torch.device("meta"):
+        module = CogVideoXTransformer3DModel.from_config(config)
+    theirs = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+    assert transformer.stored_shapes(config) == theirs
+
+
+@pytest.fixture
+def no_compilation_cache():
+    """Compile anew: a CPU's program from jax's cache runs collectives at once that XLA then takes for one, and dies."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+def random_bits(shape: tuple[int, ...], dtype: np.dtype, random: np.random.Generator) -> np.ndarray:
+    """Make an array of random bits, but without NaNs: a CPU gathers bfloat16 as float32, which changes their bits."""
+    array = np.frombuffer(random.bytes(int(np.prod(shape)) * dtype.itemsize), dtype).reshape(shape)
+    with np.errstate(invalid="ignore"):  # it warns of the NaNs that it looks for
+        return np.where(np.isnan(array), np.ones((), dtype), array)
+
+
+def expected_parameter(name: str, stored: dict[str, np.ndarray], config: dict) -> np.ndarray:
+    """Stack the layers of a parameter, and put the rotary pairs (2i, 2i + 1) of a head at (i, half + i), row by row."""
+    if not name.startswith("blocks."):
+        return stored[name]
+    stacked = np.stack(
+        [stored[name.replace("blocks.", f"transformer_blocks.{i}.")] for i in range(config["num_layers"])]
+    )
+    if not any(part in name for part in ("to_q.", "to_k.", "norm_q.", "norm_k.")):
+        return stacked
+    size, moved = config["attention_head_dim"], np.empty_like(stacked)
+    for row in range(stacked.shape[1]):
+        head, position = divmod(row, size)
+        moved[:, head * size + position // 2 + position % 2 * (size // 2)] = stacked[:, row]
+    return moved
+
+
+def assert_same_bits(array: jax.Array, expected: np.ndarray, what: str) -> None:
+    """Check dtype, the whole array, and the copy of every device."""
+    assert (array.dtype, array.shape) == (expected.dtype, expected.shape), what
+    for shard in array.addressable_shards:
+        different = np.asarray(shard.data).tobytes() != np.ascontiguousarray(expected[shard.index]).tobytes()
+        assert not different, f"{what}: wrong values on {shard.device} at {shard.index}"
+
+
+@pytest.mark.usefixtures("no_compilation_cache")
+@pytest.mark.parametrize("scatter", [False, True], ids=["each its own", "scattered"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("config", "mesh", "dtype"),
+    [
+        (EIGHT_HEADS, (1, 1, 1), ml_dtypes.bfloat16),
+        (EIGHT_HEADS, (2, 2, 2), ml_dtypes.bfloat16),
+        (EIGHT_HEADS, (1, 8, 1), np.float32),
+        (EIGHT_HEADS, (1, 1, 8), ml_dtypes.bfloat16),
+        (SIX_HEADS, (1, 1, 1), np.float32),
+        (SIX_HEADS, (2, 3, 1), ml_dtypes.bfloat16),
+        (SIX_HEADS, (1, 2, 3), ml_dtypes.bfloat16),
+    ],
+    ids=lambda value: str(value) if isinstance(value, tuple) else None,
+)
+def test_parameters(config, mesh, dtype, layout, scatter, monkeypatch):
+    monkeypatch.setattr(loading, "SMALL", 0)
+    monkeypatch.setattr(transformer, "load_arrays", functools.partial(loading.load_arrays, scatter=scatter))
+    random = np.random.default_rng(0)
+    shapes = transformer.stored_shapes(config)
+    stored = {name: random_bits(shape, np.dtype(dtype), random) for name, shape in shapes.items()}
+    sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
+    parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout)
+    parameters = transformer.load_parameters(stored.__getitem__, config, parallelism)
+    assert parameters.keys() == transformer.parameter_shapes(config).keys()
+    for name, array in parameters.items():
+        assert array.sharding == parameter_sharding(name, layout, parallelism.mesh), name
+        assert_same_bits(array, expected_parameter(name, stored, config), name)
+
+
+def wanted_array(shape: tuple[int, ...], *spec: str | None, dp: int = 2, sp: int = 4) -> jax.ShapeDtypeStruct:
+    sizes = {"dp": dp, "sp": sp, "tp": 8 // (dp * sp)}
+    parallelism = Parallelism(make_mesh(sizes, jax.devices()))
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=parallelism.sharding(*spec))
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "further"),
+    [
+        ((1024, 1024), (), (0, ("dp", "sp"))),
+        ((1023, 1032), (), (1, ("dp", "sp"))),
+        ((1028, 3, 1024), ("sp",), (2, ("dp",))),  # the 257 rows of a chip do not divide by 2
+        ((1024, 1024), ("dp", "sp"), None),  # no two chips hold the same part
+        ((1023, 1025), (), None),  # no axis divides
+        ((8, 8), (), None),  # small
+    ],
+    ids=str,
+)
+def test_each_byte_is_read_once(shape, spec, further):
+    array = wanted_array(shape, *spec)
+    scatter = loading.scatter_of(array)
+    assert (scatter and scatter[1:]) == further
+    whole, filled = random_bits(shape, np.dtype(np.float32), np.random.default_rng(0)), []
+
+    def fill(_, index, part):
+        filled.append(part.size)
+        part[...] = whole[index]
+
+    assert_same_bits(loading.load_arrays({"array": array}, fill, scatter=True)["array"], whole, "array")
+    assert sum(filled) == whole.size, f"{sum(filled)} values were copied for {whole.size}"
+
+
+COMPILE_GATHER = """
+import json, jax.numpy as jnp
+from compile_for_tpu import topologies
+from models import loading, transformer
+from models.sharding import LAYOUTS, Parallelism, make_mesh
+config = json.load(open("configs/CogVideoX1.5-5B/transformer/config.json"))
+for layout in LAYOUTS:
+    parallelism = Parallelism(make_mesh({"dp": 2, "sp": 2, "tp": 2}, topologies.devices("v6e-8")), layout)
+    wanted = transformer.abstract_parameters(config, jnp.bfloat16, parallelism)
+    scatters = {name: scatter for name, array in wanted.items() if (scatter := loading.scatter_of(array))}
+    with topologies.compiling_for(parallelism.mesh):
+        used = loading.compile_gather(wanted, scatters).memory_analysis()
+    print(used.argument_size_in_bytes, used.temp_size_in_bytes, used.output_size_in_bytes)
+"""
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_gather_on_v6e_8_takes_no_memory_beside_its_arguments_and_results():
+    """The 5B model's parameters; without loops over the layers, the program needed their size a second time."""
+    environment = os.environ | topologies.compiler_environment("v6e-8")
+    command = [sys.executable, "-c", COMPILE_GATHER]
+    process = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr[-2000:]
+    for line in process.stdout.splitlines():
+        arguments, temporaries, results = map(int, line.split())
+        assert results > 1e9 and temporaries < 0.01 * results, f"{temporaries:,} bytes beside {results:,}"
+        assert arguments == pytest.approx(results / 4, rel=0.01), "dp and sp are four chips"
+
+
+def test_parts_in_flight():
+    """As many parts at a time as there are devices, and one more: the host's memory is bounded by that."""
+    wanted = {i: wanted_array((16, 8), "sp", dp=1, sp=8) for i in range(8)}
+    lock, together, now, most = threading.Lock(), threading.Barrier(9), 0, 0
+
+    def fill(i, index, part):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        if i == 0 or (i == 1 and index[0].start == 0):  # the first nine
+            together.wait(timeout=60)
+        part[...] = i
+        with lock:
+            now -= 1
+
+    loaded = loading.load_arrays(wanted, fill)
+    assert list(loaded) == list(wanted) and all((array == i).all() for i, array in loaded.items())
+    assert most == 9, f"{most} parts at a time on 8 devices"
+
+
+def test_an_error_while_reading_ends_the_load():
+    calls = []
+
+    def fill(i, index, part):
+        calls.append(i)
+        raise OSError("the disk is gone")
+
+    wanted = {i: wanted_array((16, 8), "sp", dp=1, sp=8) for i in range(50)}
+    with pytest.raises(OSError, match="the disk is gone"):
+        loading.load_arrays(wanted, fill)
+    assert len(calls) < 400, f"{len(calls)} of 400 parts were tried"
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("decoder", decoding.DECODERS)
+def test_decoder_weights(decoder, devices, random_model):
+    """Against the weights as diffusers reads them, in the layout of channels that a decoder takes."""
+    config = json.loads((random_model / "vae" / "config.json").read_text())
+    plan = decoding.make_plan(
+        vae=config, decoder=decoder, devices=jax.devices()[:devices], dtype=jnp.float32, height=64, width=64, frames=9
+    )
+    vae = plan.make_decoder()
+    weights = stage3_vae_decoder.load_weights(vae, str(random_model), plan)
+    theirs = AutoencoderKLCogVideoX.from_pretrained(random_model, subfolder="vae").decoder.state_dict()
+    expected = vae.convert_weights({name: weight.numpy() for name, weight in theirs.items()})
+    assert jax.tree.structure(weights) == jax.tree.structure(expected)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(expected)[0]]
+    for name, ours, array in zip(names, jax.tree.leaves(weights), jax.tree.leaves(expected), strict=True):
+        assert ours.sharding == plan.split.replicated, name
+        assert_same_bits(ours, array, name)
+    shapes = {name: tuple(weight.shape) for name, weight in theirs.items()}
+    convolution = "conv_in.conv.weight"
+    assert np.moveaxis(theirs[convolution].numpy(), (0, 1), (-1, -2)).shape != shapes[convolution]
+    assert any(
+        array.shape == shapes[convolution][2:] + shapes[convolution][1::-1] for array in jax.tree.leaves(weights)
+    )
+
+
+@pytest.fixture
+def weights_folder(tmp_path):
+    """Write two files of weights in three dtypes, and return the model's folder and the tensors."""
+    random = np.random.default_rng(0)
+    dtypes = {"a": ml_dtypes.bfloat16, "b.c": np.float32, "d": np.float16, "e": np.float64}
+    tensors = {name: random_bits((3, 5, 7), np.dtype(dtype), random) for name, dtype in dtypes.items()}
+    (tmp_path / "vae").mkdir()
+    for i, names in enumerate((("a", "d"), ("b.c", "e"))):
+        path = tmp_path / "vae" / f"diffusion_pytorch_model-{i}.safetensors"
+        save_file({name: tensors[name] for name in names}, path, metadata={"format": "pt"})
+    return tmp_path, tensors
+
+
+def test_mapped_tensors_are_those_of_safetensors(weights_folder):
+    folder, tensors = weights_folder
+    read = checkpoint.tensor_reader(str(folder), "vae", {name: (3, 5, 7) for name in tensors})
+    for name, tensor in tensors.items():
+        mapped = read(name)
+        assert (mapped.dtype, mapped.shape) == (tensor.dtype, tensor.shape)
+        assert mapped.tobytes() == tensor.tobytes(), name
+        assert not mapped.flags.writeable and not mapped.flags.owndata, f"{name} is a copy"
+    with safe_open(folder / "vae" / "diffusion_pytorch_model-1.safetensors", "np") as file:
+        assert file.get_tensor("b.c").tobytes() == read("b.c").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        ({"a": (3, 5, 7), "z": (1,)}, ("1 tensors", "z among them, which is missing")),
+        ({"a": (3, 7, 5), "d": (3, 5, 7)}, ("1 tensors", "a among them, which has shape [3, 5, 7]")),
+    ],
+)
+def test_tensors_that_do_not_fit(shapes, words, weights_folder):
+    folder, _ = weights_folder
+    with pytest.raises(UserError) as error:
+        checkpoint.tensor_reader(str(folder), "vae", shapes)
+    assert all(word in str(error.value) for word in (*words, str(folder), "get the model again")), error.value
+
+
+def test_truncated_file(weights_folder):
+    folder, _ = weights_folder
+    path = folder / "vae" / "diffusion_pytorch_model-1.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="get the model again"):
+        checkpoint.tensor_reader(str(folder), "vae", {"a": (3, 5, 7)})
+
+
+def test_a_plan_needs_neither_torch_nor_diffusers():
+    code = (
+        "import sys; from models import decoding, denoising, vae_flax; "
+        "print(*{'torch', 'diffusers', 'transformers', 'torchax', 'scipy'} & sys.modules.keys())"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "", f"imported: {process.stdout}"
+
+
+@pytest.mark.slow
+def test_what_the_stages_import(finished_run, random_model, tmp_path, monkeypatch, run_stage):
+    """No library that a stage does not need; what diffusers imports for itself is not ours to choose."""
+    monkeypatch.setenv("PYTHONPROFILEIMPORTTIME", "1")
+    here = ("--input_dir", finished_run)
+    stages = {
+        STAGE1: (("--prompt", "a red circle", "--model_id", random_model, "--output_dir", tmp_path), "jax diffusers"),
+        STAGE2: (
+            (*here, *SIZE, "--output_dir", tmp_path),
+            "transformers torchax flax scipy diffusers.models.transformers",
+        ),
+        STAGE3: ((*here, "--output_video", tmp_path / "video.mp4"), "flax"),
+        STAGE3_FLAX: ((*here, "--output_video", tmp_path / "video.mp4"), "torch diffusers transformers torchax scipy"),
+    }
+    for script, (options, unneeded) in stages.items():
+        lines = run_stage(script, *options).stderr.splitlines()
+        imported = {line.rsplit("|", 1)[1].strip() for line in lines if line.startswith("import time:")}
+        assert "numpy" in imported
+        assert not (found := imported & set(unneeded.split())), f"{script} imports {found}"
+    assert (tmp_path / EMBEDDINGS).exists() and (tmp_path / CONFIG).exists()
