@@ -1,6 +1,7 @@
 """The JAX transformer against diffusers' in torch float32, on one device and on meshes of eight."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,11 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from models import transformer
 from models.attention import Attention, xla_attention
 from models.sharding import LAYOUTS, Parallelism, make_mesh, mesh_sizes, parameter_axes
+from tests.helpers import ROOT
 
 MESHES = [(1, 1, 1), (2, 1, 4), (2, 2, 2), (1, 2, 4), (1, 8, 1), (1, 1, 8), (2, 4, 1)]
 SMALL = dict(num_attention_heads=8, attention_head_dim=16, num_layers=3, time_embed_dim=32, text_embed_dim=24)
 REAL_WIDTH = dict(num_attention_heads=48, attention_head_dim=64, num_layers=2, time_embed_dim=512, text_embed_dim=4096)
-CONFIG_5B = REAL_WIDTH | dict(num_layers=42, in_channels=16, out_channels=16, max_text_seq_length=226)
 
 
 def make_module(sizes: dict) -> CogVideoXTransformer3DModel:
@@ -102,8 +103,8 @@ def test_kernels_match_xla(name):
 
 
 def test_every_parameter_of_the_5b_model_has_one_rule():
-    shapes = transformer.parameter_shapes(CONFIG_5B | dict(patch_size=2, patch_size_t=2, patch_bias=False)
-                                          | dict(use_rotary_positional_embeddings=True))  # fmt: skip
+    config = ROOT / "configs" / "CogVideoX1.5-5B" / "transformer" / "config.json"
+    shapes = transformer.parameter_shapes(json.loads(config.read_text()))
     for name, shape in shapes.items():
         assert len(parameter_axes(name)) == len(shape), name
     assert sum(map(np.prod, shapes.values())) == pytest.approx(5.57e9, rel=1e-3)
