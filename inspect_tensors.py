@@ -80,6 +80,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Print what is asked for; end with status 1 if two runs differ."""
     arguments = parse_arguments()
+    import torch
+
+    torch.set_num_threads(1)  # a chunk is small, and its digest is computed beside it
     if arguments.plot:
         utils.check_writable(arguments.plot)
     if arguments.compare is None:
@@ -246,7 +249,8 @@ def statistics(tensor: "torch.Tensor") -> dict:
     flat = tensor.contiguous().flatten()
     with ThreadPoolExecutor(1) as pool:  # beside the rest, for hashing takes as long
         digest = pool.submit(lambda: hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()[:16])
-        least, most, total, squares, zeros, counts, first = math.inf, -math.inf, 0.0, 0.0, 0, [0, 0], None
+        least, most, zeros, counts, first = math.inf, -math.inf, 0, [0, 0], None
+        count, mean, squares = 0, 0.0, 0.0  # squares of the distances from the mean
         for start in range(0, len(flat), CHUNK):
             chunk = flat[start : start + CHUNK].to(torch.float64 if flat.dtype == torch.float64 else torch.float32)
             zeros += len(chunk) - int(torch.count_nonzero(chunk))
@@ -261,15 +265,17 @@ def statistics(tensor: "torch.Tensor") -> dict:
                     continue
                 low, high = map(float, torch.aminmax(chunk))
             least, most = min(least, low), max(most, high)
-            total += float(chunk.sum(dtype=torch.float64))
-            squares += float(torch.linalg.vector_norm(chunk, dtype=torch.float64)) ** 2
-        count = len(flat) - sum(counts)
-        mean = total / count if count else math.nan
+            # Chan's rule joins the chunks' means and squares, and keeps the digits where the mean is far from zero.
+            own_mean = float(chunk.mean())
+            away = chunk - own_mean
+            count, distance = count + len(chunk), own_mean - mean
+            mean += distance * len(chunk) / count
+            squares += float(away.square_().sum()) + distance**2 * len(chunk) * (count - len(chunk)) / count
         found = {
             "min": least if count else None,
             "max": most if count else None,
             "mean": mean if count else None,
-            "std": math.sqrt(max(squares / count - mean * mean, 0.0)) if count else None,
+            "std": math.sqrt(squares / count) if count else None,
             "zeros": zeros / max(len(flat), 1),
             "nan": counts[0],
             "inf": counts[1],
