@@ -37,6 +37,7 @@ import utils
 from console import ArgumentParser, UserError, number, prepare_libraries, run
 from models.decoder import chunk_sizes
 from models.denoising import Plan, make_plan
+from models.scheduler import make_scheduler
 from models.sizes import latent_size
 from options import plan_errors
 from stage2_transformer import check_embeddings
@@ -139,7 +140,7 @@ def dump_denoising(arguments: argparse.Namespace) -> Dump:
     start = None if arguments.latents is None else read_start(arguments.latents, first, plan, config)
 
     dtype = getattr(torch, arguments.dtype)
-    pipeline = make_pipeline(arguments, plan.vae, plan.transformer, plan.sampler.scheduler.from_config(plan.scheduler))
+    pipeline = make_pipeline(arguments, plan.vae, plan.transformer, make_scheduler(plan.scheduler))
     transformer = pipeline.transformer
     selected = select(arguments, dict.fromkeys(steps, planned_step(transformer, plan, dtype)))
     blocks = {f"transformer_blocks.{i}": block for i, block in enumerate(transformer.transformer_blocks)}
