@@ -368,12 +368,17 @@ def stream_weights(
         UserError: the model's files lack a weight.
     """
     folder = str(checkpoint.model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]))
-    stored = {name: [f"{name}.{weight}" for weight in part.state_dict()] for name, part in parts.items()}
-    checkpoint.tensor_reader(folder, component, [weight for weights in stored.values() for weight in weights])
+    stored = {
+        name: {f"{name}.{weight}": tuple(x.shape) for weight, x in part.state_dict().items()}
+        for name, part in parts.items()
+    }
+    checkpoint.tensor_reader(
+        folder, component, {name: shape for part in stored.values() for name, shape in part.items()}
+    )
 
     def load(name: str, part: nn.Module, _: object) -> None:
         read = checkpoint.tensor_reader(folder, component, stored[name])  # open no longer than needed
-        weights = {weight.removeprefix(f"{name}."): from_numpy(read(weight)) for weight in stored[name]}
+        weights = {weight.removeprefix(f"{name}."): from_numpy(read(weight).copy()) for weight in stored[name]}
         part.load_state_dict({weight: x.to(device, dtype) for weight, x in weights.items()}, assign=True)
 
     def drop(part: nn.Module, *_: object) -> None:
