@@ -3,10 +3,10 @@
     python -m benchmarks.on_device
     python -m benchmarks.on_device --quick
 
-The checks compare the attention kernel with a float32 reference, a transformer block and a chunk of the decoder with
-the CPU, and every mesh of the devices with one device alone. The measurements are a denoising step and a decode in the
-sizes of docs/performance.md. Weights are drawn on the devices, so nothing is downloaded. Without an accelerator, all of
-it runs on the CPU in small sizes.
+The checks compare the attention kernel with a float32 reference; and a transformer block, a chunk of the decoder, and
+a step on every mesh of the devices with the CPU. The measurements are a denoising step and a decode in the sizes of
+docs/performance.md. Weights are drawn on the devices, so nothing is downloaded. Without an accelerator, all of it runs
+on the CPU in small sizes.
 
 Results are kept in the output folder after each entry, and the same command goes on where it ended. The exit status is
 1 if a check failed.
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from models import decoding, denoising
+    from models.decoder import Decoder
 
 MINUTES, QUICK_MINUTES = 30.0, 5.0
 PROMPT_SEED, LATENT_SEED, WEIGHT_SEED = 0, 1, 2
@@ -70,8 +71,7 @@ class Scale:
         videos: height, width and frames that are run in the place of each size of the tables.
         lengths: tokens for the attention kernel, those of the small and of the large video without guidance.
         heads: attention heads for the kernel.
-        block_video, mesh_video, chunk_video: height, width and frames for the checks of a transformer block, of the
-            meshes and of a decoder chunk.
+        checked_video, chunk_video: height, width and frames for the checks of a step, and of a chunk of the decoder.
         repetitions: how often something is timed.
         has_estimates: whether entries take the minutes that they say; otherwise none takes long.
     """
@@ -81,8 +81,7 @@ class Scale:
     videos: Mapping[tuple[int, int, int], tuple[int, int, int]]
     lengths: tuple[int, int]
     heads: int
-    block_video: tuple[int, int, int]
-    mesh_video: tuple[int, int, int]
+    checked_video: tuple[int, int, int]
     chunk_video: tuple[int, int, int]
     repetitions: int
     has_estimates: bool
@@ -94,8 +93,7 @@ FULL = Scale(
     videos={size: size for size in (LARGE, MIDDLE, SMALL)},
     lengths=(226 + video_tokens(SMALL), 226 + video_tokens(LARGE)),
     heads=6,  # what each of eight chips has of 48
-    block_video=(256, 256, 9),
-    mesh_video=(256, 256, 17),
+    checked_video=(256, 256, 17),
     chunk_video=(96, 128, 9),
     repetitions=5,
     has_estimates=True,
@@ -109,13 +107,18 @@ ON_A_CPU = Scale(
         "text_embed_dim": 24,
         "max_text_seq_length": 10,
     },
-    vae={"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1, "norm_num_groups": 4},
-    videos={LARGE: (48, 80, 9), MIDDLE: (48, 64, 9), SMALL: (32, 48, 9)},
+    vae={
+        "block_out_channels": [8, 8, 16],
+        "down_block_types": ["CogVideoXDownBlock3D"] * 3,
+        "up_block_types": ["CogVideoXUpBlock3D"] * 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    },
+    videos={LARGE: (32, 40, 9), MIDDLE: (24, 40, 9), SMALL: (16, 24, 9)},
     lengths=(270, 530),
     heads=4,
-    block_video=(32, 48, 9),
-    mesh_video=(32, 48, 9),
-    chunk_video=(32, 48, 9),
+    checked_video=(24, 40, 9),
+    chunk_video=(24, 40, 9),
     repetitions=3,
     has_estimates=False,
 )
@@ -143,10 +146,6 @@ class Machine:
     def attention(self) -> str:
         """The attention that is checked: the default of the platform, but the TPU's kernel on a CPU."""
         return "xla" if self.platform == "gpu" else "splash_exp2"
-
-    def attention_for(self, dtype: str) -> str:
-        """Return the attention inside a model that is checked: for float32 the kernel takes minutes to compile."""
-        return "xla" if dtype == "float32" else self.attention
 
     @functools.cached_property
     def transformer(self) -> dict:
@@ -234,18 +233,17 @@ def entries(machine: Machine) -> list[Entry]:
         kernel_check(machine, machine.attention, "layer_normed", short, quick=True),
         *forced_online(machine, "mixed_heads", short, quick=True),
         kernel_row(machine, short),
-        block_check(machine, "bfloat16", quick=True),
+        block_check(machine),
         *steps[:1],
-        *meshes["default"],
+        *meshes["tp"][:1],
         *steps[1:2],
         chunk_check(machine),
-        *meshes["tp"],
+        *meshes["tp"][1:],
         *decodes[:1],
         *(entry for name in ONLINE if name != "mixed_heads" for entry in forced_online(machine, name, short)),
         kernel_check(machine, machine.attention, "negative_scores", short),
         kernel_check(machine, machine.attention, "layer_normed", long),
         *steps[2:],
-        block_check(machine, "float32"),
         *decodes[1:2],
         *meshes["fsdp"],
         *([kernel_check(machine, "splash", "layer_normed", short)] if machine.platform == "tpu" else []),
@@ -273,35 +271,30 @@ def kernel_row(machine: Machine, length: int) -> Entry:
     return Entry(name, "row", functools.partial(measure_kernel, machine, length), 0.3, quick=True)
 
 
-def block_check(machine: Machine, dtype: str, quick: bool = False) -> Entry:
+def block_check(machine: Machine) -> Entry:
     """Return the check of a model of one block."""
-    name = f"transformer block, {dtype}, beside the CPU"
-    return Entry(name, "check", functools.partial(check_block, machine, dtype), 1.0, quick)
+    check = functools.partial(check_step, machine, machine.devices[:1], 1, False)
+    return Entry("transformer block, one device, beside the CPU", "check", check, 1.0, quick=True)
 
 
 def chunk_check(machine: Machine) -> Entry:
     """Return the check of one chunk of the decoder."""
-    return Entry("decoder chunk, bfloat16, beside the CPU", "check", functools.partial(check_chunk, machine), 4.0)
+    return Entry("decoder chunk, one device, beside the CPU", "check", functools.partial(check_chunk, machine), 4.0)
 
 
 def mesh_checks(machine: Machine) -> dict[str, list[Entry]]:
-    """Return by layout a check for each mesh that the devices allow, and "default" as users run it; none for one."""
+    """Return by layout a check for each mesh that the devices allow, the default first; none for one device."""
     count, heads = len(machine.devices), machine.transformer["num_attention_heads"]
-
-    def check(dtype: str, use_dp: bool, sp: int, layout: str, quick: bool = False) -> Entry:
-        name = f"mesh dp {1 + use_dp} x sp {sp} x tp {count // (1 + use_dp) // sp}, layout {layout}, {dtype}"
-        run_ = functools.partial(check_mesh, machine, dtype, use_dp, sp, layout)
-        return Entry(f"{name}, beside one device", "check", run_, 1.0, quick)
-
-    meshes = []
-    for use_dp in (True, False) if count % 2 == 0 else (False,):
-        rest = count // (1 + use_dp)
-        if heads % rest == 0:
-            meshes += [(use_dp, sp) for sp in range(rest, 0, -1) if rest % sp == 0]
-    if count == 1:
-        return {"default": [], "tp": [], "fsdp": []}
-    found = {layout: [check("float32", *mesh, layout) for mesh in meshes] for layout in ("tp", "fsdp")}
-    return found | {"default": [check("bfloat16", *mesh, "tp", quick=True) for mesh in meshes[:1]]}
+    found: dict[str, list[Entry]] = {"tp": [], "fsdp": []}
+    for layout, dp in itertools.product(found, (2, 1)):
+        if count == 1 or count % dp or heads % (count // dp):
+            continue
+        for sp in (n for n in range(count // dp, 0, -1) if count // dp % n == 0):
+            options = {"use_dp": dp == 2, "sp_num": sp, "layout": layout}
+            check = functools.partial(check_step, machine, machine.devices, 2, True, **options)
+            name = f"mesh dp {dp} x sp {sp} x tp {count // dp // sp}, layout {layout}, beside the CPU"
+            found[layout].append(Entry(name, "check", check, 1.0, quick=layout == "tp" and not found["tp"]))
+    return found
 
 
 def step_rows(machine: Machine) -> list[Entry]:
@@ -415,28 +408,19 @@ def draw_latents(plan: "decoding.Plan") -> "np.ndarray":
     return values.astype(jnp.bfloat16).astype(plan.dtype)
 
 
-def draw_decoder_weights(plan: "decoding.Plan", shapes: Mapping[str, tuple[int, ...]]) -> "dict[str, jax.Array]":
-    """Draw the weights of a decoder under the checkpoint's names, on all devices of the plan."""
+def draw_decoder_weights(plan: "decoding.Plan", decoder: "Decoder") -> Any:
+    """Draw the weights of a decoder on all devices of the plan, as the tree that it takes."""
     import jax
 
-    return draw_weights(
-        {name: jax.ShapeDtypeStruct(x, plan.dtype, sharding=plan.split.replicated) for name, x in shapes.items()}
-    )
-
-
-def copied(weights: "Mapping[str, jax.Array]", dtype: Any, where: "jax.sharding.Sharding") -> "dict[str, jax.Array]":
-    """Copy weights to other devices in another dtype."""
-    import jax
-    import numpy as np
-
-    return {name: jax.device_put(np.asarray(weight).astype(dtype), where) for name, weight in weights.items()}
+    where = plan.split.replicated
+    shapes = {n: jax.ShapeDtypeStruct(x, plan.dtype, sharding=where) for n, x in decoder.weight_shapes.items()}
+    return jax.device_put(decoder.convert_weights(draw_weights(shapes)), where)
 
 
 # --- Checks ------------------------------------------------------------------------------------------------------
 
 KERNEL_TOLERANCE = 5e-3  # of bfloat16 results, as in tests/test_splash_attention.py
-FLOAT32_TOLERANCE = 1e-3
-NOISE_FACTOR = 2.0  # how much further from float32 a result in bfloat16 may be than the reference in bfloat16
+NOISE_FACTOR = 2.0  # how much further from float32 a device may be in bfloat16 than the CPU in bfloat16
 REFERENCE_QUERIES = 512  # of which the reference holds the scores at a time
 
 
@@ -562,62 +546,26 @@ def check_kernel(machine: Machine, name: str, inputs: str, length: int) -> dict:
     return judged(errors[worst], KERNEL_TOLERANCE, note, unmet)
 
 
-def check_block(machine: Machine, dtype: str) -> dict:
-    """Compare a model of one block on one device with the CPU, which computes in float32 with the same weights."""
+def check_step(machine: Machine, devices: "Sequence[jax.Device]", layers: int, guided: bool, **options: Any) -> dict:
+    """Compare the first step of a model of few blocks with the CPU; `options` choose the mesh."""
+    found = few_blocks(machine, layers, guided, devices=devices, attention=machine.attention, **options)
+    return judged_beside_cpu(found, functools.partial(step_on_cpu, machine, layers, guided))
+
+
+def few_blocks(machine: Machine, layers: int, guided: bool, **options: Any) -> "np.ndarray":
+    """Run the first step of a model of few blocks with drawn weights; `options` are those of `make_plan`."""
+    config = machine.transformer | {"num_layers": layers}
+    plan = machine.denoising_plan(machine.scale.checked_video, guided, transformer=config, **options)
+    return one_step(plan, draw_weights(parameter_shapes(plan)))
+
+
+@functools.cache
+def step_on_cpu(machine: Machine, layers: int, guided: bool, dtype: str) -> "np.ndarray":
+    """Run `few_blocks` on the CPU with plain attention; the meshes share the result."""
     import jax
 
-    config = machine.transformer | {"num_layers": 1}
-    make_plan = functools.partial(machine.denoising_plan, machine.scale.block_video, guided=False, transformer=config)
-    plan = make_plan(devices=machine.devices[:1], attention=machine.attention_for(dtype), dtype=dtype)
-    weights = draw_weights(parameter_shapes(plan))
-    found = one_step(plan, weights)
-
-    def on_cpu(dtype: str) -> "np.ndarray":
-        plan = make_plan(devices=jax.devices("cpu")[:1], platform="cpu", attention="xla", dtype=dtype)
-        return one_step(plan, copied(weights, plan.dtype, plan.parallelism.sharding()))
-
-    return judged_beside(found, on_cpu, dtype, "the CPU")
-
-
-def check_chunk(machine: Machine) -> dict:
-    """Compare a chunk of the decoder on one device with the CPU, which computes in float32 with the same weights."""
-    import jax
-
-    plan = machine.decoding_plan(machine.scale.chunk_video, "torchax", machine.devices[:1])
-    weights = draw_decoder_weights(plan, plan.make_decoder().weight_shapes)
-    found = decoded(plan, weights)
-
-    def on_cpu(dtype: str) -> "np.ndarray":
-        plan = machine.decoding_plan(machine.scale.chunk_video, "torchax", jax.devices("cpu")[:1], dtype)
-        return decoded(plan, copied(weights, plan.dtype, plan.split.replicated))
-
-    return judged_beside(found, on_cpu, "bfloat16", "the CPU")
-
-
-def decoded(plan: "decoding.Plan", weights: "Mapping[str, jax.Array]") -> "np.ndarray":
-    """Decode drawn latents to float32 pixels in [0, 1], with the weights under the checkpoint's names."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from models.decoder import chunk_programs, decode
-
-    decoder = plan.make_decoder()
-    converted = jax.device_put(decoder.convert_weights(dict(weights)), plan.split.replicated)
-    traced = chunk_programs(decoder, converted, plan.latent_shape, plan.split, jnp.float32)
-    programs = [program.lower().compile() for program in traced]
-    return np.concatenate(list(decode(programs, converted, draw_latents(plan), plan.split)))
-
-
-def judged_beside(found: "np.ndarray", reference: "Callable[[str], np.ndarray]", dtype: str, what: str) -> dict:
-    """Judge a result of `dtype` beside what `reference` finds in float32; in bfloat16 by its own noise in that too."""
-    exact = reference("float32")
-    error = relative_error(found, exact)
-    note = f"relative error beside {what} in float32"
-    if dtype == "float32":
-        return judged(error, FLOAT32_TOLERANCE, note)
-    noise = relative_error(reference(dtype), exact)
-    return judged(error, NOISE_FACTOR * noise, f"{note}, which has {noise:.1e} itself in {dtype}")
+    where = {"devices": jax.devices("cpu")[:1], "platform": "cpu", "attention": "xla"}
+    return few_blocks(machine, layers, guided, dtype=dtype, **where)
 
 
 def parameter_shapes(plan: "denoising.Plan") -> "Mapping[str, jax.ShapeDtypeStruct]":
@@ -627,24 +575,37 @@ def parameter_shapes(plan: "denoising.Plan") -> "Mapping[str, jax.ShapeDtypeStru
     return abstract_parameters(plan.transformer, plan.dtype, plan.parallelism)
 
 
-def mesh_step(machine: Machine, dtype: str, **options: Any) -> "np.ndarray":
-    """Run a guided step of a model of two blocks."""
-    config = machine.transformer | {"num_layers": 2}
-    options |= {"transformer": config, "dtype": dtype, "attention": machine.attention_for(dtype)}
-    plan = machine.denoising_plan(machine.scale.mesh_video, guided=True, **options)
-    return one_step(plan, draw_weights(parameter_shapes(plan)))
+def check_chunk(machine: Machine) -> dict:
+    """Compare a chunk of the decoder on one device with the CPU."""
+    import jax
+
+    def on_cpu(dtype: str) -> "np.ndarray":
+        return decoded(machine.decoding_plan(machine.scale.chunk_video, "torchax", jax.devices("cpu")[:1], dtype))
+
+    found = decoded(machine.decoding_plan(machine.scale.chunk_video, "torchax", machine.devices[:1]))
+    return judged_beside_cpu(found, on_cpu)
 
 
-@functools.cache
-def step_alone(machine: Machine, dtype: str) -> "np.ndarray":
-    """Run `mesh_step` on one device alone, which all meshes are compared with."""
-    return mesh_step(machine, dtype, devices=machine.devices[:1])
+def decoded(plan: "decoding.Plan") -> "np.ndarray":
+    """Decode drawn latents with drawn weights to float32 pixels in [0, 1], [frames, height, width, 3]."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from models.decoder import chunk_programs, decode
+
+    decoder = plan.make_decoder()
+    weights = draw_decoder_weights(plan, decoder)
+    traced = chunk_programs(decoder, weights, plan.latent_shape, plan.split, jnp.float32)
+    programs = [program.lower().compile() for program in traced]
+    return np.concatenate(list(decode(programs, weights, draw_latents(plan), plan.split)))
 
 
-def check_mesh(machine: Machine, dtype: str, use_dp: bool, sp: int, layout: str) -> dict:
-    """Compare the result of a mesh with that of one device alone; in float32 only the order of sums differs."""
-    found = mesh_step(machine, dtype, use_dp=use_dp, sp_num=sp, layout=layout)
-    return judged_beside(found, functools.partial(step_alone, machine), dtype, "one device alone")
+def judged_beside_cpu(found: "np.ndarray", on_cpu: "Callable[[str], np.ndarray]") -> dict:
+    """Judge a result in bfloat16 beside the CPU's in float32, by how far the CPU's in bfloat16 is from that."""
+    exact = on_cpu("float32")
+    noise = relative_error(on_cpu("bfloat16"), exact)
+    note = f"relative error beside the CPU in float32; the CPU's own in bfloat16 is {noise:.1e}"
+    return judged(relative_error(found, exact), NOISE_FACTOR * noise, note)
 
 
 # --- Measurements ------------------------------------------------------------------------------------------------
@@ -734,15 +695,12 @@ def measure_step(machine: Machine, video: tuple[int, int, int], guided: bool, ex
 
 def measure_decode(machine: Machine, video: tuple[int, int, int], decoder: str, expected: Mapping) -> dict:
     """Time the decoding of a video until all its frames are on the host, with the default options of stage 3."""
-    import jax
-
     from models.decoder import decode
 
     memory = MemoryUse(machine.devices)
     plan = machine.decoding_plan(video, decoder, machine.devices)
     vae = plan.make_decoder()
-    weights = vae.convert_weights(draw_decoder_weights(plan, vae.weight_shapes))
-    weights = jax.device_put(weights, plan.split.replicated)
+    weights = draw_decoder_weights(plan, vae)
     programs, seconds = compiled(plan.programs(vae, weights))
     latents = draw_latents(plan)
 

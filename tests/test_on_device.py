@@ -70,7 +70,7 @@ def test_everything_runs(run, tmp_path, capsys):
     assert status == 0, statuses(found)
     assert set(statuses(found).values()) == {"passed", "measured"}
     meshes = [name for name in found if name.startswith("mesh")]
-    assert len(meshes) == 7, meshes  # dp 2, sp 2 and tp 2, in two layouts, and the default in bfloat16
+    assert len(meshes) == 6, meshes  # dp 2, sp 2 and tp 2, in two layouts
     for name, one in found.items():
         if one["kind"] == "check":
             assert 0 <= one["figure"] <= one["tolerance"], name
@@ -90,7 +90,7 @@ def test_a_wrong_kernel_fails_and_the_rest_goes_on(run, monkeypatch, capsys):
     right = attention.IMPLEMENTATIONS["splash_exp2"]
     wrong = right._replace(function=lambda *arrays, **options: right.function(*arrays, **options) * 1.01)
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "splash_exp2", wrong)
-    status, found = run(only=(f"{FAST}, 270", "step, 32 x 48 x 9, no guidance"))
+    status, found = run(only=(f"{FAST}, 270", "step, 16 x 24 x 9, no guidance"))
     kernel, step = found
     assert status == 1 and found[kernel]["status"] == "failed" and found[step]["status"] == "measured", found
     assert found[kernel]["figure"] == pytest.approx(1.01 - 1, rel=0.3)  # in bfloat16 the factor is 1.008
@@ -118,23 +118,23 @@ def test_a_wrong_mesh_fails_alone(run, monkeypatch):
         plan = make_plan(**options)
         if plan.parallelism.tp == 1:
             return plan
-        scaled = lambda *arrays, kv_length: plan.attention(*arrays, kv_length=kv_length) * 1.01  # noqa: E731
+        scaled = lambda *arrays, kv_length: plan.attention(*arrays, kv_length=kv_length) * 1.5  # noqa: E731
         return dataclasses.replace(plan, attention=scaled)
 
     monkeypatch.setattr(denoising, "make_plan", wrong_for_tp)
     status, found = run(only=("mesh",), devices=2)
     failed = [name for name, one in found.items() if one["status"] == "failed"]
-    expected = [f"mesh dp 1 x sp 1 x tp 2, layout {layout}, float32, beside one device" for layout in ("tp", "fsdp")]
+    expected = [f"mesh dp 1 x sp 1 x tp 2, layout {layout}, beside the CPU" for layout in ("tp", "fsdp")]
     assert status == 1 and failed == expected, statuses(found)
-    assert len(found) == 7
+    assert len(found) == 6
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["transformer block, bfloat16", "decoder chunk"])
+@pytest.mark.parametrize("name", ["transformer block", "decoder chunk"])
 def test_a_device_unlike_the_cpu_fails(run, monkeypatch, name):
     """The first result of such a check is the device's own."""
-    judge = on_device.judged_beside
-    monkeypatch.setattr(on_device, "judged_beside", lambda found, *rest: judge(found * 1.03, *rest))
+    judge = on_device.judged_beside_cpu
+    monkeypatch.setattr(on_device, "judged_beside_cpu", lambda found, on_cpu: judge(found * 1.03, on_cpu))
     status, found = run(only=(name,))
     (one,) = found.values()
     assert status == 1 and one["status"] == "failed" and one["tolerance"] < one["figure"] < 0.1, one
@@ -227,7 +227,7 @@ def tpu(count, kind="TPU v6 lite"):
 def test_rows_of_a_slice_are_those_of_the_tables():
     rows = {entry.name: entry for entry in on_device.entries(tpu(8))}
     assert len(rows) == len(on_device.entries(tpu(8)))
-    assert len([name for name in rows if name.startswith("mesh")]) == 15
+    assert len([name for name in rows if name.startswith("mesh")]) == 14
     assert FULL.lengths == (25826, 45106)
     saved = json.loads(report.TABLES.read_text())
     expected = rows["step, 768 x 1360 x 81, guidance"].run.args[-1]
