@@ -53,6 +53,7 @@ RUN = {
     PROGRAM + r"-m compile_for_tpu kernel": [],
     PROGRAM + r"-m benchmarks\.quality": ["--captions", "1", "--videos", "1"],
     PROGRAM + r"-m benchmarks\.stage_timing": ["video"],
+    PROGRAM + r"-m benchmarks\.on_device": ["--minutes", "0.3"],
     PROGRAM + r"-m tools\.make_tiny_model": [],
     PROGRAM + r"-m tools\.train_tiny_model": ["--effort", "0.002", "--device", "cpu"],
     PROGRAM + r"-c ": [],

@@ -1,0 +1,932 @@
+"""Check and measure this project on the devices at hand, beside what was predicted for them, in one go.
+
+    python -m benchmarks.on_device
+    python -m benchmarks.on_device --quick
+
+The checks compare the attention kernel with a float32 reference; and a transformer block, a chunk of the decoder, and
+a step on every mesh of the devices with the CPU. The measurements are a denoising step and a decode in the sizes of
+docs/performance.md. Weights are drawn on the devices, so nothing is downloaded. Without an accelerator, all of it runs
+on the CPU in small sizes.
+
+Results are kept in the output folder after each entry, and the same command goes on where it ended. The exit status is
+1 if a check failed.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import gc
+import hashlib
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import checkpoint
+import utils
+from benchmarks.reproduce_tables import LARGE, MIDDLE, SMALL, video_tokens
+from compile_for_tpu import prediction, report
+from compile_for_tpu.programs import BUILT_IN_MODEL
+from console import (
+    LIBRARIES,
+    ArgumentParser,
+    Report,
+    UserError,
+    add_log_options,
+    memory_of,
+    number,
+    prepare_libraries,
+    run,
+    versions,
+)
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
+    from models import decoding, denoising
+    from models.decoder import Decoder
+
+MINUTES, QUICK_MINUTES = 30.0, 5.0
+PROMPT_SEED, LATENT_SEED, WEIGHT_SEED = 0, 1, 2
+GUIDANCE_SCALE = 6.0
+GIB = 2**30
+
+# --- Sizes -------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """The sizes at which the entries run.
+
+    Attributes:
+        transformer, vae: entries that differ from the configs of CogVideoX1.5-5B.
+        videos: height, width and frames that are run in the place of each size of the tables.
+        lengths: tokens for the attention kernel, those of the small and of the large video without guidance.
+        heads: attention heads for the kernel.
+        checked_video, chunk_video: height, width and frames for the checks of a step, and of a chunk of the decoder.
+        repetitions: how often something is timed.
+        has_estimates: whether entries take the minutes that they say; otherwise none takes long.
+    """
+
+    transformer: Mapping
+    vae: Mapping
+    videos: Mapping[tuple[int, int, int], tuple[int, int, int]]
+    lengths: tuple[int, int]
+    heads: int
+    checked_video: tuple[int, int, int]
+    chunk_video: tuple[int, int, int]
+    repetitions: int
+    has_estimates: bool
+
+
+FULL = Scale(
+    transformer={},
+    vae={},
+    videos={size: size for size in (LARGE, MIDDLE, SMALL)},
+    lengths=(226 + video_tokens(SMALL), 226 + video_tokens(LARGE)),
+    heads=6,  # what each of eight chips has of 48
+    checked_video=(256, 256, 17),
+    chunk_video=(96, 128, 9),
+    repetitions=5,
+    has_estimates=True,
+)
+ON_A_CPU = Scale(
+    transformer={
+        "num_attention_heads": 8,
+        "attention_head_dim": 16,
+        "num_layers": 2,
+        "time_embed_dim": 32,
+        "text_embed_dim": 24,
+        "max_text_seq_length": 10,
+    },
+    vae={
+        "block_out_channels": [8, 8, 16],
+        "down_block_types": ["CogVideoXDownBlock3D"] * 3,
+        "up_block_types": ["CogVideoXUpBlock3D"] * 3,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    },
+    videos={LARGE: (32, 40, 9), MIDDLE: (24, 40, 9), SMALL: (16, 24, 9)},
+    lengths=(270, 530),
+    heads=4,
+    checked_video=(24, 40, 9),
+    chunk_video=(24, 40, 9),
+    repetitions=3,
+    has_estimates=False,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Machine:
+    """The devices at hand, and the sizes for them."""
+
+    devices: Sequence["jax.Device"]
+    scale: Scale
+
+    @property
+    def platform(self) -> str:
+        """Platform of the devices: "tpu", "cpu" or "gpu"."""
+        return self.devices[0].platform
+
+    @property
+    def topology(self) -> str | None:
+        """Name of the TPU slice, such as "v6e-8", as predictions have it; None for other devices."""
+        generation = GENERATIONS.get(self.devices[0].device_kind)
+        return generation and f"{generation}-{len(self.devices)}"
+
+    @property
+    def attention(self) -> str:
+        """The attention that is checked: the default of the platform, but the TPU's kernel on a CPU."""
+        return "xla" if self.platform == "gpu" else "splash_exp2"
+
+    @functools.cached_property
+    def transformer(self) -> dict:
+        """The transformer's config."""
+        return checkpoint.read_config(str(BUILT_IN_MODEL), "transformer") | dict(self.scale.transformer)
+
+    @functools.cached_property
+    def vae(self) -> dict:
+        """The VAE's config."""
+        return checkpoint.read_config(str(BUILT_IN_MODEL), "vae") | dict(self.scale.vae)
+
+    def denoising_plan(self, video: tuple[int, int, int], guided: bool, **options: Any) -> "denoising.Plan":
+        """Make the plan of a denoising; `options` are arguments of `denoising.make_plan` other than the defaults."""
+        from models import denoising
+
+        defaults = {"transformer": self.transformer, "devices": self.devices, "platform": self.platform}
+        return denoising.make_plan(
+            vae=self.vae,
+            scheduler=checkpoint.read_config(str(BUILT_IN_MODEL), "scheduler", "scheduler_config.json"),
+            **dict(zip(("height", "width", "frames"), video, strict=True)),
+            num_inference_steps=1 + self.scale.repetitions,  # the first one is not timed
+            guidance_scale=GUIDANCE_SCALE if guided else 1.0,
+            **defaults | options,
+        )
+
+    def decoding_plan(
+        self, video: tuple[int, int, int], decoder: str, devices: Sequence["jax.Device"], dtype: str = "bfloat16"
+    ) -> "decoding.Plan":
+        """Make the plan of a decode."""
+        from models import decoding
+
+        sizes = dict(zip(("height", "width", "frames"), video, strict=True))
+        return decoding.make_plan(vae=self.vae, decoder=decoder, devices=devices, dtype=dtype, **sizes)
+
+
+# Generation of a TPU by jax's name for the kind of device.
+GENERATIONS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "7x",
+}
+
+# --- The entries -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A check or a measurement.
+
+    Attributes:
+        name: of the entry in all reports.
+        kind: "check" or "row".
+        run: does it, and returns what `judged` or `measured` returns.
+        minutes: what it takes on a TPU, mostly compilation, by that on two cores; with less left it does not start.
+        quick: whether --quick has it.
+    """
+
+    name: str
+    kind: str
+    run: Callable[[], dict]
+    minutes: float
+    quick: bool = False
+
+
+# Steps and decodes in the order of their worth, with their minutes, compilation included.
+STEPS = (
+    (SMALL, False, 2.0),
+    (LARGE, True, 3.5),
+    (MIDDLE, True, 3.0),  # of the original's figures the one with the least doubt
+    (LARGE, False, 2.5),
+    (SMALL, True, 2.5),
+)
+DECODES = ((SMALL, "torchax", 7.0), (LARGE, "torchax", 7.0), (MIDDLE, "torchax", 7.0), (LARGE, "flax", 7.0))
+# Seconds that the original project measured for a decode, where docs/performance.md has no doubt about the size.
+ORIGINAL_DECODES = {("v6e-8", MIDDLE, "torchax"): 0.86}
+
+
+def entries(machine: Machine) -> list[Entry]:
+    """Return all checks and rows in the order of their worth, which is that in which they run."""
+    short, long = machine.scale.lengths
+    steps, decodes, meshes = step_rows(machine), decode_rows(machine), mesh_checks(machine)
+    return [
+        kernel_check(machine, machine.attention, "layer_normed", short, quick=True),
+        *forced_online(machine, "mixed_heads", short, quick=True),
+        kernel_row(machine, short),
+        block_check(machine),
+        *steps[:1],
+        *meshes["tp"][:1],
+        *steps[1:2],
+        chunk_check(machine),
+        *meshes["tp"][1:],
+        *decodes[:1],
+        *(entry for name in ONLINE if name != "mixed_heads" for entry in forced_online(machine, name, short)),
+        kernel_check(machine, machine.attention, "negative_scores", short),
+        kernel_check(machine, machine.attention, "layer_normed", long),
+        *steps[2:],
+        *decodes[1:2],
+        *meshes["fsdp"],
+        *([kernel_check(machine, "splash", "layer_normed", short)] if machine.platform == "tpu" else []),
+        *decodes[2:],
+    ]
+
+
+def forced_online(machine: Machine, inputs: str, length: int, quick: bool = False) -> Iterator[Entry]:
+    """Yield the check of a kernel that has an online variant, on inputs that need it; nothing on a GPU."""
+    if machine.attention == "splash_exp2":
+        yield kernel_check(machine, machine.attention, inputs, length, quick)
+
+
+def kernel_check(machine: Machine, attention: str, inputs: str, length: int, quick: bool = False) -> Entry:
+    """Return the check of an attention implementation at a length."""
+    which = "online kernel" if inputs in ONLINE else "fast kernel"
+    which = f", {which}" if attention == "splash_exp2" else ""
+    name = f"attention {attention}{which}, {inputs.replace('_', ' ')}, {length:,} tokens"
+    return Entry(name, "check", functools.partial(check_kernel, machine, attention, inputs, length), 0.5, quick)
+
+
+def kernel_row(machine: Machine, length: int) -> Entry:
+    """Return the measurement of the attention of one chip."""
+    name = f"attention {machine.attention}, {machine.scale.heads} heads, {length:,} tokens, one device"
+    return Entry(name, "row", functools.partial(measure_kernel, machine, length), 0.3, quick=True)
+
+
+def block_check(machine: Machine) -> Entry:
+    """Return the check of a model of one block."""
+    check = functools.partial(check_step, machine, machine.devices[:1], 1, False)
+    return Entry("transformer block, one device, beside the CPU", "check", check, 1.0, quick=True)
+
+
+def chunk_check(machine: Machine) -> Entry:
+    """Return the check of one chunk of the decoder."""
+    return Entry("decoder chunk, one device, beside the CPU", "check", functools.partial(check_chunk, machine), 4.0)
+
+
+def mesh_checks(machine: Machine) -> dict[str, list[Entry]]:
+    """Return by layout a check for each mesh that the devices allow, the default first; none for one device."""
+    count, heads = len(machine.devices), machine.transformer["num_attention_heads"]
+    found: dict[str, list[Entry]] = {"tp": [], "fsdp": []}
+    for layout, dp in itertools.product(found, (2, 1)):
+        if count == 1 or count % dp or heads % (count // dp):
+            continue
+        for sp in (n for n in range(count // dp, 0, -1) if count // dp % n == 0):
+            options = {"use_dp": dp == 2, "sp_num": sp, "layout": layout}
+            check = functools.partial(check_step, machine, machine.devices, 2, True, **options)
+            name = f"mesh dp {dp} x sp {sp} x tp {count // dp // sp}, layout {layout}, beside the CPU"
+            found[layout].append(Entry(name, "check", check, 1.0, quick=layout == "tp" and not found["tp"]))
+    return found
+
+
+def step_rows(machine: Machine) -> list[Entry]:
+    """Return the rows of the tables for this slice; where there are none, every configuration of the tables."""
+    rows = [row for row in json.loads(report.TABLES.read_text()).values() if row["topology"] == machine.topology]
+    found = []
+    for size, guided, minutes in STEPS:
+        same = [row for row in rows if (tuple(row["size"]), row["guided"]) == (size, guided)]
+        if rows and not same:
+            continue
+        ours, video = same[0] if same else {}, machine.scale.videos[size]
+        expected = {
+            "predicted_seconds": ours.get("ours_seconds"),
+            "predicted_gib": ours.get("ours_gib"),
+            "original_seconds": min((row["measured"] for row in same), default=None),
+        }
+        name = f"step, {' x '.join(map(str, video))}, {'guidance' if guided else 'no guidance'}"
+        measure = functools.partial(measure_step, machine, video, guided, expected)
+        found.append(Entry(name, "row", measure, minutes, quick=not found))
+    return found
+
+
+def decode_rows(machine: Machine) -> list[Entry]:
+    """Return the rows of the decoder."""
+    found = []
+    for size, decoder, minutes in DECODES:
+        video, labels = machine.scale.videos[size], [decoder] * (decoder != "torchax")
+        expected = predicted("stage3", machine.topology, ["x".join(map(str, size)), *labels])
+        expected["original_seconds"] = ORIGINAL_DECODES.get((machine.topology, size, decoder))
+        name = f"decode, {' x '.join(map(str, video))}, {decoder}"
+        found.append(Entry(name, "row", functools.partial(measure_decode, machine, video, decoder, expected), minutes))
+    return found
+
+
+def predicted(what: str, topology: str | None, labels: Sequence[str]) -> dict:
+    """Return seconds and GiB of a saved prediction; None where there is none."""
+    path = report.RESULTS / report.file_name(what, str(topology), labels)
+    saved = json.loads(path.read_text()) if path.exists() else {"memory": {}}
+    return {"predicted_seconds": saved.get("predicted_seconds"), "predicted_gib": saved["memory"].get("peak")}
+
+
+# --- Weights and inputs ------------------------------------------------------------------------------------------
+
+
+def draw_weights(shapes: Mapping[str, "jax.ShapeDtypeStruct"]) -> "dict[str, jax.Array]":
+    """Draw weights on the devices, by their names in the checkpoint, each in the dtype and the sharding of its shape.
+
+    The values do not depend on the sharding, and bfloat16 holds them exactly. With them a layer's output is about as
+    large as its input.
+    """
+    import jax
+
+    def draw(name: str, x: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
+        shape = x.shape[1:] if name.startswith("blocks.") else x.shape  # of one layer's
+        centre = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0  # of a norm
+        spread = 0.1 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5
+        values = centre + spread * 3**0.5 * hashed(x.shape, seed)
+        return jax.lax.reduce_precision(values, exponent_bits=8, mantissa_bits=7).astype(x.dtype)
+
+    def draw_all() -> dict[str, jax.Array]:
+        return {name: draw(name, x, WEIGHT_SEED + i) for i, (name, x) in enumerate(shapes.items())}
+
+    return jax.jit(draw_all, out_shardings={name: x.sharding for name, x in shapes.items()})()
+
+
+def hashed(shape: tuple[int, ...], seed: int) -> "jax.Array":
+    """Return values that look random, float32 from -1 to 1: a hash of each element's place.
+
+    jax.random would take many times as long to compile, and on some devices more memory than the weights. Source of
+    the hash: lowbias32 of Chris Wellons' hash-prospector.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    place = jnp.full(shape, seed * 0x9E3779B9 % 2**32, jnp.uint32)
+    for axis in range(len(shape)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(math.prod(shape[axis + 1 :]))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        place = (place ^ (place >> shift)) * jnp.uint32(factor)
+    return (place ^ (place >> 16)).astype(jnp.float32) * 2.0**-31 - 1.0
+
+
+def start_denoising(plan: "denoising.Plan", weights: "Mapping[str, jax.Array]") -> "denoising.Denoising":
+    """Return a run of a plan from drawn prompts, which bfloat16 holds exactly, as it does the noise."""
+    import torch
+
+    from models.denoising import Denoising
+
+    config = plan.transformer
+    shape = plan.batch, config["max_text_seq_length"], config["text_embed_dim"]
+    generator = torch.Generator().manual_seed(PROMPT_SEED)
+    positive, negative = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
+    return Denoising(plan, weights, positive, negative, LATENT_SEED)
+
+
+def one_step(plan: "denoising.Plan", weights: "Mapping[str, jax.Array]") -> "np.ndarray":
+    """Run one step, and return the noise-free latents that it predicts, float32: at the first step the model's own."""
+    import numpy as np
+
+    from models.denoising import make_step
+
+    return np.asarray(next(start_denoising(plan, weights).run(make_step(plan))).pred_original_sample)
+
+
+def draw_latents(plan: "decoding.Plan") -> "np.ndarray":
+    """Draw the latents of a decode, in the plan's dtype; bfloat16 holds them exactly."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    values = np.random.default_rng(LATENT_SEED).standard_normal(plan.latent_shape, np.float32)
+    return values.astype(jnp.bfloat16).astype(plan.dtype)
+
+
+def draw_decoder_weights(plan: "decoding.Plan", decoder: "Decoder") -> Any:
+    """Draw the weights of a decoder on all devices of the plan, as the tree that it takes."""
+    import jax
+
+    where = plan.split.replicated
+    shapes = {n: jax.ShapeDtypeStruct(x, plan.dtype, sharding=where) for n, x in decoder.weight_shapes.items()}
+    return jax.device_put(decoder.convert_weights(draw_weights(shapes)), where)
+
+
+# --- Checks ------------------------------------------------------------------------------------------------------
+
+KERNEL_TOLERANCE = 5e-3  # of bfloat16 results, as in tests/test_splash_attention.py
+NOISE_FACTOR = 2.0  # how much further from float32 a device may be in bfloat16 than the CPU in bfloat16
+REFERENCE_QUERIES = 512  # of which the reference holds the scores at a time
+
+
+def judged(figure: float, tolerance: float, note: str, unmet: str | None = None) -> dict:
+    """Return the result of a check: it fails if the figure is above the tolerance or no number, or for `unmet`."""
+    passed = figure <= tolerance and unmet is None
+    found = {"status": "passed" if passed else "failed", "figure": figure if math.isfinite(figure) else None}
+    return found | {"tolerance": tolerance, "note": f"{unmet}; {note}" if unmet else note}
+
+
+def relative_error(values: "np.ndarray", expected: "np.ndarray") -> float:
+    """Return the norm of the difference by the norm of what is expected."""
+    import numpy as np
+
+    values, expected = (np.asarray(x, np.float64) for x in (values, expected))
+    return float(np.linalg.norm(values - expected) / np.linalg.norm(expected))
+
+
+def layer_normed(query: "np.ndarray", key: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+    """Return queries and keys as the model has them: layer-normed, with the keys off centre."""
+    normed = [(x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) for x in (query, key)]
+    return 2.5 * normed[0], 2.5 * normed[1] + 1
+
+
+def mixed_heads(query: "np.ndarray", key: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+    """Return every other head with scores too large for the fast kernel."""
+    query[:, 1::2] *= 40
+    key[:, 1::2] *= 40
+    return query, key
+
+
+def huge_norms(query: "np.ndarray", key: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+    """Return scores so large that nearly all of a row's weight is on one key."""
+    return 1000 * query, 1000 * key
+
+
+def far_bound(query: "np.ndarray", key: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+    """Return rows whose bound is hundreds above their maximum: one long key is orthogonal to every query."""
+    middle = key.shape[2] // 2
+    query[..., 0] = 0
+    key[:, :, middle] = 0
+    key[:, :, middle, 0] = 2000
+    return query, key
+
+
+def negative_scores(query: "np.ndarray", key: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+    """Return scores hundreds below 0, where a padded key that is not masked would win."""
+    query[..., 0], key[..., 0] = 20, -60
+    return query, key
+
+
+# What is made of normal queries and keys, [batch, heads, length, head_dim].
+INPUTS = {f.__name__: f for f in (layer_normed, mixed_heads, huge_norms, far_bound, negative_scores)}
+# The share of the heads that the inputs send to the online kernel; those that are not named send none.
+ONLINE = {"mixed_heads": 0.5, "huge_norms": 1.0, "far_bound": 1.0}
+
+
+def kernel_arrays(machine: Machine, inputs: str, length: int) -> "list[jax.Array]":
+    """Return query, key and value on one device, bfloat16 [1, heads, length and padding, head_dim].
+
+    The padding, whose keys do not count, holds the largest values of keys and values.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    shape = (1, machine.scale.heads, length, machine.transformer["attention_head_dim"])
+    generator = np.random.default_rng(PROMPT_SEED)
+    query, key, value = (generator.standard_normal(shape, np.float32) for _ in range(3))
+    query, key = INPUTS[inputs](query, key)
+    padding = ((0, 0), (0, 0), (0, 16 + -length % 16), (0, 0))
+    arrays = [np.pad(query, padding, "edge")]
+    arrays += [np.pad(x, padding, constant_values=x.max()) for x in (key, value)]
+    return [jax.device_put(x.astype(jnp.bfloat16), machine.devices[0]) for x in arrays]
+
+
+def attention_function(machine: Machine, name: str, length: int) -> Callable:
+    """Return an implementation of attention as the model calls it, for jax to compile."""
+    from models.attention import Attention
+
+    head_dim = machine.transformer["attention_head_dim"]
+    chosen = Attention.choose(name, machine.platform, None, None, head_dim, "bfloat16")
+    return functools.partial(chosen, kv_length=length)
+
+
+def reference_attention(query: "jax.Array", key: "jax.Array", value: "jax.Array") -> "jax.Array":
+    """Compute softmax attention in float32 on [batch, heads, length, head_dim], some queries at a time."""
+    import jax
+    import jax.numpy as jnp
+
+    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+    batch, heads, length, head_dim = query.shape
+    blocks = -(-length // REFERENCE_QUERIES)
+    padded = jnp.pad(query, ((0, 0), (0, 0), (0, blocks * REFERENCE_QUERIES - length), (0, 0)))
+
+    def attend(block: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            scores = jnp.einsum("bhqd,bhkd->bhqk", block, key) * head_dim**-0.5
+            return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(scores), value)
+
+    out = jax.lax.map(attend, jnp.moveaxis(padded.reshape(batch, heads, blocks, -1, head_dim), 2, 0))
+    return jnp.moveaxis(out, 0, 2).reshape(batch, heads, -1, head_dim)[:, :, :length]
+
+
+def check_kernel(machine: Machine, name: str, inputs: str, length: int) -> dict:
+    """Compare an attention implementation with the reference, head by head, on inputs that both hold exactly."""
+    import jax
+    import numpy as np
+
+    from models.attention import IMPLEMENTATIONS
+
+    arrays = kernel_arrays(machine, inputs, length)
+    output = jax.jit(attention_function(machine, name, length))(*arrays)[:, :, :length]
+    expected = jax.jit(reference_attention)(*(x[:, :, :length] for x in arrays))
+    errors = [relative_error(np.asarray(output[0, h]), np.asarray(expected[0, h])) for h in range(output.shape[1])]
+    worst = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
+    note, unmet = f"relative error of head {worst} of {len(errors)}, the worst", None
+    if online_heads := IMPLEMENTATIONS[name].online_heads:
+        taken = float(jax.jit(functools.partial(online_heads, kv_length=length))(*arrays[:2]).mean())
+        note += f"; {taken:.0%} of the heads took the online kernel"
+        if taken != (wanted := ONLINE.get(inputs, 0.0)):
+            unmet = f"{wanted:.0%} of the heads should have taken the online kernel"
+    return judged(errors[worst], KERNEL_TOLERANCE, note, unmet)
+
+
+def check_step(machine: Machine, devices: "Sequence[jax.Device]", layers: int, guided: bool, **options: Any) -> dict:
+    """Compare the first step of a model of few blocks with the CPU; `options` choose the mesh."""
+    found = few_blocks(machine, layers, guided, devices=devices, attention=machine.attention, **options)
+    return judged_beside_cpu(found, functools.partial(step_on_cpu, machine, layers, guided))
+
+
+def few_blocks(machine: Machine, layers: int, guided: bool, **options: Any) -> "np.ndarray":
+    """Run the first step of a model of few blocks with drawn weights; `options` are those of `make_plan`."""
+    config = machine.transformer | {"num_layers": layers}
+    plan = machine.denoising_plan(machine.scale.checked_video, guided, transformer=config, **options)
+    return one_step(plan, draw_weights(parameter_shapes(plan)))
+
+
+@functools.cache
+def step_on_cpu(machine: Machine, layers: int, guided: bool, dtype: str) -> "np.ndarray":
+    """Run `few_blocks` on the CPU with plain attention; the meshes share the result."""
+    import jax
+
+    where = {"devices": jax.devices("cpu")[:1], "platform": "cpu", "attention": "xla"}
+    return few_blocks(machine, layers, guided, dtype=dtype, **where)
+
+
+def parameter_shapes(plan: "denoising.Plan") -> "Mapping[str, jax.ShapeDtypeStruct]":
+    """Return the transformer's parameters as shapes with shardings."""
+    from models.transformer import abstract_parameters
+
+    return abstract_parameters(plan.transformer, plan.dtype, plan.parallelism)
+
+
+def check_chunk(machine: Machine) -> dict:
+    """Compare a chunk of the decoder on one device with the CPU."""
+    import jax
+
+    def on_cpu(dtype: str) -> "np.ndarray":
+        return decoded(machine.decoding_plan(machine.scale.chunk_video, "torchax", jax.devices("cpu")[:1], dtype))
+
+    found = decoded(machine.decoding_plan(machine.scale.chunk_video, "torchax", machine.devices[:1]))
+    return judged_beside_cpu(found, on_cpu)
+
+
+def decoded(plan: "decoding.Plan") -> "np.ndarray":
+    """Decode drawn latents with drawn weights to float32 pixels in [0, 1], [frames, height, width, 3]."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from models.decoder import chunk_programs, decode
+
+    decoder = plan.make_decoder()
+    weights = draw_decoder_weights(plan, decoder)
+    traced = chunk_programs(decoder, weights, plan.latent_shape, plan.split, jnp.float32)
+    programs = [program.lower().compile() for program in traced]
+    return np.concatenate(list(decode(programs, weights, draw_latents(plan), plan.split)))
+
+
+def judged_beside_cpu(found: "np.ndarray", on_cpu: "Callable[[str], np.ndarray]") -> dict:
+    """Judge a result in bfloat16 beside the CPU's in float32, by how far the CPU's in bfloat16 is from that."""
+    exact = on_cpu("float32")
+    noise = relative_error(on_cpu("bfloat16"), exact)
+    note = f"relative error beside the CPU in float32; the CPU's own in bfloat16 is {noise:.1e}"
+    return judged(relative_error(found, exact), NOISE_FACTOR * noise, note)
+
+
+# --- Measurements ------------------------------------------------------------------------------------------------
+
+
+def measured(seconds: Sequence[float], compile_seconds: float, memory: Mapping, expected: Mapping) -> dict:
+    """Return the result of a measurement: the median with its spread, beside what was expected."""
+    return {
+        "status": "measured",
+        "seconds": statistics.median(seconds),
+        "least": min(seconds),
+        "most": max(seconds),
+        "repetitions": len(seconds),
+        "compile_seconds": compile_seconds,
+        **memory,
+        **expected,
+    }
+
+
+def compiled(traced: "Sequence[jax.stages.Traced]") -> "tuple[list[jax.stages.Compiled], float]":
+    """Compile programs at the same time; return them and the seconds."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor() as pool:
+        programs = list(pool.map(lambda program: program.lower().compile(), traced))
+    return programs, time.perf_counter() - start
+
+
+def durations(done: Iterable[Any]) -> list[float]:
+    """Return the seconds that an iterator takes for each item, except the first, which warms up."""
+    times = [time.perf_counter() for _ in itertools.chain([None], done)]
+    return [after - before for before, after in itertools.pairwise(times)][1:]
+
+
+class MemoryUse:
+    """The memory of the devices during a measurement, in GiB of the chip that uses the most."""
+
+    def __init__(self, devices: "Sequence[jax.Device]"):
+        self._devices = devices
+        self._before = self._most("peak")
+
+    def _most(self, what: str) -> float | None:
+        sizes = [told[what] / GIB for told in memory_of(self._devices) if what in told]
+        return max(sizes) if sizes else None
+
+    def so_far(self, programs: "Sequence[jax.stages.Compiled]") -> dict:
+        """Return what the compiler allots, what is in use now, and the peak if it is this measurement's own."""
+        peak = self._most("peak")
+        own = peak is not None and peak > (self._before or 0.0)
+        return {
+            "allotted_gib": prediction.memory(programs, "cpu")["peak"],
+            "in_use_gib": self._most("in use"),
+            "peak_gib": peak if own else None,  # otherwise it is that of something before
+        }
+
+
+def measure_kernel(machine: Machine, length: int) -> dict:
+    """Time the attention of one chip without the rest of the model."""
+    import jax
+
+    calls = 10  # at a time, so that starting them is not counted
+    memory = MemoryUse(machine.devices[:1])
+    arrays = kernel_arrays(machine, "layer_normed", length)
+    arrays = [x[:, :, :length] for x in arrays]
+    programs, seconds = compiled([jax.jit(attention_function(machine, machine.attention, length)).trace(*arrays)])
+
+    def run_all() -> Iterator[None]:
+        for _ in range(1 + machine.scale.repetitions):
+            yield jax.block_until_ready([programs[0](*arrays) for _ in range(calls)][-1])
+
+    each = [total / calls for total in durations(run_all())]
+    one_chip = machine.topology and f"{machine.topology.split('-')[0]}-1"
+    return measured(each, seconds, memory.so_far(programs), predicted("kernel", one_chip, [str(length)]))
+
+
+def measure_step(machine: Machine, video: tuple[int, int, int], guided: bool, expected: Mapping) -> dict:
+    """Time denoising steps with the default options of stage 2."""
+    from models.denoising import abstract_arguments, make_step
+
+    memory = MemoryUse(machine.devices)
+    plan = machine.denoising_plan(video, guided)
+    programs, seconds = compiled([make_step(plan).trace(*abstract_arguments(plan))])
+    denoising = start_denoising(plan, draw_weights(parameter_shapes(plan)))
+    return measured(durations(denoising.run(programs[0])), seconds, memory.so_far(programs), expected)
+
+
+def measure_decode(machine: Machine, video: tuple[int, int, int], decoder: str, expected: Mapping) -> dict:
+    """Time the decoding of a video until all its frames are on the host, with the default options of stage 3."""
+    from models.decoder import decode
+
+    memory = MemoryUse(machine.devices)
+    plan = machine.decoding_plan(video, decoder, machine.devices)
+    vae = plan.make_decoder()
+    weights = draw_decoder_weights(plan, vae)
+    programs, seconds = compiled(plan.programs(vae, weights))
+    latents = draw_latents(plan)
+
+    def decode_all() -> Iterator[int]:
+        for _ in range(1 + machine.scale.repetitions):
+            yield sum(len(frames) for frames in decode(programs, weights, latents, plan.split))
+
+    return measured(durations(decode_all()), seconds, memory.so_far(programs), expected)
+
+
+# --- Results -----------------------------------------------------------------------------------------------------
+
+STARTED, NO_TIME, NOT_QUICK = "started", "left out: no time", "left out: --quick"
+FAILURES = ("failed", "error")
+
+
+class Results:
+    """What is known so far: on_device.json and on_device.md in a folder, both replaced after every entry.
+
+    Args:
+        folder: where they are.
+        made_with: devices, versions and sources, which the results that are there must have.
+        again: begin anew.
+
+    Raises:
+        UserError: the folder has results of something else.
+    """
+
+    def __init__(self, folder: Path, made_with: Mapping, again: bool):
+        self.json, self.markdown = folder / "on_device.json", folder / "on_device.md"
+        self._content: dict[str, Any] = {"begun": now(), "made_with": dict(made_with), "entries": {}}
+        if self.json.exists() and not again:
+            self._content = self._read(made_with)
+        self.entries: dict[str, dict] = self._content["entries"]
+
+    def _read(self, made_with: Mapping) -> dict:
+        """Return what the file holds."""
+        mend = "choose another --output, or give --again to replace it"
+        try:
+            content = json.loads(self.json.read_text(encoding="utf-8"))
+            before = content["made_with"]
+            entries = {name: dict(found, status=str(found["status"])) for name, found in content["entries"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{self.json} holds no results of this program; {mend}") from None
+        for name, value in made_with.items():
+            if before.get(name) != value:
+                raise UserError(f"{self.json} has results of other {name}; {mend}")
+        return content | {"entries": entries}
+
+    def is_done(self, name: str) -> bool:
+        """Return whether an entry needs no other run."""
+        return self.entries.get(name, {}).get("status", NO_TIME) not in (STARTED, NO_TIME, NOT_QUICK)
+
+    def keep(self, entry: Entry, found: Mapping) -> None:
+        """Keep what an entry found, and write both files."""
+        self.entries[entry.name] = {"kind": entry.kind, **found}
+        text = json.dumps(self._content | {"updated": now()}, indent=1)
+        for path, content in ((self.json, f"{text}\n"), (self.markdown, as_markdown(self._content))):
+            with utils.replacing(path) as temporary:
+                Path(temporary).write_text(content, encoding="utf-8")
+
+
+def now() -> str:
+    """Return date and time, UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def made_with(machine: Machine) -> dict:
+    """Return what decides the results: devices, versions, and the project's sources."""
+    import executable
+
+    sources = b"".join(path.read_bytes() for path in [*executable.SOURCES, Path(__file__)])
+    kind = machine.devices[0].device_kind
+    return {
+        "devices": f"{len(machine.devices)} x {kind}" + (f" ({machine.topology})" if machine.topology else ""),
+        "versions": versions(*LIBRARIES) | {"python": sys.version.split()[0]},
+        "source files": hashlib.sha256(sources).hexdigest()[:16],
+    }
+
+
+def text_of(found: Mapping) -> str:
+    """Return the result of an entry as one line."""
+    status = found["status"]
+    if "figure" in found:
+        figure = "not finite" if found["figure"] is None else f"{found['figure']:.1e}"
+        return f"{status}: {figure}, tolerance {found['tolerance']:.1e}; {found['note']}"
+    if status == "measured":
+        beside = f"; predicted {found['predicted_seconds']:.3g} s" if found["predicted_seconds"] else ""
+        return f"{found['seconds']:.4g} s ({found['least']:.4g} to {found['most']:.4g}){beside}"
+    return f"{status}: {found['message']}" if "message" in found else status
+
+
+def as_markdown(content: Mapping) -> str:
+    """Return the results as a page to be posted."""
+
+    def cell(found: Mapping, name: str, form: str = ".3g") -> str:
+        return "-" if found.get(name) is None else format(found[name], form)
+
+    made, found = content["made_with"], content["entries"]
+    lines = [f"# On {made['devices']}", "", f"Begun {content['begun']}; sources {made['source files']}.", ""]
+    lines += [", ".join(f"{name} {version}" for name, version in made["versions"].items()) + ".", ""]
+    lines += ["| check | result | figure | tolerance | note |", "| --- | --- | --- | --- | --- |"]
+    for name, one in found.items():
+        if one["kind"] == "check":
+            figures = [cell(one, "figure", ".1e"), cell(one, "tolerance", ".1e")]
+            note = one.get("note") or one.get("message", "")
+            lines.append(f"| {name} | {one['status']} | {' | '.join(figures)} | {note} |")
+    lines += ["", "Seconds (predicted; median measured; least and most) and GiB of a chip. Peak is -, if it was not"]
+    lines += ["higher than in something before.", ""]
+    columns = ["predicted", "measured", "spread", "measured / predicted", "the original project measured"]
+    columns += ["compilation", "GiB: predicted", "allotted here", "in use", "peak"]
+    lines += [f"| row | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    for name, one in found.items():
+        if one["kind"] == "row" and one["status"] == "measured":
+            spread = f"{one['least']:.3g} to {one['most']:.3g}"
+            ratio = one["seconds"] / one["predicted_seconds"] if one["predicted_seconds"] else None
+            cells = [cell(one, "predicted_seconds"), cell(one, "seconds"), spread, cell({"ratio": ratio}, "ratio")]
+            cells += [cell(one, "original_seconds"), cell(one, "compile_seconds")]
+            cells += [cell(one, f"{what}_gib", ".2f") for what in ("predicted", "allotted", "in_use", "peak")]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        elif one["kind"] == "row":
+            lines.append(f"| {name} | - | {text_of(one)} |" + " - |" * (len(columns) - 2))
+    return "\n".join(lines) + "\n"
+
+
+# --- The run -----------------------------------------------------------------------------------------------------
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.on_device")
+    parser.add_argument("--quick", action="store_true", help="only the entries that matter most")
+    parser.add_argument(
+        "--minutes",
+        type=number(float, 0),
+        help=f"start nothing that takes longer than is left of this (default: {MINUTES:g}, --quick: {QUICK_MINUTES:g})",
+    )
+    parser.add_argument(
+        "--output", type=utils.path, default=utils.STAGE_OUTPUTS / "on_device", help="folder for the results"
+    )
+    parser.add_argument("--again", action="store_true", help="run what is done already again too")
+    add_log_options(parser)
+    return parser.parse_args()
+
+
+def find_machine() -> Machine:
+    """Return the devices that jax has; raises UserError if it has no CPU to compare with."""
+    import jax
+
+    try:
+        jax.devices("cpu")
+    except RuntimeError:
+        raise UserError("jax has no CPU, which results are compared with; unset JAX_PLATFORMS") from None
+    devices = jax.devices()
+    return Machine(devices, ON_A_CPU if devices[0].platform == "cpu" else FULL)
+
+
+def attempt(entry: Entry) -> dict:
+    """Run an entry, and return what it found; an error is a result too, so that the others run."""
+    from executable import memory_shortage
+
+    start = time.perf_counter()
+    try:
+        found = entry.run()
+    except Exception as error:
+        message = str(error).strip() or type(error).__name__
+        lack = memory_shortage(message) or "RESOURCE_EXHAUSTED" in message
+        status = "out of memory" if lack and entry.kind == "row" else "error"
+        first = f"{type(error).__name__}: {message.splitlines()[0]}"
+        found = {"status": status, "message": first.replace("|", "/"), "traceback": traceback.format_exc()}
+    gc.collect()
+    return found | {"wall_seconds": round(time.perf_counter() - start, 3), "finished": now()}
+
+
+def run_entries(todo: Sequence[Entry], results: Results, quick: bool, seconds: float, told: Report) -> None:
+    """Run the entries that are not done, as long as there is time for them."""
+    end = time.perf_counter() + seconds
+    cut_off = {entry.name for entry in todo if results.entries.get(entry.name, {}).get("status") == STARTED}
+    with told.progress("on this device", "entry", len(todo)) as bar:
+        for entry in sorted(todo, key=lambda entry: entry.name in cut_off):  # one may have ended the process
+            if results.is_done(entry.name):
+                told.say(f"{entry.name}: done before")
+            elif quick and not entry.quick:
+                results.keep(entry, {"status": NOT_QUICK})
+            elif time.perf_counter() + 60 * entry.minutes > end:
+                results.keep(entry, {"status": NO_TIME})
+            else:
+                told.say(f"{entry.name} ...")
+                results.keep(entry, {"status": STARTED})
+                results.keep(entry, attempt(entry))
+                found = results.entries[entry.name]
+                (told.warn if found["status"] in FAILURES else told.say)(f"{entry.name}: {text_of(found)}")
+            bar.update()
+
+
+def main() -> None:
+    """Run the entries, and say what they found."""
+    arguments = parse_arguments()
+    told = Report("on_device", arguments)
+    prepare_libraries()
+    machine = find_machine()
+    results = Results(arguments.output, made_with(machine), arguments.again)
+    utils.check_writable(results.json)
+    told.title(f"On {len(machine.devices)} x {machine.devices[0].device_kind}")
+    todo = entries(machine)
+    if not machine.scale.has_estimates:
+        told.say("there is no accelerator: everything runs on the CPU in small sizes")
+        todo = [dataclasses.replace(entry, minutes=0.0) for entry in todo]
+    minutes = arguments.minutes if arguments.minutes is not None else QUICK_MINUTES if arguments.quick else MINUTES
+    run_entries(todo, results, arguments.quick, 60 * minutes, told)
+
+    found = {entry.name: results.entries[entry.name] for entry in todo}
+    for name, one in found.items():
+        told.add(name, text_of(one))
+    told.close(arguments.output)
+    told.say(f"wrote {results.json} and {results.markdown.name}")
+    if any(one["status"] == NO_TIME for one in found.values()):
+        told.say("for what had no time, run the same command again: what is done is kept")
+    if machine.platform != "cpu":
+        told.say(f"Please send us what you see: open an issue where you got this project, paste {results.markdown}")
+        told.say(f"into it and attach {results.json}.")
+    failed = [name for name, one in found.items() if one["status"] in FAILURES]
+    if failed:
+        told.warn(f"{len(failed)} of {len(found)} entries failed: {'; '.join(failed)}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run(main)

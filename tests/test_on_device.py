@@ -1,0 +1,250 @@
+"""`python -m benchmarks.on_device` on a CPU: that it finds what is wrong, goes on, and keeps what it has."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from benchmarks import on_device, reproduce_tables
+from benchmarks.on_device import FULL, NO_TIME, NOT_QUICK, ON_A_CPU, STARTED, Entry, Machine
+from compile_for_tpu import report
+from console import UserError
+from models import attention, denoising
+from tests.helpers import VIRTUAL_DEVICES, stage_command, stage_environment
+
+FAST, ONLINE = "attention splash_exp2, fast kernel, layer normed", "attention splash_exp2, online kernel, mixed heads"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Run the command in this process with the entries whose names begin with one of `only`, or with `entries`.
+
+    Returns the exit status, and the entries of the results by name.
+    """
+    all_entries = on_device.entries
+
+    def run(*options, only=("",), entries=None, devices=1, scale=ON_A_CPU):
+        machine = Machine(jax.devices()[:devices], scale)
+        chosen = [entry for entry in all_entries(machine) if entry.name.startswith(tuple(only))]
+        monkeypatch.setattr(on_device, "entries", lambda machine: chosen if entries is None else entries)
+        monkeypatch.setattr(on_device, "find_machine", lambda: machine)
+        monkeypatch.setattr(sys, "argv", ["on_device.py", "--output", str(tmp_path / "results"), *options])
+        try:
+            on_device.main()
+            status = 0
+        except SystemExit as end:
+            status = end.code
+        return status, json.loads((tmp_path / "results" / "on_device.json").read_text())["entries"]
+
+    return run
+
+
+def entry(name, kind="check", error=None, minutes=0.0, quick=True, figure=0.5):
+    """Return an entry that raises `error`, or whose figure is `figure` of 1."""
+
+    def do():
+        if error:
+            raise error
+        return on_device.judged(figure, 1.0, "made up")
+
+    return Entry(name, kind, do, minutes, quick)
+
+
+def statuses(found):
+    return {name: one["status"] for name, one in found.items()}
+
+
+# --- All of it ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_everything_runs(run, tmp_path, capsys):
+    status, found = run(devices=2)
+    assert status == 0, statuses(found)
+    assert set(statuses(found).values()) == {"passed", "measured"}
+    meshes = [name for name in found if name.startswith("mesh")]
+    assert len(meshes) == 6, meshes  # dp 2, sp 2 and tp 2, in two layouts
+    for name, one in found.items():
+        if one["kind"] == "check":
+            assert 0 <= one["figure"] <= one["tolerance"], name
+        else:
+            assert 0 < one["least"] <= one["seconds"] <= one["most"] and one["repetitions"] == 3, name
+            assert one["compile_seconds"] > 0 and one["allotted_gib"] > 0, name
+    page = (tmp_path / "results" / "on_device.md").read_text()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
+    assert set(found) < set(rows), page
+    assert "Please send" not in capsys.readouterr().out  # a CPU's results are of no use to anyone
+
+
+# --- What is wrong is found --------------------------------------------------------------------------------------
+
+
+def test_a_wrong_kernel_fails_and_the_rest_goes_on(run, monkeypatch, capsys):
+    right = attention.IMPLEMENTATIONS["splash_exp2"]
+    wrong = right._replace(function=lambda *arrays, **options: right.function(*arrays, **options) * 1.01)
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "splash_exp2", wrong)
+    status, found = run(only=(f"{FAST}, 270", "step, 16 x 24 x 9, no guidance"))
+    kernel, step = found
+    assert status == 1 and found[kernel]["status"] == "failed" and found[step]["status"] == "measured", found
+    assert found[kernel]["figure"] == pytest.approx(1.01 - 1, rel=0.3)  # in bfloat16 the factor is 1.008
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"failed: {kernel}" in last, last
+
+
+def test_the_wrong_kernel_of_two_fails(run, monkeypatch):
+    """Inputs that never reach the online kernel prove nothing about it."""
+    never = attention.IMPLEMENTATIONS["splash_exp2"]._replace(
+        online_heads=lambda query, key, **_: jax.numpy.zeros(query.shape[:2], bool)
+    )
+    monkeypatch.setitem(attention.IMPLEMENTATIONS, "splash_exp2", never)
+    status, found = run(only=(ONLINE,))
+    (one,) = found.values()
+    assert status == 1 and one["figure"] < one["tolerance"], one
+    assert one["note"].startswith("50% of the heads should have taken the online kernel"), one
+
+
+@pytest.mark.slow
+def test_a_wrong_mesh_fails_alone(run, monkeypatch):
+    make_plan = denoising.make_plan
+
+    def wrong_for_tp(**options):
+        plan = make_plan(**options)
+        if plan.parallelism.tp == 1:
+            return plan
+        scaled = lambda *arrays, kv_length: plan.attention(*arrays, kv_length=kv_length) * 1.5  # noqa: E731
+        return dataclasses.replace(plan, attention=scaled)
+
+    monkeypatch.setattr(denoising, "make_plan", wrong_for_tp)
+    status, found = run(only=("mesh",), devices=2)
+    failed = [name for name, one in found.items() if one["status"] == "failed"]
+    expected = [f"mesh dp 1 x sp 1 x tp 2, layout {layout}, beside the CPU" for layout in ("tp", "fsdp")]
+    assert status == 1 and failed == expected, statuses(found)
+    assert len(found) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["transformer block", "decoder chunk"])
+def test_a_device_unlike_the_cpu_fails(run, monkeypatch, name):
+    """The first result of such a check is the device's own."""
+    judge = on_device.judged_beside_cpu
+    monkeypatch.setattr(on_device, "judged_beside_cpu", lambda found, on_cpu: judge(found * 1.03, on_cpu))
+    status, found = run(only=(name,))
+    (one,) = found.values()
+    assert status == 1 and one["status"] == "failed" and one["tolerance"] < one["figure"] < 0.1, one
+
+
+def test_not_a_number_fails(run):
+    status, found = run(entries=[entry("strange", figure=float("nan"))])
+    assert status == 1 and found["strange"]["status"] == "failed"
+
+
+def test_errors_are_results_and_the_rest_goes_on(run, tmp_path, capsys):
+    lack = RuntimeError("RESOURCE_EXHAUSTED: 5 GiB")
+    rows = [entry("too large", "row", lack), entry("broken", error=ValueError("no | way\nmore")), entry("right")]
+    status, found = run(entries=rows)
+    assert status == 1
+    assert statuses(found) == {"too large": "out of memory", "broken": "error", "right": "passed"}
+    assert "raise error\nValueError: no | way\nmore" in found["broken"]["traceback"]
+    page = (tmp_path / "results" / "on_device.md").read_text()
+    assert "| too large | - | out of memory: RuntimeError: RESOURCE_EXHAUSTED: 5 GiB |" in page, page
+    assert "| broken | error | - | - | ValueError: no / way |" in page, page
+    out = capsys.readouterr().out
+    assert "1 of 3 entries failed: broken" in out and "Traceback" not in out
+
+    assert run(entries=rows[:1])[0] == 0  # a row that does not fit is no failure
+
+
+# --- Time, and what is kept --------------------------------------------------------------------------------------
+
+
+def test_what_has_no_time_is_left_out_and_run_later(run, capsys):
+    rows = [entry("long", minutes=20.0), entry("rare", minutes=1.0, quick=False), entry("short", minutes=1.0)]
+    timed = dataclasses.replace(ON_A_CPU, has_estimates=True)
+    status, found = run("--quick", entries=rows, scale=timed)
+    assert status == 0 and statuses(found) == {"long": NO_TIME, "rare": NOT_QUICK, "short": "passed"}
+    assert "run the same command again" in capsys.readouterr().out
+    short = found["short"]
+    status, found = run("--minutes", "10", entries=rows, scale=timed)
+    assert status == 0 and statuses(found) == {"long": NO_TIME, "rare": "passed", "short": "passed"}
+    assert found["short"] == short
+    status, found = run(entries=rows, scale=timed)
+    assert statuses(found) == dict.fromkeys(("long", "rare", "short"), "passed")
+    assert "run the same command again" not in capsys.readouterr().out.splitlines()[-1]
+    assert list(found) == ["long", "rare", "short"]  # in the order of the list, whatever ran when
+
+
+def test_results_of_other_versions_are_not_mixed(run, monkeypatch, tmp_path):
+    assert run(entries=[entry("one")])[0] == 0
+    monkeypatch.setattr(on_device, "versions", lambda *names: {"jax": "0.0.1"})
+    with pytest.raises(UserError, match=r"on_device\.json has results of other versions; choose another --output"):
+        run(entries=[entry("one")])
+    assert run("--again", entries=[entry("two")])[1].keys() == {"two"}
+    (tmp_path / "results" / "on_device.json").write_text('{"entries": []}')
+    with pytest.raises(UserError, match="holds no results of this program; choose another --output"):
+        run(entries=[entry("one")])
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_it_keeps_what_it_has(run, tmp_path):
+    path = tmp_path / "results" / "on_device.json"
+    environment = stage_environment() | {"XLA_FLAGS": VIRTUAL_DEVICES}
+    command = stage_command("benchmarks.on_device", "--output", path.parent, "--quiet")
+    process = subprocess.Popen(command, cwd=on_device.report.RESULTS.parents[1], env=environment)
+    deadline = time.monotonic() + 300
+    before = {}
+    while len(before) < 3:  # two done, the third begun
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+        before = json.loads(path.read_text())["entries"] if path.exists() else {}
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    before = json.loads(path.read_text())["entries"]
+    done, begun = list(before)[:-1], list(before)[-1]
+    assert before[begun]["status"] == STARTED and len(done) >= 2, statuses(before)
+
+    following = "attention splash_exp2, online kernel, far bound"
+    status, after = run(only=(*done, begun, following), devices=8)
+    assert status == 0, statuses(after)
+    assert {name: after[name] for name in done} == {name: before[name] for name in done}
+    (new,) = (name for name in after if name.startswith(following))
+    assert after[begun]["finished"] > after[new]["finished"]  # what the process may have died of comes last
+
+
+# --- The tables on a TPU, without one ----------------------------------------------------------------------------
+
+
+def tpu(count, kind="TPU v6 lite"):
+    return Machine([SimpleNamespace(device_kind=kind, platform="tpu")] * count, FULL)
+
+
+def test_rows_of_a_slice_are_those_of_the_tables():
+    rows = {entry.name: entry for entry in on_device.entries(tpu(8))}
+    assert len(rows) == len(on_device.entries(tpu(8)))
+    assert len([name for name in rows if name.startswith("mesh")]) == 14
+    assert FULL.lengths == (25826, 45106)
+    saved = json.loads(report.TABLES.read_text())
+    expected = rows["step, 768 x 1360 x 81, guidance"].run.args[-1]
+    assert expected["predicted_seconds"] == saved["5"]["ours_seconds"]
+    assert expected["original_seconds"] == 2.31  # the best of rows 1 to 5
+    decode = json.loads((report.RESULTS / "stage3-v6e-8-640x1280x61.json").read_text())
+    expected = rows["decode, 640 x 1280 x 61, torchax"].run.args[-1]
+    assert expected["predicted_seconds"] == decode["predicted_seconds"]
+    assert expected["predicted_gib"] == decode["memory"]["peak"]
+
+
+@pytest.mark.parametrize(("machine", "steps"), [(tpu(1), 1), (tpu(4), 1), (tpu(8), 5), (tpu(4, "TPU v5"), 5)])
+def test_steps_of_a_slice(machine, steps):
+    assert len(on_device.step_rows(machine)) == steps
+
+
+def test_every_configuration_of_the_tables_is_there():
+    assert {(size, guided) for size, guided, _ in on_device.STEPS} == {
+        (row.size, row.guided) for row in reproduce_tables.ROWS.values()
+    }
