@@ -180,7 +180,12 @@ def make_plan(
 
 def check_configs(transformer: Mapping, scheduler: Mapping) -> None:
     """Raise PlanError unless the model is a CogVideoX 1.5 for text to video with a supported scheduler."""
-    kind = {"use_rotary_positional_embeddings": True, "activation_fn": "gelu-approximate", "ofs_embed_dim": None}
+    kind = {
+        "use_rotary_positional_embeddings": True,
+        "use_learned_positional_embeddings": False,
+        "activation_fn": "gelu-approximate",
+        "ofs_embed_dim": None,
+    }
     if transformer.get("patch_size_t") is None or any(transformer.get(name) != kind[name] for name in kind):
         raise PlanError(
             None,
