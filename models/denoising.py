@@ -182,11 +182,11 @@ def check_configs(transformer: Mapping, scheduler: Mapping) -> None:
     """Raise PlanError unless the model is a CogVideoX 1.5 for text to video with a supported scheduler."""
     kind = {
         "use_rotary_positional_embeddings": True,
-        "use_learned_positional_embeddings": False,
         "activation_fn": "gelu-approximate",
         "ofs_embed_dim": None,
     }
-    if transformer.get("patch_size_t") is None or any(transformer.get(name) != kind[name] for name in kind):
+    learned = transformer.get("use_learned_positional_embeddings")
+    if transformer.get("patch_size_t") is None or learned or any(transformer.get(n) != kind[n] for n in kind):
         raise PlanError(
             None,
             "this model is not a CogVideoX 1.5 for text to video (temporal patches, rotary embedding, no image input); "
