@@ -118,6 +118,7 @@ def test_embeddings_of_another_model(outputs, other_model, run_stage):
         (STAGE2, "transformer", {"patch_size_t": None}, "not a CogVideoX 1.5"),  # CogVideoX 1.0
         (STAGE2, "transformer", {"ofs_embed_dim": 512}, "not a CogVideoX 1.5"),  # begins with an image
         (STAGE2, "transformer", {"use_learned_positional_embeddings": True}, "not a CogVideoX 1.5"),
+        (STAGE2, "transformer", {"time_embed_dim": 48}, "norm_out.linear.weight among them, which has shape [256, 64]"),
         (STAGE3, "vae", {"use_post_quant_conv": True}, "post_quant_conv"),
     ],
 )
