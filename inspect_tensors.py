@@ -15,7 +15,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -97,17 +97,18 @@ def main() -> None:
         return
     if len(arguments.paths) != 1:
         raise UserError(f"--compare takes one path to compare with, not {len(arguments.paths)}")
-    rows, conclusion = compare_runs(arguments)
+    ours, theirs = items(arguments.paths[0]), items(arguments.compare)
+    rows = compare_runs(arguments, ours, theirs)
+    conclusion = conclusion_of(rows)
     if arguments.json:
         print(json.dumps({"tensors": rows, "conclusion": conclusion}, indent=2))
     else:
-        print("\n".join([*provenance_lines(arguments.paths[0], arguments.compare), comparison_table(rows)]))
+        print("\n".join([*provenance_lines(ours, theirs), comparison_table(rows)]))
         for line in timings.lines(arguments.paths[0], arguments.compare):
             print(line)
         print(conclusion)
     if arguments.plot:
-        ours, theirs = ((path, items(path)) for path in (arguments.paths[0], arguments.compare))
-        pictures.plot_comparison(arguments.plot, ours, theirs, rows)
+        pictures.plot_comparison(arguments.plot, (arguments.paths[0], ours), (arguments.compare, theirs), rows)
     sys.exit(any(row["differs"] for row in rows))
 
 
@@ -334,9 +335,8 @@ def sight(frames: "np.ndarray") -> str:
 # --- Comparison --------------------------------------------------------------------------------------------------
 
 
-def compare_runs(arguments: argparse.Namespace) -> tuple[list[dict], str]:
-    """Compare two runs tensor by tensor, in the order of execution; return the rows and a sentence about the first."""
-    ours, theirs = items(arguments.paths[0]), items(arguments.compare)
+def compare_runs(arguments: argparse.Namespace, ours: Mapping[str, Item], theirs: Mapping[str, Item]) -> list[dict]:
+    """Compare the tensors of two runs, by name, in the order of execution; return a row for each."""
     if len(ours) == len(theirs) == 1:  # two files: their only tensors, whatever they are called
         theirs = dict(zip(ours, theirs.values(), strict=True))
     noise = items(arguments.noise) if arguments.noise else None
@@ -360,7 +360,7 @@ def compare_runs(arguments: argparse.Namespace) -> tuple[list[dict], str]:
         if row["differs"] and "what" not in row:
             row |= differing_shares(*pair, allowed)
         rows.append(row)
-    return rows, conclusion_of(rows)
+    return rows
 
 
 def difference(ours: Item, theirs: Item, allowed: float = 0.0) -> dict:
@@ -474,11 +474,11 @@ def shares_text(row: dict) -> str:
     return f"the share of {len(row['shares'])} of {row['chips']} chips: {'; '.join(row['shares'])}"
 
 
-def provenance_lines(one: Path, other: Path) -> Iterator[str]:
+def provenance_lines(one: Mapping[str, Item], other: Mapping[str, Item]) -> Iterator[str]:
     """Yield a line for each entry in which the files of two runs say that they were made from something else."""
     said = []
-    for path in (one, other):
-        files = {item.file: item.metadata for item in items(path).values()}
+    for found in (one, other):
+        files = {item.file: item.metadata for item in found.values()}
         said.append({name: value for data in files.values() for name, value in utils.read_made_from(data).items()})
     for name in said[0].keys() & said[1].keys():
         if said[0][name] != said[1][name]:

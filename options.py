@@ -5,15 +5,18 @@ The stages and the compile tool share this module. Importing it loads neither ja
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import checkpoint
+import tensor_dump
 import utils
 from console import UserError, number
 
 if TYPE_CHECKING:
-    from models import decoding, denoising, tap
+    import jax
+
+    from models import decoding, denoising, recorder, tap
 
 
 def add_size_options(parser: argparse.ArgumentParser) -> None:
@@ -130,6 +133,23 @@ def dump_wanted(arguments: argparse.Namespace) -> "tap.Wanted | None":
     statistics = arguments.dump_stats or arguments.dump_shards
     arrays = arguments.dump_names or ([] if statistics else ["*"])
     return tap.Wanted(tuple(arrays), ("*",) if statistics else (), checksums=arguments.dump_shards)
+
+
+def dump_recorder(
+    arguments: argparse.Namespace,
+    stage: str,
+    unit: str,
+    made_from: Mapping[str, str],
+    mesh: "jax.sharding.Mesh",
+    programs: "Sequence[jax.stages.Traced]",
+) -> "recorder.Recorder | recorder.NoRecorder":
+    """Make what writes the files of --dump while programs run, one for each step; see `Recorder`."""
+    from models import recorder
+
+    if arguments.dump is None:
+        return recorder.NoRecorder()
+    chosen = tensor_dump.steps(arguments.dump_steps, len(programs))
+    return recorder.Recorder(arguments.dump, stage, unit, made_from, mesh, programs, chosen)
 
 
 def denoising_plan(

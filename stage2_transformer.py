@@ -6,7 +6,7 @@ generation_config.json to --output_dir.
 
 import argparse
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +16,13 @@ import checkpoint
 import tensor_dump
 import utils
 from console import ArgumentParser, Report, UserError, add_log_options, number, prepare_libraries, run
-from options import add_denoising_options, add_dump_options, denoising_plan, dump_wanted, plan_errors
+from options import add_denoising_options, add_dump_options, denoising_plan, dump_recorder, dump_wanted, plan_errors
 from profiling import Profile, add_profile_option
 
 if TYPE_CHECKING:
     import jax
 
     from models.denoising import Plan, State
-    from models.recorder import Recorder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -91,7 +90,9 @@ def main() -> None:
         report.plan(plan)
         describe(plan, arguments, report)
         config = config_of(arguments, text_config, plan)
-        recorder = make_recorder(arguments, config, plan, traced) if wanted else None
+        made_from = utils.made_from(config, utils.LATENT_ENTRIES)
+        steps = plan.num_inference_steps
+        recorder = dump_recorder(arguments, "stage2", "step", made_from, plan.parallelism.mesh, [traced] * steps)
         parameters = load_parameters(read, plan.transformer, plan.parallelism)
         report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
         embeddings = load_file(embeddings_path)
@@ -107,61 +108,36 @@ def main() -> None:
         )
 
     with report.phase(f"warm-up ({arguments.warmup_steps} steps)"):
-        denoising.warm_up(recorder.ignoring(program) if recorder else program, arguments.warmup_steps)
+        denoising.warm_up(recorder.ignoring(program), arguments.warmup_steps)
 
-    steps = plan.num_inference_steps
     (step,) = profile.traced([program], steps)
-    step = recorder.recording(step) if recorder else step
-    draw_preview = make_preview(config, plan, output_dir, report)
     with report.phase("run") as run_phase, report.progress("denoising", "step", steps) as bar:
-        for state in denoising.run(step):
+        for state in denoising.run(recorder.recording(step)):
             bar.update()
             if arguments.preview_every and bar.n % arguments.preview_every == 0:
-                draw_preview(state, bar.n)
+                with report.aside("previews"):
+                    draw_preview(state, bar.n, config, plan, output_dir / utils.PREVIEW)
     report.add("per step", f"{run_phase.seconds / steps:.3f} s")
 
     with report.phase("save"):
         latents = jax.numpy.transpose(state.latents[:, plan.surplus_frames :], (0, 2, 1, 3, 4))
-        save(latents, config, output_dir)
+        save(latents, config, made_from, output_dir)
     report.say(f"wrote {output_dir / utils.LATENTS} and {utils.CONFIG}")
     profile.show()
 
     report.add_array("latents", latents)
-    for name, value in recorder.summary() if recorder else ():
+    for name, value in recorder.summary():
         report.add(name, value)
     report.close(output_dir, shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
 
 
-def make_preview(config: Mapping, plan: "Plan", output_dir: Path, report: Report) -> "Callable[[State, int], None]":
-    """Return a function that draws the noise-free latents which a step, the n-th, predicts; its time is shown apart."""
+def draw_preview(state: "State", n: int, config: Mapping, plan: "Plan", path: Path) -> None:
+    """Draw the noise-free latents that a step, the n-th, predicts."""
     import pictures
 
-    def draw(state: "State", n: int) -> None:
-        with report.aside("previews"):
-            predicted = np.asarray(state.pred_original_sample[0, plan.surplus_frames :]).swapaxes(0, 1)
-            title = f"step {n} of {plan.num_inference_steps}, the video that it predicts: {config['prompt']}"
-            path = output_dir / utils.PREVIEW
-            pictures.preview(predicted, path, pictures.fitted_map(config["model_id"]), title)
-
-    return draw
-
-
-def make_recorder(
-    arguments: argparse.Namespace, config: Mapping, plan: "Plan", traced: "jax.stages.Traced"
-) -> "Recorder":
-    """Make what writes the files of --dump while the steps run."""
-    from models.recorder import Recorder
-
-    steps = plan.num_inference_steps
-    return Recorder(
-        arguments.dump,
-        "stage2",
-        "step",
-        utils.made_from(config, [name for name in config if name != "fps"]),
-        plan.parallelism.mesh,
-        [traced] * steps,
-        tensor_dump.steps(arguments.dump_steps, steps),
-    )
+    predicted = np.asarray(state.pred_original_sample[0, plan.surplus_frames :]).swapaxes(0, 1)
+    title = f"step {n} of {plan.num_inference_steps}, the video that it predicts: {config['prompt']}"
+    pictures.preview(predicted, path, pictures.fitted_map(config["model_id"]), title)
 
 
 def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> None:
@@ -191,11 +167,10 @@ def config_of(arguments: argparse.Namespace, text_config: Mapping, plan: "Plan")
     return config | {"scheduler": plan.scheduler["_class_name"]}
 
 
-def save(latents: "jax.Array", config: Mapping, output_dir: Path) -> None:
+def save(latents: "jax.Array", config: Mapping, made_from: dict[str, str], output_dir: Path) -> None:
     """Write latents [B, C, T, H, W] and the config to `output_dir`."""
     from safetensors.flax import save_file
 
-    made_from = utils.made_from(config, [name for name in config if name != "fps"])
     with utils.replacing(output_dir / utils.LATENTS) as temporary:
         save_file({"latents": latents}, temporary, metadata=made_from)
     utils.write_config(output_dir, config)

@@ -6,7 +6,7 @@ decoder instead.
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import checkpoint
 import tensor_dump
 import utils
 from console import ArgumentParser, Progress, Report, UserError, add_log_options, number, prepare_libraries, run
-from options import add_decoding_options, add_dump_options, decoding_plan, dump_wanted, plan_errors
+from options import add_decoding_options, add_dump_options, decoding_plan, dump_recorder, dump_wanted, plan_errors
 from profiling import Profile, add_profile_option
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from models.decoder import Decoder
     from models.decoding import Plan
-    from models.recorder import Recorder
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -100,7 +99,9 @@ def main(decoder: str = "torchax") -> None:
 
         with plan_errors():
             traced = plan.programs(vae, weights, wanted)
-        recorder = make_recorder(arguments, config, plan, traced) if wanted else None
+        made_from = utils.made_from(config, utils.LATENT_ENTRIES)
+        runs = [program for program, n in zip(traced, plan.runs, strict=True) for _ in range(n)]
+        recorder = dump_recorder(arguments, "stage3", "chunk", made_from, plan.split.mesh, runs)
         programs = compile_or_load(
             arguments.executable, f"{decoder} decoder", plan.devices, traced, plan.program_options, report
         )
@@ -108,9 +109,8 @@ def main(decoder: str = "torchax") -> None:
     with report.phase("run, with encoding") as run_phase, report.progress("decoding", "frame", plan.frames) as bar:
         from models.decoder import decode
 
-        functions = profile.traced(programs, sum(plan.runs))
-        functions = [*map(recorder.recording, functions)] if recorder else functions
-        chunks = decode(functions, weights, latents, plan.split)
+        functions = map(recorder.recording, profile.traced(programs, len(runs)))
+        chunks = decode([*functions], weights, latents, plan.split)
         frames = write_video(chunks, output_video, fps, bar, keep=arguments.output_frames is not None)
     report.add("per frame", f"{run_phase.seconds / plan.frames:.3f} s")
 
@@ -122,27 +122,9 @@ def main(decoder: str = "torchax") -> None:
 
     report.add_array("latents", latents)
     report.add("video", f"{bar.n} frames, {plan.width} x {plan.height}, {fps} frames per second")
-    for name, value in recorder.summary() if recorder else ():
+    for name, value in recorder.summary():
         report.add(name, value)
     report.close(output_video.parent)
-
-
-def make_recorder(
-    arguments: argparse.Namespace, config: Mapping, plan: "Plan", traced: "Sequence[jax.stages.Traced]"
-) -> "Recorder":
-    """Make what writes the files of --dump while the chunks are decoded."""
-    from models.recorder import Recorder
-
-    programs = [program for program, runs in zip(traced, plan.runs, strict=True) for _ in range(runs)]
-    return Recorder(
-        arguments.dump,
-        "stage3",
-        "chunk",
-        utils.made_from(config, [*utils.TEXT_ENTRIES, *utils.VIDEO_ENTRIES]),
-        plan.split.mesh,
-        programs,
-        tensor_dump.steps(arguments.dump_steps, len(programs)),
-    )
 
 
 def load_weights(vae: "Decoder", model_id: str, plan: "Plan") -> Any:

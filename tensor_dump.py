@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+import checkpoint
 import utils
 from console import UserError
 
 STATISTICS = ("min", "max", "mean", "std")  # NaN or infinite where a value is
-DTYPES = {  # NumPy's name: safetensors' name
-    **{"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"},
-    **{"int64": "I64", "int32": "I32", "uint8": "U8", "bool": "BOOL"},
-}
+# safetensors' name of each dtype.
+DTYPES = {np.dtype(kind): name for name, kind in checkpoint.DTYPES.items()}
+DTYPES |= {np.dtype(np.int64): "I64", np.dtype(np.int32): "I32", np.dtype(np.uint8): "U8", np.dtype(np.bool_): "BOOL"}
 
 
 class Planned(NamedTuple):
@@ -44,35 +44,26 @@ class GrowingFile:
     The place for the header of all planned arrays is kept free at the beginning of the file.
 
     Args:
-        path: an existing file is replaced.
+        path: what it holds is lost.
         planned: all arrays that may come, in the order in which they come.
         metadata: of the file.
 
     Raises:
-        UserError: the disk has no room for the planned arrays, or the file cannot be written.
+        UserError: the file cannot be written.
     """
 
     def __init__(self, path: Path, planned: Mapping[str, Planned], metadata: Mapping[str, str]):
         self._path, self._planned, self._metadata = path, planned, metadata
         self._header: dict[str, dict] = {}
         self._size = 0
-        needed = sum(array.nbytes for array in planned.values())
-        utils.check_writable(path)
-        free = shutil.disk_usage(path.parent).free + (path.stat().st_size if path.exists() else 0)
-        if needed > free:
-            raise UserError(
-                f"the dump needs {needed / 2**30:.1f} GiB, and the disk of {path.parent} has {free / 2**30:.1f} GiB "
-                "free; name fewer tensors with --dump_names, fewer steps with --dump_steps, or use --dump_stats"
-            )
         whole, end = {}, 0
         for name, array in planned.items():
             whole[name] = self._entry(array, end)
             end += array.nbytes
         self._reserved = len(self._encoded(whole)) + 8
         with utils.write_errors(path):
-            path.unlink(missing_ok=True)
             self._file = open(path, "w+b")  # noqa: SIM115  closed by `close`
-        self._write_header()
+            self._write_header()
 
     def append(self, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
         """Write the next arrays, pairs of a name and an array, which must be as planned."""
@@ -107,7 +98,7 @@ class GrowingFile:
     def _entry(self, array: Planned, start: int) -> dict:
         end = start + array.nbytes
         return {
-            "dtype": DTYPES[np.dtype(array.dtype).name],
+            "dtype": DTYPES[np.dtype(array.dtype)],
             "shape": list(array.shape),
             "data_offsets": [start, end],
         }
@@ -134,7 +125,7 @@ class Dump:
         metadata: what the tensors were made from, see `utils.made_from`.
 
     Raises:
-        UserError: see `GrowingFile`.
+        UserError: the disk has no room for the planned arrays, or a file cannot be written; an earlier dump is kept.
     """
 
     def __init__(
@@ -150,12 +141,14 @@ class Dump:
         self._statistics_path = directory / f"{stage}_statistics.safetensors"
         tensors_path = directory / f"{stage}_tensors.safetensors"
         self.paths: list[Path] = []
+        flat = {self._name(number, name): array for number in planned for name, array in planned[number].items()}
+        utils.check_writable(tensors_path)
+        self._check_space(directory, flat.values(), tensors_path.stat().st_size if tensors_path.exists() else 0)
         for path in (self._statistics_path, tensors_path):
             with utils.write_errors(path):
                 path.unlink(missing_ok=True)
         self._tensors = None
         if planned:
-            flat = {self._name(number, name): array for number in planned for name, array in planned[number].items()}
             self._tensors = GrowingFile(tensors_path, flat, self._metadata)
             self.paths.append(tensors_path)
         self._rows: dict[str, list[np.ndarray]] = {}
@@ -183,6 +176,16 @@ class Dump:
             file = GrowingFile(Path(temporary), planned, metadata)
             file.append(stacked.items())
             file.close()
+
+    @staticmethod
+    def _check_space(directory: Path, planned: Iterable[Planned], replaced: int) -> None:
+        """Raise UserError unless the arrays fit the disk, of which `replaced` bytes become free."""
+        needed, free = sum(array.nbytes for array in planned), shutil.disk_usage(directory).free + replaced
+        if needed > free:
+            raise UserError(
+                f"the dump needs {needed / 2**30:.1f} GiB, and the disk of {directory} has {free / 2**30:.1f} GiB "
+                "free; name fewer tensors with --dump_names, fewer steps with --dump_steps, or use --dump_stats"
+            )
 
     def _name(self, number: int, name: str) -> str:
         return f"{row_name(self._unit, number)}/{name}"
@@ -253,12 +256,21 @@ def shares(metadata: Mapping[str, str], name: str) -> Iterator[tuple[str, tuple[
     shape, split = json.loads(metadata.get("shares", "{}")).get(name.partition("/")[2], ([], []))
     if not any(math.prod(mesh[axis] for axis in axes) > 1 for axes in split):
         return
-    for place in np.ndindex(*mesh.values()):
-        coordinates = dict(zip(mesh, place, strict=True))
+    for place in chip_places(mesh):
         where = []
         for length, axes in zip(shape, split, strict=True):
             index, parts = 0, 1
             for axis in axes:
-                index, parts = index * mesh[axis] + coordinates[axis], parts * mesh[axis]
+                index, parts = index * mesh[axis] + place[axis], parts * mesh[axis]
             where.append(slice(length // parts * index, length // parts * (index + 1)))
-        yield ", ".join(f"{axis} {index}" for axis, index in coordinates.items()), tuple(where)
+        yield in_words(place), tuple(where)
+
+
+def chip_places(mesh: Mapping[str, int]) -> list[dict[str, int]]:
+    """Return the place of each chip along the axes of a mesh, in the order of the mesh."""
+    return [dict(zip(mesh, place, strict=True)) for place in np.ndindex(*mesh.values())]
+
+
+def in_words(place: Mapping[str, int]) -> str:
+    """Return a chip's place as it is printed: "dp 0, sp 3, tp 0"."""
+    return ", ".join(f"{axis} {index}" for axis, index in place.items())

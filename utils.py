@@ -53,6 +53,8 @@ VIDEO_ENTRIES = {
     "seed": int,
     "scheduler": str,
 }
+# What latents are made from; no tensor depends on fps.
+LATENT_ENTRIES = [name for name in (*TEXT_ENTRIES, *VIDEO_ENTRIES) if name != "fps"]
 
 
 @contextlib.contextmanager

@@ -180,11 +180,7 @@ def make_plan(
 
 def check_configs(transformer: Mapping, scheduler: Mapping) -> None:
     """Raise PlanError unless the model is a CogVideoX 1.5 for text to video with a supported scheduler."""
-    kind = {
-        "use_rotary_positional_embeddings": True,
-        "activation_fn": "gelu-approximate",
-        "ofs_embed_dim": None,
-    }
+    kind = {"use_rotary_positional_embeddings": True, "activation_fn": "gelu-approximate", "ofs_embed_dim": None}
     learned = transformer.get("use_learned_positional_embeddings")
     if transformer.get("patch_size_t") is None or learned or any(transformer.get(n) != kind[n] for n in kind):
         raise PlanError(

@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from models.sharding import mesh_axes
+
 Key = TypeVar("Key")
 Index = tuple[slice, ...]
 SMALL = 2**22  # bytes of an array that is sent to every chip, because compiling another gather would take longer
@@ -90,7 +92,7 @@ def scatter_of(array: jax.ShapeDtypeStruct) -> Scatter | None:
     That is so if no two chips hold the same part, if the array is small, or if no axis divides.
     """
     mesh = array.sharding.mesh
-    spec = [axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in array.sharding.spec]
+    spec = mesh_axes(array.sharding.spec)
     spec += [()] * (len(array.shape) - len(spec))
     copies = tuple(name for name, size in mesh.shape.items() if size > 1 and not any(name in axes for axes in spec))
     if not copies or math.prod(array.shape) * array.dtype.itemsize < SMALL:

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from models.sharding import mesh_axes
 from models.tap import CHECKSUMS, Collected, Tapped
-from tensor_dump import Dump, Planned, merged
+from tensor_dump import Dump, Planned, chip_places, in_words, merged
 
 ONLINE_HEADS = ".attn1.online_heads"  # of a block, see models/attention.py
 
@@ -48,7 +49,7 @@ class Recorder:
         collected: list[Collected] = [program.out_info[1] for program in programs]
         planned = {i: {name: _planned(tapped) for name, tapped in collected[i].arrays.items()} for i in chosen}
         names = collected[0].arrays
-        shares = {name: [tapped.array.shape, _axes(tapped.spec)] for name, tapped in names.items()}
+        shares = {name: [tapped.array.shape, mesh_axes(tapped.spec)] for name, tapped in names.items()}
         split = {"mesh": json.dumps(dict(mesh.shape)), "shares": json.dumps(shares)} if mesh.size > 1 else {}
         self._dump = Dump(directory, stage, unit, planned if names else {}, dict(metadata) | split)
 
@@ -69,7 +70,8 @@ class Recorder:
 
     def _record(self, collected: Collected) -> None:
         number, self._number = self._number, self._number + 1
-        statistics = {name: self._row(name, tapped) for name, tapped in collected.statistics.items()}
+        fetched = jax.device_get({name: tapped.array for name, tapped in collected.statistics.items()})
+        statistics = {name: self._row(name, fetched[name], tapped) for name, tapped in collected.statistics.items()}
         chosen = collected.arrays if number in self._chosen else {}
         self._dump.add(number, ((name, tapped.without_padding()) for name, tapped in chosen.items()), statistics)
         online = [row for name, row in statistics.items() if name.endswith(ONLINE_HEADS)]
@@ -77,17 +79,18 @@ class Recorder:
             self._online.append(np.stack(online))
         self._points = len(statistics)
 
-    def _row(self, name: str, tapped: Tapped) -> np.ndarray:
-        """Return what the dump has of a point, and note what is wrong with it."""
-        array = np.asarray(tapped.array)
+    def _row(self, name: str, array: np.ndarray, tapped: Tapped) -> np.ndarray:
+        """Return what the dump has of a point, whose sums are `array`, and note what is wrong with it."""
         if tapped.tapped_spec is None:
             return array
         where = f"{self._unit} {self._number - 1}, {name}"
         row = merged(array)
         if self._not_finite is None and not np.isfinite(row).all():
             self._not_finite = f"first {where}"
-        for chips in differing_chips(array[:, CHECKSUMS], self._mesh, tapped.tapped_spec):
-            self._differing.append(f"{where}: {chips}")
+        checksums = array[:, CHECKSUMS]
+        if checksums.size:
+            chips = differing_chips(checksums, self._mesh, tapped.tapped_spec)
+            self._differing += [f"{where}: {chip}" for chip in chips]
         return row
 
     def summary(self) -> Iterator[tuple[str, str]]:
@@ -103,6 +106,20 @@ class Recorder:
             yield "chips differ", f"and at {len(self._differing) - 5:,} more points"
 
 
+class NoRecorder:
+    """What does nothing in the place of a `Recorder`, without --dump."""
+
+    def recording(self, program: Callable) -> Callable:
+        """Return the program."""
+        return program
+
+    ignoring = recording
+
+    def summary(self) -> Iterator[tuple[str, str]]:
+        """Yield nothing."""
+        yield from ()
+
+
 def online_summary(heads: np.ndarray) -> str:
     """Say how many heads, bool [steps, blocks, prompts, heads], took the online kernel, and which most often."""
     if not heads.any():
@@ -115,23 +132,18 @@ def online_summary(heads: np.ndarray) -> str:
 
 def differing_chips(checksums: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> Iterator[str]:
     """Say which chips hold another share than the others that should have the same; `checksums` is [chips, n]."""
-    axes = [axis for axes in _axes(spec) for axis in axes]
-    coordinates = [dict(zip(mesh.axis_names, place, strict=True)) for place in np.ndindex(*mesh.devices.shape)]
+    axes = [axis for axes in mesh_axes(spec) for axis in axes]
+    places = chip_places(mesh.shape)
     groups: dict[tuple, list[int]] = {}
-    for chip, place in enumerate(coordinates):
+    for chip, place in enumerate(places):
         groups.setdefault(tuple(place[axis] for axis in axes), []).append(chip)
     for chips in groups.values():
         found = {chip: checksums[chip].tobytes() for chip in chips}
         most, _ = Counter(found.values()).most_common(1)[0]
         for chip in chips:
             if found[chip] != most:
-                where = ", ".join(f"{axis} {index}" for axis, index in coordinates[chip].items())
-                yield f"chip {chip} ({where}) differs from {sum(f == most for f in found.values())} others"
-
-
-def _axes(spec: PartitionSpec) -> list[list[str]]:
-    """Return the mesh axes that split each axis of an array."""
-    return [[axes] if isinstance(axes, str) else list(axes or ()) for axes in spec]
+                others = sum(checksum == most for checksum in found.values())
+                yield f"chip {chip} ({in_words(places[chip])}) differs from {others} others"
 
 
 def _planned(tapped: Tapped) -> Planned:

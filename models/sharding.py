@@ -107,6 +107,11 @@ def activation_spec(name: str) -> PartitionSpec:
     return PartitionSpec(*(ACTIVATIONS.get(axis) for axis in ACTIVATION_AXES[name]))
 
 
+def mesh_axes(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """Return the mesh axes that split each axis of an array, also where a spec names one or None."""
+    return [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
+
+
 def gather_at_use(name: str, layout: str) -> tuple[int, tuple[str, ...]] | None:
     """Return (axis, mesh axes) over which a block gathers its share of `name` before use; None where it need not.
 

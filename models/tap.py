@@ -14,15 +14,18 @@ import contextvars
 import dataclasses
 import difflib
 import fnmatch
+import math
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+
+from models.sharding import mesh_axes
 
 Bounds = Mapping[int, tuple[int, int]]
 LEAST, MOST, CHECKSUMS = 3, 4, slice(5, None)  # places in what `sums` returns
@@ -104,9 +107,13 @@ class _Collector:
         """Raise NoSuchNameError if a pattern has matched nothing."""
         for pattern in (*self.wanted.arrays, *self.wanted.statistics):
             if pattern not in self.matched:
-                names = sorted({re.sub(r"\b\d+\b", "*", name) for name in self.names})
-                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
-                raise NoSuchNameError(f"no module is called {pattern}; the nearest: {', '.join(near)}")
+                raise NoSuchNameError(f"no module is called {pattern}; the nearest: {nearest(pattern, self.names)}")
+
+
+def nearest(pattern: str, names: Iterable[str]) -> str:
+    """Return the names that are nearest to a pattern, joined by commas; all blocks are one name, with a *."""
+    general = sorted({re.sub(r"\b\d+\b", "*", name) for name in names})
+    return ", ".join(difflib.get_close_matches(pattern, general, n=3, cutoff=0.0))
 
 
 _collector: contextvars.ContextVar[_Collector | None] = contextvars.ContextVar("collector", default=None)
@@ -156,15 +163,14 @@ def _computed(array: jax.Array | Callable[[], jax.Array]) -> jax.Array:
 
 def _reducer(spec: PartitionSpec, bounds: Bounds, collector: _Collector) -> Callable[[jax.Array], jax.Array]:
     """Return a function that computes the `sums` of one chip's share of an array, padding left out."""
-    split_over = {axis for axes in spec for axis in ((axes,) if isinstance(axes, str) else axes or ())}
-    copies = int(np.prod([size for axis, size in collector.mesh.shape.items() if axis not in split_over]))
+    split_over = mesh_axes(spec)
+    copies = math.prod(size for axis, size in collector.mesh.shape.items() if not any(axis in a for a in split_over))
 
     def reduce(share: jax.Array) -> jax.Array:
         real = jnp.ones((), bool)
         for axis, (start, stop) in bounds.items():
             first, length = collector.piece or (0, share.shape[axis])
-            axes = (spec[axis],) if isinstance(spec[axis], str) else spec[axis] or ()
-            index = jax.lax.axis_index(axes) if axes else 0
+            index = jax.lax.axis_index(split_over[axis]) if split_over[axis] else 0
             shape = [1] * share.ndim
             shape[axis] = share.shape[axis]
             position = index * length + first + jnp.arange(share.shape[axis]).reshape(shape)

@@ -394,9 +394,10 @@ class Block:
                 as_projected = functools.partial(self.as_projected, x, letter)
                 tap.tap(f"to_{letter}", as_projected, GATHERED, self.bounds, same_values=x)
             for letter, x in (("q", query), ("k", key)):
-                normalized = functools.partial(self.normalized, x, letter)
-                as_stored = functools.partial(lambda normalized: interleaved(normalized()), normalized)
-                tap.tap(f"norm_{letter}", as_stored, PROJECTED_HEADS, self.bounds, same_values=normalized)
+                as_normalized, same_values = (
+                    functools.partial(function, x, letter) for function in (self.as_normalized, self.normalized)
+                )
+                tap.tap(f"norm_{letter}", as_normalized, PROJECTED_HEADS, self.bounds, same_values)
             query, key = (
                 normalized_and_rotated(x, parameters, f"attn1.norm_{letter}", self.rotary).astype(dtype)
                 for letter, x in (("q", query), ("k", key))
@@ -439,6 +440,10 @@ class Block:
         """Reorder a result of `project_heads` as in diffusers: [batch, tokens, heads * head_dim], pairs interleaved."""
         x = x if letter == "v" else interleaved(x)
         return jnp.swapaxes(x, 1, 2).reshape(x.shape[0], x.shape[2], -1)
+
+    def as_normalized(self, x: jax.Array, letter: str) -> jax.Array:
+        """Normalise projected queries or keys as in diffusers: without rotating them, pairs interleaved."""
+        return interleaved(self.normalized(x, letter))
 
     def normalized(self, x: jax.Array, letter: str) -> jax.Array:
         """Normalise projected queries or keys without rotating them."""

@@ -214,6 +214,10 @@ def test_a_dump_that_does_not_fit_the_disk(tmp_path):
     with pytest.raises(UserError, match=r"the dump needs 4194304.0 GiB, and the disk of .* free; name fewer"):
         tensor_dump.Dump(tmp_path, "stage2", "step", planned, {})
     assert not list(tmp_path.iterdir())
+    (tmp_path / "stage2_statistics.safetensors").write_bytes(b"an earlier dump")
+    with pytest.raises(UserError):
+        tensor_dump.Dump(tmp_path, "stage2", "step", planned, {})
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"an earlier dump"]
 
 
 def test_an_interrupted_dump_keeps_the_steps_before(tmp_path):

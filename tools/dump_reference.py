@@ -7,7 +7,6 @@ weights only while it runs, so that the model need not fit the memory.
 """
 
 import argparse
-import difflib
 import fnmatch
 import functools
 import re
@@ -35,6 +34,7 @@ import checkpoint
 import tensor_dump
 import utils
 from console import ArgumentParser, UserError, number, prepare_libraries, run
+from models import tap
 from models.decoder import chunk_sizes
 from models.denoising import Plan, make_plan
 from models.scheduler import make_scheduler
@@ -495,9 +495,8 @@ def select(
     names = {name for arrays in planned.values() for name in arrays}
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            general = sorted({re.sub(r"\b\d+\b", "*", name) for name in names})  # one name for all blocks
-            nearest = difflib.get_close_matches(pattern, general, n=3, cutoff=0.0)
-            raise UserError(f"--dump_names {pattern}: nothing has such a name; the nearest are {', '.join(nearest)}")
+            near = tap.nearest(pattern, names)
+            raise UserError(f"--dump_names {pattern}: nothing has such a name; the nearest are {near}")
     return {
         number: {name: arrays[name] for name in arrays if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
         for number, arrays in planned.items()
