@@ -14,9 +14,11 @@ import platform
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, SimpleNamespace
@@ -26,6 +28,9 @@ from tqdm import tqdm
 
 # What --verbose, the log and the timings tell the versions of.
 LIBRARIES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers", "flax", "safetensors")
+
+
+BACKGROUND = "background"  # the name of threads whose work is given up when the process ends
 
 
 class UserError(Exception):
@@ -60,7 +65,8 @@ class ArgumentParser(argparse.ArgumentParser):
 def run(main: Callable[[], None]) -> None:
     """Run `main`; turn UserError into one line and exit status 2, and Ctrl-C into one line and exit status 130.
 
-    Any other exception is a bug, and keeps its traceback. The log of the stage's `Report` gets all of them.
+    Any other exception is a bug, and keeps its traceback. The log of the stage's `Report` gets all of them. Threads
+    named BACKGROUND do not delay the end.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         for interrupting in (signal.SIGINT, signal.SIGALRM):
@@ -72,9 +78,12 @@ def run(main: Callable[[], None]) -> None:
         _exit(f"error: {error}", 2)
     except BrokenPipeError:  # whoever reads what is printed, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        _leave(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         _exit("interrupted; existing files are unchanged", 130)
+    except Exception:
+        traceback.print_exc()
+        _leave(1)
 
 
 @contextlib.contextmanager
@@ -107,6 +116,15 @@ def _exit(message: str, status: int) -> NoReturn:
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name  # `python -m` runs a package
     print(f"{name}: {message}", file=sys.stderr)
+    _leave(status)
+
+
+def _leave(status: int) -> NoReturn:
+    """End the process; at once if a thread in the background, which may be compiling, would crash in an orderly end."""
+    if any(thread.name == BACKGROUND for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 
@@ -205,6 +223,9 @@ class Report:
         stage: its key in timings.json, such as "stage2".
         arguments: the parsed options, those of `add_log_options` among them.
 
+    Attributes:
+        counts: of what happens often; the log has for each phase what it added.
+
     Raises:
         UserError: the file of --log_json cannot be opened.
     """
@@ -217,6 +238,7 @@ class Report:
         self._started, self._paused = time.perf_counter(), 0.0
         self._asides: dict[str, float] = {}
         self._devices: Sequence[Any] = ()
+        self.counts: Counter[str] = Counter()
         self._timings: dict[str, Any] = {
             "program": Path(sys.argv[0]).name,
             "options": vars(arguments),
@@ -297,20 +319,24 @@ class Report:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[SimpleNamespace]:
-        """Time the body of a `with` statement and add a row; `seconds` of the yielded object is set at the end."""
+        """Time the body of a `with` statement and add a row.
+
+        The yielded object has `note`, text for the row that the body may set, and at the end `seconds`.
+        """
         self.event("phase_start", phase=name)
-        phase, start = SimpleNamespace(), self._now()
+        phase, start, counts = SimpleNamespace(note=""), self._now(), self.counts.copy()
         yield phase
         phase.seconds = self._now() - start
         self._timings["seconds"][name] = round(phase.seconds, 6)
         memory = memory_of(self._devices)
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        self.event("phase_end", phase=name, seconds=round(phase.seconds, 6), memory=memory, host_peak=host)
+        added = {"counts": self.counts - counts}
+        self.event("phase_end", phase=name, seconds=round(phase.seconds, 6), memory=memory, host_peak=host, **added)
         self.detail(f"memory after {name}, host: peak {host / 2**30:.2f} GiB")
         for one in memory:
             sizes = ", ".join(f"{what} {size / 2**30:.2f} GiB" for what, size in one.items() if what != "device")
             self.detail(f"memory after {name}, device {one['device']}: {sizes}")
-        self.add(name, f"{phase.seconds:.2f} s")
+        self.add(name, f"{phase.seconds:.2f} s{phase.note}")
 
     @contextlib.contextmanager
     def progress(self, description: str, unit: str, total: int) -> Iterator["Progress"]:
@@ -323,6 +349,11 @@ class Report:
         self._timings["steps"].append(round(seconds, 6))
         self.event("step", unit=unit, done=done, total=total, seconds=round(seconds, 6))
         self.detail(f"{unit} {done} of {total}: {seconds:.3f} s")
+
+    def compiled(self, **fields: Any) -> None:
+        """Keep what was compiled, or loaded from the cache, and in which time."""
+        self._timings["compiled"] = fields
+        self.event("compiled", **fields)
 
     def profiled(self) -> None:
         """Note that the step in progress, counted from 1, runs under the profiler, which slows it down."""

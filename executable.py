@@ -10,7 +10,6 @@ import json
 import pickle
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 from jax.extend import core
 
-from console import Report, UserError, versions
+from console import UserError, versions
 
 SOURCES = sorted(
     [*Path(__file__).parent.glob("models/*.py"), *Path(__file__).parent.glob("custom_splash_attention.py")]
@@ -82,51 +81,6 @@ def _constants(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> Iterator:
         for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
             if hasattr(value, "eqns"):
                 yield from _constants(value)
-
-
-def compile_or_load(
-    path: Path | None,
-    what: str,
-    devices: Sequence[jax.Device],
-    traced: Sequence[jax.stages.Traced],
-    options: dict,
-    report: Report,
-) -> list[jax.stages.Compiled]:
-    """Return the programs in the file `path` if they are the wanted ones; else compile `traced` and return the result.
-
-    For the other arguments see `description`. The report says which of the two happened.
-
-    Raises:
-        UserError: `path` is no file that `save` wrote, or the programs do not fit the memory of a chip.
-    """
-    if path is not None:
-        try:
-            programs = load(path, description(what, devices, traced, options), devices)
-            report.say(f"loaded the {what} from {path}")
-            return programs
-        except Mismatch as mismatch:
-            report.warn(f"{path} holds other programs, compiling instead: {mismatch}")
-    try:
-        with ThreadPoolExecutor() as pool:
-            programs = list(pool.map(lambda program: program.lower().compile(), traced))
-    except jax.errors.JaxRuntimeError as error:
-        if shortage := memory_shortage(str(error)):
-            needed, available = shortage
-            raise UserError(
-                f"the {what} needs {needed:.1f} GiB of a chip's {available:.2f} GiB of memory; "
-                "use a slice of more chips, or make a smaller video"
-            ) from None
-        raise
-    report.say(f"compiled the {what}")
-    return programs
-
-
-def memory_shortage(message: str) -> tuple[float, float] | None:
-    """Return the GiB that a program needs and that a chip has, or None if the compiler's error is not about memory."""
-    match = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", message) or re.search(
-        r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", message
-    )
-    return (float(match[1]), float(match[2])) if match else None
 
 
 def save(path: str, programs: Sequence[jax.stages.Compiled], made_for: dict) -> None:

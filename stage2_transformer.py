@@ -15,6 +15,7 @@ import numpy as np
 import checkpoint
 import tensor_dump
 import utils
+from compilation import Cache, Compiling, add_compilation_options
 from console import ArgumentParser, Report, UserError, add_log_options, number, prepare_libraries, run
 from options import add_denoising_options, add_dump_options, denoising_plan, dump_recorder, dump_wanted, plan_errors
 from profiling import Profile, add_profile_option
@@ -40,9 +41,7 @@ def parse_arguments() -> argparse.Namespace:
         default=utils.WARMUP_STEPS,
         help="steps that run before the first one, untimed",
     )
-    parser.add_argument(
-        "--executable", type=utils.path, help="load the compiled step from this file, if it is the right one"
-    )
+    add_compilation_options(parser, "the compiled step")
     parser.add_argument(
         "--preview_every",
         type=number(int, 1),
@@ -77,6 +76,7 @@ def main() -> None:
     tensor_dump.steps(arguments.dump_steps, plan.num_inference_steps)  # wrong ones are said before anything is loaded
 
     report.title(f"Stage 2: transformer of {model_id}")
+    cache = Cache(arguments.compilation_cache, report)
     with report.phase("load"):
         from safetensors.torch import load_file
 
@@ -93,6 +93,7 @@ def main() -> None:
         made_from = utils.made_from(config, utils.LATENT_ENTRIES)
         steps = plan.num_inference_steps
         recorder = dump_recorder(arguments, "stage2", "step", made_from, plan.parallelism.mesh, [traced] * steps)
+        compiling = Compiling(arguments, "denoising step", plan, [traced], cache, report)
         parameters = load_parameters(read, plan.transformer, plan.parallelism)
         report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
         embeddings = load_file(embeddings_path)
@@ -100,13 +101,11 @@ def main() -> None:
             plan, parameters, embeddings["prompt_embeds"], embeddings["negative_prompt_embeds"], arguments.seed
         )
 
-    with report.phase("compile"):
-        from executable import compile_or_load
+    with report.phase("compile") as compile_phase:
+        (program,), compile_phase.note = compiling.wait()
 
-        (program,) = compile_or_load(
-            arguments.executable, "denoising step", plan.devices, [traced], plan.program_options, report
-        )
-
+    if arguments.warmup_steps == 0:
+        report.say("no warm-up: the seconds of the first step hold what the first run of a program costs")
     with report.phase(f"warm-up ({arguments.warmup_steps} steps)"):
         denoising.warm_up(recorder.ignoring(program), arguments.warmup_steps)
 

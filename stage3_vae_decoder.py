@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 import checkpoint
 import tensor_dump
 import utils
+from compilation import Cache, Compiling, add_compilation_options
 from console import ArgumentParser, Progress, Report, UserError, add_log_options, number, prepare_libraries, run
 from options import add_decoding_options, add_dump_options, decoding_plan, dump_recorder, dump_wanted, plan_errors
 from profiling import Profile, add_profile_option
 
 if TYPE_CHECKING:
-    import jax
     import numpy as np
 
     from models.decoder import Decoder
-    from models.decoding import Plan
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -33,8 +32,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_frames", type=utils.path, help="also save the frames, uint8, as safetensors")
     parser.add_argument("--fps", type=number(int, 1), help="frames per second (default: what stage 2 was told)")
     parser.add_argument("--allow_nan", action="store_true", help="decode latents that hold NaN or infinity")
+    add_compilation_options(parser, "the compiled programs")
     parser.add_argument(
-        "--executable", type=utils.path, help="load the compiled programs from this file, if they are right"
+        "--warmup",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="first run each program once, untimed",
     )
     parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
     add_decoding_options(parser)
@@ -74,7 +77,7 @@ def main(decoder: str = "torchax") -> None:
     from safetensors.numpy import load_file  # that of safetensors.flax imports flax
 
     size = {name: config[name] for name in ("height", "width", "frames")}
-    stored = jax.numpy.asarray(load_file(latents_path)["latents"])
+    stored = load_file(latents_path)["latents"]
     plan = decoding_plan(arguments, model_id, decoder, size, jax.devices(), stored.dtype)
     check_shape(shape, plan.latent_shape, latents_path)
     if not arguments.allow_nan:
@@ -83,32 +86,37 @@ def main(decoder: str = "torchax") -> None:
     tensor_dump.steps(arguments.dump_steps, sum(plan.runs))  # wrong ones are said before anything is loaded
 
     report.title(f"Stage 3: {decoder} VAE decoder of {model_id}")
-    report.plan(plan)
+    cache = Cache(arguments.compilation_cache, report)
+    report.say(f"devices: {len(plan.devices)} x {plan.devices[0].device_kind}")
+    reason = "as the options say" if arguments.chip_rows or arguments.strips else "the least work for each chip"
+    report.say(f"split: {plan.split}; {reason}; the split does not change the result")
     with report.phase("load"):
+        from models.decoder import decode, warm_up
+
         vae = plan.make_decoder()
-        weights = load_weights(vae, model_id, plan)
-        leaves = jax.tree.leaves(weights)
-        report.say(f"loaded decoder: {sum(leaf.size for leaf in leaves):,} parameters, {leaves[0].dtype}")
-        report.say(f"devices: {len(jax.devices())} x {jax.devices()[0].device_kind}")
-        reason = "as the options say" if arguments.chip_rows or arguments.strips else "the least work for each chip"
-        report.say(f"split: {plan.split}; {reason}; the split does not change the result")
-        latents = np.asarray(stored.astype(leaves[0].dtype) / plan.vae["scaling_factor"])
-
-    with report.phase("compile"):
-        from executable import compile_or_load
-
+        files = weight_files(vae, model_id)
+        abstract = plan.on_devices(files)
         with plan_errors():
-            traced = plan.programs(vae, weights, wanted)
+            traced = plan.programs(vae, abstract, wanted)
         made_from = utils.made_from(config, utils.LATENT_ENTRIES)
         runs = [program for program, n in zip(traced, plan.runs, strict=True) for _ in range(n)]
         recorder = dump_recorder(arguments, "stage3", "chunk", made_from, plan.split.mesh, runs)
-        programs = compile_or_load(
-            arguments.executable, f"{decoder} decoder", plan.devices, traced, plan.program_options, report
-        )
+        compiling = Compiling(arguments, f"{decoder} decoder", plan, traced, cache, report)
+        weights = load_weights(files, abstract)
+        leaves = jax.tree.leaves(weights)
+        report.say(f"loaded decoder: {sum(leaf.size for leaf in leaves):,} parameters, {leaves[0].dtype}")
+        latents = np.asarray(jax.numpy.asarray(stored, leaves[0].dtype) / plan.vae["scaling_factor"])
+
+    with report.phase("compile") as compile_phase:
+        programs, compile_phase.note = compiling.wait()
+
+    if arguments.warmup:
+        with report.phase("warm-up"):
+            warm_up([*map(recorder.ignoring, programs)], weights, latents, plan.split)
+    else:
+        report.say("no warm-up: the seconds of the run hold what the first run of each program costs")
 
     with report.phase("run, with encoding") as run_phase, report.progress("decoding", "frame", plan.frames) as bar:
-        from models.decoder import decode
-
         functions = map(recorder.recording, profile.traced(programs, len(runs)))
         chunks = decode([*functions], weights, latents, plan.split)
         frames = write_video(chunks, output_video, fps, bar, keep=arguments.output_frames is not None)
@@ -127,24 +135,30 @@ def main(decoder: str = "torchax") -> None:
     report.close(output_video.parent)
 
 
-def load_weights(vae: "Decoder", model_id: str, plan: "Plan") -> Any:
-    """Load the decoder's weights onto all devices, replicated, as the tree that `vae.decode_chunk` takes."""
+def weight_files(vae: "Decoder", model_id: str) -> Any:
+    """Return the decoder's weights as the tree that `vae.decode_chunk` takes, mapped from files, not yet read."""
+    shapes = {f"decoder.{name}": shape for name, shape in vae.weight_shapes.items()}
+    read = checkpoint.tensor_reader(model_id, "vae", shapes)
+    return vae.convert_weights({name: read(f"decoder.{name}") for name in vae.weight_shapes})
+
+
+def load_weights(files: Any, abstract: Any) -> Any:
+    """Load the decoder's weights onto the devices.
+
+    Args:
+        files: from `weight_files`.
+        abstract: a tree of the same structure with shapes, dtypes and shardings.
+    """
     import jax
 
     from models.loading import load_arrays
 
-    shapes = {f"decoder.{name}": shape for name, shape in vae.weight_shapes.items()}
-    read = checkpoint.tensor_reader(model_id, "vae", shapes)
-    stored, tree = jax.tree.flatten(vae.convert_weights({name: read(f"decoder.{name}") for name in vae.weight_shapes}))
-    wanted = {
-        i: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=plan.split.replicated)
-        for i, array in enumerate(stored)
-    }
+    stored, tree = jax.tree.flatten(files)
 
     def fill(i: int, index: tuple[slice, ...], part: "np.ndarray") -> None:
         part[...] = stored[i][index]
 
-    return jax.tree.unflatten(tree, load_arrays(wanted, fill).values())
+    return jax.tree.unflatten(tree, load_arrays(dict(enumerate(jax.tree.leaves(abstract))), fill).values())
 
 
 def check_shape(shape: tuple[int, ...], expected: tuple[int, ...], path: Path) -> None:
@@ -156,11 +170,11 @@ def check_shape(shape: tuple[int, ...], expected: tuple[int, ...], path: Path) -
         )
 
 
-def check_finite(latents: "jax.Array", path: Path) -> None:
+def check_finite(latents: "np.ndarray", path: Path) -> None:
     """Raise UserError if latents [1, C, T, H, W] have NaN or infinite values; say how many and in which frames."""
     import numpy as np
 
-    bad = ~np.isfinite(np.asarray(latents.astype(np.float32)))
+    bad = ~np.isfinite(latents.astype(np.float32))
     if bad.any():
         frames = ", ".join(str(frame) for frame in np.flatnonzero(bad.any(axis=(0, 1, 3, 4))))
         raise UserError(

@@ -136,7 +136,12 @@ def prepare_vae(folder: Path) -> Callable[[], object]:
     vae = json.loads((folder / "config.json").read_text())
     plan = decoding.make_plan(vae=vae, decoder="flax", devices=jax.devices()[:1], dtype=BFLOAT16, **size)
     decoder = plan.make_decoder()
-    return lambda: jax.block_until_ready(stage3_vae_decoder.load_weights(decoder, str(folder.parent), plan))
+
+    def load() -> object:
+        files = stage3_vae_decoder.weight_files(decoder, str(folder.parent))
+        return jax.block_until_ready(stage3_vae_decoder.load_weights(files, plan.on_devices(files)))
+
+    return load
 
 
 def prepare_text_encoder(folder: Path) -> Callable[[], object]:

@@ -860,7 +860,7 @@ def find_machine() -> Machine:
 
 def attempt(entry: Entry) -> dict:
     """Run an entry, and return what it found; an error is a result too, so that the others run."""
-    from executable import memory_shortage
+    from compilation import memory_shortage
 
     start = time.perf_counter()
     try:

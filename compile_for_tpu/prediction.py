@@ -150,7 +150,7 @@ def memory(compiled: Sequence, topology: str) -> dict:
 
 def out_of_memory(message: str, advice: str) -> dict:
     """Return the GiB in the compiler's out-of-memory error and a line about them; raise RuntimeError for others."""
-    from executable import memory_shortage
+    from compilation import memory_shortage
 
     shortage = memory_shortage(message)
     if not shortage:

@@ -131,6 +131,13 @@ def decode(programs: Sequence[Callable], weights: Any, latents: np.ndarray, spli
     yield _frames(waiting, latents, split)
 
 
+def warm_up(programs: Sequence[Callable], weights: Any, latents: np.ndarray, split: Split) -> None:
+    """Run each of the compiled `chunk_programs` once, as `decode` would, for what only the first run of one costs."""
+    used = sum(chunk_sizes(latents.shape[2])[:2])
+    for _ in decode(programs, weights, latents[:, :, :used], split):
+        pass
+
+
 def _frames(pixels: jax.Array, latents: np.ndarray, split: Split) -> np.ndarray:
     """Turn a program's pixels into [frames, height, width, 3], without those beyond the frame's edge."""
     scale = pixels.shape[2] // split.covered[0]

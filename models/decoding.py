@@ -67,13 +67,14 @@ class Plan:
         return chunk_programs(decoder, weights, self.latent_shape, self.split, wanted=wanted)
 
     def abstract_weights(self, decoder: Decoder) -> Any:
-        """Return the decoder's weights as shapes, to compile without the weights."""
+        """Return the decoder's weights as shapes on the devices, to compile without the weights."""
+        stored = {name: jax.ShapeDtypeStruct(shape, self.dtype) for name, shape in decoder.weight_shapes.items()}
+        return self.on_devices(jax.eval_shape(decoder.convert_weights, stored))
 
-        def abstract(shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(shape, self.dtype, sharding=self.split.replicated)
-
-        stored = {name: abstract(shape) for name, shape in decoder.weight_shapes.items()}
-        return jax.tree.map(lambda x: abstract(x.shape), jax.eval_shape(decoder.convert_weights, stored))
+    def on_devices(self, weights: Any) -> Any:
+        """Return the shapes and dtypes that a tree of weights has on the devices, where each has all of them."""
+        replicated = self.split.replicated
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), weights)
 
 
 def make_plan(

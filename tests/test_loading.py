@@ -222,7 +222,8 @@ def test_decoder_weights(decoder, devices, random_model):
         vae=config, decoder=decoder, devices=jax.devices()[:devices], dtype=jnp.float32, height=64, width=64, frames=9
     )
     vae = plan.make_decoder()
-    weights = stage3_vae_decoder.load_weights(vae, str(random_model), plan)
+    files = stage3_vae_decoder.weight_files(vae, str(random_model))
+    weights = stage3_vae_decoder.load_weights(files, plan.on_devices(files))
     theirs = AutoencoderKLCogVideoX.from_pretrained(random_model, subfolder="vae").decoder.state_dict()
     expected = vae.convert_weights({name: weight.numpy() for name, weight in theirs.items()})
     assert jax.tree.structure(weights) == jax.tree.structure(expected)
