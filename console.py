@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import errno
 import gc
 import glob
 import importlib.metadata
@@ -14,18 +15,30 @@ import platform
 import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, SimpleNamespace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    import jax
+
 # What --verbose, the log and the timings tell the versions of.
 LIBRARIES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers", "flax", "safetensors")
+
+
+# What the system says where permission, space or another thing that is the user's to give is missing.
+REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+}
+LONGEST_LINE = 1200  # characters of an error
 
 
 class UserError(Exception):
@@ -54,27 +67,53 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error as one line on stderr, and end the process with exit status 2."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, one_line(f"{self.prog}: error: {message} (see --help)") + "\n")
 
 
 def run(main: Callable[[], None]) -> None:
     """Run `main`; turn UserError into one line and exit status 2, and Ctrl-C into one line and exit status 130.
 
-    Any other exception is a bug, and keeps its traceback. The log of the stage's `Report` gets all of them.
+    So it is with what the system refuses. Any other exception is a bug, and keeps its traceback, as all do with
+    --debug. The log of the stage's `Report` gets all of them.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what the terminal cannot show
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         for interrupting in (signal.SIGINT, signal.SIGALRM):
             signal.signal(interrupting, _interrupt)
     try:
-        with _failures_logged():
+        with _failures_logged(), _refusals():
             main()
+            sys.stdout.flush()
     except UserError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
         _exit(f"error: {error}", 2)
     except BrokenPipeError:  # whoever reads what is printed, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _stop_printing()
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         _exit("interrupted; existing files are unchanged", 130)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what the system refuses, wherever it comes up, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        if error.filename is None:  # a file of ours has its name: see utils.write_errors
+            _stop_printing()
+        where = "what is printed" if error.filename is None else error.filename
+        raise UserError(f"{where}: {error.strerror}; free some space, or choose another path") from error
+    except MemoryError as error:
+        raise UserError(f"this machine's memory is too small ({first_line(error)}); make a smaller video") from error
+
+
+def _stop_printing() -> None:
+    """Send what stdout still holds, and Python flushes at its end, nowhere: who reads it has enough, or no space."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -106,8 +145,19 @@ def _exit(message: str, status: int) -> NoReturn:
     """Print one line on stderr that begins with the program's name, and end the process."""
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name  # `python -m` runs a package
-    print(f"{name}: {message}", file=sys.stderr)
+    print(one_line(f"{name}: {message}"), file=sys.stderr)
     sys.exit(status)
+
+
+def one_line(text: str) -> str:
+    """Return `text` as one line, with escapes for what cannot be printed, and without the middle of a long one."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= LONGEST_LINE else f"{shown[: LONGEST_LINE // 2]} ... {shown[-LONGEST_LINE // 2 :]}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's kind if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def error_message(stderr: str) -> str:
@@ -132,17 +182,45 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
 def prepare_libraries() -> None:
     """Set environment variables and warning filters before jax, torch and the Hugging Face libraries are imported.
 
-    Without a TPU, jax would still try libtpu and print many errors before it falls back to another platform. This
-    function therefore sets `JAX_PLATFORMS`, unless the user has set it.
+    Without a TPU, jax would still try libtpu and print many errors before it falls back to another platform; with one
+    that another process holds, it would fall back to the CPU. This function therefore sets `JAX_PLATFORMS`, unless the
+    user has set it.
     """
-    if "JAX_PLATFORMS" not in os.environ and not _has_tpu():
-        has_cuda = os.path.exists("/dev/nvidia0") and importlib.metadata.entry_points(group="jax_plugins")
-        os.environ["JAX_PLATFORMS"] = "cuda,cpu" if has_cuda else "cpu"
+    has_cuda = os.path.exists("/dev/nvidia0") and importlib.metadata.entry_points(group="jax_plugins")
+    os.environ.setdefault("JAX_PLATFORMS", "tpu,cpu" if _has_tpu() else "cuda,cpu" if has_cuda else "cpu")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")  # torchax, while tracing
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # jax, when ffmpeg starts; that is safe
+
+
+def devices() -> "list[jax.Device]":
+    """Return jax's devices.
+
+    Raises:
+        UserError: the platform that JAX_PLATFORMS names is not there, or another process holds it. What the libraries
+            print of that, dozens of lines, only --debug shows.
+    """
+    import jax
+
+    with tempfile.TemporaryFile() as printed:
+        stderr = os.dup(2)
+        os.dup2(printed.fileno(), 2)
+        try:
+            return jax.devices()
+        except RuntimeError as error:
+            platforms = os.environ.get("JAX_PLATFORMS")
+            raise UserError(
+                f"jax cannot use the platform {platforms}: {first_line(error)}; is there one, and does no other "
+                "process hold it (a process on a TPU VM holds all chips)? JAX_PLATFORMS=cpu does without"
+            ) from error
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            if "--debug" in sys.argv:
+                printed.seek(0)
+                sys.stderr.write(printed.read().decode(errors="replace"))
 
 
 def _has_tpu() -> bool:
@@ -178,7 +256,7 @@ class EventLog:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "event": event} | fields, default=str, ensure_ascii=False)
         try:
-            self._file.write(f"{line}\n".encode())
+            self._file.write(f"{line}\n".encode(errors="backslashreplace"))  # JSON reads the escape
         except OSError as error:
             self._file = None
             print(f"  WARNING: cannot write {self._path}: {error.strerror}; the log ends here", file=sys.stderr)
@@ -193,6 +271,7 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
         "--verbose", action="store_true", help="also print versions, devices, plan, memory, and seconds of each step"
     )
     amount.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors, on stderr")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error before its one line")
     parser.add_argument(
         "--log_json", type=path, help="append what happens to this file while it happens, one JSON object a line"
     )

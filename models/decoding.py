@@ -22,7 +22,7 @@ class Plan:
     """Everything that decides a decode, except weights and latents.
 
     Attributes:
-        vae: the model's config, as in `vae/config.json`.
+        vae: the model's config, as reading.py checks it.
         decoder: which decoder, one of DECODERS.
         height, width, frames: of the video, in pixels and frames.
         dtype: of weights and latents.
@@ -98,10 +98,6 @@ def make_plan(
     Raises:
         PlanError: the model, the devices and the options do not fit together.
     """
-    if vae.get("use_post_quant_conv"):
-        raise PlanError(
-            None, "this model's VAE has a post_quant_conv, as no CogVideoX 1.5 for text has; correct --model_id"
-        )
     if decoder not in DECODERS:
         raise PlanError("decoder", f"{decoder} is unknown; there are {', '.join(DECODERS)}")
     for name, size in (("height", height), ("width", width)):
