@@ -39,6 +39,7 @@ REFUSALS = {
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
 }
 LONGEST_LINE = 1200  # characters of an error
+LOG_BEGINS = b'{"time": "'  # as each line of a log of events
 
 
 class UserError(Exception):
@@ -236,7 +237,7 @@ class EventLog:
         path: the file, to which events are appended, so that the stages of a run can share it; None keeps none.
 
     Raises:
-        UserError: the file cannot be opened.
+        UserError: the file cannot be opened, or it is there and is no such log.
     """
 
     def __init__(self, path: Path | None):
@@ -245,6 +246,8 @@ class EventLog:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not (path.is_file() and _begins(path) in (b"", LOG_BEGINS)):
+                raise OSError(errno.EEXIST, "it is there and is no log")
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115  it stays open until the process ends
         except OSError as error:
             raise UserError(f"cannot write --log_json {path}: {error.strerror}; choose another path") from error
@@ -260,6 +263,12 @@ class EventLog:
         except OSError as error:
             self._file = None
             print(f"  WARNING: cannot write {self._path}: {error.strerror}; the log ends here", file=sys.stderr)
+
+
+def _begins(path: Path) -> bytes:
+    """Return the first bytes of a file, as many as LOG_BEGINS has."""
+    with open(path, "rb") as file:
+        return file.read(len(LOG_BEGINS))
 
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:

@@ -112,10 +112,17 @@ class Vae(ModelConfig):
     scaling_factor: Positive
     temporal_compression_ratio: Literal[1, 2, 4, 8]
     act_fn: str
+    down_block_types: list[Literal["CogVideoXDownBlock3D"]] | None = None
+    up_block_types: list[Literal["CogVideoXUpBlock3D"]] | None = None
+    sample_height: Count = 480
+    sample_width: Count = 720
     use_post_quant_conv: Literal[False] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        levels = len(self.block_out_channels)
+        if any(types is not None and len(types) != levels for types in (self.down_block_types, self.up_block_types)):
+            raise ValueError(f"there are {levels} block_out_channels, and another number of block types")
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
             raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide block_out_channels")
         return self

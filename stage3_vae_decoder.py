@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import checkpoint
 import console
 import tensor_dump
+import timings
 import utils
 from console import (
     ArgumentParser,
@@ -80,7 +81,12 @@ def main(decoder: str = "torchax") -> None:
     shape = utils.tensor_shapes(latents_path, 2, ("latents",), config, finite=False)["latents"]
     model_id = checkpoint.same_model(arguments.model_id, config["model_id"])
     outputs = {name: getattr(arguments, name.removeprefix("--")) for name in ("--output_frames", "--log_json")}
-    inputs = [arguments.input_dir / utils.CONFIG, latents_path, arguments.executable]
+    inputs = [
+        arguments.input_dir / utils.CONFIG,
+        latents_path,
+        arguments.executable,
+        output_video.parent / timings.FILE,
+    ]
     utils.check_outputs({"--output_video": output_video} | outputs, inputs, model_id)
     check_ffmpeg()
     fps = arguments.fps or config["fps"]

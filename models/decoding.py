@@ -13,6 +13,7 @@ from models.decoder import Decoder, chunk_programs, chunk_sizes
 from models.plan_error import PlanError
 from models.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
 from models.spatial_split import Split, choose_split
+from models.vae_layers import ACTIVATIONS
 
 DECODERS = ("torchax", "flax")  # of each there is a module models/vae_<name>.py with a function make_decoder
 
@@ -100,6 +101,8 @@ def make_plan(
     """
     if decoder not in DECODERS:
         raise PlanError("decoder", f"{decoder} is unknown; there are {', '.join(DECODERS)}")
+    if vae["act_fn"] not in ACTIVATIONS:
+        raise PlanError(None, f"the VAE's act_fn {vae['act_fn']} is unknown; there are {', '.join(ACTIVATIONS)}")
     for name, size in (("height", height), ("width", width)):
         check_multiple(name, size, spatial_compression_ratio(vae))
     check_frames(vae, frames)
