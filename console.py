@@ -107,7 +107,7 @@ def _refusals() -> Iterator[None]:
         if error.filename is None:  # a file of ours has its name: see utils.write_errors
             _stop_printing()
         where = "what is printed" if error.filename is None else error.filename
-        raise UserError(f"{where}: {error.strerror}; free some space, or choose another path") from error
+        raise UserError(f"{where}: {error.strerror}; allow it or make room, or choose another path") from error
     except MemoryError as error:
         raise UserError(f"this machine's memory is too small ({first_line(error)}); make a smaller video") from error
 

@@ -174,6 +174,8 @@ def read_json(path: Path, kind: type[Entries], missing: str) -> dict:
         return kind.model_validate_json(path.read_bytes()).model_dump(by_alias=True, exclude_unset=True)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(missing) from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {kind.remedy}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         entry = ".".join(map(str, first["loc"]))
@@ -230,7 +232,7 @@ def read_tensors(
             found |= mapped_tensors(path)
         except FileNotFoundError:
             raise UserError(f"{path} does not exist; {remedy}") from None
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{path} is not a complete safetensors file ({first_line(error)}); {remedy}") from error
     integers = [name for name, tensor in found.items() if isinstance(tensor, str)]  # libraries would convert them
     wrong = {name: fault for name in (*expected, *integers) if (fault := _fault(found.get(name), expected.get(name)))}

@@ -4,6 +4,7 @@ Writes stage1_embeddings.safetensors and generation_config.json (text entries on
 """
 
 import argparse
+import math
 import shlex
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import T5EncoderModel, T5Tokenizer
 
-SPARE_ROWS = 128  # T5's embedding has rows beyond its tokens, up to a multiple of this
+ROWS = 128  # T5's embedding has a row for each token, and may have more up to a multiple of this
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -104,7 +105,7 @@ def load_text_encoder(model_id: str, width: int) -> "tuple[T5Tokenizer, T5Encode
     disable_progress_bar()
     with checkpoint.load_errors(folders[0]):
         tokenizer = T5Tokenizer.from_pretrained(folders[0])
-    if not rows - SPARE_ROWS < len(tokenizer) <= rows:
+    if rows not in (len(tokenizer), math.ceil(len(tokenizer) / ROWS) * ROWS):
         raise UserError(
             f"{folders[0]} has {len(tokenizer):,} tokens, but the text encoder has an embedding of {rows:,}; "
             f"{checkpoint.REMEDY}"

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -26,7 +25,6 @@ from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
 import console
-import executable
 import reading
 import utils
 from console import UserError
@@ -157,7 +155,7 @@ AGAIN1, AGAIN2, MODEL_AGAIN = "run stage 1 again", "run stage 2 again", "get the
 
 # what: (arguments, what is spoilt, words of the message)
 STAGE1_CASES = {
-    "no prompt": ([], nothing, ["--prompt"]),
+    "no prompt": (["--prompt"], nothing, ["--prompt"]),
     "unknown option": (["--prompt", "x", "--sed", "1"], nothing, ["--sed"]),
     "abbreviated option": (["--promp", "x"], nothing, ["--promp"]),
     "prompt not UTF-8": (["--prompt", "a \udcff"], nothing, ["--prompt", "UTF-8"]),
@@ -176,7 +174,7 @@ STAGE1_CASES = {
     "log is a folder": (["--log_json", "outputs"], nothing, ["--log_json", "no log"]),
     "log is a pipe": (["--log_json", "p"], pipe("p"), ["--log_json p", "no log"]),
     "log is the model's": (["--log_json", TRANSFORMER], nothing, ["--log_json", "no log"]),
-    "width of the text": ([], of_model("transformer", text_embed_dim=32), ["shared.weight", "64], not [217, 32]"]),
+    "width of the text": ([], of_model("transformer", text_embed_dim=32), ["shared.weight", "64], not [218, 32]"]),
     "no room for text": ([], of_model("transformer", max_text_seq_length=0), ["max_text_seq_length", KIND]),
     "no config": ([], gone(MODEL / "text_encoder/config.json"), ["text_encoder/config.json"]),
     "config is a list": ([], content(MODEL / "text_encoder/config.json", b"[]"), ["text_encoder/config.json", KIND]),
@@ -187,7 +185,7 @@ STAGE1_CASES = {
     "no vocabulary": ([], of_model("text_encoder", vocab_size=0), ["vocab_size", KIND]),
     "another vocabulary": ([], of_model("text_encoder", vocab_size=300), ["text_encoder", "shared.weight"]),
     "other heads": ([], of_model("text_encoder", num_heads=8), ["text_encoder"]),
-    "unknown activation": ([], of_model("text_encoder", feed_forward_proj="gated-x"), ["cannot load model/text_encoder"]),
+    "unknown activation": ([], of_model("text_encoder", dense_act_fn="magic"), ["cannot load", "model/text_encoder"]),
     "more layers": ([], of_model("text_encoder", num_layers=3), ["text_encoder", "missing", "encoder.block.2"]),
     "fewer layers": ([], of_model("text_encoder", num_layers=1), ["text_encoder", "unexpected", "encoder.block.1"]),
     "tensor missing": (
@@ -290,7 +288,11 @@ STAGE2_CASES = {
         ["negative_prompt_embeds", "missing", AGAIN1],
     ),
     "NaN embeddings": ([], embeds(with_value(np.nan)), ["prompt_embeds", "NaN", AGAIN1]),
-    "infinite embeddings": ([], embeds(with_value(np.inf), "negative_prompt_embeds"), ["negative_prompt_embeds", "NaN"]),
+    "infinite embeddings": (
+        [],
+        embeds(with_value(np.inf), "negative_prompt_embeds"),
+        ["negative_prompt_embeds", "NaN"],
+    ),
     "integer embeddings": ([], embeds(to_long), ["prompt_embeds", "I64", AGAIN1]),
     "embeddings of 8 bits": ([], embeds(lambda x: x.to(torch.float8_e4m3fn)), ["prompt_embeds", "F8", AGAIN1]),
     "fewer tokens": ([], embeds(lambda x: x[:, 1:]), ["prompt_embeds", "[1, 225, 64]", AGAIN1]),
@@ -318,7 +320,11 @@ STAGE2_CASES = {
     "transformer: layers in words": ([], of_model("transformer", num_layers="two"), ["num_layers", "'two'", KIND]),
     "transformer: layers are true": ([], of_model("transformer", num_layers=True), ["num_layers", KIND]),
     "transformer: half a layer": ([], of_model("transformer", num_layers=1.5), ["num_layers", "1.5", KIND]),
-    "transformer: 10^12 heads": ([], of_model("transformer", num_attention_heads=10**12), ["num_attention_heads", KIND]),
+    "transformer: 10^12 heads": (
+        [],
+        of_model("transformer", num_attention_heads=10**12),
+        ["num_attention_heads", KIND],
+    ),
     "transformer: no heads": ([], of_model("transformer", num_attention_heads=None), ["num_attention_heads", KIND]),
     "transformer: odd heads": ([], of_model("transformer", attention_head_dim=33), ["attention_head_dim", "33", KIND]),
     "transformer: patch of 0": ([], of_model("transformer", patch_size=0), ["patch_size", KIND]),
@@ -444,7 +450,7 @@ STAGE3_CASES = {
     "vae: colours": ([], of_model("vae", out_channels=4), ["out_channels", KIND]),
     "vae: channels": ([], of_model("vae", latent_channels=8), [LATENTS, "[1, 8, 3, 4, 6]"]),
     "vae: post_quant_conv": ([], of_model("vae", use_post_quant_conv=True), ["use_post_quant_conv", KIND]),
-    "vae: more layers": ([], of_model("vae", layers_per_block=2), ["model/vae", "resnets.3", "missing", MODEL_AGAIN]),
+    "vae: more layers": ([], of_model("vae", layers_per_block=2), ["model/vae", "resnets.2", "missing", MODEL_AGAIN]),
     "vae: weights cut": ([], cut(VAE), [VAE, "complete", MODEL_AGAIN]),
     "vae: weight missing": ([], tensors(VAE, lambda t: t.pop("decoder.conv_in.conv.bias")), ["decoder.conv_in.conv.bias"]),
     "vae: weight unexpected": (
@@ -513,10 +519,7 @@ def run_here(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
 def test_one_line_and_exit_2(script, arguments, spoil, words, folder, run_here):
     spoil()
     untouched = contents(folder)
-    if not arguments and script == STAGE1 and spoil is nothing:  # without a prompt
-        status, out, error = run_here(STAGE1, "--prompt")
-    else:
-        status, out, error = run_here(script, *arguments)
+    status, out, error = run_here(script, *arguments)
     assert status == 2 and len(error.splitlines()) == 1 and error.startswith(script), (status, out, error)
     assert len(error) < 1500 and all(str(word) in error for word in words), error
     assert "Traceback" not in out
@@ -529,6 +532,202 @@ def test_what_is_not_spoilt_runs(folder, run_here):
     for script in (STAGE1, STAGE2, STAGE3):
         status, out, error = run_here(script)
         assert status == 0 and "WARNING" not in out, out + error
+
+
+def test_a_missing_ffmpeg_is_named_at_the_start(folder, run_here, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "nowhere/ffmpeg")
+    status, out, error = run_here(STAGE3)
+    assert (status, out) == (2, "") and "ffmpeg" in error and len(error.splitlines()) == 1, out + error
+
+
+def test_debug_keeps_the_traceback(folder, run_here):
+    content(OUT / CONFIG, b"[]")()
+    status, _, error = run_here(STAGE2, "--debug")
+    lines = error.splitlines()
+    assert status == 2 and "Traceback" in lines[0] and lines[-1].startswith(f"{STAGE2}: error: outputs/{CONFIG}"), error
+
+
+@pytest.mark.parametrize(("script", "file"), [(STAGE2, EMBEDDINGS), (STAGE3, LATENTS)])
+def test_a_file_that_does_not_say_what_it_was_made_from(script, file, folder, run_here):
+    """As those of the original project: it is taken, and a line says so."""
+    tensors(OUT / file, lambda found: None, None)()
+    status, out, error = run_here(script)
+    assert status == 0 and f"WARNING: outputs/{file} does not say what it was made from" in out, out + error
+
+
+def test_latents_that_cease_to_be_finite(folder, run_here):
+    """The weights are such that the first step gives huge latents, and the second overflows on them."""
+    edited(TRANSFORMER, "proj_out.bias", lambda bias: torch.full_like(bias, 1e38))()
+    options = ["--num_inference_steps", 4, "--dump", "d", "--dump_names", "prev_sample"]
+    status, out, error = run_here(STAGE2, *options)
+    with safe_open("d/stage2_tensors.safetensors", "np") as file:
+        finite = [np.isfinite(file.get_tensor(f"step_{i:03}/prev_sample")).all() for i in range(4)]
+    assert finite == [True, False, False, False]
+    assert status == 0 and "WARNING: the latents are NaN or infinite from step 2 of 4 on" in out, out + error
+    status, _, error = run_here(STAGE3)
+    assert status == 2 and "--allow_nan" in error, error
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda data: data[:-1], "cut or damaged"),
+        (lambda data: data.split(b"\n")[0] + b"\n" + PICKLE, "cut or damaged"),
+        (lambda data: data.split(b"\n")[0], "cut or damaged"),
+        (lambda data: b"", "compile_for_tpu"),
+        (lambda data: b"[1]\n", "compile_for_tpu"),
+        (lambda data: DEEP, "compile_for_tpu"),
+        (lambda data: PICKLE, "compile_for_tpu"),
+        (lambda data: b"\xff" * 100, "compile_for_tpu"),
+    ],
+)
+def test_executables(spoil, words, tmp_path, monkeypatch):
+    """Only a file that is whole, and made for what is wanted, is ever unpickled."""
+    import executable  # which imports jax
+
+    monkeypatch.chdir(tmp_path)
+    path = Path("saved")
+    executable.save(str(path), [], {"program": "a step"})
+    assert executable.load(path, {"program": "a step"}, []) == []
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(UserError, match=words):
+        executable.load(path, {"program": "a step"}, [])
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "environment", "words"),
+    [
+        (STAGE1, [], {}, ["--prompt"]),
+        (STAGE2, SIZE, {"JAX_PLATFORMS": "tpu"}, ["tpu", "JAX_PLATFORMS=cpu"]),
+        (STAGE3, [], {"JAX_PLATFORMS": "tpu"}, ["tpu", "JAX_PLATFORMS=cpu"]),
+        (STAGE3_FLAX, ["--output_video", "a\nb.mp4"], {"JAX_PLATFORMS": "magic"}, ["magic"]),
+        (STAGE2, ["--input_dir", b"\xff\n"], {"PYTHONIOENCODING": "ascii"}, [r"\udcff\n", CONFIG]),
+    ],
+)
+def test_as_a_program(script, arguments, environment, words, folder):
+    """A person's own command: what the libraries print themselves is not there, and nothing heavy was loaded."""
+    where = [] if script == STAGE1 or "--input_dir" in arguments else ["--input_dir", OUT]
+    command = [*stage_command(script, *where), *(x if isinstance(x, bytes) else str(x) for x in arguments)]
+    process = run_command(command, env=environment)
+    assert process.returncode == 2 and process.stdout == "", process
+    assert len(process.stderr.splitlines()) == 1 and process.stderr.startswith(script), process.stderr
+    assert all(word in process.stderr for word in words), process.stderr
+
+
+@pytest.mark.slow
+def test_full_stdout_and_an_ascii_terminal(folder):
+    stage1 = stage_command(STAGE1, "--prompt", "ein Bär, " * 200, "--model_id", MODEL, "--output_dir", OUT)
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(stage1, stdout=full, stderr=subprocess.PIPE, text=True, env=stage_environment())
+    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "No space left" in process.stderr, process
+    process = run_command(stage1, env={"PYTHONIOENCODING": "ascii"})
+    assert process.returncode == 0 and r"B\xe4r" in process.stdout and "is longer than" in process.stdout, process
+
+
+# --- Any bytes -----------------------------------------------------------------------------------------------------
+
+any_bytes = hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
+ENTRIES = {
+    **{"model_id": "m", "prompt": "p", "negative_prompt": "", "height": 32, "width": 48, "frames": 9, "fps": 8},
+    **{"num_inference_steps": 2, "guidance_scale": 6.0, "seed": 1, "scheduler": "CogVideoXDDIMScheduler"},
+}
+JSON = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def spoilt(valid: bytes) -> strategies.SearchStrategy[bytes]:
+    """Draw `valid` with some bytes in its middle replaced by others."""
+    places = strategies.integers(0, len(valid))
+    return strategies.builds(
+        lambda start, end, new: valid[: min(start, end)] + new + valid[max(start, end) :],
+        *(places, places, strategies.binary(max_size=8)),
+    )
+
+
+CONFIGS = strategies.one_of(
+    strategies.binary(),
+    spoilt(json.dumps(ENTRIES).encode()),
+    strategies.builds(lambda new: json.dumps(new).encode(), JSON),
+    strategies.builds(
+        lambda name, value: json.dumps(ENTRIES | {name: value}).encode(), strategies.sampled_from([*ENTRIES]), JSON
+    ),
+)
+
+
+@any_bytes
+@hypothesis.given(data=CONFIGS)
+def test_any_bytes_for_a_config(data, tmp_path_factory):
+    """The entries have their types and bounds, or there is a UserError."""
+    folder = tmp_path_factory.getbasetemp()
+    (folder / CONFIG).write_bytes(data)
+    try:
+        config = utils.read_config(folder, reading.VideoConfig)
+    except UserError as error:
+        assert CONFIG in str(error)
+        return
+    assert config.keys() >= ENTRIES.keys()
+    for name, value in ENTRIES.items():
+        assert type(config[name]) is type(value), (name, config[name])
+    assert all(0 < config[name] <= 16_384 for name in ("height", "width", "frames", "fps", "num_inference_steps"))
+    assert 0 <= config["guidance_scale"] <= 1000 and 0 <= config["seed"] < 2**64
+
+
+def saved(array: np.ndarray | torch.Tensor, metadata: dict | None = None) -> bytes:
+    from safetensors.torch import save
+
+    return save({"latents": torch.as_tensor(array)}, metadata)
+
+
+HEADERS = strategies.fixed_dictionaries(
+    {
+        "dtype": strategies.sampled_from(["F32", "BF16", "I8", "F64", "X", "F8_E4M3"]),
+        "shape": strategies.lists(strategies.integers(-1, 4) | strategies.just(2**62), max_size=3),
+        "data_offsets": strategies.lists(strategies.integers(-1, 40), min_size=1, max_size=3),
+    }
+)
+FILES = strategies.one_of(
+    strategies.binary(),
+    spoilt(saved(torch.arange(6.0), {"made_from": '{"seed": 1}'})),
+    strategies.builds(lambda text: saved(torch.ones(2), {"made_from": text}), strategies.text()),
+    strategies.builds(
+        lambda header, data: (lambda text: len(text).to_bytes(8, "little") + text + data)(
+            json.dumps({"latents": header}).encode()
+        ),
+        *(HEADERS, strategies.binary(max_size=40)),
+    ),
+)
+
+
+@any_bytes
+@hypothesis.given(data=FILES)
+def test_any_bytes_for_tensors(data, tmp_path_factory):
+    """The tensor has a shape of elements and finite values, as safetensors itself reads them, or there is a UserError."""
+    path = tmp_path_factory.getbasetemp() / LATENTS
+    path.write_bytes(data)
+    try:
+        shapes = utils.tensor_shapes(path, 2, ["latents"], ENTRIES)
+    except UserError as error:
+        assert LATENTS in str(error)
+        return
+    tensor = load_torch(path)["latents"]
+    assert shapes == {"latents": tuple(tensor.shape)} and tensor.numel() and tensor.ndim
+    assert tensor.is_floating_point() and tensor.isfinite().all()
+
+
+@any_bytes
+@hypothesis.given(
+    bits=strategies.binary(min_size=8, max_size=64), dtype=strategies.sampled_from(list(reading.DTYPES.values()))
+)
+def test_finite_is_what_numpy_calls_finite(bits, dtype):
+    array = np.frombuffer(bits[: len(bits) // 8 * 8], dtype)
+    assert reading.is_finite(array) == np.isfinite(array.astype(np.float64)).all(), array
+
+
+# --- Devices, disks and signals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
