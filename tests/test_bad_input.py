@@ -385,7 +385,7 @@ STAGE3_CASES = {
     "video is a folder": (["--output_video", "x.mp4"], lambda: Path("x.mp4").mkdir(), ["x.mp4", "directory"]),
     "video is a pipe": (["--output_video", "x.mp4"], pipe("x.mp4"), ["x.mp4", "a pipe"]),
     "video is a socket": (["--output_video", "x.mp4"], a_socket("x.mp4"), ["x.mp4", "a pipe or a device"]),
-    "frames are a device": (["--output_frames", "/dev/null"], nothing, ["/dev/null", "device"]),
+    "frames are a device": (["--output_frames", "x"], link("x", "/dev/null"), ["x", "device"]),
     "frames are a pipe, linked": (["--output_frames", "x"], lambda: (pipe("p")(), link("x", "p")()), ["x", "a pipe"]),
     "frames are the latents": (["--output_frames", OUT / LATENTS], nothing, ["--output_frames", "the input", LATENTS]),
     "frames are the latents, linked": (["--output_frames", "x"], link("x", OUT / LATENTS), ["_frames", LATENTS]),
