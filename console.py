@@ -106,8 +106,9 @@ def _refusals() -> Iterator[None]:
             raise
         if error.filename is None:  # a file of ours has its name: see utils.write_errors
             _stop_printing()
-        where = "what is printed" if error.filename is None else error.filename
-        raise UserError(f"{where}: {error.strerror}; allow it or make room, or choose another path") from error
+        raise UserError(
+            f"{error.filename or 'stdout'}: {error.strerror}; allow it or make room, or choose another path"
+        ) from error
     except MemoryError as error:
         raise UserError(f"this machine's memory is too small ({first_line(error)}); make a smaller video") from error
 
@@ -246,7 +247,7 @@ class EventLog:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and not (path.is_file() and _begins(path) in (b"", LOG_BEGINS)):
+            if path.is_fifo() or (path.is_file() and _begins(path) not in (b"", LOG_BEGINS)):
                 raise OSError(errno.EEXIST, "it is there and is no log")
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115  it stays open until the process ends
         except OSError as error:

@@ -29,13 +29,14 @@ DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64
 # --- JSON --------------------------------------------------------------------------------------------------------
 
 Count = Annotated[int, Field(ge=1, le=2**20)]
-Positive = Annotated[float, Field(gt=0, le=1e6)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]  # bounds leave NaN and infinity out
+Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Entries(BaseModel):
     """Entries of a JSON object, with types and bounds; other entries are kept as they are."""
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="allow")
     remedy: ClassVar[str]  # what to do about a wrong entry
 
 
@@ -133,8 +134,8 @@ class Scheduler(ModelConfig):
 
     class_name: Annotated[str, Field(alias="_class_name")]
     num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)]
-    beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
-    beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.012
+    beta_start: Share = 0.00085
+    beta_end: Share = 0.012
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
@@ -142,7 +143,7 @@ class Scheduler(ModelConfig):
     set_alpha_to_one: bool = True
     snr_shift_scale: Positive = 3.0
     steps_offset: Annotated[int, Field(ge=0, le=1000)] = 0
-    trained_betas: Annotated[list[float], Field(min_length=1)] | None = None
+    trained_betas: Annotated[list[Share], Field(min_length=1)] | None = None
 
 
 class TextEncoder(ModelConfig):
@@ -170,12 +171,10 @@ def read_json(path: Path, kind: type[Entries], missing: str) -> dict:
     Raises:
         UserError: there is no such file (the error is `missing`), it is not JSON, or an entry is missing or wrong.
     """
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(missing)
     try:
         return kind.model_validate_json(path.read_bytes()).model_dump(by_alias=True, exclude_unset=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(missing) from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; {kind.remedy}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         entry = ".".join(map(str, first["loc"]))
@@ -228,10 +227,10 @@ def read_tensors(
     """
     found: dict[str, np.ndarray | str] = {}
     for path in sorted(where.glob("*model*.safetensors")) if where.is_dir() else [where]:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist, or is no file; {remedy}")
         try:
             found |= mapped_tensors(path)
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist; {remedy}") from None
         except (OSError, SafetensorError, ValueError) as error:
             raise UserError(f"{path} is not a complete safetensors file ({first_line(error)}); {remedy}") from error
     integers = [name for name, tensor in found.items() if isinstance(tensor, str)]  # libraries would convert them

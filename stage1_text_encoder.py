@@ -40,8 +40,8 @@ def main() -> None:
     arguments = parse_arguments()
     report = Report("stage1", arguments)
     embeddings_path = arguments.output_dir / utils.EMBEDDINGS
-    outputs = {"--output_dir": embeddings_path, "--log_json": arguments.log_json}
-    utils.check_outputs(outputs, [], arguments.model_id)
+    outputs = [("--output_dir", embeddings_path), ("--output_dir", arguments.output_dir / utils.CONFIG)]
+    utils.check_outputs(outputs, [arguments.log_json], arguments.model_id)
     prepare_libraries()
     config = {
         "model_id": checkpoint.resolve_model_id(arguments.model_id),

@@ -69,8 +69,8 @@ def main() -> None:
     embeddings_path = arguments.input_dir / utils.EMBEDDINGS
     shapes = utils.tensor_shapes(embeddings_path, 1, ("prompt_embeds", "negative_prompt_embeds"), text_config)
     model_id = checkpoint.same_model(arguments.model_id, text_config["model_id"])
-    outputs = {"--output_dir": output_dir / utils.LATENTS, "--log_json": arguments.log_json}
-    utils.check_outputs(outputs, [embeddings_path, arguments.executable], model_id)
+    outputs = [("--output_dir", output_dir / name) for name in (utils.LATENTS, utils.CONFIG)]
+    utils.check_outputs(outputs, [embeddings_path, arguments.executable, arguments.log_json], model_id)
 
     prepare_libraries()
     import jax

@@ -80,14 +80,9 @@ def main(decoder: str = "torchax") -> None:
     latents_path = arguments.input_dir / utils.LATENTS
     shape = utils.tensor_shapes(latents_path, 2, ("latents",), config, finite=False)["latents"]
     model_id = checkpoint.same_model(arguments.model_id, config["model_id"])
-    outputs = {name: getattr(arguments, name.removeprefix("--")) for name in ("--output_frames", "--log_json")}
-    inputs = [
-        arguments.input_dir / utils.CONFIG,
-        latents_path,
-        arguments.executable,
-        output_video.parent / timings.FILE,
-    ]
-    utils.check_outputs({"--output_video": output_video} | outputs, inputs, model_id)
+    outputs = [("--output_video", output_video), ("--output_frames", arguments.output_frames)]
+    inputs = [latents_path, arguments.input_dir / utils.CONFIG, output_video.parent / timings.FILE]
+    utils.check_outputs(outputs, [*inputs, arguments.executable, arguments.log_json], model_id)
     check_ffmpeg()
     fps = arguments.fps or config["fps"]
 

@@ -77,25 +77,27 @@ def check_writable(path: Path) -> None:
         os.unlink(_temporary_beside(path))
 
 
-def check_outputs(outputs: Mapping[str, Path | None], inputs: Iterable[Path | None], model_id: str | None) -> None:
+def check_outputs(
+    outputs: Iterable[tuple[str, Path | None]], inputs: Iterable[Path | None], model_id: str | None
+) -> None:
     """Check the files of a stage before it runs.
 
     Args:
-        outputs: by the option that names them; None is no file.
-        inputs: files that the stage reads.
+        outputs: with the option that names each; None is no file.
+        inputs: files that the stage reads, and its log.
         model_id: of the model, whose files are inputs too if it is a folder.
 
     Raises:
         UserError: an output is an input or another output, links resolved, or it cannot be written.
     """
     model = Path(model_id).glob("*/*") if model_id and os.path.isdir(model_id) else ()
-    taken = {path.resolve(): f"the input {path}" for path in (*filter(None, inputs), *model)}
-    for option, path in outputs.items():
+    taken = {path.resolve(): path for path in (*filter(None, inputs), *model)}
+    for option, path in outputs:
         if path is None:
             continue
         if other := taken.get(path.resolve()):
-            raise UserError(f"{option} {path} would replace {other}; choose another path")
-        taken[path.resolve()] = f"the file of {option}"
+            raise UserError(f"{option} {path} would replace {other}, which this stage needs; choose another path")
+        taken[path.resolve()] = path
         check_writable(path)
 
 
@@ -148,7 +150,7 @@ def read_config(directory: Path, kind: type[TextConfig]) -> dict:
         UserError: the file is missing or is not JSON, or an entry is missing, of another type or out of bounds.
     """
     path = directory / CONFIG
-    return read_json(path, kind, f"{path} does not exist; run stage 1 first, or correct --input_dir")
+    return read_json(path, kind, f"{path} does not exist, or is no file; run stage 1 first, or correct --input_dir")
 
 
 def made_from(config: Mapping, entries: Iterable[str]) -> dict[str, str]:

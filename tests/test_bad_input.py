@@ -142,8 +142,8 @@ def link(path: Path | str, target: Path | str) -> Callable[[], object]:
     return lambda: Path(path).symlink_to(Path(target).absolute())
 
 
-def a_socket(path: str) -> Callable[[], object]:
-    return lambda: socket.socket(socket.AF_UNIX).bind(path)
+def a_socket(path: Path | str) -> Callable[[], object]:
+    return lambda: socket.socket(socket.AF_UNIX).bind(str(path))
 
 
 def to_long(tensor: torch.Tensor) -> torch.Tensor:
@@ -172,7 +172,7 @@ STAGE1_CASES = {
     "model without a name": (["--prompt", "x", "--model_id", ""], nothing, ["--model_id"]),
     "no model there": (["--prompt", "x", "--model_id", "outputs"], nothing, ["transformer/config.json"]),
     "embeddings are a pipe": ([], lambda: (gone(OUT / EMBEDDINGS)(), pipe(OUT / EMBEDDINGS)()), ["a pipe", EMBEDDINGS]),
-    "log is a folder": (["--log_json", "outputs"], nothing, ["--log_json", "no log"]),
+    "log is a folder": (["--log_json", "outputs"], nothing, ["--log_json outputs", "directory"]),
     "log is a pipe": (["--log_json", "p"], pipe("p"), ["--log_json p", "no log"]),
     "log is the model's": (["--log_json", TRANSFORMER], nothing, ["--log_json", "no log"]),
     "width of the text": ([], of_model("transformer", text_embed_dim=32), ["shared.weight", "64], not [218, 32]"]),
@@ -268,7 +268,8 @@ STAGE2_CASES = {
     "JSON, but nested": ([], content(OUT / CONFIG, DEEP), [CONFIG, "JSON", AGAIN1]),
     "JSON, but nested in an entry": ([], content(OUT / CONFIG, b'{"prompt": ' + DEEP), [CONFIG, "JSON", AGAIN1]),
     "JSON, but not UTF-8": ([], content(OUT / CONFIG, b'{"prompt": "\xff"}'), [CONFIG, "JSON", AGAIN1]),
-    "config is a folder": ([], lambda: (gone(OUT / CONFIG)(), (OUT / CONFIG).mkdir()), [CONFIG, "directory"]),
+    "config is a folder": ([], lambda: (gone(OUT / CONFIG)(), (OUT / CONFIG).mkdir()), [CONFIG, "no file"]),
+    "config is a pipe": ([], lambda: (gone(OUT / CONFIG)(), pipe(OUT / CONFIG)()), [CONFIG, "no file"]),
     "no model_id": ([], entries(model_id=...), [CONFIG, "model_id", AGAIN1]),
     "model_id is a number": ([], entries(model_id=5), [CONFIG, "model_id", "5", AGAIN1]),
     "model_id is empty": ([], entries(model_id=""), [CONFIG, "model_id", AGAIN1]),
@@ -309,7 +310,7 @@ STAGE2_CASES = {
     "latents are the embeddings": (
         [],
         lambda: (gone(OUT / LATENTS)(), link(OUT / LATENTS, OUT / EMBEDDINGS)()),
-        [LATENTS, "would replace the input", EMBEDDINGS],
+        [LATENTS, "would replace", EMBEDDINGS],
     ),
     # the model
     "transformer: list": ([], content(MODEL / "transformer/config.json", b"[]"), ["transformer/config.json", KIND]),
@@ -369,6 +370,7 @@ STAGE2_CASES = {
     "scheduler: steps in words": ([], of_model("scheduler", num_train_timesteps="9"), ["num_train_timesteps", KIND]),
     "scheduler: beta": ([], of_model("scheduler", beta_end=2.5), ["beta_end", "2.5", KIND]),
     "scheduler: beta is a list": ([], of_model("scheduler", beta_start=[0.1]), ["beta_start", KIND]),
+    "scheduler: beta is NaN": ([], of_model("scheduler", trained_betas=[0.1, float("nan")]), ["trained_betas.1", KIND]),
     "scheduler: schedule": ([], of_model("scheduler", beta_schedule="magic"), ["beta_schedule", "'magic'", KIND]),
     "scheduler: prediction": ([], of_model("scheduler", prediction_type="magic"), ["prediction_type", KIND]),
     "scheduler: spacing": ([], of_model("scheduler", timestep_spacing="magic"), ["timestep_spacing", KIND]),
@@ -387,16 +389,16 @@ STAGE3_CASES = {
     "video is a socket": (["--output_video", "x.mp4"], a_socket("x.mp4"), ["x.mp4", "a pipe or a device"]),
     "frames are a device": (["--output_frames", "x"], link("x", "/dev/null"), ["x", "device"]),
     "frames are a pipe, linked": (["--output_frames", "x"], lambda: (pipe("p")(), link("x", "p")()), ["x", "a pipe"]),
-    "frames are the latents": (["--output_frames", OUT / LATENTS], nothing, ["--output_frames", "the input", LATENTS]),
+    "frames are the latents": (["--output_frames", OUT / LATENTS], nothing, ["would replace", LATENTS]),
     "frames are the latents, linked": (["--output_frames", "x"], link("x", OUT / LATENTS), ["_frames", LATENTS]),
     "frames are the latents, dotted": (["--output_frames", f"model/../outputs/{LATENTS}"], nothing, [LATENTS]),
-    "frames are the config": (["--output_frames", OUT / CONFIG], nothing, ["--output_frames", "the input", CONFIG]),
+    "frames are the config": (["--output_frames", OUT / CONFIG], nothing, ["--output_frames", "would replace", CONFIG]),
     "frames are the timings": (["--output_frames", OUT / "timings.json"], nothing, ["--output_frames", "timings"]),
-    "frames are the video": (["--output_frames", OUT / utils.VIDEO], nothing, ["--output_frames", "--output_video"]),
-    "frames are the model": (["--output_frames", VAE], nothing, ["--output_frames", "the input", VAE]),
-    "video is the latents, linked": (["--output_video", "x.mp4"], link("x.mp4", OUT / LATENTS), [LATENTS, "input"]),
+    "frames are the video": (["--output_frames", OUT / utils.VIDEO], nothing, ["--output_frames", utils.VIDEO]),
+    "frames are the model": (["--output_frames", VAE], nothing, ["--output_frames", "would replace", VAE]),
+    "video is the latents, linked": (["--output_video", "x.mp4"], link("x.mp4", OUT / LATENTS), [LATENTS]),
     "log is the latents": (["--log_json", OUT / LATENTS], nothing, ["--log_json", "no log"]),
-    "log is the frames": (["--log_json", "x", "--output_frames", "x"], nothing, ["--log_json x", "--output_frames"]),
+    "log is the frames": (["--log_json", "x", "--output_frames", "x"], nothing, ["--output_frames x", "would replace"]),
     # generation_config.json
     "stage 2 not run": ([], entries(frames=...), [CONFIG, "frames", AGAIN2]),
     "frames of another type": ([], entries(frames="9"), [CONFIG, "frames", "integer", "'9'", AGAIN2]),
@@ -418,6 +420,7 @@ STAGE3_CASES = {
     "other seed": ([], entries(seed=1), [LATENTS, "seed", AGAIN2]),
     # latents
     "latents missing": ([], gone(OUT / LATENTS), [LATENTS, "does not exist", "stage 2"]),
+    "latents are a socket": ([], lambda: (gone(OUT / LATENTS)(), a_socket(OUT / LATENTS)()), [LATENTS, "no file"]),
     "latents truncated": ([], cut(OUT / LATENTS), [LATENTS, "complete", AGAIN2]),
     "latents are a pickle": ([], content(OUT / LATENTS, PICKLE), [LATENTS, "complete", AGAIN2]),
     "latents of a short header": ([], content(OUT / LATENTS, b"\x01"), [LATENTS, "complete", AGAIN2]),
@@ -567,6 +570,17 @@ def test_latents_that_cease_to_be_finite(folder, run_here):
     assert status == 0 and "WARNING: the latents are NaN or infinite from step 2 of 4 on" in out, out + error
     status, _, error = run_here(STAGE3)
     assert status == 2 and "--allow_nan" in error, error
+
+
+def test_code_of_a_model_is_not_run(folder, run_here):
+    for part in ("tokenizer/tokenizer_config.json", "text_encoder/config.json", "vae/config.json"):
+        names = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "code.Code")
+        edit_json(MODEL / part, {"auto_map": names})
+        (MODEL / part).with_name("code.py").write_text("open('pwned', 'w')")
+    for script in (STAGE1, STAGE2, STAGE3):
+        status, out, error = run_here(script)
+        assert status == 0, out + error
+    assert not list(folder.rglob("pwned"))
 
 
 @pytest.mark.parametrize(
