@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import errno
 import gc
 import glob
 import importlib.metadata
@@ -14,6 +15,7 @@ import platform
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -22,14 +24,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType, SimpleNamespace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import jax
 
 # What --verbose, the log and the timings tell the versions of.
 LIBRARIES = ("jax", "jaxlib", "libtpu", "torch", "torchax", "diffusers", "transformers", "flax", "safetensors")
 
 
+# What the system says where permission, space or another thing that is the user's to give is missing.
+REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+}
+LONGEST_LINE = 1200  # characters of an error
+LOG_BEGINS = b'{"time": "'  # as each line of a log of events
 BACKGROUND = "background"  # the name of threads whose work is given up when the process ends
 
 
@@ -59,31 +71,57 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error as one line on stderr, and end the process with exit status 2."""
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(2, one_line(f"{self.prog}: error: {message} (see --help)") + "\n")
 
 
 def run(main: Callable[[], None]) -> None:
     """Run `main`; turn UserError into one line and exit status 2, and Ctrl-C into one line and exit status 130.
 
-    Any other exception is a bug, and keeps its traceback. The log of the stage's `Report` gets all of them. Threads
-    named BACKGROUND do not delay the end.
+    So it is with what the system refuses. Any other exception is a bug, and keeps its traceback, as all do with
+    --debug. The log of the stage's `Report` gets all of them. Threads named BACKGROUND do not delay the end.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what the terminal cannot show
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         for interrupting in (signal.SIGINT, signal.SIGALRM):
             signal.signal(interrupting, _interrupt)
     try:
-        with _failures_logged():
+        with _failures_logged(), _refusals():
             main()
+            sys.stdout.flush()
     except UserError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
         _exit(f"error: {error}", 2)
     except BrokenPipeError:  # whoever reads what is printed, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _stop_printing()
         _leave(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         _exit("interrupted; existing files are unchanged", 130)
     except Exception:
         traceback.print_exc()
         _leave(1)
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn what the system refuses, wherever it comes up, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        if error.filename is None:  # a file of ours has its name: see utils.write_errors
+            _stop_printing()
+        raise UserError(
+            f"{error.filename or 'stdout'}: {error.strerror}; allow it or make room, or choose another path"
+        ) from error
+    except MemoryError as error:
+        raise UserError(f"this machine's memory is too small ({first_line(error)}); make a smaller video") from error
+
+
+def _stop_printing() -> None:
+    """Send what stdout still holds, and Python flushes at its end, nowhere: who reads it has enough, or no space."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -115,7 +153,7 @@ def _exit(message: str, status: int) -> NoReturn:
     """Print one line on stderr that begins with the program's name, and end the process."""
     program = Path(sys.argv[0])
     name = program.parent.name if program.name == "__main__.py" else program.name  # `python -m` runs a package
-    print(f"{name}: {message}", file=sys.stderr)
+    print(one_line(f"{name}: {message}"), file=sys.stderr)
     _leave(status)
 
 
@@ -126,6 +164,17 @@ def _leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def one_line(text: str) -> str:
+    """Return `text` as one line, with escapes for what cannot be printed, and without the middle of a long one."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= LONGEST_LINE else f"{shown[: LONGEST_LINE // 2]} ... {shown[-LONGEST_LINE // 2 :]}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's kind if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def error_message(stderr: str) -> str:
@@ -150,17 +199,45 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
 def prepare_libraries() -> None:
     """Set environment variables and warning filters before jax, torch and the Hugging Face libraries are imported.
 
-    Without a TPU, jax would still try libtpu and print many errors before it falls back to another platform. This
-    function therefore sets `JAX_PLATFORMS`, unless the user has set it.
+    Without a TPU, jax would still try libtpu and print many errors before it falls back to another platform; with one
+    that another process holds, it would fall back to the CPU. This function therefore sets `JAX_PLATFORMS`, unless the
+    user has set it.
     """
-    if "JAX_PLATFORMS" not in os.environ and not _has_tpu():
-        has_cuda = os.path.exists("/dev/nvidia0") and importlib.metadata.entry_points(group="jax_plugins")
-        os.environ["JAX_PLATFORMS"] = "cuda,cpu" if has_cuda else "cpu"
+    has_cuda = os.path.exists("/dev/nvidia0") and importlib.metadata.entry_points(group="jax_plugins")
+    os.environ.setdefault("JAX_PLATFORMS", "tpu,cpu" if _has_tpu() else "cuda,cpu" if has_cuda else "cpu")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", message="Explicitly requested dtype int64")  # torchax, while tracing
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # jax, when ffmpeg starts; that is safe
+
+
+def devices() -> "list[jax.Device]":
+    """Return jax's devices.
+
+    Raises:
+        UserError: the platform that JAX_PLATFORMS names is not there, or another process holds it. What the libraries
+            print of that, dozens of lines, only --debug shows.
+    """
+    import jax
+
+    with tempfile.TemporaryFile() as printed:
+        stderr = os.dup(2)
+        os.dup2(printed.fileno(), 2)
+        try:
+            return jax.devices()
+        except RuntimeError as error:
+            platforms = os.environ.get("JAX_PLATFORMS")
+            raise UserError(
+                f"jax cannot use the platform {platforms}: {first_line(error)}; is there one, and does no other "
+                "process hold it (a process on a TPU VM holds all chips)? JAX_PLATFORMS=cpu does without"
+            ) from error
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            if "--debug" in sys.argv:
+                printed.seek(0)
+                sys.stderr.write(printed.read().decode(errors="replace"))
 
 
 def _has_tpu() -> bool:
@@ -176,7 +253,7 @@ class EventLog:
         path: the file, to which events are appended, so that the stages of a run can share it; None keeps none.
 
     Raises:
-        UserError: the file cannot be opened.
+        UserError: the file cannot be opened, or it is there and is no such log.
     """
 
     def __init__(self, path: Path | None):
@@ -185,6 +262,8 @@ class EventLog:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_fifo() or (path.is_file() and _begins(path) not in (b"", LOG_BEGINS)):
+                raise OSError(errno.EEXIST, "it is there and is no log")
             self._file = open(path, "ab", buffering=0)  # noqa: SIM115  it stays open until the process ends
         except OSError as error:
             raise UserError(f"cannot write --log_json {path}: {error.strerror}; choose another path") from error
@@ -196,10 +275,16 @@ class EventLog:
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "event": event} | fields, default=str, ensure_ascii=False)
         try:
-            self._file.write(f"{line}\n".encode())
+            self._file.write(f"{line}\n".encode(errors="backslashreplace"))  # JSON reads the escape
         except OSError as error:
             self._file = None
             print(f"  WARNING: cannot write {self._path}: {error.strerror}; the log ends here", file=sys.stderr)
+
+
+def _begins(path: Path) -> bytes:
+    """Return the first bytes of a file, as many as LOG_BEGINS has."""
+    with open(path, "rb") as file:
+        return file.read(len(LOG_BEGINS))
 
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:
@@ -211,6 +296,7 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
         "--verbose", action="store_true", help="also print versions, devices, plan, memory, and seconds of each step"
     )
     amount.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors, on stderr")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error before its one line")
     parser.add_argument(
         "--log_json", type=path, help="append what happens to this file while it happens, one JSON object a line"
     )

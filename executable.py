@@ -31,6 +31,8 @@ MESH_CONTEXT = re.compile(
     r"context_mesh=\w+(?:\((?:[^()]|\([^()]*\))*\))?|, device_kind=[^,]*, num_cores=[^,]*, platform=\w+"
 )
 
+LONGEST_HEADER = 2**20  # bytes
+
 
 class Mismatch(Exception):
     """The programs in a file are not the wanted ones; the message says in which entry they differ."""
@@ -86,7 +88,8 @@ def _constants(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> Iterator:
 def save(path: str, programs: Sequence[jax.stages.Compiled], made_for: dict) -> None:
     """Write compiled programs and their description to `path`."""
     payload = pickle.dumps([serialize_executable.serialize(program) for program in programs])
-    Path(path).write_bytes(json.dumps(made_for).encode() + b"\n" + payload)
+    header = made_for | {"payload": hashlib.sha256(payload).hexdigest()}
+    Path(path).write_bytes(json.dumps(header).encode() + b"\n" + payload)
 
 
 def load(path: Path, wanted: dict, devices: Sequence[jax.Device]) -> list[jax.stages.Compiled]:
@@ -94,19 +97,24 @@ def load(path: Path, wanted: dict, devices: Sequence[jax.Device]) -> list[jax.st
 
     Raises:
         Mismatch: the description in the file is not `wanted`.
-        UserError: the file cannot be read, or `save` did not write it.
+        UserError: the file cannot be read, `save` did not write it, or it is cut.
     """
     try:
-        header, _, payload = path.read_bytes().partition(b"\n")
-        made_for = json.loads(header)
+        with open(path, "rb") as file:
+            made_for = dict(json.loads(file.readline(LONGEST_HEADER)))
+            payload = file.read()
     except OSError as error:
         raise UserError(f"cannot read --executable {path}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"--executable {path} was not written by python -m compile_for_tpu ... --save") from error
     for name, value in wanted.items():
         if made_for.get(name) != value:
             digest = isinstance(value, str) and len(value) == 64
             raise Mismatch(f"it was made for other {name}" + ("" if digest else f": {made_for.get(name)}, not {value}"))
+    if made_for.get("payload") != hashlib.sha256(payload).hexdigest():  # nothing else is ever unpickled
+        raise UserError(
+            f"--executable {path} is cut or damaged; make it again with python -m compile_for_tpu ... --save"
+        )
     return [
         serialize_executable.deserialize_and_load(serialized, in_tree, out_tree, execution_devices=list(devices))
         for serialized, in_tree, out_tree in pickle.loads(payload)

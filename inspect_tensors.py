@@ -226,7 +226,7 @@ def describe_statistics(file: Path) -> dict:
         "statistics": rows,
         "first_not_finite": bad[0] if bad else None,
         "largest_growth": max(finite) if finite else None,
-        "made_from": utils.read_made_from(metadata),
+        "made_from": utils.read_made_from(file, metadata),
     }
 
 
@@ -237,7 +237,7 @@ def describe(item: Item) -> dict:
     tensor = item.load()
     shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     found = {"file": str(item.file), "tensor": item.tensor, "shape": shape, "dtype": dtype}
-    return found | statistics(tensor) | {"made_from": utils.read_made_from(opened(item.file).metadata())}
+    return found | statistics(tensor) | {"made_from": utils.read_made_from(item.file, opened(item.file).metadata())}
 
 
 def statistics(tensor: "torch.Tensor") -> dict:
@@ -479,7 +479,9 @@ def provenance_lines(one: Mapping[str, Item], other: Mapping[str, Item]) -> Iter
     said = []
     for found in (one, other):
         files = {item.file: item.metadata for item in found.values()}
-        said.append({name: value for data in files.values() for name, value in utils.read_made_from(data).items()})
+        said.append(
+            {name: value for file, data in files.items() for name, value in utils.read_made_from(file, data).items()}
+        )
     for name in said[0].keys() & said[1].keys():
         if said[0][name] != said[1][name]:
             yield f"made from {name}: {said[0][name]} and {said[1][name]}"

@@ -12,6 +12,7 @@ import checkpoint
 import tensor_dump
 import utils
 from console import UserError, number
+from reading import MOST_FRAMES, MOST_GUIDANCE, MOST_PIXELS
 
 if TYPE_CHECKING:
     import jax
@@ -21,10 +22,15 @@ if TYPE_CHECKING:
 
 def add_size_options(parser: argparse.ArgumentParser) -> None:
     """Add the video's height, width and frames."""
-    positive = number(int, 1)
-    parser.add_argument("--height", type=positive, default=utils.HEIGHT, help="height of the video in pixels")
-    parser.add_argument("--width", type=positive, default=utils.WIDTH, help="width of the video in pixels")
-    parser.add_argument("--frames", type=positive, default=utils.FRAMES, help="frames of the video, of the form 4n + 1")
+    pixels = number(int, 1, MOST_PIXELS)
+    parser.add_argument("--height", type=pixels, default=utils.HEIGHT, help="height of the video in pixels")
+    parser.add_argument("--width", type=pixels, default=utils.WIDTH, help="width of the video in pixels")
+    parser.add_argument(
+        "--frames",
+        type=number(int, 1, MOST_FRAMES),
+        default=utils.FRAMES,
+        help="frames of the video, of the form 4n + 1",
+    )
 
 
 def add_denoising_options(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +40,7 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
     add_size_options(parser)
     parser.add_argument(
         "--guidance_scale",
-        type=number(float, 0),
+        type=number(float, 0, MOST_GUIDANCE),
         default=utils.GUIDANCE_SCALE,
         help="scale of classifier-free guidance; 1 or less switches it off, and a step costs half",
     )
@@ -92,7 +98,9 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         help="rows of chips that a frame is split over (default: the split with the least work for each chip)",
     )
-    parser.add_argument("--strips", type=positive, help="bands of rows on each chip (default: 8 on a TPU, else 1)")
+    parser.add_argument(
+        "--strips", type=number(int, 1, 1000), help="bands of rows on each chip (default: 8 on a TPU, else 1)"
+    )
 
 
 def add_dump_options(parser: argparse.ArgumentParser, unit: str) -> None:

@@ -380,7 +380,7 @@ def sheet_of(entry: Entry, labels: Sequence[str]) -> Sheet | None:
 
 def map_of(item: "Item", channels: int) -> LatentMap | None:
     """Return the map that was fitted for the model that a file was made with, if there is one for so many channels."""
-    model_id = utils.read_made_from(item.metadata).get("model_id")
+    model_id = utils.read_made_from(item.file, item.metadata).get("model_id")
     mapping = fitted_map(model_id) if model_id else None
     return mapping if mapping is not None and len(mapping.weights) == channels else None
 

@@ -4,24 +4,32 @@ Writes stage1_embeddings.safetensors and generation_config.json (text entries on
 """
 
 import argparse
+import math
 import shlex
 from typing import TYPE_CHECKING
 
 import checkpoint
 import utils
-from console import ArgumentParser, Report, add_log_options, prepare_libraries, run
+from console import ArgumentParser, Report, UserError, add_log_options, prepare_libraries, run
+from reading import read_tensors
 
 if TYPE_CHECKING:
     import torch
     from transformers import T5EncoderModel, T5Tokenizer
 
+ROWS = 128  # T5's embedding has a row for each token, and may have more up to a multiple of this
+
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser("Stage 1 of CogVideoX text to video: encode the prompt.")
-    parser.add_argument("--prompt", required=True, help="what the video shows")
-    parser.add_argument("--negative_prompt", default="", help="what the video must not show; used with guidance")
-    parser.add_argument("--model_id", default=utils.MODEL_NAME, help="Hugging Face model id, or a folder")
+    parser.add_argument("--prompt", type=utils.utf8, required=True, help="what the video shows")
+    parser.add_argument(
+        "--negative_prompt", type=utils.utf8, default="", help="what the video must not show; used with guidance"
+    )
+    parser.add_argument(
+        "--model_id", type=utils.utf8, default=utils.MODEL_NAME, help="Hugging Face model id, or a folder"
+    )
     parser.add_argument("--output_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="where the files go")
     add_log_options(parser)
     return parser.parse_args()
@@ -32,18 +40,20 @@ def main() -> None:
     arguments = parse_arguments()
     report = Report("stage1", arguments)
     embeddings_path = arguments.output_dir / utils.EMBEDDINGS
-    utils.check_writable(embeddings_path)
+    outputs = [("--output_dir", embeddings_path), ("--output_dir", arguments.output_dir / utils.CONFIG)]
+    utils.check_outputs(outputs, [arguments.log_json], arguments.model_id)
     prepare_libraries()
     config = {
         "model_id": checkpoint.resolve_model_id(arguments.model_id),
         "prompt": arguments.prompt,
         "negative_prompt": arguments.negative_prompt,
     }
-    max_sequence_length = checkpoint.read_config(config["model_id"], "transformer")["max_text_seq_length"]
+    transformer = checkpoint.read_config(config["model_id"], "transformer")
+    max_sequence_length = transformer["max_text_seq_length"]
 
     report.title(f"Stage 1: text encoder of {config['model_id']}")
     with report.phase("load"):
-        tokenizer, encoder = load_text_encoder(config["model_id"])
+        tokenizer, encoder = load_text_encoder(config["model_id"], transformer["text_embed_dim"])
         report.say(f"loaded tokenizer and text encoder: {encoder.num_parameters():,} parameters, {encoder.dtype}")
 
     options = ("prompt", "negative_prompt")
@@ -56,6 +66,8 @@ def main() -> None:
         tensors = {
             f"{option}_embeds": encode(tokenizer, encoder, config[option], max_sequence_length) for option in options
         }
+        for tensor in tensors.values():
+            check_finite(tensor, config["model_id"])
 
     with report.phase("save"):
         from safetensors.torch import save_file
@@ -72,20 +84,47 @@ def main() -> None:
     )
 
 
-def load_text_encoder(model_id: str) -> "tuple[T5Tokenizer, T5EncoderModel]":
+def load_text_encoder(model_id: str, width: int) -> "tuple[T5Tokenizer, T5EncoderModel]":
     """Load the model's tokenizer and text encoder, with weights in their stored dtype.
 
+    Args:
+        model_id: a folder, or a model of the Hugging Face Hub.
+        width: of the embeddings that the transformer takes.
+
     Raises:
-        UserError: there is no such model, or a file of it cannot be read.
+        UserError: there is no such model, a file of it cannot be read, or the files do not fit together.
     """
+    config = checkpoint.read_config(model_id, "text_encoder")
     folder = checkpoint.model_folder(model_id, ["tokenizer/*", "text_encoder/*"])
+    rows, folders = config["vocab_size"], [folder / "tokenizer", folder / "text_encoder"]
+    embedding = {"shared.weight": (rows, width)}
+    read_tensors(folders[1], embedding, checkpoint.REMEDY)  # a wrong file is said before transformers is imported
     from transformers import T5EncoderModel, T5Tokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    with checkpoint.load_errors(folder):
-        tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer")
-        return tokenizer, T5EncoderModel.from_pretrained(folder / "text_encoder", dtype="auto")
+    with checkpoint.load_errors(folders[0]):
+        tokenizer = T5Tokenizer.from_pretrained(folders[0])
+    if rows not in (len(tokenizer), math.ceil(len(tokenizer) / ROWS) * ROWS):
+        raise UserError(
+            f"{folders[0]} has {len(tokenizer):,} tokens, but the text encoder has an embedding of {rows:,}; "
+            f"{checkpoint.REMEDY}"
+        )
+    with checkpoint.load_errors(folders[1]):
+        # Nothing is unpickled. Of what it does not find, transformers says nothing and takes random numbers.
+        encoder, info = T5EncoderModel.from_pretrained(
+            folders[1], dtype="auto", use_safetensors=True, output_loading_info=True
+        )
+    for fault in ("missing", "unexpected", "mismatched"):
+        if names := info[f"{fault}_keys"]:
+            raise UserError(f"{folders[1]}: {len(names)} tensors are {fault}, {min(names)} first; {checkpoint.REMEDY}")
+    return tokenizer, encoder
+
+
+def check_finite(embeddings: "torch.Tensor", model_id: str) -> None:
+    """Raise UserError if embeddings have NaN or infinite values, which come from such weights."""
+    if not embeddings.isfinite().all():
+        raise UserError(f"the text encoder of {model_id} gives NaN or infinite embeddings; {checkpoint.REMEDY}")
 
 
 def encode(tokenizer: "T5Tokenizer", encoder: "T5EncoderModel", text: str, max_sequence_length: int) -> "torch.Tensor":

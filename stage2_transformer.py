@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import checkpoint
+import console
 import tensor_dump
 import utils
 from compilation import Cache, Compiling, add_compilation_options
 from console import ArgumentParser, Report, UserError, add_log_options, number, prepare_libraries, run
 from options import add_denoising_options, add_dump_options, denoising_plan, dump_recorder, dump_wanted, plan_errors
 from profiling import Profile, add_profile_option
+from reading import MOST_FPS, TextConfig
 
 if TYPE_CHECKING:
     import jax
@@ -34,10 +36,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
     add_denoising_options(parser)
     parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=utils.SEED, help="seed of the noise")
-    parser.add_argument("--fps", type=number(int, 1), default=utils.FPS, help="frames per second, for stage 3")
+    parser.add_argument(
+        "--fps", type=number(int, 1, MOST_FPS), default=utils.FPS, help="frames per second, for stage 3"
+    )
     parser.add_argument(
         "--warmup_steps",
-        type=number(int, 0),
+        type=number(int, 0, 1000),
         default=utils.WARMUP_STEPS,
         help="steps that run before the first one, untimed",
     )
@@ -60,16 +64,17 @@ def main() -> None:
     report = Report("stage2", arguments)
     profile = Profile(arguments.profile, "step", report)
     output_dir = arguments.output_dir or arguments.input_dir
-    text_config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES})
+    text_config = utils.read_config(arguments.input_dir, TextConfig)
     embeddings_path = arguments.input_dir / utils.EMBEDDINGS
     shapes = utils.tensor_shapes(embeddings_path, 1, ("prompt_embeds", "negative_prompt_embeds"), text_config)
-    utils.check_writable(output_dir / utils.LATENTS)
     model_id = checkpoint.same_model(arguments.model_id, text_config["model_id"])
+    outputs = [("--output_dir", output_dir / name) for name in (utils.LATENTS, utils.CONFIG)]
+    utils.check_outputs(outputs, [embeddings_path, arguments.executable, arguments.log_json], model_id)
 
     prepare_libraries()
     import jax
 
-    devices = jax.devices()
+    devices = console.devices()
     plan = denoising_plan(arguments, model_id, devices, devices[0].platform, batch=shapes["prompt_embeds"][0])
     check_embeddings(shapes, plan.transformer, embeddings_path)
     wanted = dump_wanted(arguments)
@@ -117,6 +122,7 @@ def main() -> None:
                 with report.aside("previews"):
                     draw_preview(state, bar.n, config, plan, output_dir / utils.PREVIEW)
     report.add("per step", f"{run_phase.seconds / steps:.3f} s")
+    warn_if_not_finite(int(state.finite_steps), steps, report)
 
     with report.phase("save"):
         latents = jax.numpy.transpose(state.latents[:, plan.surplus_frames :], (0, 2, 1, 3, 4))
@@ -128,6 +134,15 @@ def main() -> None:
     for name, value in recorder.summary():
         report.add(name, value)
     report.close(output_dir, shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
+
+
+def warn_if_not_finite(finite_steps: int, steps: int, report: Report) -> None:
+    """Warn if the latents were finite after the first `finite_steps` of the steps alone."""
+    if finite_steps < steps:
+        report.warn(
+            f"the latents are NaN or infinite from step {finite_steps + 1} of {steps} on; stage 3 refuses them without "
+            "--allow_nan. Weights, --guidance_scale or the dtype may be the cause; --dump_stats says where it begins"
+        )
 
 
 def draw_preview(state: "State", n: int, config: Mapping, plan: "Plan", path: Path) -> None:
@@ -176,13 +191,17 @@ def save(latents: "jax.Array", config: Mapping, made_from: dict[str, str], outpu
 
 
 def check_embeddings(shapes: Mapping[str, tuple[int, ...]], transformer: Mapping, path: Path) -> None:
-    """Raise UserError unless the embeddings have the number of tokens and the width that the transformer takes."""
+    """Raise UserError unless the embeddings have the number of tokens and the width that the transformer takes.
+
+    All must be of as many prompts.
+    """
     expected = (transformer["max_text_seq_length"], transformer["text_embed_dim"])
+    batch = shapes["prompt_embeds"][0]
     for name, shape in shapes.items():
-        if len(shape) != 3 or shape[1:] != expected:
+        if shape != (batch, *expected):
             raise UserError(
-                f"{path}: {name} has shape {list(shape)}, the transformer takes [B, {expected[0]}, {expected[1]}]: "
-                "the embeddings were made with another model; run stage 1 again"
+                f"{path}: {name} has shape {list(shape)}, the transformer takes [B, {expected[0]}, {expected[1]}], and "
+                f"B is {batch} of prompt_embeds: the embeddings were made with another model; run stage 1 again"
             )
 
 

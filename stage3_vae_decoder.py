@@ -6,17 +6,31 @@ decoder instead.
 
 import argparse
 import contextlib
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import checkpoint
+import console
 import tensor_dump
+import timings
 import utils
 from compilation import Cache, Compiling, add_compilation_options
-from console import ArgumentParser, Progress, Report, UserError, add_log_options, number, prepare_libraries, run
+from console import (
+    ArgumentParser,
+    Progress,
+    Report,
+    UserError,
+    add_log_options,
+    first_line,
+    number,
+    prepare_libraries,
+    run,
+)
 from options import add_decoding_options, add_dump_options, decoding_plan, dump_recorder, dump_wanted, plan_errors
 from profiling import Profile, add_profile_option
+from reading import MOST_FPS, VideoConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,7 +44,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--input_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="stage 2's output folder")
     parser.add_argument("--output_video", type=video_path, help=f"the video (default: {utils.VIDEO} in --input_dir)")
     parser.add_argument("--output_frames", type=utils.path, help="also save the frames, uint8, as safetensors")
-    parser.add_argument("--fps", type=number(int, 1), help="frames per second (default: what stage 2 was told)")
+    parser.add_argument(
+        "--fps", type=number(int, 1, MOST_FPS), help="frames per second (default: what stage 2 was told)"
+    )
     parser.add_argument("--allow_nan", action="store_true", help="decode latents that hold NaN or infinity")
     add_compilation_options(parser, "the compiled programs")
     parser.add_argument(
@@ -63,22 +79,26 @@ def main(decoder: str = "torchax") -> None:
     report = Report("stage3", arguments)
     profile = Profile(arguments.profile, "chunk", report)
     output_video = arguments.output_video or arguments.input_dir / utils.VIDEO
-    config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES, 2: utils.VIDEO_ENTRIES})
+    config = utils.read_config(arguments.input_dir, VideoConfig)
     latents_path = arguments.input_dir / utils.LATENTS
-    shape = utils.tensor_shapes(latents_path, 2, ("latents",), config)["latents"]
-    for path in filter(None, (output_video, arguments.output_frames)):
-        utils.check_writable(path)
+    shape = utils.tensor_shapes(latents_path, 2, ("latents",), config, finite=False)["latents"]
     model_id = checkpoint.same_model(arguments.model_id, config["model_id"])
+    outputs = [("--output_video", output_video), ("--output_frames", arguments.output_frames)]
+    inputs = [latents_path, arguments.input_dir / utils.CONFIG, output_video.parent / timings.FILE]
+    utils.check_outputs(outputs, [*inputs, arguments.executable, arguments.log_json], model_id)
+    check_ffmpeg()
     fps = arguments.fps or config["fps"]
 
     prepare_libraries()
     import jax
     import numpy as np
+
+    devices = console.devices()
     from safetensors.numpy import load_file  # that of safetensors.flax imports flax
 
     size = {name: config[name] for name in ("height", "width", "frames")}
     stored = load_file(latents_path)["latents"]
-    plan = decoding_plan(arguments, model_id, decoder, size, jax.devices(), stored.dtype)
+    plan = decoding_plan(arguments, model_id, decoder, size, devices, stored.dtype)
     check_shape(shape, plan.latent_shape, latents_path)
     if not arguments.allow_nan:
         check_finite(stored, latents_path)
@@ -86,6 +106,7 @@ def main(decoder: str = "torchax") -> None:
     tensor_dump.steps(arguments.dump_steps, sum(plan.runs))  # wrong ones are said before anything is loaded
 
     report.title(f"Stage 3: {decoder} VAE decoder of {model_id}")
+    report.plan(plan)
     cache = Cache(arguments.compilation_cache, report)
     report.say(f"devices: {len(plan.devices)} x {plan.devices[0].device_kind}")
     reason = "as the options say" if arguments.chip_rows or arguments.strips else "the least work for each chip"
@@ -205,6 +226,16 @@ def save_frames(chunks: Sequence["np.ndarray"], path: Path) -> None:
         save_file({"frames": np.concatenate(chunks)}, temporary)
 
 
+def check_ffmpeg() -> None:
+    """Raise UserError if there is no ffmpeg that runs."""
+    import imageio_ffmpeg
+
+    try:
+        imageio_ffmpeg.get_ffmpeg_version()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        raise UserError(f"ffmpeg, which encodes the video, does not run: {first_line(error)}; install it") from error
+
+
 @contextlib.contextmanager
 def video_writer(path: str, fps: int) -> Iterator[Callable]:
     """Yield a function that appends a frame, uint8 [height, width, 3], to the H.264 video `path`.
@@ -225,7 +256,9 @@ def video_writer(path: str, fps: int) -> Iterator[Callable]:
     try:
         # These are the settings of diffusers.utils.export_to_video, except macro_block_size, to multiples of which the
         # size is rounded up: H.264 needs only even sizes, and ours are even.
-        with imageio.get_writer(path, format="FFMPEG", fps=fps, quality=5.0, macro_block_size=2) as writer:
+        with imageio.get_writer(
+            path, format="FFMPEG", fps=fps, quality=5.0, macro_block_size=2, ffmpeg_log_level="quiet"
+        ) as writer:
             yield append
         # imageio does not check how ffmpeg ended: on a full disk, half a file may be left without an error.
         written, _ = count_frames_and_secs(path)

@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-import checkpoint
+import reading
 import utils
 from console import UserError
 
 STATISTICS = ("min", "max", "mean", "std")  # NaN or infinite where a value is
 # safetensors' name of each dtype.
-DTYPES = {np.dtype(kind): name for name, kind in checkpoint.DTYPES.items()}
+DTYPES = {np.dtype(kind): name for name, kind in reading.DTYPES.items()}
 DTYPES |= {np.dtype(np.int64): "I64", np.dtype(np.int32): "I32", np.dtype(np.uint8): "U8", np.dtype(np.bool_): "BOOL"}
 
 

@@ -13,9 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydantic import JsonValue, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from console import UserError
+from console import Report, UserError, first_line
+from reading import TextConfig, VideoConfig, check_finite, read_json, read_tensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,24 +37,15 @@ USE_DP = True
 LAYOUT = "tp"
 STAGE_OUTPUTS = Path("stage_outputs")
 
-# The files that pass between the stages, and the entries that each stage adds to the config, with their types.
+# The files that pass between the stages, and the entries that each stage adds to the config.
 CONFIG = "generation_config.json"
 EMBEDDINGS = "stage1_embeddings.safetensors"
 LATENTS = "stage2_latents.safetensors"
 PREVIEW = "stage2_preview.png"
 VIDEO = "output_video.mp4"
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")  # containers for H.264
-TEXT_ENTRIES = {"model_id": str, "prompt": str, "negative_prompt": str}
-VIDEO_ENTRIES = {
-    "height": int,
-    "width": int,
-    "frames": int,
-    "fps": int,
-    "num_inference_steps": int,
-    "guidance_scale": float,
-    "seed": int,
-    "scheduler": str,
-}
+TEXT_ENTRIES = tuple(TextConfig.model_fields)
+VIDEO_ENTRIES = tuple(VideoConfig.model_fields)[len(TEXT_ENTRIES) :]
 # What latents are made from; no tensor depends on fps.
 LATENT_ENTRIES = [name for name in (*TEXT_ENTRIES, *VIDEO_ENTRIES) if name != "fps"]
 
@@ -84,10 +77,34 @@ def check_writable(path: Path) -> None:
         os.unlink(_temporary_beside(path))
 
 
+def check_outputs(
+    outputs: Iterable[tuple[str, Path | None]], inputs: Iterable[Path | None], model_id: str | None
+) -> None:
+    """Check the files of a stage before it runs.
+
+    Args:
+        outputs: with the option that names each; None is no file.
+        inputs: files that the stage reads, and its log.
+        model_id: of the model, whose files are inputs too if it is a folder.
+
+    Raises:
+        UserError: an output is an input or another output, links resolved, or it cannot be written.
+    """
+    model = Path(model_id).glob("*/*") if model_id and os.path.isdir(model_id) else ()
+    taken = {path.resolve(): path for path in (*filter(None, inputs), *model)}
+    for option, path in outputs:
+        if path is None:
+            continue
+        if other := taken.get(path.resolve()):
+            raise UserError(f"{option} {path} would replace {other}, which this stage needs; choose another path")
+        taken[path.resolve()] = path
+        check_writable(path)
+
+
 def _temporary_beside(path: Path) -> str:
     """Make an empty file in the folder of `path`, and the folder if it is missing; return the file's path."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "it is a directory, a pipe or a device")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
     os.close(handle)
@@ -100,7 +117,7 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot write {path}: {reason}; choose another path or free some disk space") from error
 
 
@@ -111,43 +128,29 @@ def path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def utf8(text: str) -> str:
+    """Return `text`; an argparse type that rejects what the shell passed on but is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+    return text
+
+
 def write_config(directory: Path, entries: Mapping) -> None:
     """Write generation_config.json in `directory`."""
     with replacing(directory / CONFIG) as temporary:
         Path(temporary).write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_config(directory: Path, stages: Mapping[int, Mapping[str, type]]) -> dict:
-    """Read generation_config.json and check that it has the entries of some stages.
-
-    Args:
-        directory: the folder of the file.
-        stages: for each stage that must have run, by number, the names and types of its entries.
+def read_config(directory: Path, kind: type[TextConfig]) -> dict:
+    """Read generation_config.json, which must have the entries of `kind`: those of stage 1, or of stages 1 and 2.
 
     Raises:
-        UserError: the file is missing or is not JSON, or an entry is missing or has another type.
+        UserError: the file is missing or is not JSON, or an entry is missing, of another type or out of bounds.
     """
     path = directory / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} does not exist; run stage 1 first, or correct --input_dir") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); run stage 1 again") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold a JSON object; run stage 1 again")
-    for stage, entries in stages.items():
-        for name, kind in entries.items():
-            if name not in config:
-                raise UserError(f"{path} has no entry '{name}'; run stage {stage} (again)")
-            value = config[name]
-            if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
-                raise UserError(
-                    f"{path}: '{name}' must be of type {kind.__name__}, not {value!r}; run stage {stage} again"
-                )
-    return config
+    return read_json(path, kind, f"{path} does not exist, or is no file; run stage 1 first, or correct --input_dir")
 
 
 def made_from(config: Mapping, entries: Iterable[str]) -> dict[str, str]:
@@ -155,35 +158,48 @@ def made_from(config: Mapping, entries: Iterable[str]) -> dict[str, str]:
     return {"made_from": json.dumps({name: config[name] for name in entries})}
 
 
-def read_made_from(metadata: Mapping[str, str] | None) -> dict:
-    """Return the config entries that a safetensors file says it was made from; the reverse of `made_from`."""
-    return json.loads((metadata or {}).get("made_from", "{}"))
-
-
-def tensor_shapes(path: Path, stage: int, names: Iterable[str], config: Mapping) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of the tensors `names` from the header of a stage's file, and check what the file was made from.
+def read_made_from(path: Path, metadata: Mapping[str, str] | None) -> dict:
+    """Return the config entries that a safetensors file says it was made from; the reverse of `made_from`.
 
     Raises:
-        UserError: the file is missing or truncated, lacks a tensor, or was made with entries other than `config`'s.
+        UserError: what the file `path` says is no JSON object.
     """
     try:
-        with safe_open(path, framework="np") as file:
-            entries = read_made_from(file.metadata())
-            missing = set(names) - set(file.keys())
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in set(names) - missing}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run stage {stage} first") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a complete safetensors file ({error}); run stage {stage} again") from error
-    if missing:
-        raise UserError(f"{path} has no tensor '{min(missing)}'; run stage {stage} again")
+        return TypeAdapter(dict[str, JsonValue]).validate_json((metadata or {}).get("made_from", "{}"))
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"]
+        raise UserError(f"{path}: its metadata made_from is no JSON object ({reason}); make the file again") from error
+
+
+def tensor_shapes(
+    path: Path, stage: int, names: Iterable[str], config: Mapping, finite: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors `names` of a stage's file, and check them and what the file was made from.
+
+    Args:
+        path: the file.
+        stage: which wrote it.
+        names: of tensors.
+        config: generation_config.json.
+        finite: whether the values must be finite.
+
+    Raises:
+        UserError: the file is missing or truncated, lacks a tensor, has one that is empty, not of floating point or
+            not finite, or was made with entries other than `config`'s.
+    """
+    remedy = f"run stage {stage} again"
+    tensors = read_tensors(path, dict.fromkeys(names), remedy)
+    entries = read_made_from(path, safe_open(path, framework="np").metadata())
     for name, value in entries.items():
         if config.get(name) != value:
             raise UserError(
-                f"{path} was made with {name} = {value!r}, but {CONFIG} says {config.get(name)!r}; "
-                f"run stage {stage} again"
+                f"{path} was made with {name} = {value!r}, but {CONFIG} says {config.get(name)!r}; {remedy}"
             )
-    return shapes
+    if finite:
+        check_finite(tensors, path, remedy)
+    if not entries and Report.current:
+        Report.current.warn(f"{path} does not say what it was made from: whether it belongs to {CONFIG} is unknown")
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def prepare_video_for_export(video: "np.ndarray | torch.Tensor") -> "list[np.ndarray]":

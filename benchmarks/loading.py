@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 import checkpoint
+import reading
 import utils
 from console import number, prepare_libraries
 
@@ -34,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "CogVideoX1.5-5B"
 TINY_MODEL = ROOT / "tiny_model"
 PROMPT = "a red circle moving left on a white background"
-BFLOAT16 = checkpoint.DTYPES["BF16"]
+BFLOAT16 = reading.DTYPES["BF16"]
 
 
 # --- The model ---------------------------------------------------------------------------------------------------

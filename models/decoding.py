@@ -13,6 +13,7 @@ from models.decoder import Decoder, chunk_programs, chunk_sizes
 from models.plan_error import PlanError
 from models.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
 from models.spatial_split import Split, choose_split
+from models.vae_layers import ACTIVATIONS
 
 DECODERS = ("torchax", "flax")  # of each there is a module models/vae_<name>.py with a function make_decoder
 
@@ -22,7 +23,7 @@ class Plan:
     """Everything that decides a decode, except weights and latents.
 
     Attributes:
-        vae: the model's config, as in `vae/config.json`.
+        vae: the model's config, as reading.py checks it.
         decoder: which decoder, one of DECODERS.
         height, width, frames: of the video, in pixels and frames.
         dtype: of weights and latents.
@@ -99,12 +100,10 @@ def make_plan(
     Raises:
         PlanError: the model, the devices and the options do not fit together.
     """
-    if vae.get("use_post_quant_conv"):
-        raise PlanError(
-            None, "this model's VAE has a post_quant_conv, as no CogVideoX 1.5 for text has; correct --model_id"
-        )
     if decoder not in DECODERS:
         raise PlanError("decoder", f"{decoder} is unknown; there are {', '.join(DECODERS)}")
+    if vae["act_fn"] not in ACTIVATIONS:
+        raise PlanError(None, f"the VAE's act_fn {vae['act_fn']} is unknown; there are {', '.join(ACTIVATIONS)}")
     for name, size in (("height", height), ("width", width)):
         check_multiple(name, size, spatial_compression_ratio(vae))
     check_frames(vae, frames)

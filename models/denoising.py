@@ -34,7 +34,7 @@ class Plan:
     """Everything that decides a denoising run, except weights, prompt and seed.
 
     Attributes:
-        transformer, vae, scheduler: the model's configs, as in its `config.json` files.
+        transformer, vae, scheduler: the model's configs, as reading.py checks them.
         height, width, frames: of the video, in pixels and frames.
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance; there is no guidance if it is at most 1.
@@ -150,7 +150,6 @@ def make_plan(
     Raises:
         PlanError: the model, the devices and the options do not fit together.
     """
-    check_configs(transformer, scheduler)
     if sorted(mesh_order) != sorted(MESH_AXES):
         raise PlanError("mesh_order", f"{','.join(mesh_order)} is not an order of {','.join(MESH_AXES)}")
     if layout not in LAYOUTS:
@@ -178,27 +177,16 @@ def make_plan(
     return plan
 
 
-def check_configs(transformer: Mapping, scheduler: Mapping) -> None:
-    """Raise PlanError unless the model is a CogVideoX 1.5 for text to video with a supported scheduler."""
-    kind = {"use_rotary_positional_embeddings": True, "activation_fn": "gelu-approximate", "ofs_embed_dim": None}
-    learned = transformer.get("use_learned_positional_embeddings")
-    if transformer.get("patch_size_t") is None or learned or any(transformer.get(n) != kind[n] for n in kind):
-        raise PlanError(
-            None,
-            "this model is not a CogVideoX 1.5 for text to video (temporal patches, rotary embedding, no image input); "
-            "correct --model_id",
-        )
-    if scheduler["_class_name"] not in SAMPLERS:
-        raise PlanError(None, f"scheduler {scheduler['_class_name']} is not supported, only {' and '.join(SAMPLERS)}")
-
-
 def check_plan(plan: Plan) -> None:
-    """Raise PlanError, naming values that work, if the model cannot take the sizes or the number of steps."""
+    """Raise PlanError, naming values that work, if the scheduler, the sizes or the number of steps cannot be run."""
     spatial = spatial_compression_ratio(plan.vae)
     multiple = spatial * plan.transformer["patch_size"]
     for name in ("height", "width"):
         check_multiple(name, getattr(plan, name), multiple, plan.transformer[f"sample_{name}"] * spatial)
     check_frames(plan.vae, plan.frames)
+    if plan.scheduler["_class_name"] not in SAMPLERS:
+        name = plan.scheduler["_class_name"]
+        raise PlanError(None, f"scheduler {name} is not supported, only {' and '.join(SAMPLERS)}")
     maximum = plan.scheduler["num_train_timesteps"]
     if plan.num_inference_steps > maximum:
         raise PlanError("num_inference_steps", f"can be at most {maximum} with this scheduler")
@@ -214,10 +202,12 @@ class State(NamedTuple):
         latents: [batch, frames, channels, height, width], the model's dtype.
         pred_original_sample: the step's estimate of the noise-free latents, float32 of the same shape; zeros before the
             first step.
+        finite_steps: int32 scalar, the steps whose latents were finite. What is not finite stays so in all later steps.
     """
 
     latents: jax.Array
     pred_original_sample: jax.Array
+    finite_steps: jax.Array
 
 
 class Condition(NamedTuple):
@@ -300,7 +290,7 @@ def make_step(plan: Plan, wanted: tap.Wanted | None = None) -> jax.stages.Wrappe
         prev_sample = prev_sample.astype(latents.dtype)
         tap.tap("pred_original_sample", pred_original_sample, WHOLE_LATENTS)
         tap.tap("prev_sample", prev_sample, WHOLE_LATENTS)
-        return State(prev_sample, pred_original_sample)
+        return State(prev_sample, pred_original_sample, state.finite_steps + jnp.isfinite(prev_sample).all())
 
     replicated = plan.parallelism.sharding()
     if wanted:
@@ -321,7 +311,7 @@ def abstract_arguments(plan: Plan) -> StepArguments:
     rotary = array((plan.video_tokens, config["attention_head_dim"] // 2))
     return StepArguments(
         abstract_parameters(config, plan.dtype, plan.parallelism),
-        State(latents, array(plan.latent_shape)),
+        State(latents, array(plan.latent_shape), array((), jnp.int32)),
         Condition(array(text, plan.dtype), (rotary, rotary)),
         StepInputs(array((), jnp.int32), array((2, 3)), latents if plan.sampler.adds_noise else None, array(())),
     )
@@ -390,7 +380,9 @@ class Denoising:
     def _start(self) -> State:
         """Return the initial noise and an empty estimate, in new buffers each time, because a step donates them."""
         empty = jnp.zeros(self.plan.latent_shape, jnp.float32, device=self._replicated)
-        return State(self._to_device(self._noise, self.plan.dtype), empty)
+        return State(
+            self._to_device(self._noise, self.plan.dtype), empty, jnp.zeros((), jnp.int32, device=self._replicated)
+        )
 
     def _inputs(self, i: int, generator: "torch.Generator") -> StepInputs:
         """Return the inputs of step `i`; draws its noise from `generator`."""

@@ -1,17 +1,34 @@
-"""What users get wrong: one line on stderr that names it, exit status 2, and no file touched."""
+"""What is wrong from outside: one line on stderr that names it, exit status 2, no traceback, and no file touched.
 
+Nearly all cases run a stage's main in this process, as `console.run` does, because starting one takes seconds.
+"""
+
+import importlib
 import json
+import math
+import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
+import numpy as np
 import pytest
+import torch
+from hypothesis import strategies
+from safetensors import safe_open
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
+import console
+import reading
+import utils
+from console import UserError
 from tests.helpers import (
     CONFIG,
     EMBEDDINGS,
@@ -21,6 +38,7 @@ from tests.helpers import (
     STAGE1,
     STAGE2,
     STAGE3,
+    STAGE3_FLAX,
     contents,
     edit_config,
     edit_latents,
@@ -30,107 +48,708 @@ from tests.helpers import (
     stage_environment,
 )
 
+# --- Ways to spoil a folder that has a model and the outputs of a run ----------------------------------------------
 
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
+OUT, MODEL = Path("outputs"), Path("model")  # in the working directory of a case
+TEXT_ENCODER, TRANSFORMER, VAE = (
+    MODEL / name
+    for name in (
+        "text_encoder/model.safetensors",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+    )
+)
+SPIECE = MODEL / "tokenizer" / "spiece.model"
+DEEP = b"[" * 100_000
+PICKLE = b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR."  # it would leave a file if someone unpickled it
 
 
-NOTHING = lambda outputs: None  # noqa: E731
+def nothing() -> None:
+    """Spoil nothing: what is wrong stands in the options."""
 
-CASES = {
-    # what: (script, arguments, what happens to the folder before, words of the message)
-    "no prompt": (STAGE1, [], NOTHING, ["--prompt"]),
-    "unknown option": (STAGE1, ["--prompt", "x", "--sed", "1"], NOTHING, ["--sed"]),
-    "empty output": (STAGE1, ["--prompt", "x", "--output_dir", ""], NOTHING, ["--output_dir", "empty"]),
-    "output below a file": (STAGE1, ["--prompt", "x", "--output_dir", f"outputs/{CONFIG}"], NOTHING, ["cannot write"]),
-    "unknown model": (STAGE1, ["--prompt", "x", "--model_id", "no/thing"], NOTHING, ["no/thing", "network"]),
-    "no model there": (STAGE1, ["--prompt", "x", "--model_id", "outputs"], NOTHING, ["transformer/config.json"]),
-    "no input folder": (STAGE2, ["--input_dir", "nowhere"], NOTHING, ["nowhere", "stage 1"]),
-    "input is a file": (STAGE2, ["--input_dir", f"outputs/{CONFIG}"], NOTHING, [CONFIG, "stage 1"]),
-    "no embeddings": (STAGE2, [], lambda o: (o / EMBEDDINGS).unlink(), [EMBEDDINGS, "stage 1"]),
-    "truncated embeddings": (STAGE2, [], lambda o: truncate(o / EMBEDDINGS), [EMBEDDINGS, "stage 1"]),
-    "latents for embeddings": (STAGE2, [], lambda o: shutil.copy(o / LATENTS, o / EMBEDDINGS), ["prompt_embeds"]),
-    "no JSON": (STAGE2, [], lambda o: (o / CONFIG).write_text("{"), [CONFIG, "JSON"]),
-    "JSON, but a list": (STAGE2, [], lambda o: (o / CONFIG).write_text("[]"), [CONFIG]),
-    "no model_id": (STAGE2, [], lambda o: edit_config(o, model_id=None), [CONFIG, "model_id"]),
-    "other prompt": (STAGE2, [], lambda o: edit_config(o, prompt="a dog"), [EMBEDDINGS, "a dog", "stage 1"]),
-    "other model": (STAGE2, ["--model_id", "nobody/nothing"], NOTHING, ["nobody/nothing", "stage 1"]),
-    "height": (STAGE2, ["--height", 100], NOTHING, ["--height 100", "multiple of 16", "96"]),
-    "width too large": (STAGE2, ["--height", 64, "--width", 4800], NOTHING, ["--width 4800", "480"]),
-    "frames": (STAGE2, ["--height", 64, "--width", 64, "--frames", 80], NOTHING, ["80", "4n + 1", "77", "81"]),
-    "no steps": (STAGE2, ["--num_inference_steps", 0], NOTHING, ["--num_inference_steps"]),
-    "too many steps": (STAGE2, [*SIZE[:-1], 1001], NOTHING, ["--num_inference_steps", "1000"]),
-    "negative fps": (STAGE2, ["--fps", -8], NOTHING, ["--fps"]),
-    "guidance is no number": (STAGE2, ["--guidance_scale", "nan"], NOTHING, ["--guidance_scale"]),
-    "unknown attention": (STAGE2, ["--attention", "magic"], NOTHING, ["--attention", "magic", "xla"]),
-    "latents missing": (STAGE3, [], lambda o: (o / LATENTS).unlink(), [LATENTS, "stage 2"]),
-    "latents truncated": (STAGE3, [], lambda o: truncate(o / LATENTS), [LATENTS, "stage 2"]),
-    "stage 2 not run": (STAGE3, [], lambda o: edit_config(o, frames=None), [CONFIG, "frames", "stage 2"]),
-    "frames of another type": (STAGE3, [], lambda o: edit_config(o, frames="9"), [CONFIG, "frames", "int"]),
-    "other seed": (STAGE3, [], lambda o: edit_config(o, seed=1), [LATENTS, "seed", "stage 2"]),
-    "fps zero": (STAGE3, ["--fps", 0], NOTHING, ["--fps"]),
-    "video is a folder": (STAGE3, ["--output_video", "outputs/x.mp4"], lambda o: (o / "x.mp4").mkdir(), ["directory"]),
-    "no video's name": (STAGE3, ["--output_video", "outputs/video.txt"], NOTHING, ["video.txt", ".mp4"]),
-    "other channels": (STAGE3, [], lambda o: edit_latents(o, lambda x: x[:, :3]), ["[1, 3, 3, 4, 6]", "[1, 16,"]),
-    "fewer frames": (STAGE3, [], lambda o: edit_latents(o, lambda x: x[:, :, :2]), ["[1, 16, 2,", "stage 2"]),
-    "NaN": (STAGE3, [], lambda o: edit_latents(o, poison), ["3 of 1,152", "frames 0, 2 of", "--allow_nan"]),
-    "no strips": (STAGE3, ["--strips", 0], NOTHING, ["--strips"]),
-    "rows of chips": (STAGE3, ["--chip_rows", 3], NOTHING, ["--chip_rows 3", "[1]"]),
+
+def content(path: Path | str, data: bytes) -> Callable[[], object]:
+    """Replace what a file holds."""
+    return lambda: Path(path).write_bytes(data)
+
+
+def cut(path: Path | str, size: int = -100) -> Callable[[], object]:
+    """Cut the end of a file off."""
+    return lambda: Path(path).write_bytes(Path(path).read_bytes()[:size])
+
+
+def gone(path: Path | str) -> Callable[[], object]:
+    return lambda: Path(path).unlink()
+
+
+def entries(**changed: object) -> Callable[[], object]:
+    """Change entries of generation_config.json; ... takes one away."""
+    return lambda: edit_json(OUT / CONFIG, changed)
+
+
+def of_model(component: str, **changed: object) -> Callable[[], object]:
+    """Change entries of a component's config."""
+    name = "scheduler_config.json" if component == "scheduler" else "config.json"
+    return lambda: edit_json(MODEL / component / name, changed)
+
+
+def edit_json(path: Path, changed: dict) -> None:
+    edited = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({name: value for name, value in edited.items() if value is not ...}))
+
+
+def tensors(path: Path, change: Callable[[dict], object], made_from: str | None = "kept") -> Callable[[], object]:
+    """Change the tensors of a file, a dict of torch tensors, and what it says that it was made from; None: nothing."""
+
+    def spoil() -> None:
+        with safe_open(path, "pt") as file:
+            found, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        change(found)
+        if made_from != "kept":
+            metadata = None if made_from is None else {"made_from": made_from}
+        save_torch(found, path, metadata)
+
+    return spoil
+
+
+def edited(path: Path, name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
+    """Replace the tensor `name` of a file by function(tensor)."""
+    return tensors(path, lambda found: found.update({name: function(found[name]).contiguous()}))
+
+
+def latents(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], object]:
+    return edited(OUT / LATENTS, "latents", function)
+
+
+def embeds(function: Callable[[torch.Tensor], torch.Tensor], name: str = "prompt_embeds") -> Callable[[], object]:
+    return edited(OUT / EMBEDDINGS, name, function)
+
+
+def made_from(path: Path, text: str) -> Callable[[], object]:
+    return tensors(path, lambda found: None, text)
+
+
+def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Put one value somewhere into a tensor."""
+    return lambda tensor: tensor.flatten().index_fill(0, torch.tensor([3]), value).reshape(tensor.shape)
+
+
+def pipe(path: Path | str) -> Callable[[], object]:
+    return lambda: os.mkfifo(path)
+
+
+def link(path: Path | str, target: Path | str) -> Callable[[], object]:
+    return lambda: Path(path).symlink_to(Path(target).absolute())
+
+
+def a_socket(path: Path | str) -> Callable[[], object]:
+    return lambda: socket.socket(socket.AF_UNIX).bind(str(path))
+
+
+def to_long(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.long()
+
+
+BLOCK = "transformer_blocks.0.attn1.to_q.weight"
+KIND = "not a CogVideoX 1.5"  # what is said of every wrong config of a model
+AGAIN1, AGAIN2, MODEL_AGAIN = "run stage 1 again", "run stage 2 again", "get the model again"
+
+# what: (arguments, what is spoilt, words of the message)
+STAGE1_CASES = {
+    "no prompt": (["--prompt"], nothing, ["--prompt"]),
+    "unknown option": (["--prompt", "x", "--sed", "1"], nothing, ["--sed"]),
+    "abbreviated option": (["--promp", "x"], nothing, ["--promp"]),
+    "prompt not UTF-8": (["--prompt", "a \udcff"], nothing, ["--prompt", "UTF-8"]),
+    "negative prompt not UTF-8": (["--prompt", "x", "--negative_prompt", "\udc80"], nothing, ["--negative_prompt"]),
+    "model not UTF-8": (["--prompt", "x", "--model_id", "\udcff"], nothing, ["--model_id", "UTF-8"]),
+    "empty output": (["--prompt", "x", "--output_dir", ""], nothing, ["--output_dir", "empty"]),
+    "output below a file": (["--prompt", "x", "--output_dir", f"outputs/{CONFIG}"], nothing, ["cannot write"]),
+    "line feed in the output": (["--prompt", "x", "--output_dir", f"outputs/{CONFIG}/a\nb"], nothing, [r"a\nb"]),
+    "output of a long name": (["--prompt", "x", "--output_dir", "x" * 5000], nothing, ["cannot write", "too long"]),
+    "unknown model": (["--prompt", "x", "--model_id", "no/thing"], nothing, ["no/thing", "network"]),
+    "model of a long name": (["--prompt", "x", "--model_id", "x" * 5000], nothing, ["--model_id"]),
+    "model with a line feed": (["--prompt", "x", "--model_id", "no\nthing"], nothing, ["--model_id", r"no\nthing"]),
+    "model without a name": (["--prompt", "x", "--model_id", ""], nothing, ["--model_id"]),
+    "no model there": (["--prompt", "x", "--model_id", "outputs"], nothing, ["transformer/config.json"]),
+    "embeddings are a pipe": ([], lambda: (gone(OUT / EMBEDDINGS)(), pipe(OUT / EMBEDDINGS)()), ["a pipe", EMBEDDINGS]),
+    "log is a folder": (["--log_json", "outputs"], nothing, ["--log_json outputs", "directory"]),
+    "log is a pipe": (["--log_json", "p"], pipe("p"), ["--log_json p", "no log"]),
+    "log is the model's": (["--log_json", TRANSFORMER], nothing, ["--log_json", "no log"]),
+    "width of the text": ([], of_model("transformer", text_embed_dim=32), ["shared.weight", "64], not [218, 32]"]),
+    "no room for text": ([], of_model("transformer", max_text_seq_length=0), ["max_text_seq_length", KIND]),
+    "no config": ([], gone(MODEL / "text_encoder/config.json"), ["text_encoder/config.json"]),
+    "config is a list": ([], content(MODEL / "text_encoder/config.json", b"[]"), ["text_encoder/config.json", KIND]),
+    "config is nested": ([], content(MODEL / "text_encoder/config.json", DEEP), ["text_encoder/config.json", KIND]),
+    "no width": ([], of_model("text_encoder", d_model=...), ["d_model", KIND]),
+    "heads are a string": ([], of_model("text_encoder", num_heads="4"), ["num_heads", "'4'", KIND]),
+    "layers without end": ([], of_model("text_encoder", num_layers=10**9), ["num_layers", KIND]),
+    "no vocabulary": ([], of_model("text_encoder", vocab_size=0), ["vocab_size", KIND]),
+    "another vocabulary": ([], of_model("text_encoder", vocab_size=300), ["text_encoder", "shared.weight"]),
+    "other heads": ([], of_model("text_encoder", num_heads=8), ["text_encoder"]),
+    "unknown activation": ([], of_model("text_encoder", dense_act_fn="magic"), ["cannot load", "model/text_encoder"]),
+    "more layers": ([], of_model("text_encoder", num_layers=3), ["text_encoder", "missing", "encoder.block.2"]),
+    "fewer layers": ([], of_model("text_encoder", num_layers=1), ["text_encoder", "unexpected", "encoder.block.1"]),
+    "tensor missing": (
+        [],
+        tensors(TEXT_ENCODER, lambda t: t.pop("encoder.block.0.layer.0.SelfAttention.k.weight")),
+        ["text_encoder", "missing", "encoder.block.0.layer.0.SelfAttention.k.weight"],
+    ),
+    "embedding missing": ([], tensors(TEXT_ENCODER, lambda t: t.pop("shared.weight")), ["shared.weight", "missing"]),
+    "tensor unexpected": (
+        [],
+        tensors(TEXT_ENCODER, lambda t: t.update(surplus=torch.zeros(2))),
+        ["text_encoder", "unexpected", "surplus"],
+    ),
+    "tensor of another shape": (
+        [],
+        edited(TEXT_ENCODER, "encoder.final_layer_norm.weight", lambda x: x[1:]),
+        ["text_encoder"],
+    ),
+    "integer weights": (
+        [],
+        edited(TEXT_ENCODER, "encoder.final_layer_norm.weight", to_long),
+        ["encoder.final_layer_norm.weight", "I64"],
+    ),
+    "NaN weights": (
+        [],
+        edited(TEXT_ENCODER, "encoder.block.0.layer.0.SelfAttention.k.weight", with_value(np.nan)),
+        ["text encoder", "NaN", MODEL_AGAIN],
+    ),
+    "weights cut": ([], cut(TEXT_ENCODER), [TEXT_ENCODER, "complete", MODEL_AGAIN]),
+    "weights empty": ([], content(TEXT_ENCODER, b""), [TEXT_ENCODER, "complete", MODEL_AGAIN]),
+    "weights are a pickle": ([], content(TEXT_ENCODER, PICKLE), [TEXT_ENCODER, "complete", MODEL_AGAIN]),
+    "only a pickle": (
+        [],
+        lambda: TEXT_ENCODER.write_bytes(PICKLE) and TEXT_ENCODER.rename(TEXT_ENCODER.with_name("pytorch_model.bin")),
+        ["text_encoder", "shared.weight", "missing"],
+    ),
+    "no vocabulary file": ([], gone(SPIECE), ["tokenizer"]),
+    "vocabulary empty": ([], content(SPIECE, b""), ["tokenizer"]),
+    "vocabulary cut": ([], cut(SPIECE, 2000), ["tokenizer"]),
+    "vocabulary is garbage": ([], content(SPIECE, os.urandom(500)), ["tokenizer"]),
+    "tokenizer config is a list": ([], content(MODEL / "tokenizer/tokenizer_config.json", b"[]"), ["tokenizer"]),
+    "tokenizer config is nested": ([], content(MODEL / "tokenizer/tokenizer_config.json", DEEP), ["tokenizer"]),
+}
+
+STAGE2_CASES = {
+    "no input folder": (["--input_dir", "nowhere"], nothing, ["nowhere", "run stage 1 first"]),
+    "input is a file": (["--input_dir", f"outputs/{CONFIG}"], nothing, [CONFIG, "run stage 1 first"]),
+    "other model": (["--model_id", "nobody/nothing"], nothing, ["nobody/nothing", "stage 1"]),
+    "height": (["--height", 100], nothing, ["--height 100", "multiple of 16", "96"]),
+    "height of a billion": (["--height", 16 * 10**9], nothing, ["--height", "16000000000"]),
+    "width too large": (["--height", 64, "--width", 4800], nothing, ["--width 4800", "480"]),
+    "frames": (["--frames", 80], nothing, ["80", "4n + 1", "77", "81"]),
+    "frames in the billions": (["--frames", 4 * 10**9 + 1], nothing, ["--frames", "10000"]),
+    "frames are no number": (["--frames", "inf"], nothing, ["--frames", "inf"]),
+    "no steps": (["--num_inference_steps", 0], nothing, ["--num_inference_steps"]),
+    "too many steps": (["--num_inference_steps", 1001], nothing, ["--num_inference_steps", "1000"]),
+    "warm-up without end": (["--warmup_steps", 10**9], nothing, ["--warmup_steps"]),
+    "negative seed": (["--seed", -1], nothing, ["--seed"]),
+    "seed of 65 bits": (["--seed", 2**64], nothing, ["--seed"]),
+    "negative fps": (["--fps", -8], nothing, ["--fps"]),
+    "fps of 10^12": (["--fps", 10**12], nothing, ["--fps", "1000"]),
+    "guidance is no number": (["--guidance_scale", "nan"], nothing, ["--guidance_scale"]),
+    "guidance is infinite in float32": (["--guidance_scale", "1e39"], nothing, ["--guidance_scale"]),
+    "guidance of 1e308": (["--guidance_scale", "1e308"], nothing, ["--guidance_scale"]),
+    "unknown attention": (["--attention", "magic"], nothing, ["--attention", "magic", "xla"]),
+    "unknown layout": (["--layout", "magic"], nothing, ["--layout", "magic", "fsdp"]),
+    "mesh order": (["--mesh_order", "dp,dp"], nothing, ["--mesh_order", "dp,sp,tp"]),
+    "previews never": (["--preview_every", 0], nothing, ["--preview_every"]),
+    "dump options alone": (["--dump_stats"], nothing, ["--dump_stats", "--dump"]),
+    "dump in a file": (["--dump", f"outputs/{CONFIG}"], nothing, [f"outputs/{CONFIG}/stage2_tensors"]),
+    "dump of steps that are not": (["--dump", "d", "--dump_steps", "7"], nothing, ["--dump_steps"]),
+    "dump of nothing": (["--dump", "d", "--dump_names", "magic"], nothing, ["--dump_names", "magic"]),
+    "executable missing": (["--executable", "nowhere"], nothing, ["--executable", "nowhere"]),
+    "executable is garbage": (["--executable", VAE], nothing, ["--executable", "compile_for_tpu"]),
+    # generation_config.json
+    "no JSON": ([], content(OUT / CONFIG, b"{"), [CONFIG, "JSON", AGAIN1]),
+    "JSON, but a list": ([], content(OUT / CONFIG, b"[]"), [CONFIG, AGAIN1]),
+    "JSON, but empty": ([], content(OUT / CONFIG, b""), [CONFIG, "JSON", AGAIN1]),
+    "JSON, but nested": ([], content(OUT / CONFIG, DEEP), [CONFIG, "JSON", AGAIN1]),
+    "JSON, but nested in an entry": ([], content(OUT / CONFIG, b'{"prompt": ' + DEEP), [CONFIG, "JSON", AGAIN1]),
+    "JSON, but not UTF-8": ([], content(OUT / CONFIG, b'{"prompt": "\xff"}'), [CONFIG, "JSON", AGAIN1]),
+    "config is a folder": ([], lambda: (gone(OUT / CONFIG)(), (OUT / CONFIG).mkdir()), [CONFIG, "no file"]),
+    "config is a pipe": ([], lambda: (gone(OUT / CONFIG)(), pipe(OUT / CONFIG)()), [CONFIG, "no file"]),
+    "no model_id": ([], entries(model_id=...), [CONFIG, "model_id", AGAIN1]),
+    "model_id is a number": ([], entries(model_id=5), [CONFIG, "model_id", "5", AGAIN1]),
+    "model_id is empty": ([], entries(model_id=""), [CONFIG, "model_id", AGAIN1]),
+    "model_id has a line feed": ([], entries(model_id="a\nb"), [EMBEDDINGS, "model_id", r"a\nb", AGAIN1]),
+    "prompt is null": ([], entries(prompt=None), [CONFIG, "prompt", AGAIN1]),
+    "prompt is a list": ([], entries(prompt=["a dog"]), [CONFIG, "prompt", AGAIN1]),
+    "other prompt": ([], entries(prompt="a dog"), [EMBEDDINGS, "a dog", AGAIN1]),
+    "other prompt of lines": ([], entries(prompt="a\ndog"), [EMBEDDINGS, r"a\ndog", AGAIN1]),
+    # embeddings
+    "no embeddings": ([], gone(OUT / EMBEDDINGS), [EMBEDDINGS, "does not exist", "stage 1"]),
+    "embeddings truncated": ([], cut(OUT / EMBEDDINGS), [EMBEDDINGS, "complete", AGAIN1]),
+    "embeddings empty": ([], content(OUT / EMBEDDINGS, b""), [EMBEDDINGS, "complete", AGAIN1]),
+    "embeddings are a pickle": ([], content(OUT / EMBEDDINGS, PICKLE), [EMBEDDINGS, "complete", AGAIN1]),
+    "latents for embeddings": ([], lambda: shutil.copy(OUT / LATENTS, OUT / EMBEDDINGS), ["prompt_embeds", AGAIN1]),
+    "one of two embeddings": (
+        [],
+        tensors(OUT / EMBEDDINGS, lambda t: t.pop("negative_prompt_embeds")),
+        ["negative_prompt_embeds", "missing", AGAIN1],
+    ),
+    "NaN embeddings": ([], embeds(with_value(np.nan)), ["prompt_embeds", "NaN", AGAIN1]),
+    "infinite embeddings": (
+        [],
+        embeds(with_value(np.inf), "negative_prompt_embeds"),
+        ["negative_prompt_embeds", "NaN"],
+    ),
+    "integer embeddings": ([], embeds(to_long), ["prompt_embeds", "I64", AGAIN1]),
+    "embeddings of 8 bits": ([], embeds(lambda x: x.to(torch.float8_e4m3fn)), ["prompt_embeds", "F8", AGAIN1]),
+    "fewer tokens": ([], embeds(lambda x: x[:, 1:]), ["prompt_embeds", "[1, 225, 64]", AGAIN1]),
+    "narrower": ([], embeds(lambda x: x[..., 1:]), ["prompt_embeds", "[1, 226, 63]", AGAIN1]),
+    "two axes": ([], embeds(lambda x: x[0]), ["prompt_embeds", "[226, 64]", AGAIN1]),
+    "no axes": ([], embeds(lambda x: x[0, 0, 0]), ["prompt_embeds", "[]", AGAIN1]),
+    "batches differ": ([], embeds(lambda x: torch.cat([x, x])), ["negative_prompt_embeds", "[1, 226, 64]", AGAIN1]),
+    "batch is empty": ([], embeds(lambda x: x[:0]), ["prompt_embeds", "[0, 226, 64]", AGAIN1]),
+    "made_from is no JSON": ([], made_from(OUT / EMBEDDINGS, "{"), [EMBEDDINGS, "made_from", "JSON"]),
+    "made_from is a list": ([], made_from(OUT / EMBEDDINGS, "[1]"), [EMBEDDINGS, "made_from", "JSON"]),
+    "made_from is nested": ([], made_from(OUT / EMBEDDINGS, "[" * 10**5), [EMBEDDINGS, "made_from", "JSON"]),
+    "latents are a pipe": ([], lambda: (gone(OUT / LATENTS)(), pipe(OUT / LATENTS)()), [LATENTS, "a pipe"]),
+    "latents are the embeddings": (
+        [],
+        lambda: (gone(OUT / LATENTS)(), link(OUT / LATENTS, OUT / EMBEDDINGS)()),
+        [LATENTS, "would replace", EMBEDDINGS],
+    ),
+    # the model
+    "transformer: list": ([], content(MODEL / "transformer/config.json", b"[]"), ["transformer/config.json", KIND]),
+    "transformer: no JSON": ([], content(MODEL / "transformer/config.json", b"\0"), ["transformer/config.json", KIND]),
+    "transformer: nested": ([], content(MODEL / "transformer/config.json", DEEP), ["transformer/config.json", KIND]),
+    "transformer: gone": ([], gone(MODEL / "transformer/config.json"), ["transformer/config.json", "--model_id"]),
+    "transformer: no layers": ([], of_model("transformer", num_layers=...), ["num_layers", KIND]),
+    "transformer: 0 layers": ([], of_model("transformer", num_layers=0), ["num_layers", KIND]),
+    "transformer: layers in words": ([], of_model("transformer", num_layers="two"), ["num_layers", "'two'", KIND]),
+    "transformer: layers are true": ([], of_model("transformer", num_layers=True), ["num_layers", KIND]),
+    "transformer: half a layer": ([], of_model("transformer", num_layers=1.5), ["num_layers", "1.5", KIND]),
+    "transformer: 10^12 heads": (
+        [],
+        of_model("transformer", num_attention_heads=10**12),
+        ["num_attention_heads", KIND],
+    ),
+    "transformer: no heads": ([], of_model("transformer", num_attention_heads=None), ["num_attention_heads", KIND]),
+    "transformer: odd heads": ([], of_model("transformer", attention_head_dim=33), ["attention_head_dim", "33", KIND]),
+    "transformer: patch of 0": ([], of_model("transformer", patch_size=0), ["patch_size", KIND]),
+    "transformer: 1.0": ([], of_model("transformer", patch_size_t=None), ["patch_size_t", KIND]),
+    "transformer: from an image": ([], of_model("transformer", ofs_embed_dim=512), ["ofs_embed_dim", KIND]),
+    "transformer: learned": ([], of_model("transformer", use_learned_positional_embeddings=True), ["learned", KIND]),
+    "transformer: no rotary": ([], of_model("transformer", use_rotary_positional_embeddings=False), ["rotary", KIND]),
+    "transformer: activation": ([], of_model("transformer", activation_fn="gelu"), ["activation_fn", "'gelu'", KIND]),
+    "transformer: epsilon": ([], of_model("transformer", norm_eps=0), ["norm_eps", KIND]),
+    "transformer: epsilon is NaN": ([], of_model("transformer", norm_eps=float("nan")), ["norm_eps", KIND]),
+    "transformer: no size": ([], of_model("transformer", sample_height=0), ["sample_height", KIND]),
+    "transformer: channels": ([], of_model("transformer", out_channels=8), ["out_channels", KIND]),
+    "transformer: no text": ([], of_model("transformer", max_text_seq_length=0), ["max_text_seq_length", KIND]),
+    "transformer: more layers": ([], of_model("transformer", num_layers=3), ["transformer_blocks.2", "missing"]),
+    "transformer: fewer layers": ([], of_model("transformer", num_layers=1), ["transformer_blocks.1", "unexpected"]),
+    "transformer: other heads": (
+        [],
+        of_model("transformer", num_attention_heads=8, attention_head_dim=16),
+        ["norm_k", "[32], not [16]"],
+    ),
+    "transformer: time": ([], of_model("transformer", time_embed_dim=48), ["norm_out", "[256, 64], not [256, 48]"]),
+    "weights gone": ([], gone(TRANSFORMER), ["model/transformer", "missing", MODEL_AGAIN]),
+    "weights cut": ([], cut(TRANSFORMER), [TRANSFORMER, "complete", MODEL_AGAIN]),
+    "weights empty": ([], content(TRANSFORMER, b""), [TRANSFORMER, "complete", MODEL_AGAIN]),
+    "weights are a pickle": ([], content(TRANSFORMER, PICKLE), [TRANSFORMER, "complete", MODEL_AGAIN]),
+    "weights of a nested header": (
+        [],
+        content(TRANSFORMER, len(DEEP).to_bytes(8, "little") + DEEP),
+        [TRANSFORMER, "complete"],
+    ),
+    "weight missing": ([], tensors(TRANSFORMER, lambda t: t.pop(BLOCK)), [BLOCK, "missing", MODEL_AGAIN]),
+    "weight of another shape": ([], edited(TRANSFORMER, BLOCK, lambda x: x[:, 1:]), [BLOCK, "[128, 127]"]),
+    "weight of integers": ([], edited(TRANSFORMER, BLOCK, to_long), [BLOCK, "I64", MODEL_AGAIN]),
+    "NaN weight": ([], edited(TRANSFORMER, BLOCK, with_value(np.nan)), [BLOCK, "NaN", MODEL_AGAIN]),
+    "infinite weight": ([], edited(TRANSFORMER, BLOCK, with_value(-np.inf)), [BLOCK, "NaN", MODEL_AGAIN]),
+    "scheduler: list": ([], content(MODEL / "scheduler/scheduler_config.json", b"[]"), ["scheduler_config.json", KIND]),
+    "scheduler: no class": ([], of_model("scheduler", _class_name=...), ["_class_name", KIND]),
+    "scheduler: another": ([], of_model("scheduler", _class_name="DDIMScheduler"), ["DDIMScheduler", "supported"]),
+    "scheduler: no steps": ([], of_model("scheduler", num_train_timesteps=0), ["num_train_timesteps", KIND]),
+    "scheduler: 10^12 steps": ([], of_model("scheduler", num_train_timesteps=10**12), ["num_train_timesteps", KIND]),
+    "scheduler: steps in words": ([], of_model("scheduler", num_train_timesteps="9"), ["num_train_timesteps", KIND]),
+    "scheduler: beta": ([], of_model("scheduler", beta_end=2.5), ["beta_end", "2.5", KIND]),
+    "scheduler: beta is a list": ([], of_model("scheduler", beta_start=[0.1]), ["beta_start", KIND]),
+    "scheduler: beta is NaN": ([], of_model("scheduler", trained_betas=[0.1, float("nan")]), ["trained_betas.1", KIND]),
+    "scheduler: schedule": ([], of_model("scheduler", beta_schedule="magic"), ["beta_schedule", "'magic'", KIND]),
+    "scheduler: prediction": ([], of_model("scheduler", prediction_type="magic"), ["prediction_type", KIND]),
+    "scheduler: spacing": ([], of_model("scheduler", timestep_spacing="magic"), ["timestep_spacing", KIND]),
+    "scheduler: scale": ([], of_model("scheduler", snr_shift_scale=0), ["snr_shift_scale", KIND]),
+}
+
+STAGE3_CASES = {
+    "fps zero": (["--fps", 0], nothing, ["--fps"]),
+    "fps of 10^12": (["--fps", 10**12], nothing, ["--fps"]),
+    "no strips": (["--strips", 0], nothing, ["--strips"]),
+    "strips of 10^9": (["--strips", 10**9], nothing, ["--strips"]),
+    "rows of chips": (["--chip_rows", 3], nothing, ["--chip_rows 3", "[1, 2, 4, 8]"]),
+    "no video's name": (["--output_video", "outputs/video.txt"], nothing, ["video.txt", ".mp4"]),
+    "video is a folder": (["--output_video", "x.mp4"], lambda: Path("x.mp4").mkdir(), ["x.mp4", "directory"]),
+    "video is a pipe": (["--output_video", "x.mp4"], pipe("x.mp4"), ["x.mp4", "a pipe"]),
+    "video is a socket": (["--output_video", "x.mp4"], a_socket("x.mp4"), ["x.mp4", "a pipe or a device"]),
+    "frames are a device": (["--output_frames", "x"], link("x", "/dev/null"), ["x", "device"]),
+    "frames are a pipe, linked": (["--output_frames", "x"], lambda: (pipe("p")(), link("x", "p")()), ["x", "a pipe"]),
+    "frames are the latents": (["--output_frames", OUT / LATENTS], nothing, ["would replace", LATENTS]),
+    "frames are the latents, linked": (["--output_frames", "x"], link("x", OUT / LATENTS), ["_frames", LATENTS]),
+    "frames are the latents, dotted": (["--output_frames", f"model/../outputs/{LATENTS}"], nothing, [LATENTS]),
+    "frames are the config": (["--output_frames", OUT / CONFIG], nothing, ["--output_frames", "would replace", CONFIG]),
+    "frames are the timings": (["--output_frames", OUT / "timings.json"], nothing, ["--output_frames", "timings"]),
+    "frames are the video": (["--output_frames", OUT / utils.VIDEO], nothing, ["--output_frames", utils.VIDEO]),
+    "frames are the model": (["--output_frames", VAE], nothing, ["--output_frames", "would replace", VAE]),
+    "video is the latents, linked": (["--output_video", "x.mp4"], link("x.mp4", OUT / LATENTS), [LATENTS]),
+    "log is the latents": (["--log_json", OUT / LATENTS], nothing, ["--log_json", "no log"]),
+    "log is the frames": (["--log_json", "x", "--output_frames", "x"], nothing, ["--output_frames x", "would replace"]),
+    # generation_config.json
+    "stage 2 not run": ([], entries(frames=...), [CONFIG, "frames", AGAIN2]),
+    "frames of another type": ([], entries(frames="9"), [CONFIG, "frames", "integer", "'9'", AGAIN2]),
+    "frames are true": ([], entries(frames=True), [CONFIG, "frames", AGAIN2]),
+    "frames are null": ([], entries(frames=None), [CONFIG, "frames", AGAIN2]),
+    "half a frame": ([], entries(frames=9.5), [CONFIG, "frames", AGAIN2]),
+    "no frames": ([], entries(frames=0), [CONFIG, "frames", AGAIN2]),
+    "frames in the billions": ([], entries(frames=4 * 10**9 + 1), [CONFIG, "frames", AGAIN2]),
+    "negative height": ([], entries(height=-32), [CONFIG, "height", AGAIN2]),
+    "width of 10^10": ([], entries(width=10**10), [CONFIG, "width", AGAIN2]),
+    "no fps in the config": ([], entries(fps=0), [CONFIG, "fps", AGAIN2]),
+    "fps of 10^12 in the config": ([], entries(fps=10**12), [CONFIG, "fps", AGAIN2]),
+    "no steps in the config": ([], entries(num_inference_steps=0), [CONFIG, "num_inference_steps", AGAIN2]),
+    "guidance in the config": ([], entries(guidance_scale=1e308), [CONFIG, "guidance_scale", AGAIN2]),
+    "guidance is NaN": ([], entries(guidance_scale=float("nan")), [CONFIG, "guidance_scale", AGAIN2]),
+    "guidance in words": ([], entries(guidance_scale="6"), [CONFIG, "guidance_scale", AGAIN2]),
+    "seed of 65 bits": ([], entries(seed=2**64), [CONFIG, "seed", AGAIN2]),
+    "scheduler is a number": ([], entries(scheduler=7), [CONFIG, "scheduler", AGAIN2]),
+    "other seed": ([], entries(seed=1), [LATENTS, "seed", AGAIN2]),
+    # latents
+    "latents missing": ([], gone(OUT / LATENTS), [LATENTS, "does not exist", "stage 2"]),
+    "latents are a socket": ([], lambda: (gone(OUT / LATENTS)(), a_socket(OUT / LATENTS)()), [LATENTS, "no file"]),
+    "latents truncated": ([], cut(OUT / LATENTS), [LATENTS, "complete", AGAIN2]),
+    "latents are a pickle": ([], content(OUT / LATENTS, PICKLE), [LATENTS, "complete", AGAIN2]),
+    "latents of a short header": ([], content(OUT / LATENTS, b"\x01"), [LATENTS, "complete", AGAIN2]),
+    "embeddings for latents": ([], lambda: shutil.copy(OUT / EMBEDDINGS, OUT / LATENTS), ["latents", "missing"]),
+    "other channels": ([], latents(lambda x: x[:, :3]), ["[1, 3, 3, 4, 6]", "[1, 16,", AGAIN2]),
+    "fewer frames": ([], latents(lambda x: x[:, :, :2]), ["[1, 16, 2,", AGAIN2]),
+    "two videos": ([], latents(lambda x: torch.cat([x, x])), ["[2, 16, 3, 4, 6]", AGAIN2]),
+    "latents without elements": ([], latents(lambda x: x[:0]), ["latents", "[0, 16, 3, 4, 6]", AGAIN2]),
+    "latents without axes": ([], latents(lambda x: x[0, 0, 0, 0, 0]), ["latents", "[]", AGAIN2]),
+    "integer latents": ([], latents(to_long), ["latents", "I64", AGAIN2]),
+    "latents of bytes": ([], latents(lambda x: x.to(torch.uint8)), ["latents", "U8", AGAIN2]),
+    "NaN": ([], lambda: edit_latents(OUT, poison), ["3 of 1,152", "frames 0, 2 of", "--allow_nan"]),
+    "made_from is no JSON": ([], made_from(OUT / LATENTS, "x"), [LATENTS, "made_from", "JSON"]),
+    "made_from is a number": ([], made_from(OUT / LATENTS, "1"), [LATENTS, "made_from", "JSON"]),
+    # the model
+    "vae: list": ([], content(MODEL / "vae/config.json", b"[1]"), ["vae/config.json", KIND]),
+    "vae: scale of 0": ([], of_model("vae", scaling_factor=0), ["scaling_factor", KIND]),
+    "vae: negative scale": ([], of_model("vae", scaling_factor=-0.7), ["scaling_factor", "-0.7", KIND]),
+    "vae: scale in words": ([], of_model("vae", scaling_factor="0.7"), ["scaling_factor", KIND]),
+    "vae: scale of 1e308": ([], of_model("vae", scaling_factor=1e308), ["scaling_factor", KIND]),
+    "vae: ratio of 0": ([], of_model("vae", temporal_compression_ratio=0), ["temporal_compression_ratio", KIND]),
+    "vae: ratio of 3": ([], of_model("vae", temporal_compression_ratio=3), ["temporal_compression_ratio", KIND]),
+    "vae: no levels": ([], of_model("vae", block_out_channels=[]), ["block_out_channels", KIND]),
+    "vae: levels in words": ([], of_model("vae", block_out_channels="16"), ["block_out_channels", KIND]),
+    "vae: a level of 0": ([], of_model("vae", block_out_channels=[16, 0, 32, 32]), ["block_out_channels.1", KIND]),
+    "vae: fewer levels": ([], of_model("vae", block_out_channels=[16, 32, 32]), ["block_out_channels", KIND]),
+    "vae: no groups": ([], of_model("vae", norm_num_groups=0), ["norm_num_groups", KIND]),
+    "vae: groups": ([], of_model("vae", norm_num_groups=7), ["norm_num_groups", "7", KIND]),
+    "vae: blocks": ([], of_model("vae", up_block_types=["UpBlock2D"] * 4), ["up_block_types.0", "'UpBlock2D'", KIND]),
+    "vae: activation": ([], of_model("vae", act_fn="magic"), ["act_fn", "magic", "silu"]),
+    "vae: colours": ([], of_model("vae", out_channels=4), ["out_channels", KIND]),
+    "vae: channels": ([], of_model("vae", latent_channels=8), [LATENTS, "[1, 8, 3, 4, 6]"]),
+    "vae: post_quant_conv": ([], of_model("vae", use_post_quant_conv=True), ["use_post_quant_conv", KIND]),
+    "vae: more layers": ([], of_model("vae", layers_per_block=2), ["model/vae", "resnets.2", "missing", MODEL_AGAIN]),
+    "vae: weights cut": ([], cut(VAE), [VAE, "complete", MODEL_AGAIN]),
+    "vae: weight missing": ([], tensors(VAE, lambda t: t.pop("decoder.conv_in.conv.bias")), ["decoder.conv_in"]),
+    "vae: weight unexpected": (
+        [],
+        tensors(VAE, lambda t: t.update({"decoder.surplus": torch.zeros(2)})),
+        ["decoder.surplus", "unexpected"],
+    ),
+    "vae: weight of integers": ([], edited(VAE, "decoder.conv_in.conv.bias", to_long), ["decoder.conv_in", "I64"]),
+    "vae: NaN weight": ([], edited(VAE, "decoder.conv_in.conv.bias", with_value(np.nan)), ["decoder.conv_in", "NaN"]),
 }  # fmt: skip
 
+CASES = [
+    pytest.param(script, *case, id=f"stage {script[5]}: {what}")
+    for script, cases in ((STAGE1, STAGE1_CASES), (STAGE2, STAGE2_CASES), (STAGE3, STAGE3_CASES))
+    for what, case in cases.items()
+]
+assert len(CASES) >= 120
 
-SLOW_CASES = ("width too large", "frames", "too many steps")  # found after jax is imported, as "height" is
+
+@pytest.fixture(scope="session")
+def pristine(finished_run, random_model, tmp_path_factory) -> Path:
+    """Copy a model and the outputs made with it into one folder, as files that belong together."""
+    folder = tmp_path_factory.mktemp("pristine")
+    shutil.copytree(random_model, folder / MODEL)
+    shutil.copytree(finished_run, folder / OUT)
+    edit_config(folder / OUT, model_id=str(MODEL))
+    for name in (EMBEDDINGS, LATENTS):
+        with safe_open(folder / OUT / name, "pt") as file:
+            said = json.loads(file.metadata()["made_from"]) | {"model_id": str(MODEL)}
+        save_torch(load_torch(folder / OUT / name), folder / OUT / name, {"made_from": json.dumps(said)})
+    return folder
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "before", "words"),
-    [pytest.param(*case, marks=pytest.mark.slow if what in SLOW_CASES else []) for what, case in CASES.items()],
-    ids=CASES,
-)
-def test_one_line_and_exit_2(script, arguments, before, words, outputs, random_model, run_stage, monkeypatch):
+@pytest.fixture
+def folder(pristine, tmp_path, monkeypatch) -> Path:
+    """Copy `pristine` for a test to spoil, and make the copy the working directory."""
+    shutil.copytree(pristine, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def run_here(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
+    """Run a stage in this process, as `python <script>` does; return exit status, stdout and stderr."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before(outputs)
-    untouched = contents(outputs)
-    if script == STAGE1 and "--model_id" not in arguments:
-        arguments = ["--model_id", random_model, *arguments]
-    if (script == STAGE1 and "--output_dir" not in arguments) or (script != STAGE1 and "--input_dir" not in arguments):
-        arguments = ["--output_dir" if script == STAGE1 else "--input_dir", "outputs", *arguments]
-    process = run_stage(script, *arguments, status=2)
-    assert len(process.stderr.splitlines()) == 1 and process.stderr.startswith(script), process.stderr
-    assert all(word in process.stderr for word in words), process.stderr
-    assert process.stdout == ""
-    assert contents(outputs) == untouched
+
+    def run(script: str, *arguments: object) -> tuple[int, str, str]:
+        defaults = {
+            STAGE1: ["--model_id", MODEL, "--output_dir", OUT, *(() if "--prompt" in arguments else ("--prompt", "x"))],
+            STAGE2: ["--input_dir", OUT, *SIZE],
+        }.get(script, ["--input_dir", OUT])
+        monkeypatch.setattr(sys, "argv", [script, *map(str, (*defaults, *arguments))])
+        monkeypatch.setattr(console.Report, "current", None)
+        monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest has its own
+        status = 0
+        try:
+            console.run(importlib.import_module(script.removesuffix(".py")).main)
+        except SystemExit as ended:
+            status = ended.code
+        return status, *capfd.readouterr()
+
+    return run
 
 
-@pytest.mark.slow
-def test_embeddings_of_another_model(outputs, other_model, run_stage):
-    """A config edited by hand to name another model: the shapes give it away."""
-    save_torch(load_torch(outputs / EMBEDDINGS), outputs / EMBEDDINGS)  # without metadata
-    edit_config(outputs, model_id=str(other_model))
-    process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, status=2)
-    assert "[B, 40, 48]" in process.stderr and len(process.stderr.splitlines()) == 1, process.stderr
+@pytest.mark.parametrize(("script", "arguments", "spoil", "words"), CASES)
+def test_one_line_and_exit_2(script, arguments, spoil, words, folder, run_here):
+    spoil()
+    untouched = contents(folder)
+    status, out, error = run_here(script, *arguments)
+    assert status == 2 and len(error.splitlines()) == 1 and error.startswith(script), (status, out, error)
+    assert len(error) < 1500 and all(str(word) in error for word in words), error
+    assert "Traceback" not in out
+    after = contents(folder)
+    assert {name for name in after.keys() | untouched if after.get(name) != untouched.get(name)} <= {"x", "d"}
 
 
-@pytest.mark.slow
+def test_what_is_not_spoilt_runs(folder, run_here):
+    """Otherwise the cases above would show nothing."""
+    for script in (STAGE1, STAGE2, STAGE3):
+        status, out, error = run_here(script)
+        assert status == 0 and "WARNING" not in out, out + error
+
+
+def test_a_missing_ffmpeg_is_named_at_the_start(folder, run_here, monkeypatch):
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "nowhere/ffmpeg")
+    status, out, error = run_here(STAGE3)
+    assert (status, out) == (2, "") and "ffmpeg" in error and len(error.splitlines()) == 1, out + error
+
+
+def test_debug_keeps_the_traceback(folder, run_here):
+    content(OUT / CONFIG, b"[]")()
+    status, _, error = run_here(STAGE2, "--debug")
+    lines = error.splitlines()
+    assert status == 2 and "Traceback" in lines[0] and lines[-1].startswith(f"{STAGE2}: error: outputs/{CONFIG}"), error
+
+
+@pytest.mark.parametrize(("script", "file"), [(STAGE2, EMBEDDINGS), (STAGE3, LATENTS)])
+def test_a_file_that_does_not_say_what_it_was_made_from(script, file, folder, run_here):
+    """As those of the original project: it is taken, and a line says so."""
+    tensors(OUT / file, lambda found: None, None)()
+    status, out, error = run_here(script)
+    assert status == 0 and f"WARNING: outputs/{file} does not say what it was made from" in out, out + error
+
+
+def test_latents_that_cease_to_be_finite(folder, run_here):
+    """The weights are such that the first step gives huge latents, and the second overflows on them."""
+    edited(TRANSFORMER, "proj_out.bias", lambda bias: torch.full_like(bias, 1e38))()
+    options = ["--num_inference_steps", 4, "--dump", "d", "--dump_names", "prev_sample"]
+    status, out, error = run_here(STAGE2, *options)
+    with safe_open("d/stage2_tensors.safetensors", "np") as file:
+        finite = [np.isfinite(file.get_tensor(f"step_{i:03}/prev_sample")).all() for i in range(4)]
+    assert finite == [True, False, False, False]
+    assert status == 0 and "WARNING: the latents are NaN or infinite from step 2 of 4 on" in out, out + error
+    status, _, error = run_here(STAGE3)
+    assert status == 2 and "--allow_nan" in error, error
+
+
+def test_code_of_a_model_is_not_run(folder, run_here):
+    for part in ("tokenizer/tokenizer_config.json", "text_encoder/config.json", "vae/config.json"):
+        names = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "code.Code")
+        edit_json(MODEL / part, {"auto_map": names})
+        (MODEL / part).with_name("code.py").write_text("open('pwned', 'w')")
+    for script in (STAGE1, STAGE2, STAGE3):
+        status, out, error = run_here(script)
+        assert status == 0, out + error
+    assert not list(folder.rglob("pwned"))
+
+
 @pytest.mark.parametrize(
-    ("script", "component", "entry", "words"),
+    ("spoil", "words"),
     [
-        (STAGE2, "transformer", {"patch_size_t": None}, "not a CogVideoX 1.5"),  # CogVideoX 1.0
-        (STAGE2, "transformer", {"ofs_embed_dim": 512}, "not a CogVideoX 1.5"),  # begins with an image
-        (STAGE2, "transformer", {"use_learned_positional_embeddings": True}, "not a CogVideoX 1.5"),
-        (STAGE2, "transformer", {"time_embed_dim": 48}, "norm_out.linear.weight among them, which has shape [256, 64]"),
-        (STAGE3, "vae", {"use_post_quant_conv": True}, "post_quant_conv"),
+        (lambda data: data[:-1], "cut or damaged"),
+        (lambda data: data.split(b"\n")[0] + b"\n" + PICKLE, "cut or damaged"),
+        (lambda data: data.split(b"\n")[0], "cut or damaged"),
+        (lambda data: b"", "compile_for_tpu"),
+        (lambda data: b"[1]\n", "compile_for_tpu"),
+        (lambda data: DEEP, "compile_for_tpu"),
+        (lambda data: PICKLE, "compile_for_tpu"),
+        (lambda data: b"\xff" * 100, "compile_for_tpu"),
     ],
 )
-def test_a_model_of_another_kind(script, component, entry, words, outputs, random_model, tmp_path, run_stage):
-    model = Path(shutil.copytree(random_model, tmp_path / "model"))
-    config = model / component / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | entry))
-    for name in (EMBEDDINGS, LATENTS):
-        save_torch(load_torch(outputs / name), outputs / name)  # without metadata
-    edit_config(outputs, model_id=str(model))
-    process = run_stage(script, "--input_dir", outputs, *(SIZE if script == STAGE2 else ()), status=2)
-    assert words in process.stderr and len(process.stderr.splitlines()) == 1, process.stderr
+def test_executables(spoil, words, tmp_path, monkeypatch):
+    """Only a file that is whole, and made for what is wanted, is ever unpickled."""
+    import executable  # which imports jax
+
+    monkeypatch.chdir(tmp_path)
+    path = Path("saved")
+    executable.save(str(path), [], {"program": "a step"})
+    assert executable.load(path, {"program": "a step"}, []) == []
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(UserError, match=words):
+        executable.load(path, {"program": "a step"}, [])
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "environment", "words"),
+    [
+        (STAGE1, [], {}, ["--prompt"]),
+        (STAGE2, SIZE, {"JAX_PLATFORMS": "tpu"}, ["tpu", "JAX_PLATFORMS=cpu"]),
+        (STAGE3, [], {"JAX_PLATFORMS": "tpu"}, ["tpu", "JAX_PLATFORMS=cpu"]),
+        (STAGE3_FLAX, ["--output_video", "a\nb.mp4"], {"JAX_PLATFORMS": "magic"}, ["magic"]),
+        (STAGE2, ["--input_dir", b"\xff\n"], {"PYTHONIOENCODING": "ascii"}, [r"\udcff\n", CONFIG]),
+    ],
+)
+def test_as_a_program(script, arguments, environment, words, folder):
+    """A person's own command: what the libraries print themselves is not there, and nothing heavy was loaded."""
+    where = [] if script == STAGE1 or "--input_dir" in arguments else ["--input_dir", OUT]
+    command = [*stage_command(script, *where), *(x if isinstance(x, bytes) else str(x) for x in arguments)]
+    process = run_command(command, env=environment)
+    assert process.returncode == 2 and process.stdout == "", process
+    assert len(process.stderr.splitlines()) == 1 and process.stderr.startswith(script), process.stderr
+    assert all(word in process.stderr for word in words), process.stderr
+
+
+@pytest.mark.slow
+def test_full_stdout_and_an_ascii_terminal(folder):
+    stage1 = stage_command(STAGE1, "--prompt", "ein Bär, " * 200, "--model_id", MODEL, "--output_dir", OUT)
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            stage1, check=False, stdout=full, stderr=subprocess.PIPE, text=True, env=stage_environment()
+        )
+    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "No space left" in process.stderr, process
+    process = run_command(stage1, env={"PYTHONIOENCODING": "ascii"})
+    assert process.returncode == 0 and r"\xab" in process.stdout and "is longer than" in process.stdout, process
+
+
+# --- Any bytes -----------------------------------------------------------------------------------------------------
+
+
+def read_or_refused(read: Callable[[], dict], name: str) -> dict | None:
+    """Return what is read, or None if there is a UserError that names the file."""
+    try:
+        return read()
+    except UserError as error:
+        return None if name in str(error) else pytest.fail(str(error))
+
+
+any_bytes = hypothesis.settings(max_examples=300, deadline=None, derandomize=True, database=None)
+ENTRIES = {
+    **{"model_id": "m", "prompt": "p", "negative_prompt": "", "height": 32, "width": 48, "frames": 9, "fps": 8},
+    **{"num_inference_steps": 2, "guidance_scale": 6.0, "seed": 1, "scheduler": "CogVideoXDDIMScheduler"},
+}
+JSON = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def spoilt(valid: bytes) -> strategies.SearchStrategy[bytes]:
+    """Draw `valid` with some bytes in its middle replaced by others."""
+    places = strategies.integers(0, len(valid))
+    return strategies.builds(
+        lambda start, end, new: valid[: min(start, end)] + new + valid[max(start, end) :],
+        *(places, places, strategies.binary(max_size=8)),
+    )
+
+
+CONFIGS = strategies.one_of(
+    strategies.binary(),
+    spoilt(json.dumps(ENTRIES).encode()),
+    strategies.builds(lambda new: json.dumps(new).encode(), JSON),
+    strategies.builds(
+        lambda name, value: json.dumps(ENTRIES | {name: value}).encode(), strategies.sampled_from([*ENTRIES]), JSON
+    ),
+)
+
+
+@any_bytes
+@hypothesis.given(data=CONFIGS)
+def test_any_bytes_for_a_config(data, tmp_path_factory):
+    """The entries have their types and bounds, or there is a UserError."""
+    folder = tmp_path_factory.getbasetemp()
+    (folder / CONFIG).write_bytes(data)
+    config = read_or_refused(lambda: utils.read_config(folder, reading.VideoConfig), CONFIG)
+    if config is None:
+        return
+    assert config.keys() >= ENTRIES.keys()
+    for name, value in ENTRIES.items():
+        assert type(config[name]) is type(value), (name, config[name])
+    assert all(0 < config[name] <= 16_384 for name in ("height", "width", "frames", "fps", "num_inference_steps"))
+    assert 0 <= config["guidance_scale"] <= 1000 and 0 <= config["seed"] < 2**64
+
+
+def saved(array: np.ndarray | torch.Tensor, metadata: dict | None = None) -> bytes:
+    from safetensors.torch import save
+
+    return save({"latents": torch.as_tensor(array)}, metadata)
+
+
+HEADERS = strategies.fixed_dictionaries(
+    {
+        "dtype": strategies.sampled_from(["F32", "BF16", "I8", "F64", "X", "F8_E4M3"]),
+        "shape": strategies.lists(strategies.integers(-1, 4) | strategies.just(2**62), max_size=3),
+        "data_offsets": strategies.lists(strategies.integers(-1, 40), min_size=1, max_size=3),
+    }
+)
+FILES = strategies.one_of(
+    strategies.binary(),
+    spoilt(saved(torch.arange(6.0), {"made_from": '{"seed": 1}'})),
+    strategies.builds(lambda text: saved(torch.ones(2), {"made_from": text}), strategies.text()),
+    strategies.builds(
+        lambda header, data: (lambda text: len(text).to_bytes(8, "little") + text + data)(
+            json.dumps({"latents": header}).encode()
+        ),
+        *(HEADERS, strategies.binary(max_size=40)),
+    ),
+)
+
+
+@any_bytes
+@hypothesis.given(data=FILES)
+def test_any_bytes_for_tensors(data, tmp_path_factory):
+    """The tensor has elements and finite values, as safetensors itself reads them, or there is a UserError."""
+    path = tmp_path_factory.getbasetemp() / LATENTS
+    path.write_bytes(data)
+    shapes = read_or_refused(lambda: utils.tensor_shapes(path, 2, ["latents"], ENTRIES), LATENTS)
+    if shapes is None:
+        return
+    tensor = load_torch(path)["latents"]
+    assert shapes == {"latents": tuple(tensor.shape)} and tensor.numel() and tensor.ndim
+    assert tensor.is_floating_point() and tensor.isfinite().all()
+
+
+@any_bytes
+@hypothesis.given(
+    bits=strategies.binary(min_size=8, max_size=64), dtype=strategies.sampled_from(list(reading.DTYPES.values()))
+)
+def test_finite_is_what_numpy_calls_finite(bits, dtype):
+    array = np.frombuffer(bits[: len(bits) // 8 * 8], dtype)
+    assert reading.is_finite(array) == all(map(math.isfinite, array.tolist())), array
+
+
+# --- Devices, disks and signals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow

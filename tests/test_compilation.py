@@ -104,7 +104,8 @@ def test_where_programs_are_kept(outputs, tmp_path):
         console.prepare_libraries()
         import jax
         chosen = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else None
-        cache = compilation.Cache(chosen, console.Report("stage", argparse.Namespace(quiet=1, verbose=0, log_json=None)))
+        report = console.Report("stage", argparse.Namespace(quiet=1, verbose=0, log_json=None))
+        cache = compilation.Cache(chosen, report)
         jax.jit(lambda x: x + 1)(1.0)
         print(cache.folder)
     """
@@ -114,9 +115,7 @@ def test_where_programs_are_kept(outputs, tmp_path):
     variable = home | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "variable")}
 
     def folder(environment: dict, *options: str) -> str:
-        process = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr
-        return process.stdout.strip()
+        return subprocess.check_output([*command, *options], cwd=ROOT, env=environment, text=True).strip()
 
     cases = [
         (folder(home), tmp_path / "home" / "cogvideox-tpu"),
@@ -153,7 +152,5 @@ print(hash(cache_key._canonicalize_ir(module, cache_key.IgnoreCallbacks.NO)))
     keys = []
     for folder in (tmp_path, ROOT):
         environment = os.environ | {"PYTHONHASHSEED": "0"}
-        process = subprocess.run([sys.executable, script], cwd=folder, env=environment, capture_output=True, text=True)
-        assert process.returncode == 0, process.stderr
-        keys.append(process.stdout)
+        keys.append(subprocess.check_output([sys.executable, script], cwd=folder, env=environment))
     assert keys[0] == keys[1]

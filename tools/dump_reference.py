@@ -40,6 +40,7 @@ from models.denoising import Plan, make_plan
 from models.scheduler import make_scheduler
 from models.sizes import latent_size
 from options import plan_errors
+from reading import VideoConfig
 from stage2_transformer import check_embeddings
 from stage3_vae_decoder import check_shape
 from tensor_dump import Dump, Planned
@@ -129,7 +130,7 @@ class Start(NamedTuple):
 
 def dump_denoising(arguments: argparse.Namespace) -> Dump:
     """Run diffusers' pipeline up to the last wanted step, and return the finished dump."""
-    config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES, 2: utils.VIDEO_ENTRIES})
+    config = utils.read_config(arguments.input_dir, VideoConfig)
     path = arguments.input_dir / utils.EMBEDDINGS
     shapes = utils.tensor_shapes(path, 1, ("prompt_embeds", "negative_prompt_embeds"), config)
     plan = denoising_plan(config, batch=shapes["prompt_embeds"][0])
@@ -292,9 +293,9 @@ def of_tokens(name: str, output: torch.Tensor | tuple[torch.Tensor, ...]) -> tor
 
 def dump_decoding(arguments: argparse.Namespace) -> Dump:
     """Run diffusers' decoder up to the last wanted chunk, and return the finished dump."""
-    config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES, 2: utils.VIDEO_ENTRIES})
+    config = utils.read_config(arguments.input_dir, VideoConfig)
     path = arguments.input_dir / utils.LATENTS
-    shape = utils.tensor_shapes(path, 2, ("latents",), config)["latents"]
+    shape = utils.tensor_shapes(path, 2, ("latents",), config, finite=False)["latents"]
     vae = checkpoint.read_config(config["model_id"], "vae")
     size = latent_size(vae, config["frames"], config["height"], config["width"])
     check_shape(shape, (1, vae["latent_channels"], *size), path)
@@ -377,7 +378,9 @@ def stream_weights(
     )
 
     def load(name: str, part: nn.Module, _: object) -> None:
-        read = checkpoint.tensor_reader(folder, component, stored[name])  # open no longer than needed
+        read = checkpoint.tensor_reader(
+            folder, component, stored[name], all_of_them=False
+        )  # open no longer than needed
         weights = {weight.removeprefix(f"{name}."): from_numpy(read(weight).copy()) for weight in stored[name]}
         part.load_state_dict({weight: x.to(device, dtype) for weight, x in weights.items()}, assign=True)
 
