@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
+import writing
 from console import BACKGROUND, Report, UserError
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Cache:
         if "://" in str(folder):  # cloud storage, which jax can use
             return True
         try:
-            utils.check_writable(folder / "program")
+            writing.check_writable(folder / "program")
         except UserError as error:
             self._report.warn(f"compiled programs are not kept: {error}")
             if not folder.is_dir():

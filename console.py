@@ -42,7 +42,11 @@ REFUSALS = {
 }
 LONGEST_LINE = 1200  # characters of an error
 LOG_BEGINS = b'{"time": "'  # as each line of a log of events
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that end a stage in good order
 BACKGROUND = "background"  # the name of threads whose work is given up when the process ends
+
+
+at_end = contextlib.ExitStack()  # what a program must undo at its end, in whatever way it ends
 
 
 class UserError(Exception):
@@ -75,17 +79,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run `main`; turn UserError into one line and exit status 2, and Ctrl-C into one line and exit status 130.
+    """Run `main`; turn UserError into one line and exit status 2, and one of SIGNALS into one line and status 128 + n.
 
     So it is with what the system refuses. Any other exception is a bug, and keeps its traceback, as all do with
     --debug. The log of the stage's `Report` gets all of them. Threads named BACKGROUND do not delay the end.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what the terminal cannot show
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
-        for interrupting in (signal.SIGINT, signal.SIGALRM):
-            signal.signal(interrupting, _interrupt)
+    for number in SIGNALS:
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):  # nohup and shells ignore some
+            signal.signal(number, Interruption.hear)
     try:
-        with _failures_logged(), _refusals():
+        with _failures_logged(), _refusals(), at_end:
             main()
             sys.stdout.flush()
     except UserError as error:
@@ -95,8 +99,10 @@ def run(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # whoever reads what is printed, such as `head`, has enough
         _stop_printing()
         _leave(128 + signal.SIGPIPE)
-    except KeyboardInterrupt:
-        _exit("interrupted; existing files are unchanged", 130)
+    except KeyboardInterrupt as interrupt:
+        _exit(
+            str(interrupt) or "interrupted; existing files are unchanged", 128 + (Interruption.number or signal.SIGINT)
+        )
     except Exception:
         traceback.print_exc()
         _leave(1)
@@ -110,7 +116,7 @@ def _refusals() -> Iterator[None]:
     except OSError as error:
         if error.errno not in REFUSALS:
             raise
-        if error.filename is None:  # a file of ours has its name: see utils.write_errors
+        if error.filename is None:  # a file of ours has its name: see writing.write_errors
             _stop_printing()
         raise UserError(
             f"{error.filename or 'stdout'}: {error.strerror}; allow it or make room, or choose another path"
@@ -135,18 +141,46 @@ def _failures_logged() -> Iterator[None]:
         raise
 
 
-def _interrupt(_: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt, but a little later while a callback of the garbage collector runs.
+class Interruption:
+    """The signal that is to end this process; KeyboardInterrupt is raised for it, as Python does for Ctrl-C."""
 
-    Python prints and forgets what such a callback raises, and jax has one.
-    """
-    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    while frame:
-        if frame.f_code in callbacks:
-            signal.setitimer(signal.ITIMER_REAL, 0.01)
+    number: int | None = None  # of the signal that came
+    _held_back = False
+
+    @classmethod
+    def hear(cls, number: int, frame: FrameType | None) -> None:
+        """Raise KeyboardInterrupt, unless it is held back; a signal handler.
+
+        It is raised a little later while a callback of the garbage collector runs: Python prints and forgets what such
+        a callback raises, and jax has one.
+        """
+        again, cls.number = cls.number is not None and number != signal.SIGALRM, cls.number or number
+        if cls._held_back and not again:
             return
-        frame = frame.f_back
-    raise KeyboardInterrupt
+        callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+        while frame:
+            if frame.f_code in callbacks:
+                signal.signal(signal.SIGALRM, cls.hear)
+                signal.setitimer(signal.ITIMER_REAL, 0.01)
+                return
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    @classmethod
+    def check(cls) -> None:
+        """Raise KeyboardInterrupt if one was raised before, where it was lost."""
+        if cls.number is not None and not cls._held_back:
+            raise KeyboardInterrupt
+
+    @classmethod
+    @contextlib.contextmanager
+    def held_back(cls) -> Iterator[None]:
+        """Let a signal change nothing but `number` in the body of a `with` statement; a second one interrupts."""
+        cls._held_back = True
+        try:
+            yield
+        finally:
+            cls._held_back = False
 
 
 def _exit(message: str, status: int) -> NoReturn:
@@ -409,6 +443,7 @@ class Report:
 
         The yielded object has `note`, text for the row that the body may set, and at the end `seconds`.
         """
+        Interruption.check()
         self.event("phase_start", phase=name)
         phase, start, counts = SimpleNamespace(note=""), self._now(), self.counts.copy()
         yield phase
@@ -425,9 +460,9 @@ class Report:
         self.add(name, f"{phase.seconds:.2f} s{phase.note}")
 
     @contextlib.contextmanager
-    def progress(self, description: str, unit: str, total: int) -> Iterator["Progress"]:
-        """Show a progress bar; see `Progress`."""
-        with tqdm(total=total, desc=f"  {description}", unit=unit, disable=self._quiet) as bar:
+    def progress(self, description: str, unit: str, total: int, done: int = 0) -> Iterator["Progress"]:
+        """Show a progress bar, on which `done` units are done; see `Progress`."""
+        with tqdm(total=total, initial=done, desc=f"  {description}", unit=unit, disable=self._quiet) as bar:
             yield Progress(self, bar, unit, total)
 
     def step(self, unit: str, done: int, total: int, seconds: float) -> None:
@@ -482,12 +517,13 @@ class Progress:
     """
 
     def __init__(self, report: Report, bar: tqdm, unit: str, total: int):
-        self.n = 0
+        self.n = bar.n
         self._report, self._bar, self._unit, self._total = report, bar, unit, total
         self._last = report._now()
 
     def update(self, units: int = 1) -> None:
         """End a step, in which `units` were done."""
+        Interruption.check()
         self.n += units
         self._bar.update(units)
         now = self._report._now()

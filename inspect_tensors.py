@@ -24,6 +24,7 @@ import pictures
 import tensor_dump
 import timings
 import utils
+import writing
 from console import ArgumentParser, UserError, number, run
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def main() -> None:
 
     torch.set_num_threads(1)  # a chunk is small, and its digest is computed beside it
     if arguments.plot:
-        utils.check_writable(arguments.plot)
+        writing.check_writable(arguments.plot)
     if arguments.compare is None:
         if arguments.noise is not None or arguments.tolerance is not None:
             raise UserError("--noise and --tolerance belong to --compare")

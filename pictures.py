@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import utils
+import writing
 from console import UserError
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def preview(latents: np.ndarray, path: Path, mapping: LatentMap | None, title: s
         x, y = gap + i % columns * (width + gap), top + i // columns * (line + height + gap)
         draw.text((x, y + 1), f"latent frame {i}" if width > 100 else str(i), fill="black", font=font)
         sheet.paste(Image.fromarray(picture), (x, y + line))
-    with utils.replacing(path) as temporary:
+    with writing.replacing(path) as temporary:
         sheet.save(temporary, "PNG")
 
 
@@ -463,7 +464,7 @@ def draw(path: Path, title: str, tensors: Sequence[Entry], all_entries: Sequence
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(STYLE), utils.replacing(path) as temporary:
+    with mpl.rc_context(STYLE), writing.replacing(path) as temporary:
         heights = [histograms_height(histograms)] if histograms else []
         heights += [sheet_height(sheet) for sheet in sheets]
         title_height = 0.25 * (1 + wrapped(title).count("\n")) + 0.1

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import utils
+import writing
 from compile_for_tpu.hlo_schedule import HloError, Instruction, Program
 from console import Report
 
@@ -60,7 +61,7 @@ class Profile:
         self._wanted = range(0)  # the calls to trace
         self._program: Any = None  # the traced one
         if folder is not None:
-            utils.check_writable(folder / "trace")
+            writing.check_writable(folder / "trace")
 
     def traced(self, programs: Sequence[Any], calls: int) -> list[Any]:
         """Return functions that call compiled programs, and trace some of the calls.

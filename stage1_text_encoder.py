@@ -9,7 +9,10 @@ import shlex
 from typing import TYPE_CHECKING
 
 import checkpoint
+import console
+import provenance
 import utils
+import writing
 from console import ArgumentParser, Report, UserError, add_log_options, prepare_libraries, run
 from reading import read_tensors
 
@@ -39,9 +42,10 @@ def main() -> None:
     """Run stage 1."""
     arguments = parse_arguments()
     report = Report("stage1", arguments)
+    console.at_end.enter_context(writing.claimed(arguments.output_dir, "stage1"))
     embeddings_path = arguments.output_dir / utils.EMBEDDINGS
     outputs = [("--output_dir", embeddings_path), ("--output_dir", arguments.output_dir / utils.CONFIG)]
-    utils.check_outputs(outputs, [arguments.log_json], arguments.model_id)
+    writing.check_outputs(outputs, [arguments.log_json], arguments.model_id)
     prepare_libraries()
     config = {
         "model_id": checkpoint.resolve_model_id(arguments.model_id),
@@ -72,9 +76,10 @@ def main() -> None:
     with report.phase("save"):
         from safetensors.torch import save_file
 
-        with utils.replacing(embeddings_path) as temporary:
-            save_file(tensors, temporary, metadata=utils.made_from(config, utils.TEXT_ENTRIES))
-        utils.write_config(arguments.output_dir, config)
+        metadata = utils.made_from(config, utils.TEXT_ENTRIES) | provenance.describe("stage1", [], arguments)
+        with writing.committing(arguments.output_dir, "stage1") as new:
+            save_file(tensors, new / utils.EMBEDDINGS, metadata=metadata)
+            utils.write_config(new, config)
     report.say(f"wrote {embeddings_path} and {utils.CONFIG}")
 
     for name, tensor in tensors.items():

@@ -5,6 +5,7 @@ generation_config.json to --output_dir.
 """
 
 import argparse
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +15,26 @@ import numpy as np
 
 import checkpoint
 import console
+import provenance
 import tensor_dump
 import utils
+import writing
 from compilation import Cache, Compiling, add_compilation_options
-from console import ArgumentParser, Report, UserError, add_log_options, number, prepare_libraries, run
+from console import (
+    ArgumentParser,
+    Interruption,
+    Report,
+    UserError,
+    add_log_options,
+    number,
+    prepare_libraries,
+    run,
+    versions,
+)
 from options import add_denoising_options, add_dump_options, denoising_plan, dump_recorder, dump_wanted, plan_errors
 from profiling import Profile, add_profile_option
 from reading import MOST_FPS, TextConfig
+from resume import StateFile
 
 if TYPE_CHECKING:
     import jax
@@ -33,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser("Stage 2 of CogVideoX text to video: denoise the latents.")
     parser.add_argument("--input_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="stage 1's output folder")
     parser.add_argument("--output_dir", type=utils.path, help="where the files go (default: --input_dir)")
+    utils.add_force_option(parser)
     parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
     add_denoising_options(parser)
     parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=utils.SEED, help="seed of the noise")
@@ -52,6 +67,15 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help=f"after every N steps draw the latents that they predict as {utils.PREVIEW} in the output folder",
     )
+    parser.add_argument(
+        "--checkpoint_every",
+        type=number(int, 0),
+        metavar="N",
+        help="keep the state after every N steps, 0 for never (default: as often as 2%% of the time allow)",
+    )
+    parser.add_argument(
+        "--restart", action="store_true", help="start over, without the steps that an unfinished run has done"
+    )
     add_dump_options(parser, "step")
     add_profile_option(parser, "step")
     add_log_options(parser)
@@ -64,12 +88,14 @@ def main() -> None:
     report = Report("stage2", arguments)
     profile = Profile(arguments.profile, "step", report)
     output_dir = arguments.output_dir or arguments.input_dir
+    console.at_end.enter_context(writing.claimed(output_dir, "stage2"))
     text_config = utils.read_config(arguments.input_dir, TextConfig)
     embeddings_path = arguments.input_dir / utils.EMBEDDINGS
-    shapes = utils.tensor_shapes(embeddings_path, 1, ("prompt_embeds", "negative_prompt_embeds"), text_config)
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    shapes = utils.tensor_shapes(embeddings_path, 1, names, text_config, force=arguments.force)
     model_id = checkpoint.same_model(arguments.model_id, text_config["model_id"])
     outputs = [("--output_dir", output_dir / name) for name in (utils.LATENTS, utils.CONFIG)]
-    utils.check_outputs(outputs, [embeddings_path, arguments.executable, arguments.log_json], model_id)
+    writing.check_outputs(outputs, [embeddings_path, arguments.executable, arguments.log_json], model_id)
 
     prepare_libraries()
     import jax
@@ -97,6 +123,9 @@ def main() -> None:
         config = config_of(arguments, text_config, plan)
         made_from = utils.made_from(config, utils.LATENT_ENTRIES)
         steps = plan.num_inference_steps
+        made = provenance.describe("stage2", [embeddings_path], arguments)
+        state_file = StateFile(output_dir, decides(plan, config, made), arguments.checkpoint_every, report)
+        saved = None if arguments.dump else state_file.load(arguments.restart)
         recorder = dump_recorder(arguments, "stage2", "step", made_from, plan.parallelism.mesh, [traced] * steps)
         compiling = Compiling(arguments, "denoising step", plan, [traced], cache, report)
         parameters = load_parameters(read, plan.transformer, plan.parallelism)
@@ -105,6 +134,9 @@ def main() -> None:
         denoising = Denoising(
             plan, parameters, embeddings["prompt_embeds"], embeddings["negative_prompt_embeds"], arguments.seed
         )
+        if saved:
+            denoising.resume(saved)
+            report.say(f"going on after step {denoising.done} of {steps}, from {state_file.path}")
 
     with report.phase("compile") as compile_phase:
         (program,), compile_phase.note = compiling.wait()
@@ -114,19 +146,26 @@ def main() -> None:
     with report.phase(f"warm-up ({arguments.warmup_steps} steps)"):
         denoising.warm_up(recorder.ignoring(program), arguments.warmup_steps)
 
-    (step,) = profile.traced([program], steps)
-    with report.phase("run") as run_phase, report.progress("denoising", "step", steps) as bar:
-        for state in denoising.run(recorder.recording(step)):
-            bar.update()
-            if arguments.preview_every and bar.n % arguments.preview_every == 0:
-                with report.aside("previews"):
-                    draw_preview(state, bar.n, config, plan, output_dir / utils.PREVIEW)
-    report.add("per step", f"{run_phase.seconds / steps:.3f} s")
-    warn_if_not_finite(int(state.finite_steps), steps, report)
+    done = denoising.done
+    (step,) = profile.traced([program], steps - done)
+    with Interruption.held_back():
+        with report.phase("run") as run_phase, report.progress("denoising", "step", steps, done) as bar:
+            for state in denoising.run(recorder.recording(step)):
+                bar.update()
+                if arguments.preview_every and bar.n % arguments.preview_every == 0:
+                    with report.aside("previews"):
+                        draw_preview(state, bar.n, config, plan, output_dir / utils.PREVIEW)
+                if not arguments.dump and bar.n < steps:
+                    state_file.keep(denoising, state, now=Interruption.number is not None)
+                if Interruption.number and bar.n < steps:
+                    raise KeyboardInterrupt(state_file.farewell(bar.n, steps))
+        report.add("per step", f"{run_phase.seconds / (steps - done):.3f} s")
+        warn_if_not_finite(int(state.finite_steps), steps, report)
 
-    with report.phase("save"):
-        latents = jax.numpy.transpose(state.latents[:, plan.surplus_frames :], (0, 2, 1, 3, 4))
-        save(latents, config, made_from, output_dir)
+        with report.phase("save"):
+            latents = jax.numpy.transpose(state.latents[:, plan.surplus_frames :], (0, 2, 1, 3, 4))
+            save(latents, config, made_from | made, output_dir)
+            state_file.remove()
     report.say(f"wrote {output_dir / utils.LATENTS} and {utils.CONFIG}")
     profile.show()
 
@@ -181,13 +220,22 @@ def config_of(arguments: argparse.Namespace, text_config: Mapping, plan: "Plan")
     return config | {"scheduler": plan.scheduler["_class_name"]}
 
 
-def save(latents: "jax.Array", config: Mapping, made_from: dict[str, str], output_dir: Path) -> None:
+def decides(plan: "Plan", config: Mapping, made: Mapping[str, str]) -> dict[str, object]:
+    """Return all that the latents depend on, to the last bit, by names for people."""
+    devices = plan.devices
+    made_from = {name: config[name] for name in utils.LATENT_ENTRIES}
+    of_run = {"dtype": plan.dtype, "devices": f"{len(devices)} x {devices[0].device_kind}"}
+    inputs = json.loads(made["provenance"])["inputs"]
+    return made_from | plan.program_options | of_run | inputs | versions("jax", "jaxlib", "libtpu", "torch")
+
+
+def save(latents: "jax.Array", config: Mapping, metadata: dict[str, str], output_dir: Path) -> None:
     """Write latents [B, C, T, H, W] and the config to `output_dir`."""
     from safetensors.flax import save_file
 
-    with utils.replacing(output_dir / utils.LATENTS) as temporary:
-        save_file({"latents": latents}, temporary, metadata=made_from)
-    utils.write_config(output_dir, config)
+    with writing.committing(output_dir, "stage2") as new:
+        save_file({"latents": latents}, new / utils.LATENTS, metadata=metadata)
+        utils.write_config(new, config)
 
 
 def check_embeddings(shapes: Mapping[str, tuple[int, ...]], transformer: Mapping, path: Path) -> None:

@@ -7,15 +7,17 @@ decoder instead.
 import argparse
 import contextlib
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import checkpoint
 import console
+import provenance
 import tensor_dump
 import timings
 import utils
+import writing
 from compilation import Cache, Compiling, add_compilation_options
 from console import (
     ArgumentParser,
@@ -47,6 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--fps", type=number(int, 1, MOST_FPS), help="frames per second (default: what stage 2 was told)"
     )
+    utils.add_force_option(parser)
     parser.add_argument("--allow_nan", action="store_true", help="decode latents that hold NaN or infinity")
     add_compilation_options(parser, "the compiled programs")
     parser.add_argument(
@@ -79,13 +82,15 @@ def main(decoder: str = "torchax") -> None:
     report = Report("stage3", arguments)
     profile = Profile(arguments.profile, "chunk", report)
     output_video = arguments.output_video or arguments.input_dir / utils.VIDEO
+    console.at_end.enter_context(writing.claimed(output_video.parent, "stage3"))
     config = utils.read_config(arguments.input_dir, VideoConfig)
     latents_path = arguments.input_dir / utils.LATENTS
-    shape = utils.tensor_shapes(latents_path, 2, ("latents",), config, finite=False)["latents"]
+    shape = utils.tensor_shapes(latents_path, 2, ("latents",), config, finite=False, force=arguments.force)["latents"]
+    provenance.check_inputs(latents_path, arguments.force)
     model_id = checkpoint.same_model(arguments.model_id, config["model_id"])
     outputs = [("--output_video", output_video), ("--output_frames", arguments.output_frames)]
     inputs = [latents_path, arguments.input_dir / utils.CONFIG, output_video.parent / timings.FILE]
-    utils.check_outputs(outputs, [*inputs, arguments.executable, arguments.log_json], model_id)
+    writing.check_outputs(outputs, [*inputs, arguments.executable, arguments.log_json], model_id)
     check_ffmpeg()
     fps = arguments.fps or config["fps"]
 
@@ -140,12 +145,13 @@ def main(decoder: str = "torchax") -> None:
     with report.phase("run, with encoding") as run_phase, report.progress("decoding", "frame", plan.frames) as bar:
         functions = map(recorder.recording, profile.traced(programs, len(runs)))
         chunks = decode([*functions], weights, latents, plan.split)
-        frames = write_video(chunks, output_video, fps, bar, keep=arguments.output_frames is not None)
+        made = provenance.describe("stage3", [latents_path], arguments)
+        frames = write_video(chunks, output_video, fps, made, bar, keep=arguments.output_frames is not None)
     report.add("per frame", f"{run_phase.seconds / plan.frames:.3f} s")
 
     if arguments.output_frames:
         with report.phase("save frames"):
-            save_frames(frames, arguments.output_frames)
+            save_frames(frames, arguments.output_frames, made_from | made)
     report.say(f"wrote {output_video}" + (f" and {arguments.output_frames}" if arguments.output_frames else ""))
     profile.show()
 
@@ -204,10 +210,12 @@ def check_finite(latents: "np.ndarray", path: Path) -> None:
         )
 
 
-def write_video(chunks: Iterable["np.ndarray"], path: Path, fps: int, bar: Progress, keep: bool) -> "list[np.ndarray]":
+def write_video(
+    chunks: Iterable["np.ndarray"], path: Path, fps: int, made: Mapping[str, str], bar: Progress, keep: bool
+) -> "list[np.ndarray]":
     """Encode each chunk, uint8 [frames, height, width, 3], as soon as it is decoded; return the chunks if `keep`."""
     kept = []
-    with utils.replacing(path) as temporary, video_writer(temporary, fps) as append:
+    with writing.replacing(path) as temporary, video_writer(temporary, fps, made["provenance"]) as append:
         for frames in chunks:
             for frame in frames:
                 append(frame)
@@ -217,13 +225,13 @@ def write_video(chunks: Iterable["np.ndarray"], path: Path, fps: int, bar: Progr
     return kept
 
 
-def save_frames(chunks: Sequence["np.ndarray"], path: Path) -> None:
+def save_frames(chunks: Sequence["np.ndarray"], path: Path, metadata: Mapping[str, str]) -> None:
     """Write the frames of all chunks as one tensor, uint8 [frames, height, width, 3], in a safetensors file."""
     import numpy as np
     from safetensors.numpy import save_file
 
-    with utils.replacing(path) as temporary:
-        save_file({"frames": np.concatenate(chunks)}, temporary)
+    with writing.replacing(path) as temporary:
+        save_file({"frames": np.concatenate(chunks)}, temporary, metadata=dict(metadata))
 
 
 def check_ffmpeg() -> None:
@@ -237,8 +245,10 @@ def check_ffmpeg() -> None:
 
 
 @contextlib.contextmanager
-def video_writer(path: str, fps: int) -> Iterator[Callable]:
+def video_writer(path: str, fps: int, comment: str = "") -> Iterator[Callable]:
     """Yield a function that appends a frame, uint8 [height, width, 3], to the H.264 video `path`.
+
+    The comment comes into the metadata of the video.
 
     Raises:
         OSError: not all frames were written.
@@ -256,9 +266,9 @@ def video_writer(path: str, fps: int) -> Iterator[Callable]:
     try:
         # These are the settings of diffusers.utils.export_to_video, except macro_block_size, to multiples of which the
         # size is rounded up: H.264 needs only even sizes, and ours are even.
-        with imageio.get_writer(
-            path, format="FFMPEG", fps=fps, quality=5.0, macro_block_size=2, ffmpeg_log_level="quiet"
-        ) as writer:
+        settings: dict[str, Any] = {"quality": 5.0, "macro_block_size": 2, "ffmpeg_log_level": "quiet"}
+        metadata = ["-metadata", f"comment={comment}"]
+        with imageio.get_writer(path, format="FFMPEG", fps=fps, output_params=metadata, **settings) as writer:
             yield append
         # imageio does not check how ffmpeg ended: on a full disk, half a file may be left without an error.
         written, _ = count_frames_and_secs(path)

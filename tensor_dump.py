@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 import reading
-import utils
+import writing
 from console import UserError
 
 STATISTICS = ("min", "max", "mean", "std")  # NaN or infinite where a value is
@@ -61,14 +61,14 @@ class GrowingFile:
             whole[name] = self._entry(array, end)
             end += array.nbytes
         self._reserved = len(self._encoded(whole)) + 8
-        with utils.write_errors(path):
+        with writing.write_errors(path):
             self._file = open(path, "w+b")  # noqa: SIM115  closed by `close`
             self._write_header()
 
     def append(self, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
         """Write the next arrays, pairs of a name and an array, which must be as planned."""
         header, size = dict(self._header), self._size
-        with utils.write_errors(self._path), self._cut_off_on_error():
+        with writing.write_errors(self._path), self._cut_off_on_error():
             self._file.seek(8 + self._reserved + self._size)
             for name, array in arrays:
                 expected = self._planned[name]
@@ -142,10 +142,10 @@ class Dump:
         tensors_path = directory / f"{stage}_tensors.safetensors"
         self.paths: list[Path] = []
         flat = {self._name(number, name): array for number in planned for name, array in planned[number].items()}
-        utils.check_writable(tensors_path)
+        writing.check_writable(tensors_path)
         self._check_space(directory, flat.values(), tensors_path.stat().st_size if tensors_path.exists() else 0)
         for path in (self._statistics_path, tensors_path):
-            with utils.write_errors(path):
+            with writing.write_errors(path):
                 path.unlink(missing_ok=True)
         self._tensors = None
         if planned:
@@ -172,7 +172,7 @@ class Dump:
         stacked = {name: np.stack(rows) for name, rows in self._rows.items()}
         metadata = self._metadata | {"statistics": json.dumps(STATISTICS), self._unit: json.dumps(self._numbers)}
         planned = {name: Planned(array.shape, array.dtype) for name, array in stacked.items()}
-        with utils.replacing(self._statistics_path) as temporary:
+        with writing.replacing(self._statistics_path) as temporary:
             file = GrowingFile(Path(temporary), planned, metadata)
             file.append(stacked.items())
             file.close()

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import utils
+import writing
 from console import UserError
 
 FILE = "timings.json"
@@ -50,7 +50,7 @@ def write(folder: Path, stage: str, entry: Mapping) -> str | None:
     except ValueError as error:
         warning, entries = f"{error}; it was replaced", {}
     try:
-        with utils.replacing(folder / FILE) as temporary:
+        with writing.replacing(folder / FILE) as temporary:
             text = json.dumps(dict(sorted((entries | {stage: entry}).items())), indent=1, default=str)
             Path(temporary).write_text(text + "\n", encoding="utf-8")
     except UserError as error:

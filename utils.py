@@ -4,19 +4,16 @@ Importing this module loads neither jax nor torch, so that a stage reports wrong
 """
 
 import argparse
-import contextlib
-import errno
 import json
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from console import Report, UserError, first_line
+import writing
+from console import ArgumentParser, Report, UserError, run
 from reading import TextConfig, VideoConfig, check_finite, read_json, read_tensors
 
 if TYPE_CHECKING:
@@ -50,77 +47,6 @@ VIDEO_ENTRIES = tuple(VideoConfig.model_fields)[len(TEXT_ENTRIES) :]
 LATENT_ENTRIES = [name for name in (*TEXT_ENTRIES, *VIDEO_ENTRIES) if name != "fps"]
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[str]:
-    """Yield a temporary path in the folder of `path`, and rename the file there to `path` on success.
-
-    A reader of `path` finds either the old file or the complete new one.
-
-    Raises:
-        UserError: the file cannot be written (no permission, no space, or a folder has this name).
-    """
-    with write_errors(path):
-        temporary = _temporary_beside(path)
-        try:
-            yield temporary
-            os.umask(umask := os.umask(0))
-            os.chmod(temporary, 0o666 & ~umask)  # only the owner may read a file of mkstemp
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-
-
-def check_writable(path: Path) -> None:
-    """Raise UserError if `path` cannot be written; change no existing file."""
-    with write_errors(path):
-        os.unlink(_temporary_beside(path))
-
-
-def check_outputs(
-    outputs: Iterable[tuple[str, Path | None]], inputs: Iterable[Path | None], model_id: str | None
-) -> None:
-    """Check the files of a stage before it runs.
-
-    Args:
-        outputs: with the option that names each; None is no file.
-        inputs: files that the stage reads, and its log.
-        model_id: of the model, whose files are inputs too if it is a folder.
-
-    Raises:
-        UserError: an output is an input or another output, links resolved, or it cannot be written.
-    """
-    model = Path(model_id).glob("*/*") if model_id and os.path.isdir(model_id) else ()
-    taken = {path.resolve(): path for path in (*filter(None, inputs), *model)}
-    for option, path in outputs:
-        if path is None:
-            continue
-        if other := taken.get(path.resolve()):
-            raise UserError(f"{option} {path} would replace {other}, which this stage needs; choose another path")
-        taken[path.resolve()] = path
-        check_writable(path)
-
-
-def _temporary_beside(path: Path) -> str:
-    """Make an empty file in the folder of `path`, and the folder if it is missing; return the file's path."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EEXIST, "it is a directory, a pipe or a device")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    os.close(handle)
-    return temporary
-
-
-@contextlib.contextmanager
-def write_errors(path: Path) -> Iterator[None]:
-    """Turn errors of writing `path` into a UserError."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot write {path}: {reason}; choose another path or free some disk space") from error
-
-
 def path(text: str) -> Path:
     """Return `text` as a path with ~ expanded; an argparse type that rejects an empty path."""
     if not text.strip():
@@ -138,9 +64,9 @@ def utf8(text: str) -> str:
 
 
 def write_config(directory: Path, entries: Mapping) -> None:
-    """Write generation_config.json in `directory`."""
-    with replacing(directory / CONFIG) as temporary:
-        Path(temporary).write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write generation_config.json in `directory`, which is one that `writing.committing` yields."""
+    text = json.dumps(entries, indent=2, ensure_ascii=False) + "\n"
+    (directory / CONFIG).write_text(text, encoding="utf-8")
 
 
 def read_config(directory: Path, kind: type[TextConfig]) -> dict:
@@ -149,6 +75,7 @@ def read_config(directory: Path, kind: type[TextConfig]) -> dict:
     Raises:
         UserError: the file is missing or is not JSON, or an entry is missing, of another type or out of bounds.
     """
+    writing.finish(directory)
     path = directory / CONFIG
     return read_json(path, kind, f"{path} does not exist, or is no file; run stage 1 first, or correct --input_dir")
 
@@ -171,8 +98,29 @@ def read_made_from(path: Path, metadata: Mapping[str, str] | None) -> dict:
         raise UserError(f"{path}: its metadata made_from is no JSON object ({reason}); make the file again") from error
 
 
+def difference(path: Path, config: Mapping) -> str | None:
+    """Return the first entry of `config` with which a safetensors file was not made, in words; None if it fits."""
+    for name, value in read_made_from(path, safe_open(path, framework="np").metadata()).items():
+        if config.get(name) != value:
+            return f"was made with {name} = {value!r}, but {CONFIG} says {config.get(name)!r}"
+    return None
+
+
+def add_force_option(parser: argparse.ArgumentParser) -> None:
+    """Add --force; see `refuse`."""
+    parser.add_argument("--force", action="store_true", help="go on with files that do not belong together")
+
+
+def refuse(fault: str, force: bool) -> None:
+    """Raise UserError because of files that do not belong together; with `force`, which --force asks for, only warn."""
+    if not force:
+        raise UserError(f"{fault}, or go on with --force")
+    if Report.current:
+        Report.current.warn(f"{fault}; --force goes on")
+
+
 def tensor_shapes(
-    path: Path, stage: int, names: Iterable[str], config: Mapping, finite: bool = True
+    path: Path, stage: int, names: Iterable[str], config: Mapping, finite: bool = True, force: bool = False
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors `names` of a stage's file, and check them and what the file was made from.
 
@@ -182,6 +130,7 @@ def tensor_shapes(
         names: of tensors.
         config: generation_config.json.
         finite: whether the values must be finite.
+        force: whether a file is taken that was made with other entries than `config`'s.
 
     Raises:
         UserError: the file is missing or truncated, lacks a tensor, has one that is empty, not of floating point or
@@ -189,15 +138,11 @@ def tensor_shapes(
     """
     remedy = f"run stage {stage} again"
     tensors = read_tensors(path, dict.fromkeys(names), remedy)
-    entries = read_made_from(path, safe_open(path, framework="np").metadata())
-    for name, value in entries.items():
-        if config.get(name) != value:
-            raise UserError(
-                f"{path} was made with {name} = {value!r}, but {CONFIG} says {config.get(name)!r}; {remedy}"
-            )
+    if other := difference(path, config):
+        refuse(f"{path} {other}; {remedy}", force)
     if finite:
         check_finite(tensors, path, remedy)
-    if not entries and Report.current:
+    if Report.current and "made_from" not in (safe_open(path, framework="np").metadata() or {}):
         Report.current.warn(f"{path} does not say what it was made from: whether it belongs to {CONFIG} is unknown")
     return {name: tensor.shape for name, tensor in tensors.items()}
 
@@ -221,3 +166,18 @@ def prepare_video_for_export(video: "np.ndarray | torch.Tensor") -> "list[np.nda
 
         return list(VideoProcessor().postprocess_video(video.float(), output_type="np")[0])
     raise ValueError(f"expected uint8 [F, H, W, 3] or a tensor [1, 3, F, H, W], got {video.dtype} {list(video.shape)}")
+
+
+def main() -> None:
+    """Print what a folder of outputs holds: `python utils.py status stage_outputs`."""
+    import provenance
+
+    parser = ArgumentParser("Say what the files of a run were made from, which are stale, and what to run next.")
+    parser.add_argument("command", choices=["status"])
+    parser.add_argument("folder", type=path, nargs="?", default=STAGE_OUTPUTS, help="the stages' output folder")
+    for line in provenance.status(parser.parse_args().folder):
+        print(line)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -29,6 +29,7 @@ import numpy as np
 import checkpoint
 import reading
 import utils
+import writing
 from console import number, prepare_libraries
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -268,7 +269,7 @@ def main() -> None:
     parser.add_argument("--output", type=utils.path, help="write the figures to this file, as JSON")
     arguments = parser.parse_args()
     if arguments.output:
-        utils.check_writable(arguments.output)
+        writing.check_writable(arguments.output)
     prepare_libraries()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -286,7 +287,7 @@ def main() -> None:
         print(f"{name:<22} {start['first_line']:26.2f} {start['imports']:24.2f}")
     if arguments.output:
         sizes = {name: getattr(arguments, name) for name in ("blocks", "text_blocks", "repeats")}
-        with utils.replacing(arguments.output) as temporary:
+        with writing.replacing(arguments.output) as temporary:
             Path(temporary).write_text(json.dumps(sizes | {"loads": loads, "starts": starts}, indent=2) + "\n")
 
 

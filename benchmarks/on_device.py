@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import checkpoint
 import utils
+import writing
 from benchmarks.reproduce_tables import LARGE, MIDDLE, SMALL, video_tokens
 from compile_for_tpu import prediction, report
 from compile_for_tpu.programs import BUILT_IN_MODEL
@@ -759,7 +760,7 @@ class Results:
         self.entries[entry.name] = {"kind": entry.kind, **found}
         text = json.dumps(self._content | {"updated": now()}, indent=1)
         for path, content in ((self.json, f"{text}\n"), (self.markdown, as_markdown(self._content))):
-            with utils.replacing(path) as temporary:
+            with writing.replacing(path) as temporary:
                 Path(temporary).write_text(content, encoding="utf-8")
 
 
@@ -903,7 +904,7 @@ def main() -> None:
     prepare_libraries()
     machine = find_machine()
     results = Results(arguments.output, made_with(machine), arguments.again)
-    utils.check_writable(results.json)
+    writing.check_writable(results.json)
     told.title(f"On {len(machine.devices)} x {machine.devices[0].device_kind}")
     todo = entries(machine)
     if not machine.scale.has_estimates:

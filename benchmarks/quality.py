@@ -27,6 +27,7 @@ import numpy as np
 
 import checkpoint
 import utils
+import writing
 from console import ArgumentParser, UserError, error_message, number, prepare_libraries, run
 from tools.moving_shapes import (
     CHANCE,
@@ -80,7 +81,7 @@ def main() -> None:
     """Make the videos, score them, and write report and contact sheet."""
     arguments = parse_arguments()
     for path in filter(None, (arguments.output, arguments.sheet, arguments.animation)):
-        utils.check_writable(path)
+        writing.check_writable(path)
     prepare_libraries()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
@@ -88,16 +89,16 @@ def main() -> None:
         cases = choose_cases(arguments)
         videos = make_videos(arguments, cases, Path(folder))
     report = judge(arguments, cases, videos)
-    with utils.replacing(arguments.output) as temporary:
+    with writing.replacing(arguments.output) as temporary:
         Path(temporary).write_text(json.dumps(report, indent=2) + "\n")
     print(as_text(report))
     print(f"wrote {os.path.relpath(arguments.output)}")
     shown = [case for case in zip(cases, videos["ours"], videos["diffusers"], strict=True) if case[0].held_out]
-    with utils.replacing(arguments.sheet) as temporary:
+    with writing.replacing(arguments.sheet) as temporary:
         write_sheet(temporary, shown[:: arguments.videos])
     print(f"wrote {os.path.relpath(arguments.sheet)}")
     if arguments.animation:
-        with utils.replacing(arguments.animation) as temporary:
+        with writing.replacing(arguments.animation) as temporary:
             write_animation(temporary, shown[:: arguments.videos])
         print(f"wrote {os.path.relpath(arguments.animation)}")
 

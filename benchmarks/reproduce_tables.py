@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import checkpoint
-import utils
+import writing
 from compile_for_tpu import compiler, prediction, programs, report, topologies
 from console import ArgumentParser, UserError, prepare_libraries, run
 
@@ -211,7 +211,7 @@ def save(results: dict) -> None:
     """Replace or add rows in tables.json, and draw tables.png again."""
     saved = json.loads(report.TABLES.read_text()) if report.TABLES.exists() else {}
     rows = {name: (saved | results)[name] for name in ROWS if name in saved | results}
-    with utils.replacing(report.TABLES) as temporary:
+    with writing.replacing(report.TABLES) as temporary:
         Path(temporary).write_text(json.dumps(rows, indent=2) + "\n")
     plot(rows, report.TABLES.with_suffix(".png"))
     print(f"wrote {os.path.relpath(report.TABLES)} and {report.TABLES.stem}.png")
@@ -308,7 +308,7 @@ def plot(results: dict, path: Path) -> None:
         x, y = corner[0] + place(row["measured"]), corner[1] - place(row["predicted_seconds"])
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill="steelblue")
         draw.text((x + 8, y - 6), name, fill="black")
-    with utils.replacing(path) as temporary:
+    with writing.replacing(path) as temporary:
         image.save(temporary)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import utils
+import writing
 from compile_for_tpu import compiler, programs, report, topologies
 from console import ArgumentParser, prepare_libraries, run
 
@@ -52,7 +53,7 @@ def main() -> None:
     output = arguments.output or report.RESULTS / report.file_name(arguments.what, arguments.topology, labels)
     described = f"{arguments.what} for {arguments.topology}"
     found = compiler.in_a_process("compile_for_tpu", command, arguments.topology, described)
-    with utils.replacing(output) as temporary:
+    with writing.replacing(output) as temporary:
         Path(temporary).write_text(json.dumps(found, indent=2) + "\n")
     print(report.text(found))
     print(f"\nwrote {os.path.relpath(output)}")

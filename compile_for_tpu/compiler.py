@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import utils
+import writing
 from compile_for_tpu import prediction, topologies
 from console import UserError, error_message
 
@@ -108,7 +108,7 @@ def compile_and_report(
         report["floor"] = prediction.floor(topology, report)
     if save:
         made_for = executable.description(programs.name, programs.devices, programs.traced, programs.executable_options)
-        with utils.replacing(save) as temporary:
+        with writing.replacing(save) as temporary:
             executable.save(temporary, compiled, made_for)
         report["saved"] = str(save)
     return report

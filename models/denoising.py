@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from models import tap
@@ -328,6 +329,9 @@ class Denoising:
         parameters: see models/transformer.py.
         prompt_embeds, negative_prompt_embeds: [batch, text tokens, text width], torch.
         seed: of the noise, which is drawn as in `CogVideoXPipeline`, in the dtype of the embeddings.
+
+    Attributes:
+        done: how many steps are done.
     """
 
     def __init__(
@@ -343,6 +347,8 @@ class Denoising:
 
         self.plan = plan
         self.parameters = parameters
+        self.done = 0
+        self._resumed: State | None = None
         self._replicated = plan.parallelism.sharding()
         self._generator = torch.Generator().manual_seed(seed)
         self._noise = randn_tensor(plan.latent_shape, generator=self._generator, dtype=prompt_embeds.dtype)
@@ -359,19 +365,39 @@ class Denoising:
 
     def warm_up(self, step: Callable, steps: int) -> None:
         """Run the first step `steps` times, each time on the result before; draws nothing from the run's generator."""
-        for _ in self._loop(step, [0] * steps, self._generator.clone_state()):
+        for _ in self._loop(step, self._start(), [0] * steps, self._generator.clone_state()):
             pass
 
     def run(self, step: Callable) -> Iterator[State]:
-        """Yield the state after each step. The next step donates it, so that only the last one may be kept."""
-        yield from self._loop(step, range(self.plan.num_inference_steps), self._generator)
+        """Yield the state after each step that is not done. The next step donates it: only the last one may be kept."""
+        start = self._start() if self._resumed is None else self._resumed
+        for state in self._loop(step, start, range(self.done, self.plan.num_inference_steps), self._generator):
+            self.done += 1
+            yield state
 
-    def _loop(self, step: Callable, indices: Sequence[int], generator: "torch.Generator") -> Iterator[State]:
-        """Run the steps `indices` from the initial state, and yield the state after each."""
-        state = self._start()
+    def saved(self, state: State) -> dict[str, np.ndarray]:
+        """Return all that a run of the same plan goes on from after `state`, the last one that `run` has yielded."""
+        arrays: dict[str, np.ndarray] = {
+            name: np.asarray(jax.device_get(array)) for name, array in state._asdict().items()
+        }
+        return arrays | {"generator": self._generator_before_inputs.numpy(), "done": np.asarray(self.done, np.int32)}
+
+    def resume(self, saved: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `saved` has returned."""
+        import torch
+
+        self.done = int(saved["done"])
+        self._generator.set_state(torch.from_numpy(saved["generator"]))
+        self._resumed = State(*(jax.device_put(saved[name], self._replicated) for name in State._fields))
+
+    def _loop(
+        self, step: Callable, state: State, indices: Sequence[int], generator: "torch.Generator"
+    ) -> Iterator[State]:
+        """Run the steps `indices` from `state`, and yield the state after each."""
         inputs = self._inputs(indices[0], generator) if indices else None
         for n in range(len(indices)):
             state = step(self.parameters, state, self.condition, inputs)
+            self._generator_before_inputs = generator.get_state()
             if n + 1 < len(indices):
                 inputs = self._inputs(indices[n + 1], generator)  # on the host, while the device works
             jax.block_until_ready(state)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import checkpoint
-import utils
+import writing
 from console import ArgumentParser, number, prepare_libraries, run
 from pictures import MAP_FILE
 
@@ -35,7 +35,7 @@ def main() -> None:
     arguments = parse_arguments()
     checkpoint.read_config(arguments.model, "vae")
     path = checkpoint.model_folder(arguments.model, ["vae/*"]) / "vae" / MAP_FILE
-    utils.check_writable(path)
+    writing.check_writable(path)
     prepare_libraries()
     from tools.train_tiny_model import random_clips
 
@@ -54,7 +54,7 @@ def main() -> None:
         "weights": weights.round(DIGITS).tolist(),
         "bias": bias.round(DIGITS).tolist(),
     }
-    with utils.replacing(path) as temporary:
+    with writing.replacing(path) as temporary:
         lines = [f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in entries.items()]
         Path(temporary).write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
     print(f"explains {share:.1%} of the variance of the colours, {share_fresh:.1%} on as many other clips")

@@ -1,0 +1,156 @@
+"""Say what each file of a run was made from, and whether the files of a folder belong together.
+
+The metadata of a safetensors file has `made_from`, the entries of generation_config.json that decided its tensors, and
+`provenance`: the stage, digests of its inputs, its options, versions and the time. The comment of a video has the
+second of them.
+"""
+
+import hashlib
+import json
+import re
+import shlex
+import subprocess
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from pydantic import JsonValue, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+
+import reading
+import resume
+import utils
+import writing
+from console import LIBRARIES, UserError, first_line, versions
+
+# The files of a run, each made from the one before, and the stages that make them.
+CHAIN = (
+    ("stage1_text_encoder.py", utils.EMBEDDINGS),
+    ("stage2_transformer.py", utils.LATENTS),
+    ("stage3_vae_decoder.py", utils.VIDEO),
+)
+
+
+def digest(path: Path) -> str:
+    """Return a SHA-256 of the tensors of a safetensors file, with names, dtypes and shapes, without metadata."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(reading.mapped_tensors(path).items()):
+        if isinstance(tensor, str):
+            raise ValueError(f"{name} has dtype {tensor}")
+        found.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        found.update(tensor.reshape(-1).view("uint8").data)
+    return found.hexdigest()
+
+
+def describe(stage: str, inputs: Iterable[Path], arguments: Namespace) -> dict[str, str]:
+    """Return the metadata that says how an output comes about: `provenance`, as JSON."""
+    made = {
+        "stage": stage,
+        "inputs": {path.name: digest(path) for path in inputs},
+        "options": {name: _plain(value) for name, value in vars(arguments).items() if value is not None},
+        "versions": versions(*LIBRARIES),
+        "time": writing.now(),
+    }
+    return {"provenance": json.dumps(made)}
+
+
+def _plain(value: object) -> object:
+    """Return an option as JSON can hold it."""
+    return value if isinstance(value, (int, float)) else str(value)
+
+
+def read(path: Path) -> dict:
+    """Return what `describe` has said of a safetensors file or a video; nothing if it does not say.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    if path.suffix in utils.VIDEO_SUFFIXES:
+        text = video_comment(path)
+    else:
+        try:
+            text = (safe_open(path, framework="np").metadata() or {}).get("provenance", "{}")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is not a complete safetensors file ({first_line(error)})") from error
+    try:
+        return TypeAdapter(dict[str, JsonValue]).validate_json(text)
+    except ValidationError:  # a comment of somebody else
+        return {}
+
+
+def video_comment(path: Path) -> str:
+    """Return the comment in a video's metadata; {} if there is none, or if ffmpeg cannot read the video."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    command = [get_ffmpeg_exe(), "-v", "quiet", "-i", path, "-f", "ffmetadata", "-"]
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    lines = re.findall(r"^comment=(.*)$", process.stdout.decode(errors="replace"), re.M)
+    # ffmpeg puts a backslash before some characters.
+    return re.sub(r"\\(.)", r"\1", lines[0]) if lines else "{}"
+
+
+def stale_inputs(path: Path) -> Iterator[str]:
+    """Yield the names of files beside `path` that are not those which `path` was made from."""
+    inputs = read(path).get("inputs")
+    for name, known in (inputs if isinstance(inputs, dict) else {}).items():
+        other = path.parent / name
+        try:
+            if other.is_file() and digest(other) != known:
+                yield name
+        except (OSError, SafetensorError, ValueError):
+            yield name
+
+
+def check_inputs(path: Path, force: bool) -> None:
+    """Check that an input of a stage was made from the files beside it; with `force`, only warn."""
+    for name in stale_inputs(path):
+        utils.refuse(f"{path} was not made from the {name} beside it; run the stage that made it again", force)
+
+
+# --- python utils.py status --------------------------------------------------------------------------------------
+
+
+def status(folder: Path) -> Iterator[str]:
+    """Yield lines on the files of a run: what there is, what it was made from, what is stale, what to run next."""
+    writing.finish(folder)
+    config_path = folder / utils.CONFIG
+    try:
+        config: Mapping = utils.read_config(folder, reading.TextConfig)
+        yield f"{config_path}: prompt {config['prompt']!r}, model {config['model_id']}"
+    except UserError as error:
+        config = {}
+        yield str(error)
+    todo = None if config else CHAIN[0][0]
+    for script, name in CHAIN:
+        path = folder / name
+        fault = fault_of(path, config)
+        if fault is None and todo:
+            fault = "is to be made again, after what comes before it"
+        if fault is None:
+            yield f"{path}: made {read(path).get('time', 'at an unknown time')}"
+        else:
+            yield f"{path}: {fault}"
+            todo = todo or script
+        if name == utils.LATENTS and (folder / resume.FILE).exists():
+            yield f"{folder / resume.FILE}: an unfinished run, from which stage 2 goes on"
+    if todo:
+        first = todo == CHAIN[0][0]
+        prompt = ["--prompt", config.get("prompt", "...")] if first else []
+        folder_option = "--output_dir" if first else "--input_dir"
+        yield f"Next: {shlex.join(['python', todo, folder_option, str(folder), *prompt])}"
+    else:
+        yield "All is there and fits together."
+
+
+def fault_of(path: Path, config: Mapping) -> str | None:
+    """Return why a file of a run must be made (again), or None."""
+    if not path.exists():
+        return "is not there"
+    try:
+        if path.suffix not in utils.VIDEO_SUFFIXES and (difference := utils.difference(path, config)):
+            return f"is stale: it {difference}"
+        for name in stale_inputs(path):
+            return f"is stale: it was made from another {name}"
+    except (UserError, OSError, SafetensorError) as error:
+        return f"is damaged: {first_line(error)}"
+    return None
