@@ -1,0 +1,344 @@
+"""Stages that are killed at any moment, run twice at once, or find files that do not belong together."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from safetensors.numpy import load_file, save_file
+
+import provenance
+import resume
+import utils
+import writing
+from console import UserError
+from models import denoising
+from tests.helpers import (
+    CONFIG,
+    EMBEDDINGS,
+    LATENTS,
+    ROOT,
+    SIZE,
+    STAGE1,
+    STAGE2,
+    STAGE3,
+    contents,
+    edit_config,
+    run_command,
+    stage_command,
+    stage_environment,
+)
+
+STEPS = 30
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
+LONG = (*SIZE[:-1], STEPS)
+
+# --- Killed ------------------------------------------------------------------------------------------------------
+
+
+def kill(command: list[str], number: int, seconds: float) -> tuple[int, str]:
+    """Start a program, send it a signal after some seconds, and return its exit status and stderr."""
+    default = lambda: [signal.signal(n, signal.SIG_DFL) for n in SIGNALS[:3]]  # noqa: E731  pytest's parent may ignore some
+    process = subprocess.Popen(
+        command, env=stage_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default
+    )
+    time.sleep(seconds)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    return process.returncode, errors
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(path)
+
+
+def kill_and_run_again(outputs: Path, script: str, moments: list[float], seed: int = 0) -> None:
+    """Kill a stage at shares of the time that it takes; whatever is left of it, the same command comes to its end.
+
+    The files of the run before, which had another seed or another rate, stay whole until then.
+    """
+    options = {
+        STAGE1: ("--prompt", "a red circle", "--output_dir", outputs),
+        STAGE2: ("--input_dir", outputs, *LONG),
+        STAGE3: ("--input_dir", outputs, "--output_frames", outputs / "frames.safetensors"),
+    }[script]
+    model = json.loads((outputs / CONFIG).read_text())["model_id"]
+    command = stage_command(script, *options, *(("--model_id", model) if script == STAGE1 else ()))
+    name = {STAGE1: EMBEDDINGS, STAGE2: LATENTS, STAGE3: "frames.safetensors"}[script]
+    start = time.perf_counter()
+    run_command(command, check=True)
+    whole = time.perf_counter() - start
+    expected, files = tensors(outputs / name), set(contents(outputs))
+    before = tensors(outputs / name)
+    for i, moment in enumerate(moments):
+        number = SIGNALS[(i + seed) % len(SIGNALS)]
+        status, errors = kill(command, number, moment * whole)
+        where = f"{script}, signal {number} after {moment:.0%}"
+        assert status in (0, -number, 128 + number), f"{where}: exit {status}\n{errors}"
+        assert "Traceback" not in errors, f"{where}\n{errors}"
+        if status == 128 + number:
+            left = {file for file in set(contents(outputs)) - files if file != resume.FILE}
+            assert not left, f"{where}: {left}"
+        for found, kept in zip(tensors(outputs / name).values(), before.values(), strict=True):
+            assert torch.equal(found, kept), f"{where}: half a file"
+        run_command(command, check=True)
+        assert set(contents(outputs)) == files, f"{where}: {set(contents(outputs)) ^ files}"
+        for found, kept in zip(tensors(outputs / name).values(), expected.values(), strict=True):
+            assert torch.equal(found, kept), f"{where}: another result"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "times"), [(STAGE1, 1), (STAGE2, 3), (STAGE3, 2)])
+def test_killed_at_random(script, times, outputs):
+    generator = random.Random()
+    seed = generator.randrange(1000)
+    kill_and_run_again(outputs, script, [generator.uniform(0.1, 1.0) for _ in range(times)], seed)
+
+
+@pytest.mark.slow
+def test_an_unfinished_run_goes_on(outputs, run_stage):
+    """SIGTERM in the loop: the state is kept, the same command does the other steps, other options are refused."""
+    run = ("--input_dir", outputs, *SIZE[:-1], 4000)  # steps enough not to come to the end
+    with subprocess.Popen(
+        stage_command(STAGE2, *run), env=stage_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as process:
+        while not (outputs / resume.FILE).exists():
+            time.sleep(0.02)
+            assert process.poll() is None, process.stderr.read().decode()
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=30)[1].decode()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    last = errors.strip().splitlines()[-1]
+    done = int(load_file(outputs / resume.FILE)["done"])
+    assert f"interrupted after step {done} of 4000; the same command goes on from there" in last, errors
+
+    error = run_stage(STAGE2, *run, "--seed", 7, status=2).stderr
+    assert "seed = 42, this one has 7; --restart starts over" in error, error
+    assert "step {done}" not in run_stage("utils.py", "status", outputs).stdout
+    assert "an unfinished run" in run_stage("utils.py", "status", outputs).stdout
+    run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--restart")
+    assert not (outputs / resume.FILE).exists()
+
+
+@pytest.mark.parametrize("scheduler", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, random_model):
+    """Also with a scheduler that draws noise and keeps an estimate, after each step."""
+    configs = {
+        name: json.loads((random_model / name / file).read_text())
+        for name, file in (
+            ("transformer", "config.json"),
+            ("vae", "config.json"),
+            ("scheduler", "scheduler_config.json"),
+        )
+    }
+    configs["scheduler"]["_class_name"] = scheduler
+    plan = denoising.make_plan(
+        **configs,
+        devices=jax.devices()[:1],
+        platform="cpu",
+        height=32,
+        width=48,
+        frames=9,
+        num_inference_steps=4,
+        guidance_scale=6.0,
+        dtype=np.float32,
+    )
+    generator = torch.Generator().manual_seed(0)
+    width, tokens = plan.transformer["text_embed_dim"], plan.transformer["max_text_seq_length"]
+    text = [torch.randn(1, tokens, width, generator=generator) for _ in range(2)]
+    shapes = denoising.abstract_arguments(plan).parameters
+    values = np.random.default_rng(0)
+    parameters = {name: jax.numpy.asarray(values.normal(0, 0.1, s.shape), s.dtype) for name, s in shapes.items()}
+    step = denoising.make_step(plan)
+
+    def run(saved: dict | None = None) -> list[dict]:
+        run = denoising.Denoising(plan, parameters, *text, seed=3)
+        if saved:
+            run.resume(saved)
+        return [run.saved(state) for state in run.run(step)]
+
+    whole = run()
+    assert len(whole) == 4 and not np.array_equal(whole[1]["latents"], whole[2]["latents"])
+    for saved in whole[:3]:
+        resumed = run(saved)
+        assert len(resumed) == 4 - saved["done"]
+        for name, expected in whole[3].items():
+            assert np.array_equal(resumed[-1][name], expected), f"after step {saved['done']}: {name}"
+
+
+# --- Twice at once -----------------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+sys.path.insert(0, {root!r})
+import writing
+from pathlib import Path
+with writing.claimed(Path(sys.argv[1]), "stage2"):
+    print("claimed", flush=True)
+    time.sleep(60)
+"""
+
+
+def holding(folder: Path) -> subprocess.Popen:
+    """Start a process that has claimed a folder."""
+    command = [sys.executable, "-c", HOLD.format(root=str(ROOT)), str(folder)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "claimed\n"
+    return process
+
+
+def test_a_folder_has_one_run_at_a_time(tmp_path):
+    """The second is told of the first; what a killed one had is free again, and what it left is removed."""
+    folder = tmp_path / "outputs"
+    first = holding(folder)
+    with pytest.raises(UserError) as error, writing.claimed(folder, "stage1"):
+        pass
+    first.kill()
+    first.wait()
+    assert f"in use by stage2, process {first.pid} on " in str(error.value), error.value
+    (folder / ".stage2.new").mkdir()
+    (folder / ".stage2.new" / LATENTS).write_bytes(b"half")
+    with writing.claimed(folder, "stage1"):
+        assert [file.name for file in folder.iterdir()] == [writing.LOCK]
+    assert not list(folder.iterdir())
+    with writing.claimed(tmp_path / "new" / "folder", "stage1"):
+        pass
+    assert not (tmp_path / "new" / "folder").exists(), "the run has written nothing"
+
+
+@pytest.mark.slow
+def test_a_stage_in_a_folder_that_is_in_use(outputs, run_stage):
+    before = contents(outputs)
+    process = holding(outputs)
+    for script, *options in ((STAGE2, *SIZE), (STAGE3,)):
+        error = run_stage(script, "--input_dir", outputs, *options, status=2).stderr
+        assert len(error.splitlines()) == 1 and f"process {process.pid}" in error, error
+    process.kill()
+    process.wait()
+    assert contents(outputs).keys() - {writing.LOCK} == before.keys()
+
+
+# --- Together or not at all --------------------------------------------------------------------------------------
+
+
+KILLED_AFTER: list[int] = []  # how many system calls are left, if there is a number
+
+
+def end_at_a_call(event: str, _: tuple) -> None:
+    """Raise SystemExit at the system call that is the last one; Python calls this before each."""
+    if KILLED_AFTER and event in ("open", "os.rename", "os.mkdir", "os.rmdir", "os.chmod"):
+        KILLED_AFTER[0] -= 1
+        if KILLED_AFTER[0] < 0:
+            raise SystemExit("killed")
+
+
+sys.addaudithook(end_at_a_call)
+
+
+def commit(folder: Path, text: str) -> None:
+    with writing.committing(folder, "stage2") as new:
+        (new / "a").write_text(text)
+        (new / "b").write_text(text)
+
+
+def test_files_appear_together(tmp_path):
+    """Interrupted at each of its system calls, a commit leaves all old files or, after `finish`, all new ones."""
+    commit(tmp_path, "old")
+    found = set()
+    for calls in range(20):
+        killed = False
+        KILLED_AFTER.append(calls)
+        try:
+            commit(tmp_path, f"new{calls}")
+        except SystemExit:
+            killed = True
+        KILLED_AFTER.clear()
+        writing.finish(tmp_path)
+        texts = {name: (tmp_path / name).read_text() for name in ("a", "b")}
+        assert texts["a"] == texts["b"], f"killed at call {calls}: {texts}"
+        found.add((killed, texts["a"] == f"new{calls}"))
+    assert {(True, False), (True, True), (False, True)} <= found, "too few moments were tried"
+
+
+# --- Belonging together ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chain(tmp_path) -> Path:
+    """Make the files of a run, with little in them."""
+    config = {"model_id": "m", "prompt": "p", "negative_prompt": ""}
+    video = {"height": 16, "width": 16, "frames": 1, "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 1}
+    config |= video | {"scheduler": "s", "fps": 8}
+    arguments = __import__("argparse").Namespace(seed=1)
+    utils.write_config(tmp_path, config)
+    texts = utils.made_from(config, utils.TEXT_ENTRIES) | provenance.describe("stage1", [], arguments)
+    save_file({"prompt_embeds": np.ones((1, 2, 3), np.float32)}, tmp_path / EMBEDDINGS, texts)
+    made = provenance.describe("stage2", [tmp_path / EMBEDDINGS], arguments)
+    save_file(
+        {"latents": np.ones((1, 1, 1, 2, 2), np.float32)},
+        tmp_path / LATENTS,
+        utils.made_from(config, utils.LATENT_ENTRIES) | made,
+    )
+    from stage3_vae_decoder import video_writer
+
+    comment = provenance.describe("stage3", [tmp_path / LATENTS], arguments)["provenance"]
+    with video_writer(str(tmp_path / utils.VIDEO), 8, comment) as append:
+        append(np.zeros((16, 16, 3), np.uint8))
+    return tmp_path
+
+
+def rewrite(path: Path, value: float) -> None:
+    """Put other values into the tensors of a file; its metadata stays."""
+    with safetensors.safe_open(path, "np") as file:
+        metadata = file.metadata()
+    save_file({name: np.full_like(array, value) for name, array in load_file(path).items()}, path, metadata)
+
+
+def test_status(chain):
+    """Each kind of file that does not belong to the others is named, and the stage that makes it."""
+    lines = lambda: "\n".join(provenance.status(chain))  # noqa: E731
+    assert lines().endswith("All is there and fits together."), lines()
+    assert lines().count(": made 20") == 3, lines()
+
+    rewrite(chain / LATENTS, 2)
+    assert f"{utils.VIDEO}: is stale: it was made from another {LATENTS}" in lines(), lines()
+    assert lines().endswith(f"Next: python stage3_vae_decoder.py --input_dir {chain}"), lines()
+    rewrite(chain / EMBEDDINGS, 2)
+    assert f"{LATENTS}: is stale: it was made from another {EMBEDDINGS}" in lines(), lines()
+    assert lines().endswith(f"Next: python stage2_transformer.py --input_dir {chain}"), lines()
+    edit_config(chain, prompt="another one")
+    assert f"{EMBEDDINGS}: is stale: it was made with prompt = 'p', but" in lines(), lines()
+    assert lines().endswith(f"--output_dir {chain} --prompt 'another one'"), lines()
+    (chain / LATENTS).write_bytes(b"broken")
+    assert f"{LATENTS}: is damaged" in lines(), lines()
+    (chain / CONFIG).unlink()
+    assert f"{CONFIG} does not exist" in lines() and "Next: python stage1_text_encoder.py" in lines(), lines()
+
+
+def test_what_does_not_belong_together_is_refused(chain):
+    with pytest.raises(UserError, match="--force"):
+        utils.tensor_shapes(chain / LATENTS, 2, ["latents"], {"model_id": "other"})
+    utils.tensor_shapes(chain / LATENTS, 2, ["latents"], {"model_id": "other"}, force=True)
+    provenance.check_inputs(chain / LATENTS, force=False)
+    rewrite(chain / EMBEDDINGS, 2)
+    with pytest.raises(UserError, match=f"was not made from the {EMBEDDINGS} beside it"):
+        provenance.check_inputs(chain / LATENTS, force=False)
+    provenance.check_inputs(chain / LATENTS, force=True)
+    (chain / EMBEDDINGS).unlink()
+    provenance.check_inputs(chain / LATENTS, force=False)
+
+
+def test_files_without_provenance_are_taken(chain):
+    """As those of the original project, which say nothing of themselves."""
+    save_file(load_file(chain / LATENTS), chain / LATENTS)
+    utils.tensor_shapes(chain / LATENTS, 2, ["latents"], json.loads((chain / CONFIG).read_text()))
+    provenance.check_inputs(chain / LATENTS, force=False)
+    assert f"{LATENTS}: made at an unknown time" in "\n".join(provenance.status(chain))
