@@ -96,7 +96,7 @@ def kill_and_run_again(outputs: Path, script: str, moments: list[float], seed: i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "times"), [(STAGE1, 1), (STAGE2, 3), (STAGE3, 2)])
+@pytest.mark.parametrize(("script", "times"), [(STAGE1, 1), (STAGE2, 2), (STAGE3, 1)])
 def test_killed_at_random(script, times, outputs):
     generator = random.Random()
     seed = generator.randrange(1000)
@@ -106,7 +106,7 @@ def test_killed_at_random(script, times, outputs):
 @pytest.mark.slow
 def test_an_unfinished_run_goes_on(outputs, run_stage):
     """SIGTERM in the loop: the state is kept, the same command does the other steps, other options are refused."""
-    run = ("--input_dir", outputs, *SIZE[:-1], 4000)  # steps enough not to come to the end
+    run = ("--input_dir", outputs, *SIZE[:-1], 1000)  # steps enough not to come to the end
     with subprocess.Popen(
         stage_command(STAGE2, *run), env=stage_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
@@ -118,11 +118,10 @@ def test_an_unfinished_run_goes_on(outputs, run_stage):
     assert process.returncode == 128 + signal.SIGTERM, errors
     last = errors.strip().splitlines()[-1]
     done = int(load_file(outputs / resume.FILE)["done"])
-    assert f"interrupted after step {done} of 4000; the same command goes on from there" in last, errors
+    assert f"interrupted after step {done} of 1000; the same command goes on from there" in last, errors
 
     error = run_stage(STAGE2, *run, "--seed", 7, status=2).stderr
     assert "seed = 42, this one has 7; --restart starts over" in error, error
-    assert "step {done}" not in run_stage("utils.py", "status", outputs).stdout
     assert "an unfinished run" in run_stage("utils.py", "status", outputs).stdout
     run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--restart")
     assert not (outputs / resume.FILE).exists()
