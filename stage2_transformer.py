@@ -88,8 +88,8 @@ def main() -> None:
     report = Report("stage2", arguments)
     profile = Profile(arguments.profile, "step", report)
     output_dir = arguments.output_dir or arguments.input_dir
-    console.at_end.enter_context(writing.claimed(output_dir, "stage2"))
     text_config = utils.read_config(arguments.input_dir, TextConfig)
+    console.at_end.enter_context(writing.claimed(output_dir, "stage2"))
     embeddings_path = arguments.input_dir / utils.EMBEDDINGS
     names = ("prompt_embeds", "negative_prompt_embeds")
     shapes = utils.tensor_shapes(embeddings_path, 1, names, text_config, force=arguments.force)

@@ -82,8 +82,8 @@ def main(decoder: str = "torchax") -> None:
     report = Report("stage3", arguments)
     profile = Profile(arguments.profile, "chunk", report)
     output_video = arguments.output_video or arguments.input_dir / utils.VIDEO
-    console.at_end.enter_context(writing.claimed(output_video.parent, "stage3"))
     config = utils.read_config(arguments.input_dir, VideoConfig)
+    console.at_end.enter_context(writing.claimed(output_video.parent, "stage3"))
     latents_path = arguments.input_dir / utils.LATENTS
     shape = utils.tensor_shapes(latents_path, 2, ("latents",), config, finite=False, force=arguments.force)["latents"]
     provenance.check_inputs(latents_path, arguments.force)
