@@ -12,6 +12,7 @@ import checkpoint
 import tensor_dump
 import utils
 from console import UserError, number
+from models.scheduler import CHOICES
 from reading import MOST_FRAMES, MOST_GUIDANCE, MOST_PIXELS
 
 if TYPE_CHECKING:
@@ -43,6 +44,17 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
         type=number(float, 0, MOST_GUIDANCE),
         default=utils.GUIDANCE_SCALE,
         help="scale of classifier-free guidance; 1 or less switches it off, and a step costs half",
+    )
+    parser.add_argument(
+        "--use_dynamic_cfg",
+        action=yes_no,
+        default=utils.USE_DYNAMIC_CFG,
+        help="let the guidance scale change from step to step, as in CogVideoXPipeline",
+    )
+    parser.add_argument(
+        "--scheduler",
+        choices=CHOICES,
+        help="ddim, or dpm with trailing timesteps (default: the scheduler that the model names)",
     )
     parser.add_argument(
         "--use_dp",
@@ -160,6 +172,11 @@ def dump_recorder(
     return recorder.Recorder(arguments.dump, stage, unit, made_from, mesh, programs, chosen)
 
 
+def scheduler_config(model_id: str, changes: Mapping) -> dict:
+    """Return a model's scheduler_config.json with other values of some entries."""
+    return checkpoint.read_config(model_id, "scheduler", "scheduler_config.json") | dict(changes)
+
+
 def denoising_plan(
     arguments: argparse.Namespace, model_id: str, devices: Sequence, platform: str, **details: Any
 ) -> "denoising.Plan":
@@ -180,13 +197,13 @@ def denoising_plan(
     given = {"mesh_order": arguments.mesh_order.split(",")} if arguments.mesh_order else {}
     names = (
         *("height", "width", "frames", "num_inference_steps", "guidance_scale"),
-        *("attention", "block_sizes", "use_k_smooth", "use_dp", "sp_num", "layout"),
+        *("use_dynamic_cfg", "attention", "block_sizes", "use_k_smooth", "use_dp", "sp_num", "layout"),
     )
     with plan_errors():
         return denoising.make_plan(
             transformer=checkpoint.read_config(model_id, "transformer"),
             vae=checkpoint.read_config(model_id, "vae"),
-            scheduler=checkpoint.read_config(model_id, "scheduler", "scheduler_config.json"),
+            scheduler=scheduler_config(model_id, CHOICES.get(arguments.scheduler, {})),
             devices=devices,
             platform=platform,
             **details,

@@ -61,6 +61,9 @@ class VideoConfig(TextConfig):
     guidance_scale: Annotated[float, Field(ge=0, le=MOST_GUIDANCE)]
     seed: Annotated[int, Field(ge=0, lt=2**64)]
     scheduler: str
+    # Files of version 0.1.0 and of the original project lack these.
+    timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None
+    use_dynamic_cfg: bool = False
 
 
 class ModelConfig(Entries):

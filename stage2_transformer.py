@@ -7,7 +7,7 @@ generation_config.json to --output_dir.
 import argparse
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ from console import (
     run,
     versions,
 )
+from models.sizes import spatial_compression_ratio
 from options import add_denoising_options, add_dump_options, denoising_plan, dump_recorder, dump_wanted, plan_errors
 from profiling import Profile, add_profile_option
 from reading import MOST_FPS, TextConfig
@@ -50,6 +51,12 @@ def parse_arguments() -> argparse.Namespace:
     utils.add_force_option(parser)
     parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
     add_denoising_options(parser)
+    parser.add_argument(
+        "--preset",
+        choices=utils.PRESETS,
+        default="seed",
+        help="set steps, guidance, scheduler and fps at once: to a draft's, or to those of the model's authors",
+    )
     parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=utils.SEED, help="seed of the noise")
     parser.add_argument(
         "--fps", type=number(int, 1, MOST_FPS), default=utils.FPS, help="frames per second, for stage 3"
@@ -79,6 +86,8 @@ def parse_arguments() -> argparse.Namespace:
     add_dump_options(parser, "step")
     add_profile_option(parser, "step")
     add_log_options(parser)
+    given, _ = parser.parse_known_args()
+    parser.set_defaults(**utils.PRESETS[given.preset])
     return parser.parse_args()
 
 
@@ -206,24 +215,41 @@ def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> Non
     blocks = plan.attention.block_sizes or "the kernel's own choice"
     report.say(f"attention: {plan.attention.name}, {by}" + (f"; blocks: {blocks}" if plan.attention.is_kernel else ""))
     if plan.guided:
-        report.say(f"guidance scale {plan.guidance_scale:g}: negative and positive prompt in one batch")
+        kind = ", dynamic" if plan.use_dynamic_cfg else ""
+        report.say(f"guidance scale {plan.guidance_scale:g}{kind}: negative and positive prompt in one batch")
     else:
         dp = ", dp is 1" if arguments.use_dp and devices.size > 1 else ""
         report.say(f"guidance scale {plan.guidance_scale:g}: no guidance, the positive prompt alone{dp}")
-    report.say(f"scheduler: {plan.scheduler['_class_name']}, {plan.num_inference_steps} steps")
+    scheduler, spacing = (plan.scheduler.get(name) for name in ("_class_name", "timestep_spacing"))
+    report.say(f"scheduler: {scheduler}, {spacing} timesteps, {plan.num_inference_steps} steps")
+    if all(getattr(arguments, name) == value for name, value in utils.PRESETS["seed"].items()):
+        report.say("these are the settings of a draft; --preset authors sets those of the model's authors")
+    for remark in untrained(plan):
+        report.say(remark)
+
+
+def untrained(plan: "Plan") -> Iterator[str]:
+    """Say what the model was not trained on, by its config and by its authors: it runs, but may look worse."""
+    scale = spatial_compression_ratio(plan.vae)
+    height, width = (plan.transformer[f"sample_{name}"] * scale for name in ("height", "width"))
+    if (plan.height, plan.width) != (height, width):
+        yield f"the model was trained on {height} x {width}; {plan.height} x {plan.width} may look worse"
+    if (plan.frames - 1) % 16:
+        yield f"the model was trained on 16n + 1 frames, such as 81 and 161; {plan.frames} may look worse"
 
 
 def config_of(arguments: argparse.Namespace, text_config: Mapping, plan: "Plan") -> dict:
     """Return the entries that generation_config.json has after this stage."""
     config = {name: text_config[name] for name in utils.TEXT_ENTRIES}
-    config |= {name: getattr(arguments, name) for name in utils.VIDEO_ENTRIES if name != "scheduler"}
-    return config | {"scheduler": plan.scheduler["_class_name"]}
+    of_plan = {"scheduler": plan.scheduler["_class_name"], "timestep_spacing": plan.scheduler.get("timestep_spacing")}
+    of_options = {name: getattr(arguments, name) for name in utils.VIDEO_ENTRIES if name not in of_plan}
+    return config | of_options | of_plan
 
 
 def decides(plan: "Plan", config: Mapping, made: Mapping[str, str]) -> dict[str, object]:
     """Return all that the latents depend on, to the last bit, by names for people."""
     devices = plan.devices
-    made_from = {name: config[name] for name in utils.LATENT_ENTRIES}
+    made_from = {name: config.get(name) for name in utils.LATENT_ENTRIES}
     of_run = {"dtype": plan.dtype, "devices": f"{len(devices)} x {devices[0].device_kind}"}
     inputs = json.loads(made["provenance"])["inputs"]
     return made_from | plan.program_options | of_run | inputs | versions("jax", "jaxlib", "libtpu", "torch")

@@ -30,9 +30,29 @@ NUM_STEPS = 10
 GUIDANCE_SCALE = 6.0
 SEED = 42
 WARMUP_STEPS = 2
+USE_DYNAMIC_CFG = False
 USE_DP = True
 LAYOUT = "tp"
 STAGE_OUTPUTS = Path("stage_outputs")
+
+# What --preset sets, by option; each option wins over it. "seed" has the original project's settings, those of a draft;
+# "authors" has those of the model's authors (zai-org/CogVideo, inference/cli_demo.py).
+PRESETS: dict[str, dict[str, object]] = {
+    "seed": {
+        "num_inference_steps": NUM_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+        "scheduler": None,  # the one that the model names
+        "use_dynamic_cfg": USE_DYNAMIC_CFG,
+        "fps": FPS,
+    },
+    "authors": {
+        "num_inference_steps": 50,
+        "guidance_scale": 6.0,
+        "scheduler": "dpm",
+        "use_dynamic_cfg": True,
+        "fps": 16,
+    },
+}
 
 # The files that pass between the stages, and the entries that each stage adds to the config.
 CONFIG = "generation_config.json"
@@ -82,7 +102,7 @@ def read_config(directory: Path, kind: type[TextConfig]) -> dict:
 
 def made_from(config: Mapping, entries: Iterable[str]) -> dict[str, str]:
     """Return the metadata of a safetensors file: the config entries that its tensors were made from."""
-    return {"made_from": json.dumps({name: config[name] for name in entries})}
+    return {"made_from": json.dumps({name: config[name] for name in entries if name in config})}
 
 
 def read_made_from(path: Path, metadata: Mapping[str, str] | None) -> dict:

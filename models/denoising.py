@@ -5,6 +5,7 @@ so that a seed gives the same noise as in the diffusers pipeline.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,6 +40,7 @@ class Plan:
         height, width, frames: of the video, in pixels and frames.
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance; there is no guidance if it is at most 1.
+        use_dynamic_cfg: whether it changes from step to step; see `guidance_at`.
         batch: videos at a time.
         dtype: of weights, latents and embeddings.
         parallelism: the mesh of devices, and the layout of the parameters on it.
@@ -53,6 +55,7 @@ class Plan:
     frames: int
     num_inference_steps: int
     guidance_scale: float
+    use_dynamic_cfg: bool
     batch: int
     dtype: jnp.dtype
     parallelism: Parallelism
@@ -62,6 +65,13 @@ class Plan:
     def guided(self) -> bool:
         """Whether a step predicts for the negative prompt too."""
         return self.guidance_scale > 1.0
+
+    def guidance_at(self, timestep: int) -> float:
+        """Return the guidance scale of a step; source: `use_dynamic_cfg` of `CogVideoXPipeline.__call__`."""
+        if not self.use_dynamic_cfg:
+            return self.guidance_scale
+        steps = self.num_inference_steps
+        return 1 + self.guidance_scale * (1 - math.cos(math.pi * ((steps - timestep) / steps) ** 5.0)) / 2
 
     @property
     def prompts(self) -> int:
@@ -130,6 +140,7 @@ def make_plan(
     frames: int,
     num_inference_steps: int,
     guidance_scale: float,
+    use_dynamic_cfg: bool = False,
     batch: int = 1,
     dtype: jax.typing.DTypeLike = jnp.bfloat16,
     attention: str | None = None,
@@ -167,6 +178,7 @@ def make_plan(
         frames=frames,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        use_dynamic_cfg=use_dynamic_cfg,
         batch=batch,
         dtype=jnp.dtype(dtype),
         parallelism=Parallelism(make_mesh(sizes, devices, mesh_order), layout),
@@ -185,6 +197,12 @@ def check_plan(plan: Plan) -> None:
     for name in ("height", "width"):
         check_multiple(name, getattr(plan, name), multiple, plan.transformer[f"sample_{name}"] * spatial)
     check_frames(plan.vae, plan.frames)
+    if plan.use_dynamic_cfg and not plan.guided:
+        raise PlanError(
+            "use_dynamic_cfg",
+            f"changes the guidance, and with --guidance_scale {plan.guidance_scale:g} there is none; "
+            "add --no-use_dynamic_cfg",
+        )
     if plan.scheduler["_class_name"] not in SAMPLERS:
         name = plan.scheduler["_class_name"]
         raise PlanError(None, f"scheduler {name} is not supported, only {' and '.join(SAMPLERS)}")
@@ -417,7 +435,7 @@ class Denoising:
         scalars = (
             jnp.int32(scheduler.timesteps[i]),
             jnp.asarray(scheduler.coefficients[i]),
-            jnp.float32(plan.guidance_scale),
+            jnp.float32(plan.guidance_at(int(scheduler.timesteps[i]))),
         )
         timestep, coefficients, guidance_scale = jax.device_put(scalars, self._replicated)
         noise_on_device = None if noise is None else self._to_device(noise, plan.dtype)

@@ -55,6 +55,13 @@ SAMPLERS = {
 }
 
 
+# What --scheduler changes in a model's scheduler_config.json. The model's authors run DPM with trailing timesteps.
+CHOICES = {
+    "ddim": {"_class_name": "CogVideoXDDIMScheduler"},
+    "dpm": {"_class_name": "CogVideoXDPMScheduler", "timestep_spacing": "trailing"},
+}
+
+
 def make_scheduler(config: Mapping) -> "SchedulerMixin":
     """Make the diffusers scheduler of a `scheduler_config.json` that names one of SAMPLERS."""
     import diffusers

@@ -39,7 +39,7 @@ from models.decoder import chunk_sizes
 from models.denoising import Plan, make_plan
 from models.scheduler import make_scheduler
 from models.sizes import latent_size
-from options import plan_errors
+from options import plan_errors, scheduler_config
 from reading import VideoConfig
 from stage2_transformer import check_embeddings
 from stage3_vae_decoder import check_shape
@@ -160,11 +160,13 @@ def denoising_plan(config: Mapping, batch: int) -> Plan:
     """Return the plan of stage 2, which checks the model and knows the shape of the latents."""
     model_id = config["model_id"]
     names = ("height", "width", "frames", "num_inference_steps", "guidance_scale")
+    scheduler = {"_class_name": config["scheduler"], "timestep_spacing": config.get("timestep_spacing")}
     with plan_errors():
         return make_plan(
             transformer=checkpoint.read_config(model_id, "transformer"),
             vae=checkpoint.read_config(model_id, "vae"),
-            scheduler=checkpoint.read_config(model_id, "scheduler", "scheduler_config.json"),
+            scheduler=scheduler_config(model_id, {name: value for name, value in scheduler.items() if value}),
+            use_dynamic_cfg=config.get("use_dynamic_cfg", False),
             devices=jax.devices()[:1],
             platform="cpu",
             batch=batch,
@@ -271,6 +273,7 @@ def run_pipeline(
             num_frames=plan.frames,
             num_inference_steps=plan.num_inference_steps,
             guidance_scale=plan.guidance_scale,
+            use_dynamic_cfg=plan.use_dynamic_cfg,
             generator=generator,
             latents=latents.to(dtype),
             **{name: tensor.to(device, dtype) for name, tensor in embeddings.items()},
