@@ -5,18 +5,19 @@ The stages and the compile tool share this module. Importing it loads neither ja
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import checkpoint
 import tensor_dump
 import utils
-from console import UserError, number
+from console import UserError, first_line, number
 from models.scheduler import CHOICES
 from reading import MOST_FRAMES, MOST_GUIDANCE, MOST_PIXELS
 
 if TYPE_CHECKING:
     import jax
+    import numpy as np
 
     from models import decoding, denoising, recorder, tap
 
@@ -79,6 +80,16 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(name, dest="layout", action="store_const", const="tp", help="the same as --layout tp")
     parser.add_argument(
         "--mesh_order", help="order of the mesh axes; chips along the last one are neighbours (default: dp,sp,tp)"
+    )
+    cache = parser.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--cache_threshold",
+        type=number(float, 0),
+        metavar="X",
+        help="skip the blocks in steps whose time embedding hardly changes, the more the larger X (default: in none)",
+    )
+    cache.add_argument(
+        "--cache_schedule", metavar="NUMBERS", help="skip the blocks in these steps, such as 2,4-6 (default: in none)"
     )
     add_attention_options(parser)  # last, because the names of reports list the options in this order
 
@@ -206,10 +217,47 @@ def denoising_plan(
             scheduler=scheduler_config(model_id, CHOICES.get(arguments.scheduler, {})),
             devices=devices,
             platform=platform,
+            step_cache=arguments.cache_threshold is not None or arguments.cache_schedule is not None,
             **details,
             **{name: getattr(arguments, name) for name in names},
             **given,
         )
+
+
+def skipped_steps(
+    arguments: argparse.Namespace, plan: "denoising.Plan", model_id: str, read: "Callable[[str], np.ndarray]"
+) -> list[int]:
+    """Return the steps that --cache_schedule or --cache_threshold lets skip the blocks.
+
+    Raises:
+        UserError: the schedule names the first step or steps that are not there, or there is no polynomial.
+    """
+    steps = plan.num_inference_steps
+    if arguments.cache_schedule is not None:
+        found = tensor_dump.steps(arguments.cache_schedule, steps, "--cache_schedule")
+        if {0, steps - 1}.intersection(found):
+            raise UserError(f"--cache_schedule {arguments.cache_schedule}: the first and the last step are always full")
+        return found
+    if arguments.cache_threshold is None:
+        return []
+    from models import step_cache
+    from models.denoising import time_embeddings
+    from models.scheduler import AffineScheduler, make_scheduler
+
+    try:
+        polynomial = step_cache.polynomial_of(model_id)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{step_cache.FILE} of {model_id} cannot be read: {first_line(error)}; make it again"
+        ) from error
+    if polynomial is None:
+        raise UserError(
+            f"--cache_threshold needs a polynomial, and {model_id} has none: fit one with "
+            "python -m tools.fit_step_cache, or name the steps with --cache_schedule"
+        )
+    timesteps = AffineScheduler(make_scheduler(plan.scheduler), steps).timesteps
+    embeddings = time_embeddings(plan, timesteps, read)
+    return step_cache.skipped_steps(embeddings, polynomial, arguments.cache_threshold)
 
 
 def decoding_plan(

@@ -64,6 +64,7 @@ class VideoConfig(TextConfig):
     # Files of version 0.1.0 and of the original project lack these.
     timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None
     use_dynamic_cfg: bool = False
+    skipped_steps: str = ""
 
 
 class ModelConfig(Entries):

@@ -32,7 +32,15 @@ from console import (
     versions,
 )
 from models.sizes import spatial_compression_ratio
-from options import add_denoising_options, add_dump_options, denoising_plan, dump_recorder, dump_wanted, plan_errors
+from options import (
+    add_denoising_options,
+    add_dump_options,
+    denoising_plan,
+    dump_recorder,
+    dump_wanted,
+    plan_errors,
+    skipped_steps,
+)
 from profiling import Profile, add_profile_option
 from reading import MOST_FPS, TextConfig
 from resume import StateFile
@@ -126,40 +134,50 @@ def main() -> None:
         read = checkpoint.tensor_reader(model_id, "transformer", stored_shapes(plan.transformer))
         with plan_errors():
             plan = plan.with_dtype(read("proj_out.weight").dtype)
-            traced = make_step(plan, wanted).trace(*abstract_arguments(plan))
+            kinds = [False, True] if plan.step_cache else [False]  # whether the step skips the blocks
+            traced = [make_step(plan, wanted, short).trace(*abstract_arguments(plan)) for short in kinds]
         report.plan(plan)
         describe(plan, arguments, report)
-        config = config_of(arguments, text_config, plan)
+        skipped = skipped_steps(arguments, plan, model_id, read)
+        if plan.step_cache:
+            describe_cache(skipped, plan, report)
+        config = config_of(arguments, text_config, plan, skipped)
         made_from = utils.made_from(config, utils.LATENT_ENTRIES)
         steps = plan.num_inference_steps
         made = provenance.describe("stage2", [embeddings_path], arguments)
         state_file = StateFile(output_dir, decides(plan, config, made), arguments.checkpoint_every, report)
         saved = None if arguments.dump else state_file.load(arguments.restart)
-        recorder = dump_recorder(arguments, "stage2", "step", made_from, plan.parallelism.mesh, [traced] * steps)
-        compiling = Compiling(arguments, "denoising step", plan, [traced], cache, report)
+        programs_of_run = [traced[i in skipped] for i in range(steps)]
+        recorder = dump_recorder(arguments, "stage2", "step", made_from, plan.parallelism.mesh, programs_of_run)
+        compiling = Compiling(arguments, "denoising step", plan, traced, cache, report)
         parameters = load_parameters(read, plan.transformer, plan.parallelism)
         report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
         embeddings = load_file(embeddings_path)
         denoising = Denoising(
-            plan, parameters, embeddings["prompt_embeds"], embeddings["negative_prompt_embeds"], arguments.seed
+            plan,
+            parameters,
+            embeddings["prompt_embeds"],
+            embeddings["negative_prompt_embeds"],
+            arguments.seed,
+            skipped,
         )
         if saved:
             denoising.resume(saved)
             report.say(f"going on after step {denoising.done} of {steps}, from {state_file.path}")
 
     with report.phase("compile") as compile_phase:
-        (program,), compile_phase.note = compiling.wait()
+        programs, compile_phase.note = compiling.wait()
 
     if arguments.warmup_steps == 0:
         report.say("no warm-up: the seconds of the first step hold what the first run of a program costs")
     with report.phase(f"warm-up ({arguments.warmup_steps} steps)"):
-        denoising.warm_up(recorder.ignoring(program), arguments.warmup_steps)
+        denoising.warm_up(arguments.warmup_steps, *map(recorder.ignoring, programs))
 
     done = denoising.done
-    (step,) = profile.traced([program], steps - done)
+    functions = [*map(recorder.recording, profile.traced(programs, steps - done))]
     with Interruption.held_back():
         with report.phase("run") as run_phase, report.progress("denoising", "step", steps, done) as bar:
-            for state in denoising.run(recorder.recording(step)):
+            for state in denoising.run(*functions):
                 bar.update()
                 if arguments.preview_every and bar.n % arguments.preview_every == 0:
                     with report.aside("previews"):
@@ -228,20 +246,32 @@ def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> Non
         report.say(remark)
 
 
+def describe_cache(skipped: list[int], plan: "Plan", report: Report) -> None:
+    """Report which steps skip the blocks, and what the residual that they take over needs of a chip."""
+    from models.denoising import residual_bytes
+
+    steps, size = plan.num_inference_steps, residual_bytes(plan) / 2**30
+    which = f": {tensor_dump.as_text(skipped)}" if skipped else ""
+    report.say(f"step cache: {len(skipped)} of {steps} steps skip the blocks{which}; it takes {size:.2f} GiB of a chip")
+    factor = steps / (steps - len(skipped))
+    report.add("step cache", f"{len(skipped)} of {steps} steps skipped, {factor:.2f} x fewer blocks to run")
+
+
 def untrained(plan: "Plan") -> Iterator[str]:
     """Say what the model was not trained on, by its config and by its authors: it runs, but may look worse."""
     scale = spatial_compression_ratio(plan.vae)
     height, width = (plan.transformer[f"sample_{name}"] * scale for name in ("height", "width"))
     if (plan.height, plan.width) != (height, width):
-        yield f"the model was trained on {height} x {width}; {plan.height} x {plan.width} may look worse"
+        yield f"the model's config names {height} x {width}; {plan.height} x {plan.width} may look worse"
     if (plan.frames - 1) % 16:
-        yield f"the model was trained on 16n + 1 frames, such as 81 and 161; {plan.frames} may look worse"
+        yield f"CogVideoX 1.5 was trained on 16n + 1 frames, 81 and 161; {plan.frames} may look worse"
 
 
-def config_of(arguments: argparse.Namespace, text_config: Mapping, plan: "Plan") -> dict:
+def config_of(arguments: argparse.Namespace, text_config: Mapping, plan: "Plan", skipped: list[int]) -> dict:
     """Return the entries that generation_config.json has after this stage."""
     config = {name: text_config[name] for name in utils.TEXT_ENTRIES}
     of_plan = {"scheduler": plan.scheduler["_class_name"], "timestep_spacing": plan.scheduler.get("timestep_spacing")}
+    of_plan["skipped_steps"] = tensor_dump.as_text(skipped)
     of_options = {name: getattr(arguments, name) for name in utils.VIDEO_ENTRIES if name not in of_plan}
     return config | of_options | of_plan
 

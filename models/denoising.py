@@ -5,8 +5,9 @@ so that a seed gives the same noise as in the diffusers pipeline.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -20,7 +21,14 @@ from models.plan_error import PlanError
 from models.scheduler import SAMPLERS, AffineScheduler, Sampler, make_scheduler
 from models.sharding import LAYOUTS, MESH_AXES, Parallelism, make_mesh, mesh_sizes
 from models.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
-from models.transformer import abstract_parameters, rotary_embedding, transformer
+from models.transformer import (
+    HIDDEN_STATES,
+    abstract_parameters,
+    hidden_states_shape,
+    rotary_embedding,
+    time_embedding,
+    transformer,
+)
 
 # Plan and step do without torch and diffusers, which take seconds to import; the run imports them.
 if TYPE_CHECKING:
@@ -45,6 +53,7 @@ class Plan:
         dtype: of weights, latents and embeddings.
         parallelism: the mesh of devices, and the layout of the parameters on it.
         attention: the implementation, with its options.
+        step_cache: whether full steps keep what the blocks add, for steps that leave them out.
     """
 
     transformer: Mapping
@@ -60,6 +69,7 @@ class Plan:
     dtype: jnp.dtype
     parallelism: Parallelism
     attention: Attention
+    step_cache: bool
 
     @property
     def guided(self) -> bool:
@@ -125,7 +135,7 @@ class Plan:
             "attention": self.attention.name,
             "blocks": self.attention.block_sizes or "default",
             "k_smooth": self.attention.k_smooth,
-        }
+        } | ({"step_cache": True} if self.step_cache else {})
 
 
 def make_plan(
@@ -150,6 +160,7 @@ def make_plan(
     sp_num: int | None = None,
     mesh_order: Sequence[str] = MESH_AXES,
     layout: str = "tp",
+    step_cache: bool = False,
 ) -> Plan:
     """Make the plan that the options ask for, on `devices` of `platform` ("tpu", "cpu" or "gpu"); see `Plan`.
 
@@ -158,6 +169,7 @@ def make_plan(
         use_dp, sp_num: see `mesh_sizes`.
         mesh_order: order of the mesh's axes; along the last one devices are neighbours.
         layout: of the parameters, a key of LAYOUTS.
+        step_cache: see `Plan`.
 
     Raises:
         PlanError: the model, the devices and the options do not fit together.
@@ -185,6 +197,7 @@ def make_plan(
         attention=Attention.choose(
             attention, platform, block_sizes, use_k_smooth, transformer["attention_head_dim"], dtype
         ),
+        step_cache=step_cache,
     )
     check_plan(plan)
     return plan
@@ -222,11 +235,13 @@ class State(NamedTuple):
         pred_original_sample: the step's estimate of the noise-free latents, float32 of the same shape; zeros before the
             first step.
         finite_steps: int32 scalar, the steps whose latents were finite. What is not finite stays so in all later steps.
+        residual: what the blocks have added in the last full step (`Prediction`); None without the step cache.
     """
 
     latents: jax.Array
     pred_original_sample: jax.Array
     finite_steps: jax.Array
+    residual: jax.Array | None
 
 
 class Condition(NamedTuple):
@@ -270,8 +285,10 @@ class StepArguments(NamedTuple):
     inputs: StepInputs
 
 
-def make_step(plan: Plan, wanted: tap.Wanted | None = None) -> jax.stages.Wrapped:
+def make_step(plan: Plan, wanted: tap.Wanted | None = None, short: bool = False) -> jax.stages.Wrapped:
     """Make a jitted denoising step, `step(parameters, state, condition, inputs)`, which returns the next `State`.
+
+    A short one leaves out the blocks, and adds the residual of the last full step instead.
 
     The step donates the state. If anything is `wanted`, it returns the state and what is `tap.Collected`; beside the
     transformer's modules there are "latents", from which the step starts, "noise_pred" after guidance,
@@ -285,7 +302,7 @@ def make_step(plan: Plan, wanted: tap.Wanted | None = None) -> jax.stages.Wrappe
         tap.tap("latents", latents, WHOLE_LATENTS)
         # With float32 weights the products are float32 too; a TPU's default is bfloat16.
         with jax.default_matmul_precision("highest" if latents.dtype == jnp.float32 else "default"):
-            model_output = transformer(
+            model_output, residual = transformer(
                 parameters,
                 jnp.tile(latents, (plan.prompts, 1, 1, 1, 1)),
                 condition.prompt_embeds,
@@ -294,6 +311,7 @@ def make_step(plan: Plan, wanted: tap.Wanted | None = None) -> jax.stages.Wrappe
                 config=plan.transformer,
                 parallelism=plan.parallelism,
                 attention=plan.attention,
+                residual=state.residual if short else None,
             )
         if plan.guided:
             negative, positive = jnp.split(model_output, 2)
@@ -309,13 +327,21 @@ def make_step(plan: Plan, wanted: tap.Wanted | None = None) -> jax.stages.Wrappe
         prev_sample = prev_sample.astype(latents.dtype)
         tap.tap("pred_original_sample", pred_original_sample, WHOLE_LATENTS)
         tap.tap("prev_sample", prev_sample, WHOLE_LATENTS)
-        return State(prev_sample, pred_original_sample, state.finite_steps + jnp.isfinite(prev_sample).all())
+        finite_steps = state.finite_steps + jnp.isfinite(prev_sample).all()
+        return State(prev_sample, pred_original_sample, finite_steps, residual if plan.step_cache else None)
 
-    replicated = plan.parallelism.sharding()
+    shardings = state_shardings(plan)
     if wanted:
         collecting = tap.collecting(step, wanted, plan.parallelism.mesh)
-        return jax.jit(collecting, donate_argnums=1, out_shardings=(replicated, None))
-    return jax.jit(step, donate_argnums=1, out_shardings=replicated)
+        return jax.jit(collecting, donate_argnums=1, out_shardings=(shardings, None))
+    return jax.jit(step, donate_argnums=1, out_shardings=shardings)
+
+
+def state_shardings(plan: Plan) -> Any:
+    """Return a `State` of shardings: each chip has its share of the residual, and all of the others."""
+    sharding: Any = plan.parallelism.sharding
+    residual = sharding(*HIDDEN_STATES) if plan.step_cache else None
+    return State(sharding(), sharding(), sharding(), residual)
 
 
 def abstract_arguments(plan: Plan) -> StepArguments:
@@ -328,12 +354,37 @@ def abstract_arguments(plan: Plan) -> StepArguments:
     latents = array(plan.latent_shape, plan.dtype)
     text = plan.batch * plan.prompts, config["max_text_seq_length"], config["text_embed_dim"]
     rotary = array((plan.video_tokens, config["attention_head_dim"] // 2))
+    residual: Any = None
+    if plan.step_cache:
+        shape = hidden_states_shape(plan.batch * plan.prompts, plan.tokens, config, plan.parallelism)
+        residual = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=state_shardings(plan).residual)
     return StepArguments(
         abstract_parameters(config, plan.dtype, plan.parallelism),
-        State(latents, array(plan.latent_shape), array((), jnp.int32)),
+        State(latents, array(plan.latent_shape), array((), jnp.int32), residual),
         Condition(array(text, plan.dtype), (rotary, rotary)),
         StepInputs(array((), jnp.int32), array((2, 3)), latents if plan.sampler.adds_noise else None, array(())),
     )
+
+
+def residual_bytes(plan: Plan) -> int:
+    """Return the bytes of a chip's share of the residual that the step cache keeps."""
+    residual: Any = abstract_arguments(plan).state.residual
+    return math.prod(residual.sharding.shard_shape(residual.shape)) * residual.dtype.itemsize
+
+
+def time_embeddings(plan: Plan, timesteps: np.ndarray, read: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Return the time embedding of each timestep, float32 [steps, time_embed_dim].
+
+    Args:
+        plan: see `Plan`.
+        timesteps: [steps].
+        read: `read(name)` returns a tensor of the checkpoint.
+    """
+    names = [f"time_embedding.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
+    parameters = {name: jnp.asarray(read(name)) for name in names}
+    embed = functools.partial(time_embedding, parameters=parameters, config=plan.transformer, dtype=plan.dtype)
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(jax.vmap(embed))(jnp.asarray(timesteps)).astype(jnp.float32))
 
 
 # --- The loop ----------------------------------------------------------------------------------------------------
@@ -347,6 +398,7 @@ class Denoising:
         parameters: see models/transformer.py.
         prompt_embeds, negative_prompt_embeds: [batch, text tokens, text width], torch.
         seed: of the noise, which is drawn as in `CogVideoXPipeline`, in the dtype of the embeddings.
+        skipped: the steps that leave out the blocks.
 
     Attributes:
         done: how many steps are done.
@@ -359,6 +411,7 @@ class Denoising:
         prompt_embeds: "torch.Tensor",
         negative_prompt_embeds: "torch.Tensor",
         seed: int,
+        skipped: Collection[int] = (),
     ):
         import torch
         from diffusers.utils.torch_utils import randn_tensor
@@ -366,6 +419,7 @@ class Denoising:
         self.plan = plan
         self.parameters = parameters
         self.done = 0
+        self._skipped = skipped
         self._resumed: State | None = None
         self._replicated = plan.parallelism.sharding()
         self._generator = torch.Generator().manual_seed(seed)
@@ -381,22 +435,29 @@ class Denoising:
         inputs = self._inputs(0, self._generator.clone_state())
         return StepArguments(self.parameters, self._start(), self.condition, inputs)
 
-    def warm_up(self, step: Callable, steps: int) -> None:
-        """Run the first step `steps` times, each time on the result before; draws nothing from the run's generator."""
-        for _ in self._loop(step, self._start(), [0] * steps, self._generator.clone_state()):
+    def warm_up(self, steps: int, step: Callable, short_step: Callable | None = None) -> None:
+        """Run the first step `steps` times, each time on the result before; draws nothing from the run's generator.
+
+        Then a skipped step runs once, if there are any.
+        """
+        indices = [0] * steps + list(self._skipped)[:1] * bool(steps)
+        for _ in self._loop(step, short_step, self._start(), indices, self._generator.clone_state()):
             pass
 
-    def run(self, step: Callable) -> Iterator[State]:
+    def run(self, step: Callable, short_step: Callable | None = None) -> Iterator[State]:
         """Yield the state after each step that is not done. The next step donates it: only the last one may be kept."""
         start = self._start() if self._resumed is None else self._resumed
-        for state in self._loop(step, start, range(self.done, self.plan.num_inference_steps), self._generator):
+        for state in self._loop(
+            step, short_step, start, range(self.done, self.plan.num_inference_steps), self._generator
+        ):
             self.done += 1
             yield state
 
     def saved(self, state: State) -> dict[str, np.ndarray]:
         """Return all that a run of the same plan goes on from after `state`, the last one that `run` has yielded."""
+        needed = state if self.done in self._skipped else state._replace(residual=None)  # it is large
         arrays: dict[str, np.ndarray] = {
-            name: np.asarray(jax.device_get(array)) for name, array in state._asdict().items()
+            name: np.asarray(jax.device_get(array)) for name, array in needed._asdict().items() if array is not None
         }
         return arrays | {"generator": self._generator_before_inputs.numpy(), "done": np.asarray(self.done, np.int32)}
 
@@ -406,15 +467,23 @@ class Denoising:
 
         self.done = int(saved["done"])
         self._generator.set_state(torch.from_numpy(saved["generator"]))
-        self._resumed = State(*(jax.device_put(saved[name], self._replicated) for name in State._fields))
+        start, shardings = self._start()._asdict(), state_shardings(self.plan)._asdict()
+        arrays = {name: jax.device_put(saved[name], shardings[name]) for name in start if name in saved}
+        self._resumed = State(**(start | arrays))
 
     def _loop(
-        self, step: Callable, state: State, indices: Sequence[int], generator: "torch.Generator"
+        self,
+        step: Callable,
+        short_step: Callable | None,
+        state: State,
+        indices: Sequence[int],
+        generator: "torch.Generator",
     ) -> Iterator[State]:
         """Run the steps `indices` from `state`, and yield the state after each."""
         inputs = self._inputs(indices[0], generator) if indices else None
         for n in range(len(indices)):
-            state = step(self.parameters, state, self.condition, inputs)
+            function = short_step if indices[n] in self._skipped and short_step else step
+            state = function(self.parameters, state, self.condition, inputs)
             self._generator_before_inputs = generator.get_state()
             if n + 1 < len(indices):
                 inputs = self._inputs(indices[n + 1], generator)  # on the host, while the device works
@@ -423,10 +492,11 @@ class Denoising:
 
     def _start(self) -> State:
         """Return the initial noise and an empty estimate, in new buffers each time, because a step donates them."""
-        empty = jnp.zeros(self.plan.latent_shape, jnp.float32, device=self._replicated)
-        return State(
-            self._to_device(self._noise, self.plan.dtype), empty, jnp.zeros((), jnp.int32, device=self._replicated)
+        empty = jax.tree.map(
+            lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding),
+            abstract_arguments(self.plan).state,
         )
+        return empty._replace(latents=self._to_device(self._noise, self.plan.dtype))
 
     def _inputs(self, i: int, generator: "torch.Generator") -> StepInputs:
         """Return the inputs of step `i`; draws its noise from `generator`."""

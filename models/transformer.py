@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -194,7 +195,7 @@ def affine(x: jax.Array, parameters: Mapping, name: str, part: slice = slice(Non
 
 
 def time_embedding(timestep: jax.Array, parameters: Mapping, config: Mapping, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Compute silu of the time embedding, [time_embed_dim]; every layer that uses the embedding begins with silu.
+    """Compute the time embedding, [time_embed_dim].
 
     Source: `Timesteps` and `TimestepEmbedding`.
     """
@@ -207,7 +208,19 @@ def time_embedding(timestep: jax.Array, parameters: Mapping, config: Mapping, dt
     x = jax.nn.silu(linear(x, parameters, "time_embedding.linear_1")).astype(dtype)
     x = linear(x, parameters, "time_embedding.linear_2").astype(dtype)
     tap.tap("linear_2", lambda: x[None], REPLICATED)
-    return jax.nn.silu(x)
+    return x
+
+
+class Prediction(NamedTuple):
+    """What the transformer predicts.
+
+    Attributes:
+        output: float32 [batch, frames, channels, height, width].
+        residual: what the blocks have added to the hidden states; see `hidden_states_shape`.
+    """
+
+    output: jax.Array
+    residual: jax.Array
 
 
 def transformer(
@@ -220,7 +233,8 @@ def transformer(
     config: Mapping,
     parallelism: Parallelism,
     attention: Callable,
-) -> jax.Array:
+    residual: jax.Array | None = None,
+) -> Prediction:
     """Predict from noisy latents [batch, frames, channels, height, width] a float32 array of the same shape.
 
     Args:
@@ -232,12 +246,17 @@ def transformer(
         config: `transformer/config.json`.
         parallelism: the mesh, and the layout of the parameters on it.
         attention: a function as in models/attention.py.
+        residual: if given, it takes the place of the blocks, which do not run.
     """
     text_length, length = prompt_embeds.shape[1], prompt_embeds.shape[1] + rotary[0].shape[0]
     bounds = {-2: (0, length)}
     with tap.scope("time_embedding"):
-        time = time_embedding(timestep, parameters, config, prompt_embeds.dtype)
+        # Every layer that uses the embedding begins with silu.
+        time = jax.nn.silu(time_embedding(timestep, parameters, config, prompt_embeds.dtype))
     hidden = embed(parameters, latents, prompt_embeds, config, parallelism, bounds)
+    if residual is not None:
+        output = predict_patches(parameters, hidden + residual, time, config, {-2: (text_length, length)})
+        return Prediction(unpatchify(output[:, text_length:length], latents.shape, config), residual)
     # Text and padding are not rotated: their angle is 0.
     edges = ((text_length, hidden.shape[1] - length), (0, 0))
     cos, sin = jnp.pad(rotary[0], edges, constant_values=1.0), jnp.pad(rotary[1], edges)
@@ -261,9 +280,15 @@ def transformer(
         ),
         out_specs=HIDDEN_STATES,
     )
-    hidden = constrained(run(blocks, hidden, time, (cos, sin)), parallelism)
-    output = predict_patches(parameters, hidden, time, config, {-2: (text_length, length)})
-    return unpatchify(output[:, text_length:length], latents.shape, config)
+    last = constrained(run(blocks, hidden, time, (cos, sin)), parallelism)
+    output = predict_patches(parameters, last, time, config, {-2: (text_length, length)})
+    return Prediction(unpatchify(output[:, text_length:length], latents.shape, config), last - hidden)
+
+
+def hidden_states_shape(batch: int, tokens: int, config: Mapping, parallelism: Parallelism) -> tuple[int, int, int]:
+    """Return [batch, tokens, embed] of the hidden states, whose tokens are padded to what the mesh divides."""
+    padding = -tokens % (parallelism.sp * parallelism.tp * SEQUENCE_TILE)
+    return batch, tokens + padding, config["num_attention_heads"] * config["attention_head_dim"]
 
 
 def constrained(hidden: jax.Array, parallelism: Parallelism) -> jax.Array:
@@ -284,8 +309,9 @@ def embed(
     with tap.scope("patch_embed"):
         text = linear(prompt_embeds, parameters, "patch_embed.text_proj").astype(dtype)
         video = linear(patchify(latents, config), parameters, "patch_embed.proj").astype(dtype)
-        padding = -(text.shape[1] + video.shape[1]) % (parallelism.sp * parallelism.tp * SEQUENCE_TILE)
-        hidden = jnp.pad(jnp.concatenate([text, video], axis=1), ((0, 0), (0, padding), (0, 0)))
+        hidden = jnp.concatenate([text, video], axis=1)
+        _, padded, _ = hidden_states_shape(len(hidden), hidden.shape[1], config, parallelism)
+        hidden = jnp.pad(hidden, ((0, 0), (0, padded - hidden.shape[1]), (0, 0)))
         hidden = constrained(hidden, parallelism)
         tap.tap("", hidden, HIDDEN_STATES, bounds)
     return hidden

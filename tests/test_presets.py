@@ -76,7 +76,7 @@ def test_contradictions_and_remarks(outputs, run_stage):
     assert "--guidance_scale 1" in error and "--no-use_dynamic_cfg" in error and error.count("\n") == 1, error
     printed = run_stage(STAGE2, "--input_dir", outputs, *SIZE).stdout
     assert "; 32 x 48 may look worse" in printed, printed
-    assert "16n + 1 frames, such as 81 and 161; 9 may look worse" in printed, printed
+    assert "16n + 1 frames, 81 and 161; 9 may look worse" in printed, printed
     assert "settings of a draft; --preset authors" not in printed, "--num_inference_steps is not a draft's"
 
 

@@ -68,9 +68,11 @@ def make_transformer(module, mesh: tuple[int, int, int]):
     parallelism = Parallelism(
         make_mesh(dict(zip(("dp", "sp", "tp"), mesh, strict=True)), jax.devices()[: np.prod(mesh)])
     )
-    function = functools.partial(
-        transformer.transformer, config=config, parallelism=parallelism, attention=xla_attention
-    )
+
+    def function(*arguments):
+        options = {"config": config, "parallelism": parallelism, "attention": xla_attention}
+        return transformer.transformer(*arguments, **options).output
+
     latents, prompts = (jnp.asarray(tensor.numpy()) for tensor in transformer_inputs(config))
     stored = {name: weight.numpy() for name, weight in module.state_dict().items()}
     parameters = transformer.load_parameters(stored.__getitem__, config, parallelism)

@@ -1,6 +1,5 @@
 """The JAX transformer against diffusers' in torch float32, on one device and on meshes of eight."""
 
-import functools
 import json
 
 import jax
@@ -49,7 +48,9 @@ def run_both(module, batch, mesh, layout="tp", dtype=torch.float32, attention=xl
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
     parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout)
     ours = jax.jit(
-        functools.partial(transformer.transformer, config=config, parallelism=parallelism, attention=attention)
+        lambda *arguments: (
+            transformer.transformer(*arguments, config=config, parallelism=parallelism, attention=attention).output
+        )
     )(
         transformer.load_parameters(stored.__getitem__, config, parallelism),
         to_numpy(latents),

@@ -1,0 +1,65 @@
+"""Choose the denoising steps that leave out the blocks, and take over what the blocks added in the last full step.
+
+Source: TeaCache for CogVideoX 1.5 (ali-vilab/TeaCache). There the choice depends on the time embedding alone, so here
+it is made before the run.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+# The coefficients of a model's polynomial are in this file beside its transformer's config. For models without one,
+# configs/ has some, by the model's name.
+FILE = "step_cache.json"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+def polynomial_of(model_id: str) -> list[float] | None:
+    """Return the coefficients for a model, the highest power first, or None if nobody has fitted any.
+
+    Args:
+        model_id: a folder, or a name on the Hugging Face Hub.
+
+    Raises:
+        ValueError: the file does not hold them.
+    """
+    model = Path(model_id)
+    for path in (model / "transformer" / FILE, CONFIGS / model.name / "transformer" / FILE):
+        if path.is_file():
+            return [float(coefficient) for coefficient in json.loads(path.read_text())["polynomial"]]
+    return None
+
+
+def distances(embeddings: np.ndarray) -> np.ndarray:
+    """Return how far each row of `embeddings` [steps, width] is from the one before, as a share of it; 0 for the first.
+
+    The measure is the mean absolute difference over the mean absolute value.
+    """
+    embeddings = np.asarray(embeddings, np.float64)
+    differences = np.abs(np.diff(embeddings, axis=0)).mean(1)
+    return np.concatenate([[0.0], differences / np.abs(embeddings[:-1]).mean(1)])
+
+
+def skipped_steps(embeddings: np.ndarray, polynomial: Sequence[float], threshold: float) -> list[int]:
+    """Return the steps that leave out the blocks.
+
+    The polynomial estimates from the distance of two time embeddings how far the model's outputs are apart. A step
+    is skipped as long as the estimates since the last full step add up to less than the threshold. The first and the
+    last step are full.
+
+    Args:
+        embeddings: the time embedding of each step, before its activation, [steps, width].
+        polynomial: coefficients, the highest power first.
+        threshold: 0 skips nothing; larger ones skip more.
+    """
+    skipped, sum_of_estimates = [], 0.0
+    estimates = np.polyval(polynomial, distances(embeddings))
+    for step in range(1, len(embeddings) - 1):
+        sum_of_estimates += estimates[step]
+        if sum_of_estimates < threshold:
+            skipped.append(step)
+        else:
+            sum_of_estimates = 0.0
+    return skipped
