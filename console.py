@@ -68,6 +68,8 @@ def run(main: Callable[[], None]) -> None:
     Any other exception is a bug, and keeps its traceback. The log of the stage's `Report` gets all of them. Threads
     named BACKGROUND do not delay the end.
     """
+    import hosts  # it imports this module
+
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         for interrupting in (signal.SIGINT, signal.SIGALRM):
             signal.signal(interrupting, _interrupt)
@@ -83,6 +85,7 @@ def run(main: Callable[[], None]) -> None:
         _exit("interrupted; existing files are unchanged", 130)
     except Exception:
         traceback.print_exc()
+        hosts.outlive()
         _leave(1)
 
 
@@ -120,8 +123,13 @@ def _exit(message: str, status: int) -> NoReturn:
 
 
 def _leave(status: int) -> NoReturn:
-    """End the process; at once if a thread in the background, which may be compiling, would crash in an orderly end."""
-    if any(thread.name == BACKGROUND for thread in threading.enumerate()):
+    """End the process; at once where an orderly end would crash, or wait.
+
+    A thread in the background, which may be compiling, would crash. Other processes of the run would be waited for.
+    """
+    import hosts  # it imports this module
+
+    if hosts.are_many() or any(thread.name == BACKGROUND for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -153,7 +161,7 @@ def prepare_libraries() -> None:
     Without a TPU, jax would still try libtpu and print many errors before it falls back to another platform. This
     function therefore sets `JAX_PLATFORMS`, unless the user has set it.
     """
-    if "JAX_PLATFORMS" not in os.environ and not _has_tpu():
+    if "JAX_PLATFORMS" not in os.environ and not has_tpu():
         has_cuda = os.path.exists("/dev/nvidia0") and importlib.metadata.entry_points(group="jax_plugins")
         os.environ["JAX_PLATFORMS"] = "cuda,cpu" if has_cuda else "cpu"
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -163,7 +171,7 @@ def prepare_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # jax, when ffmpeg starts; that is safe
 
 
-def _has_tpu() -> bool:
+def has_tpu() -> bool:
     """Return whether this machine has a TPU on its PCI bus."""
     vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
     return any(Path(vendor).read_text().strip() == "0x1ae0" for vendor in vendors)  # Google's PCI vendor number
@@ -413,6 +421,8 @@ def memory_of(devices: Sequence[Any]) -> list[dict[str, int]]:
     """Return the bytes "in use", at their "peak" and "of" all, of each jax device whose backend tells them."""
     found = []
     for device in devices:
+        if device.process_index != device.client.process_index():
+            continue  # it belongs to another host
         told = device.memory_stats() or {}
         names = {"in use": "bytes_in_use", "peak": "peak_bytes_in_use", "of": "bytes_limit"}
         sizes = {what: told[name] for what, name in names.items() if told.get(name, -1) >= 0}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 import checkpoint
+import hosts
 import tensor_dump
 import utils
 from compilation import Cache, Compiling, add_compilation_options
@@ -50,6 +51,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_dump_options(parser, "step")
     add_profile_option(parser, "step")
+    hosts.add_host_options(parser)
     add_log_options(parser)
     return parser.parse_args()
 
@@ -57,13 +59,15 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run stage 2."""
     arguments = parse_arguments()
+    hosts.join(arguments, inputs=(utils.CONFIG, utils.EMBEDDINGS))
     report = Report("stage2", arguments)
     profile = Profile(arguments.profile, "step", report)
     output_dir = arguments.output_dir or arguments.input_dir
     text_config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES})
     embeddings_path = arguments.input_dir / utils.EMBEDDINGS
     shapes = utils.tensor_shapes(embeddings_path, 1, ("prompt_embeds", "negative_prompt_embeds"), text_config)
-    utils.check_writable(output_dir / utils.LATENTS)
+    if hosts.is_first():
+        utils.check_writable(output_dir / utils.LATENTS)
     model_id = checkpoint.same_model(arguments.model_id, text_config["model_id"])
 
     prepare_libraries()
@@ -84,6 +88,7 @@ def main() -> None:
         from models.transformer import load_parameters, stored_shapes
 
         read = checkpoint.tensor_reader(model_id, "transformer", stored_shapes(plan.transformer))
+        hosts.agree_on_model(model_id, "transformer")
         with plan_errors():
             plan = plan.with_dtype(read("proj_out.weight").dtype)
             traced = make_step(plan, wanted).trace(*abstract_arguments(plan))
@@ -120,14 +125,16 @@ def main() -> None:
 
     with report.phase("save"):
         latents = jax.numpy.transpose(state.latents[:, plan.surplus_frames :], (0, 2, 1, 3, 4))
-        save(latents, config, made_from, output_dir)
+        if hosts.is_first():
+            save(latents, config, made_from, output_dir)
     report.say(f"wrote {output_dir / utils.LATENTS} and {utils.CONFIG}")
     profile.show()
 
     report.add_array("latents", latents)
     for name, value in recorder.summary():
         report.add(name, value)
-    report.close(output_dir, shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
+    if hosts.is_first():
+        report.close(output_dir, shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
 
 
 def draw_preview(state: "State", n: int, config: Mapping, plan: "Plan", path: Path) -> None:
@@ -136,7 +143,8 @@ def draw_preview(state: "State", n: int, config: Mapping, plan: "Plan", path: Pa
 
     predicted = np.asarray(state.pred_original_sample[0, plan.surplus_frames :]).swapaxes(0, 1)
     title = f"step {n} of {plan.num_inference_steps}, the video that it predicts: {config['prompt']}"
-    pictures.preview(predicted, path, pictures.fitted_map(config["model_id"]), title)
+    if hosts.is_first():
+        pictures.preview(predicted, path, pictures.fitted_map(config["model_id"]), title)
 
 
 def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> None:

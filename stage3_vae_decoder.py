@@ -5,12 +5,14 @@ decoder instead.
 """
 
 import argparse
+import collections
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import checkpoint
+import hosts
 import tensor_dump
 import utils
 from compilation import Cache, Compiling, add_compilation_options
@@ -43,6 +45,7 @@ def parse_arguments() -> argparse.Namespace:
     add_decoding_options(parser)
     add_dump_options(parser, "chunk")
     add_profile_option(parser, "chunk")
+    hosts.add_host_options(parser)
     add_log_options(parser)
     return parser.parse_args()
 
@@ -60,13 +63,14 @@ def video_path(text: str) -> Path:
 def main(decoder: str = "torchax") -> None:
     """Run stage 3 with the decoder of `models/vae_<decoder>.py`."""
     arguments = parse_arguments()
+    hosts.join(arguments, inputs=(utils.CONFIG, utils.LATENTS))
     report = Report("stage3", arguments)
     profile = Profile(arguments.profile, "chunk", report)
     output_video = arguments.output_video or arguments.input_dir / utils.VIDEO
     config = utils.read_config(arguments.input_dir, {1: utils.TEXT_ENTRIES, 2: utils.VIDEO_ENTRIES})
     latents_path = arguments.input_dir / utils.LATENTS
     shape = utils.tensor_shapes(latents_path, 2, ("latents",), config)["latents"]
-    for path in filter(None, (output_video, arguments.output_frames)):
+    for path in filter(None, (output_video, arguments.output_frames) if hosts.is_first() else ()):
         utils.check_writable(path)
     model_id = checkpoint.same_model(arguments.model_id, config["model_id"])
     fps = arguments.fps or config["fps"]
@@ -95,6 +99,7 @@ def main(decoder: str = "torchax") -> None:
 
         vae = plan.make_decoder()
         files = weight_files(vae, model_id)
+        hosts.agree_on_model(model_id, "vae")
         abstract = plan.on_devices(files)
         with plan_errors():
             traced = plan.programs(vae, abstract, wanted)
@@ -119,10 +124,13 @@ def main(decoder: str = "torchax") -> None:
     with report.phase("run, with encoding") as run_phase, report.progress("decoding", "frame", plan.frames) as bar:
         functions = map(recorder.recording, profile.traced(programs, len(runs)))
         chunks = decode([*functions], weights, latents, plan.split)
-        frames = write_video(chunks, output_video, fps, bar, keep=arguments.output_frames is not None)
+        if hosts.is_first():
+            frames = write_video(chunks, output_video, fps, bar, keep=arguments.output_frames is not None)
+        else:
+            collections.deque(chunks, maxlen=0)  # its share of each is decoded
     report.add("per frame", f"{run_phase.seconds / plan.frames:.3f} s")
 
-    if arguments.output_frames:
+    if arguments.output_frames and hosts.is_first():
         with report.phase("save frames"):
             save_frames(frames, arguments.output_frames)
     report.say(f"wrote {output_video}" + (f" and {arguments.output_frames}" if arguments.output_frames else ""))
@@ -132,7 +140,8 @@ def main(decoder: str = "torchax") -> None:
     report.add("video", f"{bar.n} frames, {plan.width} x {plan.height}, {fps} frames per second")
     for name, value in recorder.summary():
         report.add(name, value)
-    report.close(output_video.parent)
+    if hosts.is_first():
+        report.close(output_video.parent)
 
 
 def weight_files(vae: "Decoder", model_id: str) -> Any:
