@@ -83,9 +83,9 @@ def run(main: Callable[[], None]) -> None:
         _leave(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         _exit("interrupted; existing files are unchanged", 130)
-    except Exception:
+    except Exception as error:
+        hosts.outlive(error)
         traceback.print_exc()
-        hosts.outlive()
         _leave(1)
 
 

@@ -5,7 +5,6 @@ their number. With one process nothing here does anything. Importing this module
 """
 
 import argparse
-import atexit
 import contextlib
 import hashlib
 import json
@@ -27,7 +26,8 @@ import console
 from console import UserError, number
 
 HEARTBEAT_SECONDS = 20  # a process that is not heard of for so long counts as dead, and all others end
-GATHERING_SECONDS = 300  # in which all processes must have started, and come to each point where they agree
+GATHERING_SECONDS = 300  # in which all processes must have started
+WAITING_SECONDS = 24 * 3600  # for the others, whose downloads may take their time; the dead are noticed anyway
 PORT = 8482  # of process 0 on a TPU slice, where nobody names one; it is jax's choice too
 
 # Options in which the processes may differ; only process 0 prints and logs.
@@ -74,24 +74,23 @@ def are_many() -> bool:
 def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
     """Join the other processes of the run, if there are any, and agree with them; the first thing that a stage does.
 
-    In a process other than process 0 the options change: it is quiet and logs and profiles nothing, and if it has no
-    input files, --input_dir becomes a folder with those of process 0.
+    In a process other than process 0 the options change: it is quiet and logs and profiles nothing, and --input_dir is a
+    copy of the input files of process 0.
 
     Args:
         arguments: the parsed options, those of `add_host_options` and --input_dir among them.
         inputs: names of the stage's files in --input_dir.
 
     Raises:
-        UserError: the options of `add_host_options` do not fit together, the processes differ in their options,
-            input files or versions, or an option works with one process only.
+        UserError: the options of `add_host_options` do not fit together, the processes differ in their options
+            or versions, or an option works with one process only.
     """
     place = _place(arguments)
     if place is None:
         return
-    if getattr(arguments, "dump", None):
-        raise UserError(f"--dump works with one process, not with {place[1]}; use one host, or drop --dump")
     Run.process, Run.processes = place[2], place[1]
-    _name_errors()
+    scratch = Path(tempfile.mkdtemp(prefix="cogvideox-"))
+    _start_relay(scratch)
     console.prepare_libraries()
     import jax
 
@@ -107,10 +106,13 @@ def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
         | {f"the version of {name}": version for name, version in console.versions(*console.LIBRARIES).items()}
         | {"the version of Python": sys.version.split()[0], "the files of this project": _sources()}
     )
-    arguments.input_dir = _same_inputs(arguments.input_dir, inputs)
-    if getattr(arguments, "executable", None):
+    _share_inputs(arguments.input_dir, inputs, scratch)
+    if arguments.dump:
+        _end_together(f"--dump works with one process, not with {place[1]}; use one host, or drop --dump")
+    if arguments.executable:
         agree({f"--executable {arguments.executable}": _digest(arguments.executable)})
     if not is_first():
+        arguments.input_dir = scratch
         arguments.quiet, arguments.verbose, arguments.log_json, arguments.profile = True, False, None, None
 
 
@@ -128,9 +130,8 @@ def agree(values: Mapping[str, str]) -> None:
         for name in dict.fromkeys([*found[0], *theirs]):
             ours = found[0].get(name), theirs.get(name)
             if ours[0] != ours[1]:
-                _disband()
                 shown = "" if any(value and len(value) == 64 for value in ours) else f": {ours[1]}, not {ours[0]}"
-                raise UserError(f"process {process} differs from process 0 in {name}{shown}; start all of them alike")
+                _end_together(f"process {process} differs from process 0 in {name}{shown}; start all of them alike")
 
 
 def agree_on_model(model_id: str, component: str) -> None:
@@ -146,10 +147,9 @@ def agree_on_model(model_id: str, component: str) -> None:
     agree({f"the model's file {component}/{file.name}": _digest(file) for file in files})
 
 
-def outlive() -> None:
-    """Wait so long that jax ends this process, if what went wrong in it is that another one has ended."""
-    if are_many():
-        sys.stderr.flush()
+def outlive(error: Exception) -> None:
+    """Wait so long that jax ends this process if the error, from the devices, is there because another one has ended."""
+    if are_many() and type(error).__name__ == "JaxRuntimeError":
         time.sleep(HEARTBEAT_SECONDS + 10)
 
 
@@ -206,7 +206,7 @@ def _exchange(name: str, value: bytes) -> list[bytes]:
     client = _client()
     client.key_value_set_bytes(f"{name}/{Run.process}", value)
     keys = [f"{name}/{process}" for process in range(Run.processes)]
-    return [client.blocking_key_value_get_bytes(key, 1000 * GATHERING_SECONDS) for key in keys]
+    return [client.blocking_key_value_get_bytes(key, 1000 * WAITING_SECONDS) for key in keys]
 
 
 def _client() -> Any:
@@ -216,36 +216,16 @@ def _client() -> Any:
     return distributed.global_state.client
 
 
-def _same_inputs(folder: Path, names: Sequence[str]) -> Path:
-    """Return the folder with the input files: `folder`, or, where it has none of them, a copy of that of process 0.
-
-    Raises:
-        UserError: a process has other files than process 0.
-    """
-    own = {name: (folder / name).read_bytes() if (folder / name).is_file() else None for name in names}
-    digests = json.dumps({name: content and hashlib.sha256(content).hexdigest() for name, content in own.items()})
-    first, *others = (json.loads(found) for found in _exchange("inputs", digests.encode()))
-    for process, theirs in enumerate(others, 1):
-        differing = [name for name, digest in theirs.items() if digest not in (None, first[name])]
-        if differing:
-            _disband()
-            raise UserError(
-                f"process {process} has another {folder / differing[0]} than process 0; "
-                "remove it there, and the process gets that of process 0"
-            )
-    lacking = [name for theirs in others for name, digest in theirs.items() if digest != first[name]]
-    if lacking and is_first():
-        for name in set(lacking):
-            _client().key_value_set_bytes(f"input {name}", own[name])
-    if is_first() or all(own[name] is not None or first[name] is None for name in names):
-        return folder
-    copy = Path(tempfile.mkdtemp(prefix="cogvideox-"))
-    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+def _share_inputs(folder: Path, names: Sequence[str], copy: Path) -> None:
+    """Send the files that process 0 has in `folder` to all others, which write them to their folder `copy`."""
     for name in names:
-        if first[name] is not None:
-            content = own[name] or _client().blocking_key_value_get_bytes(f"input {name}", 1000 * GATHERING_SECONDS)
+        if is_first():
+            content = b""  # which is what process 0 says of a file that it cannot read
+            with contextlib.suppress(OSError):
+                content = (folder / name).read_bytes()
+            _client().key_value_set_bytes(f"input {name}", content)
+        elif content := _client().blocking_key_value_get_bytes(f"input {name}", 1000 * WAITING_SECONDS):
             (copy / name).write_bytes(content)
-    return copy
 
 
 def _digest(file: Path) -> str:
@@ -270,19 +250,21 @@ def _sources() -> str:
 # --- The end -----------------------------------------------------------------------------------------------------
 
 
-def _disband() -> None:
-    """Part from the other processes, which all do the same now; each can then end as if it were alone."""
+def _end_together(message: str) -> NoReturn:
+    """Part from the other processes, which all do the same now, and raise UserError, as if this one were alone."""
     import jax
 
     jax.distributed.shutdown()
     Run.processes = 1
+    raise UserError(message)
 
 
-def _name_errors() -> None:
+def _start_relay(scratch: Path) -> None:
     """Let lines on stderr begin with the process' number, and jax's report that another one died be one line.
 
-    A program that lives as long as this one reads what comes, because jax ends this one when another has died. What
-    libraries print on stdout is thrown away. Only process 0's own lines and its progress bar go where they always go.
+    A program that ends after this one reads what comes, because jax ends this one when another has died; it also removes
+    the folder `scratch`. What libraries print on stdout is thrown away. Only process 0's own lines and its progress bar
+    go where they always go.
     """
     if is_first():
         sys.stdout, sys.stderr = (_own_stream(stream) for stream in (sys.stdout, sys.stderr))
@@ -295,6 +277,7 @@ def _name_errors() -> None:
             os.close(writing)
             with open(reading, errors="replace") as lines, open(2, "w", buffering=1, closefd=False) as out:
                 relay(lines, out, Run.process, Path(sys.argv[0]).name)
+        shutil.rmtree(scratch, ignore_errors=True)
         os._exit(0)
     os.close(reading)
     os.dup2(writing, 2)
