@@ -74,8 +74,8 @@ def are_many() -> bool:
 def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
     """Join the other processes of the run, if there are any, and agree with them; the first thing that a stage does.
 
-    In a process other than process 0 the options change: it is quiet and logs and profiles nothing, and --input_dir is a
-    copy of the input files of process 0.
+    In a process other than process 0 the options change: it is quiet and logs and profiles nothing, and --input_dir is
+    a copy of the input files of process 0.
 
     Args:
         arguments: the parsed options, those of `add_host_options` and --input_dir among them.
@@ -91,6 +91,8 @@ def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
     Run.process, Run.processes = place[2], place[1]
     scratch = Path(tempfile.mkdtemp(prefix="cogvideox-"))
     _start_relay(scratch)
+    if is_first() and not arguments.quiet:
+        print(f"process 0 of {place[1]}, which waits for the others at {place[0]}", flush=True)
     console.prepare_libraries()
     import jax
 
@@ -100,7 +102,9 @@ def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
         )
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot join the run at --coordinator_address {place[0]}: {reason}; try another port") from None
+        raise UserError(
+            f"cannot join the run at --coordinator_address {place[0]}: {reason}; try another port"
+        ) from None
     agree(
         {f"--{name}": str(value) for name, value in vars(arguments).items() if name not in OWN}
         | {f"the version of {name}": version for name, version in console.versions(*console.LIBRARIES).items()}
@@ -135,7 +139,7 @@ def agree(values: Mapping[str, str]) -> None:
 
 
 def agree_on_model(model_id: str, component: str) -> None:
-    """Compare the files of a model's component, which each host reads from its own disk: configs and headers of weights.
+    """Compare the files of a model's component, which each host reads by itself: configs and headers of weights.
 
     Raises:
         UserError: see `agree`.
@@ -148,7 +152,7 @@ def agree_on_model(model_id: str, component: str) -> None:
 
 
 def outlive(error: Exception) -> None:
-    """Wait so long that jax ends this process if the error, from the devices, is there because another one has ended."""
+    """Wait so long that jax ends this process if the error came from the devices because another process has ended."""
     if are_many() and type(error).__name__ == "JaxRuntimeError":
         time.sleep(HEARTBEAT_SECONDS + 10)
 
@@ -262,9 +266,9 @@ def _end_together(message: str) -> NoReturn:
 def _start_relay(scratch: Path) -> None:
     """Let lines on stderr begin with the process' number, and jax's report that another one died be one line.
 
-    A program that ends after this one reads what comes, because jax ends this one when another has died; it also removes
-    the folder `scratch`. What libraries print on stdout is thrown away. Only process 0's own lines and its progress bar
-    go where they always go.
+    A program that ends after this one reads what comes, because jax ends this one when another has died; it also
+    removes the folder `scratch`. What libraries print on stdout is thrown away. Only process 0's own lines and its
+    progress bar go where they always go.
     """
     if is_first():
         sys.stdout, sys.stderr = (_own_stream(stream) for stream in (sys.stdout, sys.stderr))

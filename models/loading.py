@@ -42,8 +42,8 @@ def load_arrays(
 ) -> dict[Key, jax.Array]:
     """Load arrays onto the devices of a mesh.
 
-    There is a thread for each device of this host and one more, so that some parts are read while others travel. The host holds as
-    many parts at a time.
+    There is a thread for each device of this host and one more, so that some parts are read while others travel. The
+    host holds as many parts at a time.
 
     Args:
         wanted: shape, dtype and sharding (a `NamedSharding` over the mesh) of each array, by a key.
