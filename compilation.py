@@ -91,7 +91,7 @@ class Cache:
         jax.monitoring.register_event_duration_secs_listener(self._hear_duration)
 
     def _prepare(self, folder: Path) -> bool:
-        """Make the folder, and return whether files can be written there; switch the cache off if there is no folder."""
+        """Make the folder, and return whether files can be written there; without a folder switch the cache off."""
         if "://" in str(folder):  # cloud storage, which jax can use
             return True
         try:
