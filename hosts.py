@@ -96,6 +96,7 @@ def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
     console.prepare_libraries()
     import jax
 
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM
     try:
         jax.distributed.initialize(
             *place, initialization_timeout=GATHERING_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
