@@ -139,17 +139,19 @@ def agree(values: Mapping[str, str]) -> None:
                 _end_together(f"process {process} differs from process 0 in {name}{shown}; start all of them alike")
 
 
-def agree_on_model(model_id: str, component: str) -> None:
-    """Compare the files of a model's component, which each host reads by itself: configs and headers of weights.
+def agree_on_model(model_id: str, component: str, *others: str) -> None:
+    """Compare what each host reads of the model: headers of a component's weights, its config and those of others.
 
     Raises:
         UserError: see `agree`.
     """
     if not are_many():
         return
-    folder = checkpoint.model_folder(model_id, []) / component
-    files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
-    agree({f"the model's file {component}/{file.name}": _digest(file) for file in files})
+    folder = checkpoint.model_folder(model_id, [])
+    files = sorted((folder / component).glob("*.safetensors"))
+    for name in (component, *others):
+        files += sorted((folder / name).glob("*config.json"))
+    agree({f"the model's file {file.relative_to(folder)}": _digest(file) for file in files})
 
 
 def outlive(error: Exception) -> None:

@@ -88,7 +88,7 @@ def main() -> None:
         from models.transformer import load_parameters, stored_shapes
 
         read = checkpoint.tensor_reader(model_id, "transformer", stored_shapes(plan.transformer))
-        hosts.agree_on_model(model_id, "transformer")
+        hosts.agree_on_model(model_id, "transformer", "vae", "scheduler")
         with plan_errors():
             plan = plan.with_dtype(read("proj_out.weight").dtype)
             traced = make_step(plan, wanted).trace(*abstract_arguments(plan))

@@ -2,12 +2,14 @@
 
 import argparse
 import io
+import itertools
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from tests.helpers import (
     SIZE,
     STAGE2,
     STAGE3,
+    TINY_MODEL,
     contents,
     stage_command,
     stage_environment,
@@ -201,6 +204,45 @@ def test_place_on_a_slice(monkeypatch):
     assert hosts._place(options(num_processes=1)) is None
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     assert hosts._place(options()) is None
+
+
+def test_model_files_that_differ(tiny_copy, monkeypatch):
+    """A cut file of weights, a header of other weights, a config: each is named, and equal copies pass."""
+    ours, theirs = tiny_copy(), tiny_copy()
+    values: list[bytes] = []
+
+    def both(name: str, value: bytes) -> list[bytes]:
+        values.append(value)
+        return [values[0], value]
+
+    monkeypatch.setattr(hosts, "_exchange", both)
+
+    def compare() -> None:
+        values.clear()
+        for folder in (ours, theirs):
+            monkeypatch.setattr(hosts.Run, "processes", 2)
+            hosts.agree_on_model(str(folder), "transformer", "scheduler")
+
+    compare()
+    for name, at in (
+        ("transformer/diffusion_pytorch_model.safetensors", 100),
+        ("transformer/config.json", 100),
+        ("scheduler/scheduler_config.json", 100),
+    ):
+        content = (theirs / name).read_bytes()
+        for other in (content[:-1], content[:at] + b"#" + content[at + 1 :]):
+            (theirs / name).write_bytes(other)
+            with pytest.raises(UserError, match=f"process 1 differs from process 0 in the model's file {name};"):
+                compare()
+        (theirs / name).write_bytes(content)
+    compare()
+
+
+@pytest.fixture
+def tiny_copy(tmp_path) -> Callable[[], Path]:
+    """Return a function that copies the tiny model to a new folder."""
+    numbers = itertools.count()
+    return lambda: Path(shutil.copytree(TINY_MODEL, tmp_path / str(next(numbers))))
 
 
 def test_relay():
