@@ -298,7 +298,9 @@ class Report:
 
     def plan(self, plan: Any) -> None:
         """Tell the plan of the run, a dataclass, and its devices, whose memory is told from now on."""
-        self._devices = plan.devices
+        import hosts  # it imports this module
+
+        self._devices = hosts.own(plan.devices)
         self._timings["devices"] = f"{len(plan.devices)} x {plan.devices[0].device_kind}"
         places = [(device.id, device.device_kind, getattr(device, "coords", None)) for device in plan.devices]
         self.event("devices", devices=[dict(zip(("id", "kind", "coords"), place, strict=True)) for place in places])
@@ -421,8 +423,6 @@ def memory_of(devices: Sequence[Any]) -> list[dict[str, int]]:
     """Return the bytes "in use", at their "peak" and "of" all, of each jax device whose backend tells them."""
     found = []
     for device in devices:
-        if device.process_index != device.client.process_index():
-            continue  # it belongs to another host
         told = device.memory_stats() or {}
         names = {"in use": "bytes_in_use", "peak": "peak_bytes_in_use", "of": "bytes_limit"}
         sizes = {what: told[name] for what, name in names.items() if told.get(name, -1) >= 0}

@@ -71,6 +71,11 @@ def are_many() -> bool:
     return Run.processes > 1
 
 
+def own(devices: Sequence[Any]) -> list[Any]:
+    """Return the jax devices of this process, the only ones that it can ask for their memory."""
+    return [device for device in devices if not are_many() or device.process_index == Run.process]
+
+
 def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
     """Join the other processes of the run, if there are any, and agree with them; the first thing that a stage does.
 
