@@ -21,6 +21,7 @@ import hosts
 from console import UserError
 from tests.helpers import (
     LATENTS,
+    ROOT,
     SIZE,
     STAGE2,
     STAGE3,
@@ -37,7 +38,7 @@ STEPS = ("--num_inference_steps", 900)  # more than come before a process is kil
 class Processes:
     """Several processes that run a stage, each in a working directory of its own."""
 
-    def __init__(self, folder: Path, count: int, script: str, *arguments: object, own: dict | None = None):
+    def __init__(self, folder: Path, count: int, script: str | Path, *arguments: object, own: dict | None = None):
         with socket.create_server(("localhost", 0)) as free:
             address = f"localhost:{free.getsockname()[1]}"
         environment = stage_environment() | {
@@ -119,6 +120,39 @@ def test_frames_of_two_processes(one_process, tmp_path):
     error = np.abs(ours - wanted)
     assert wanted.std() > 1 and error.max() <= 1, f"frames differ by up to {error.max()} levels"
     assert (error > 0).mean() < 0.01, f"{(error > 0).mean():.2%} of the values differ"
+
+
+LOADING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from models import loading, sharding
+jax.distributed.initialize(sys.argv[7], int(sys.argv[3]), int(sys.argv[5]))
+mesh = sharding.make_mesh({"dp": 2, "sp": 2, "tp": 2}, jax.devices())  # dp is one host or the other
+values = [np.random.default_rng(i).random((2048, 1024), np.float32) for i in range(3)]
+specs = PartitionSpec(), PartitionSpec("tp"), PartitionSpec(None, ("dp", "sp", "tp"))
+wanted = {
+    i: jax.ShapeDtypeStruct(values[i].shape, np.float32, sharding=NamedSharding(mesh, specs[i])) for i in range(3)
+}
+read = [0, 0, 0]
+def fill(i, index, part):
+    part[...] = values[i][index]
+    read[i] += part.size
+for i, array in loading.load_arrays(wanted, fill, scatter=True).items():
+    assert all(np.array_equal(shard.data, values[i][shard.index]) for shard in array.addressable_shards), i
+print(sys.argv[5], "read", [part / values[0].size for part in read], file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+def test_each_host_reads_its_share_of_the_weights(tmp_path):
+    """Of what all chips hold, of what those of a host share, and of what is split over all: a half of each."""
+    (tmp_path / "load.py").write_text(LOADING)
+    processes = Processes(tmp_path, 2, tmp_path / "load.py", ROOT)
+    processes.check()
+    for i in range(2):
+        assert f"{i} read [0.5, 0.5, 0.5]" in processes.stderr(i), processes.stderr(i)
 
 
 @pytest.mark.slow
