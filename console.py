@@ -84,6 +84,8 @@ def run(main: Callable[[], None]) -> None:
     So it is with what the system refuses. Any other exception is a bug, and keeps its traceback, as all do with
     --debug. The log of the stage's `Report` gets all of them. Threads named BACKGROUND do not delay the end.
     """
+    import hosts  # it imports this module
+
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what the terminal cannot show
     for number in SIGNALS:
         if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):  # nohup and shells ignore some
@@ -100,10 +102,10 @@ def run(main: Callable[[], None]) -> None:
         _stop_printing()
         _leave(128 + signal.SIGPIPE)
     except KeyboardInterrupt as interrupt:
-        _exit(
-            str(interrupt) or "interrupted; existing files are unchanged", 128 + (Interruption.number or signal.SIGINT)
-        )
-    except Exception:
+        message = str(interrupt) or "interrupted; existing files are unchanged"
+        _exit(message, 128 + (Interruption.number or signal.SIGINT))
+    except Exception as error:
+        hosts.outlive(error)
         traceback.print_exc()
         _leave(1)
 
@@ -192,8 +194,13 @@ def _exit(message: str, status: int) -> NoReturn:
 
 
 def _leave(status: int) -> NoReturn:
-    """End the process; at once if a thread in the background, which may be compiling, would crash in an orderly end."""
-    if any(thread.name == BACKGROUND for thread in threading.enumerate()):
+    """End the process; at once where an orderly end would crash, or wait.
+
+    A thread in the background, which may be compiling, would crash. Other processes of the run would be waited for.
+    """
+    import hosts  # it imports this module
+
+    if hosts.are_many() or any(thread.name == BACKGROUND for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -238,7 +245,7 @@ def prepare_libraries() -> None:
     user has set it.
     """
     has_cuda = os.path.exists("/dev/nvidia0") and importlib.metadata.entry_points(group="jax_plugins")
-    os.environ.setdefault("JAX_PLATFORMS", "tpu,cpu" if _has_tpu() else "cuda,cpu" if has_cuda else "cpu")
+    os.environ.setdefault("JAX_PLATFORMS", "tpu,cpu" if has_tpu() else "cuda,cpu" if has_cuda else "cpu")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -274,7 +281,7 @@ def devices() -> "list[jax.Device]":
                 sys.stderr.write(printed.read().decode(errors="replace"))
 
 
-def _has_tpu() -> bool:
+def has_tpu() -> bool:
     """Return whether this machine has a TPU on its PCI bus."""
     vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
     return any(Path(vendor).read_text().strip() == "0x1ae0" for vendor in vendors)  # Google's PCI vendor number
@@ -410,7 +417,9 @@ class Report:
 
     def plan(self, plan: Any) -> None:
         """Tell the plan of the run, a dataclass, and its devices, whose memory is told from now on."""
-        self._devices = plan.devices
+        import hosts  # it imports this module
+
+        self._devices = hosts.own(plan.devices)
         self._timings["devices"] = f"{len(plan.devices)} x {plan.devices[0].device_kind}"
         places = [(device.id, device.device_kind, getattr(device, "coords", None)) for device in plan.devices]
         self.event("devices", devices=[dict(zip(("id", "kind", "coords"), place, strict=True)) for place in places])

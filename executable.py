@@ -52,6 +52,7 @@ def description(what: str, devices: Sequence[jax.Device], traced: Sequence[jax.s
     return {
         "program": what,
         "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "device numbers": sorted(device.id for device in devices),  # others, if several processes share a CPU
         "options": {name: str(value) for name, value in options.items()},
         "argument shapes": hashlib.sha256(json.dumps(arguments).encode()).hexdigest(),
         "versions": versions(*LIBRARIES),

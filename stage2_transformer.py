@@ -15,6 +15,7 @@ import numpy as np
 
 import checkpoint
 import console
+import hosts
 import provenance
 import tensor_dump
 import utils
@@ -93,6 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_dump_options(parser, "step")
     add_profile_option(parser, "step")
+    hosts.add_host_options(parser)
     add_log_options(parser)
     given, _ = parser.parse_known_args()
     parser.set_defaults(**utils.PRESETS[given.preset])
@@ -102,16 +104,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run stage 2."""
     arguments = parse_arguments()
+    hosts.join(arguments, inputs=(utils.CONFIG, utils.EMBEDDINGS))
     report = Report("stage2", arguments)
     profile = Profile(arguments.profile, "step", report)
     output_dir = arguments.output_dir or arguments.input_dir
     text_config = utils.read_config(arguments.input_dir, TextConfig)
-    console.at_end.enter_context(writing.claimed(output_dir, "stage2"))
+    if hosts.is_first():
+        console.at_end.enter_context(writing.claimed(output_dir, "stage2"))
     embeddings_path = arguments.input_dir / utils.EMBEDDINGS
     names = ("prompt_embeds", "negative_prompt_embeds")
     shapes = utils.tensor_shapes(embeddings_path, 1, names, text_config, force=arguments.force)
     model_id = checkpoint.same_model(arguments.model_id, text_config["model_id"])
-    outputs = [("--output_dir", output_dir / name) for name in (utils.LATENTS, utils.CONFIG)]
+    outputs = [("--output_dir", output_dir / name) for name in (utils.LATENTS, utils.CONFIG) if hosts.is_first()]
     writing.check_outputs(outputs, [embeddings_path, arguments.executable, arguments.log_json], model_id)
 
     prepare_libraries()
@@ -132,6 +136,7 @@ def main() -> None:
         from models.transformer import load_parameters, stored_shapes
 
         read = checkpoint.tensor_reader(model_id, "transformer", stored_shapes(plan.transformer))
+        hosts.agree_on_model(model_id, "transformer", "vae", "scheduler")
         with plan_errors():
             plan = plan.with_dtype(read("proj_out.weight").dtype)
             kinds = [False, True] if plan.step_cache else [False]  # whether the step skips the blocks
@@ -146,7 +151,8 @@ def main() -> None:
         steps = plan.num_inference_steps
         made = provenance.describe("stage2", [embeddings_path], arguments)
         state_file = StateFile(output_dir, decides(plan, config, made), arguments.checkpoint_every, report)
-        saved = None if arguments.dump else state_file.load(arguments.restart)
+        keeps_state = not arguments.dump and not hosts.are_many()
+        saved = state_file.load(arguments.restart) if keeps_state else None
         programs_of_run = [traced[i in skipped] for i in range(steps)]
         recorder = dump_recorder(arguments, "stage2", "step", made_from, plan.parallelism.mesh, programs_of_run)
         compiling = Compiling(arguments, "denoising step", plan, traced, cache, report)
@@ -182,7 +188,7 @@ def main() -> None:
                 if arguments.preview_every and bar.n % arguments.preview_every == 0:
                     with report.aside("previews"):
                         draw_preview(state, bar.n, config, plan, output_dir / utils.PREVIEW)
-                if not arguments.dump and bar.n < steps:
+                if keeps_state and bar.n < steps:
                     state_file.keep(denoising, state, now=Interruption.number is not None)
                 if Interruption.number and bar.n < steps:
                     raise KeyboardInterrupt(state_file.farewell(bar.n, steps))
@@ -191,15 +197,17 @@ def main() -> None:
 
         with report.phase("save"):
             latents = jax.numpy.transpose(state.latents[:, plan.surplus_frames :], (0, 2, 1, 3, 4))
-            save(latents, config, made_from | made, output_dir)
-            state_file.remove()
+            if hosts.is_first():
+                save(latents, config, made_from | made, output_dir)
+                state_file.remove()
     report.say(f"wrote {output_dir / utils.LATENTS} and {utils.CONFIG}")
     profile.show()
 
     report.add_array("latents", latents)
     for name, value in recorder.summary():
         report.add(name, value)
-    report.close(output_dir, shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
+    if hosts.is_first():
+        report.close(output_dir, shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
 
 
 def warn_if_not_finite(finite_steps: int, steps: int, report: Report) -> None:
@@ -217,7 +225,8 @@ def draw_preview(state: "State", n: int, config: Mapping, plan: "Plan", path: Pa
 
     predicted = np.asarray(state.pred_original_sample[0, plan.surplus_frames :]).swapaxes(0, 1)
     title = f"step {n} of {plan.num_inference_steps}, the video that it predicts: {config['prompt']}"
-    pictures.preview(predicted, path, pictures.fitted_map(config["model_id"]), title)
+    if hosts.is_first():
+        pictures.preview(predicted, path, pictures.fitted_map(config["model_id"]), title)
 
 
 def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> None:

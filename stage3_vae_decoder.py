@@ -5,6 +5,7 @@ decoder instead.
 """
 
 import argparse
+import collections
 import contextlib
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import checkpoint
 import console
+import hosts
 import provenance
 import tensor_dump
 import timings
@@ -62,6 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     add_decoding_options(parser)
     add_dump_options(parser, "chunk")
     add_profile_option(parser, "chunk")
+    hosts.add_host_options(parser)
     add_log_options(parser)
     return parser.parse_args()
 
@@ -79,16 +82,19 @@ def video_path(text: str) -> Path:
 def main(decoder: str = "torchax") -> None:
     """Run stage 3 with the decoder of `models/vae_<decoder>.py`."""
     arguments = parse_arguments()
+    hosts.join(arguments, inputs=(utils.CONFIG, utils.LATENTS))
     report = Report("stage3", arguments)
     profile = Profile(arguments.profile, "chunk", report)
     output_video = arguments.output_video or arguments.input_dir / utils.VIDEO
     config = utils.read_config(arguments.input_dir, VideoConfig)
-    console.at_end.enter_context(writing.claimed(output_video.parent, "stage3"))
+    if hosts.is_first():
+        console.at_end.enter_context(writing.claimed(output_video.parent, "stage3"))
     latents_path = arguments.input_dir / utils.LATENTS
     shape = utils.tensor_shapes(latents_path, 2, ("latents",), config, finite=False, force=arguments.force)["latents"]
     provenance.check_inputs(latents_path, arguments.force)
     model_id = checkpoint.same_model(arguments.model_id, config["model_id"])
-    outputs = [("--output_video", output_video), ("--output_frames", arguments.output_frames)]
+    options = [("--output_video", output_video), ("--output_frames", arguments.output_frames)]
+    outputs = options if hosts.is_first() else []
     inputs = [latents_path, arguments.input_dir / utils.CONFIG, output_video.parent / timings.FILE]
     writing.check_outputs(outputs, [*inputs, arguments.executable, arguments.log_json], model_id)
     check_ffmpeg()
@@ -121,6 +127,7 @@ def main(decoder: str = "torchax") -> None:
 
         vae = plan.make_decoder()
         files = weight_files(vae, model_id)
+        hosts.agree_on_model(model_id, "vae")
         abstract = plan.on_devices(files)
         with plan_errors():
             traced = plan.programs(vae, abstract, wanted)
@@ -146,10 +153,13 @@ def main(decoder: str = "torchax") -> None:
         functions = map(recorder.recording, profile.traced(programs, len(runs)))
         chunks = decode([*functions], weights, latents, plan.split)
         made = provenance.describe("stage3", [latents_path], arguments)
-        frames = write_video(chunks, output_video, fps, made, bar, keep=arguments.output_frames is not None)
+        if hosts.is_first():
+            frames = write_video(chunks, output_video, fps, made, bar, keep=arguments.output_frames is not None)
+        else:
+            collections.deque(chunks, maxlen=0)  # its share of each is decoded
     report.add("per frame", f"{run_phase.seconds / plan.frames:.3f} s")
 
-    if arguments.output_frames:
+    if arguments.output_frames and hosts.is_first():
         with report.phase("save frames"):
             save_frames(frames, arguments.output_frames, made_from | made)
     report.say(f"wrote {output_video}" + (f" and {arguments.output_frames}" if arguments.output_frames else ""))
@@ -159,7 +169,8 @@ def main(decoder: str = "torchax") -> None:
     report.add("video", f"{bar.n} frames, {plan.width} x {plan.height}, {fps} frames per second")
     for name, value in recorder.summary():
         report.add(name, value)
-    report.close(output_video.parent)
+    if hosts.is_first():
+        report.close(output_video.parent)
 
 
 def weight_files(vae: "Decoder", model_id: str) -> Any:

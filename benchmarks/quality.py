@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 import checkpoint
+import console
 import utils
 import writing
 from console import ArgumentParser, UserError, error_message, number, prepare_libraries, run
@@ -227,7 +228,7 @@ def run_stages(model: Path, case: Case, stage2_options: Sequence[str], folder: P
         command_line, sys.argv = sys.argv, [stage.__name__, *map(str, options)]
         said = io.StringIO()
         try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), console.at_end:
                 stage.main()
         except SystemExit:  # a wrong option; the message is the last line
             raise UserError(error_message(said.getvalue())) from None

@@ -49,6 +49,8 @@ TOPOLOGIES = {
     "v6e-1": ("v6e:1x1", {"chips_per_host_bounds": [1, 1, 1]}),
     "v6e-4": ("v6e:2x2", {}),
     "v6e-8": ("v6e:2x4", {}),
+    "v6e-16": ("v6e:4x4", {}),
+    "v6e-32": ("v6e:4x8", {}),
     "v5e-1": ("v5e:1x1", {"chips_per_host_bounds": [1, 1, 1]}),
     "v5e-4": ("v5e:2x2", {}),
     "v5e-8": ("v5e:2x4", {}),

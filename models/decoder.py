@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from models import tap
+from models.sharding import to_devices
 from models.spatial_split import Split
 
 # AutoencoderKLCogVideoX.num_latent_frames_batch_size. The group norms see one chunk at a time, so the chunks are part
@@ -119,10 +120,12 @@ def decode(programs: Sequence[Callable], weights: Any, latents: np.ndarray, spli
     cache: list[Any] = []  # the first program takes none
     waiting: jax.Array | None = None
     for i, size in enumerate(sizes):
-        tiles = jax.device_put(split.tiles(latents[:, :, starts[i] : starts[i] + size]), split.latents)
+        tiles = to_devices(split.tiles(latents[:, :, starts[i] : starts[i] + size]), split.latents)
         pixels, *cache = programs[min(i, 1)](weights, tiles, *cache)
         if i == 0 and size % 2 == 0:
             pixels = pixels[len(pixels) // size - 1 :]
+        if not pixels.is_fully_addressable:  # other hosts have a part of them
+            pixels = jax.jit(_whole, out_shardings=split.replicated)(pixels)
         pixels.copy_to_host_async()
         if waiting is not None:
             yield _frames(waiting, latents, split)
@@ -136,6 +139,11 @@ def warm_up(programs: Sequence[Callable], weights: Any, latents: np.ndarray, spl
     used = sum(chunk_sizes(latents.shape[2])[:2])
     for _ in decode(programs, weights, latents[:, :, :used], split):
         pass
+
+
+def _whole(pixels: jax.Array) -> jax.Array:
+    """Return the pixels, to be compiled so that each chip has all of them."""
+    return pixels
 
 
 def _frames(pixels: jax.Array, latents: np.ndarray, split: Split) -> np.ndarray:

@@ -19,7 +19,7 @@ from models import tap
 from models.attention import Attention
 from models.plan_error import PlanError
 from models.scheduler import SAMPLERS, AffineScheduler, Sampler, make_scheduler
-from models.sharding import LAYOUTS, MESH_AXES, Parallelism, make_mesh, mesh_sizes
+from models.sharding import LAYOUTS, MESH_AXES, Parallelism, make_mesh, mesh_sizes, to_devices
 from models.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
 from models.transformer import (
     HIDDEN_STATES,
@@ -428,7 +428,7 @@ class Denoising:
         if plan.guided:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         rotary = rotary_embedding(plan.transformer, plan.latent_shape)
-        self.condition = Condition(self._to_device(prompt_embeds, plan.dtype), jax.device_put(rotary, self._replicated))
+        self.condition = Condition(self._to_device(prompt_embeds, plan.dtype), to_devices(rotary, self._replicated))
 
     def arguments(self) -> StepArguments:
         """Return the arguments of the first step."""
@@ -507,10 +507,10 @@ class Denoising:
             jnp.asarray(scheduler.coefficients[i]),
             jnp.float32(plan.guidance_at(int(scheduler.timesteps[i]))),
         )
-        timestep, coefficients, guidance_scale = jax.device_put(scalars, self._replicated)
+        timestep, coefficients, guidance_scale = to_devices(scalars, self._replicated)
         noise_on_device = None if noise is None else self._to_device(noise, plan.dtype)
         return StepInputs(timestep, coefficients, noise_on_device, guidance_scale)
 
     def _to_device(self, tensor: "torch.Tensor", dtype: jax.typing.DTypeLike) -> jax.Array:
         """Copy a tensor to all devices as an array of `dtype`."""
-        return jax.device_put(jnp.from_dlpack(tensor.contiguous()).astype(dtype).copy(), self._replicated)
+        return to_devices(jnp.from_dlpack(tensor.contiguous()).astype(dtype).copy(), self._replicated)

@@ -42,8 +42,8 @@ def load_arrays(
 ) -> dict[Key, jax.Array]:
     """Load arrays onto the devices of a mesh.
 
-    There is a thread for each device and one more, so that some parts are read while others travel. The host holds as
-    many parts at a time.
+    There is a thread for each device of this host and one more, so that some parts are read while others travel. The
+    host holds as many parts at a time.
 
     Args:
         wanted: shape, dtype and sharding (a `NamedSharding` over the mesh) of each array, by a key.
@@ -65,7 +65,7 @@ def load_arrays(
         return jax.block_until_ready([jax.device_put(part, device) for device in devices])
 
     arrived: dict[Key, list[jax.Array]] = {key: [] for key in sent}
-    with ThreadPoolExecutor(mesh.size + 1) as pool:
+    with ThreadPoolExecutor(len(mesh.local_devices) + 1) as pool:
         gather = pool.submit(compile_gather, wanted, scatters) if scatters else None
         for (key, *_), arrays in zip(parts, pool.map(send, *zip(*parts, strict=True)), strict=True):
             arrived[key] += arrays

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -147,6 +148,24 @@ class Parallelism:
     def sharding(self, *spec: str | tuple[str, ...] | None) -> NamedSharding:
         """Return `NamedSharding(mesh, PartitionSpec(*spec))`; without arguments, that of replicated arrays."""
         return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+
+def to_devices(arrays: Any, sharding: NamedSharding) -> Any:
+    """Copy a tree of arrays from the host to the devices of `sharding`; with several hosts, all must have the same.
+
+    For several hosts `jax.device_put` would compare what they have, which takes a program and an exchange.
+    """
+    if sharding.is_fully_addressable:
+        return jax.device_put(arrays, sharding)
+
+    def parts(array: jax.typing.ArrayLike) -> jax.Array:
+        array = np.asarray(array)
+        places = sharding.addressable_devices_indices_map(array.shape)
+        # Each device gets a copy of its own, because a program that the array is donated to writes to it.
+        copies = [jax.device_put(np.array(array[index]), device) for device, index in places.items()]
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, copies)
+
+    return jax.tree.map(parts, arrays)
 
 
 def mesh_sizes(devices: int, heads: int, batch: int, use_dp: bool, sp_num: int | None = None) -> dict[str, int]:

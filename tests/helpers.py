@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_MODEL = ROOT / "tiny_model"  # trained; the models that the fixtures make are not
@@ -68,6 +68,11 @@ def stage_command(script: str | Path, *arguments: object) -> list[str]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Return the content of every file below `folder`, by relative path."""
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def values(path: Path) -> dict[str, bytes]:
+    """Return the tensors of a file, without the metadata, which has the time when the file was made."""
+    return {name: array.tobytes() for name, array in load_file(path).items()}
 
 
 def edit_config(outputs: Path, **entries: object) -> None:

@@ -245,8 +245,9 @@ def test_an_error_is_in_the_log(run_stage, tmp_path):
 
 def test_a_bug_is_in_the_log_with_its_traceback(tmp_path):
     Report("stage1", options(log_json=tmp_path / "log.jsonl"))
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(SystemExit) as ended:
         console.run(lambda: 1 / 0)
+    assert ended.value.code == 1
     last = events(tmp_path / "log.jsonl")[-1]
     assert last["kind"] == "ZeroDivisionError" and "Traceback" in last["traceback"]
 
