@@ -32,14 +32,10 @@ def polynomial_of(model_id: str) -> list[float] | None:
     return None
 
 
-def distances(embeddings: np.ndarray) -> np.ndarray:
-    """Return how far each row of `embeddings` [steps, width] is from the one before, as a share of it; 0 for the first.
-
-    The measure is the mean absolute difference over the mean absolute value.
-    """
-    embeddings = np.asarray(embeddings, np.float64)
-    differences = np.abs(np.diff(embeddings, axis=0)).mean(1)
-    return np.concatenate([[0.0], differences / np.abs(embeddings[:-1]).mean(1)])
+def distance(new: np.ndarray, old: np.ndarray) -> float:
+    """Return the mean absolute difference of two arrays, as a share of the mean absolute value of the old one."""
+    new, old = (np.asarray(array, np.float64) for array in (new, old))
+    return float(np.abs(new - old).mean() / np.abs(old).mean())
 
 
 def skipped_steps(embeddings: np.ndarray, polynomial: Sequence[float], threshold: float) -> list[int]:
@@ -55,9 +51,8 @@ def skipped_steps(embeddings: np.ndarray, polynomial: Sequence[float], threshold
         threshold: 0 skips nothing; larger ones skip more.
     """
     skipped, sum_of_estimates = [], 0.0
-    estimates = np.polyval(polynomial, distances(embeddings))
     for step in range(1, len(embeddings) - 1):
-        sum_of_estimates += estimates[step]
+        sum_of_estimates += float(np.polyval(polynomial, distance(embeddings[step], embeddings[step - 1])))
         if sum_of_estimates < threshold:
             skipped.append(step)
         else:

@@ -1,0 +1,79 @@
+"""Fit for stage 2's step cache how much a model's output changes if the time embedding changes.
+
+Stage 2 writes both:
+
+    python stage2_transformer.py --dump dumps/1 --dump_names noise_pred time_embedding.linear_2
+    python -m tools.fit_step_cache dumps/1 --model_id MODEL
+
+Several runs, with other prompts, seeds and numbers of steps, make a better fit. The polynomial goes into
+transformer/step_cache.json in the model's folder, where --cache_threshold finds it.
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+
+import checkpoint
+import utils
+import writing
+from console import ArgumentParser, UserError, first_line, number, run
+from models import step_cache
+from reading import mapped_tensors
+
+DUMP = "stage2_tensors.safetensors"
+EMBEDDING, OUTPUT = "time_embedding.linear_2", "noise_pred"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser.add_argument("dumps", type=utils.path, nargs="+", help="folders of --dump")
+    parser.add_argument("--model_id", required=True, help="the model that made them, a folder")
+    parser.add_argument("--degree", type=number(int, 1, 8), default=4, help="of the polynomial")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Fit the polynomial, write it, and say how well it fits."""
+    arguments = parse_arguments()
+    path = checkpoint.model_folder(arguments.model_id, []) / "transformer" / step_cache.FILE
+    writing.check_writable(path)
+    pairs = np.concatenate([changes(folder / DUMP) for folder in arguments.dumps], axis=1)
+    if pairs.shape[1] <= arguments.degree:
+        raise UserError(f"{pairs.shape[1]} pairs of steps are too few for --degree {arguments.degree}; add runs")
+    polynomial = np.polyfit(*pairs, arguments.degree)
+    with writing.replacing(path) as temporary:
+        fitted_on = f"{pairs.shape[1]} pairs of steps of {len(arguments.dumps)} runs"
+        entries = {"polynomial": polynomial.tolist(), "fitted_on": fitted_on}
+        Path(temporary).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    left = np.var(pairs[1] - np.polyval(polynomial, pairs[0])) / np.var(pairs[1])
+    print(f"{fitted_on}; the polynomial explains {1 - left:.1%} of the variance\nwrote {path}")
+
+
+def changes(path: Path) -> np.ndarray:
+    """Return how far embeddings and outputs of each two neighbouring steps are apart, float64 [2, steps - 1].
+
+    Raises:
+        UserError: the dump lacks one of them.
+    """
+    try:
+        tensors = mapped_tensors(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is no file of --dump: {first_line(error)}") from error
+    found = []
+    for name in (EMBEDDING, OUTPUT):
+        of_steps = [tensors[key] for key in sorted(tensors) if key.endswith(f"/{name}")]
+        if len(of_steps) < 2 or any(isinstance(tensor, str) for tensor in of_steps):
+            raise UserError(f"{path} has {name} of {len(of_steps)} steps; use --dump_names {OUTPUT} {EMBEDDING}")
+        found.append([step_cache.distance(new, old) for old, new in itertools.pairwise(of_steps)])
+    if len(found[0]) != len(found[1]):
+        raise UserError(f"{path} has {EMBEDDING} and {OUTPUT} of different steps; use one run of stage 2")
+    return np.array(found)
+
+
+if __name__ == "__main__":
+    run(main)
