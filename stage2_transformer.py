@@ -15,6 +15,7 @@ import numpy as np
 
 import checkpoint
 import console
+import lora
 import provenance
 import tensor_dump
 import utils
@@ -50,6 +51,15 @@ def parse_arguments() -> argparse.Namespace:
     utils.add_force_option(parser)
     parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
     add_denoising_options(parser)
+    parser.add_argument(
+        "--lora",
+        type=lora.option,
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="add a LoRA to the weights, a safetensors file or its folder, times a scale; can be given several times "
+        "(default: none)",
+    )
     parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=utils.SEED, help="seed of the noise")
     parser.add_argument(
         "--fps", type=number(int, 1, MOST_FPS), default=utils.FPS, help="frames per second, for stage 3"
@@ -94,8 +104,11 @@ def main() -> None:
     names = ("prompt_embeds", "negative_prompt_embeds")
     shapes = utils.tensor_shapes(embeddings_path, 1, names, text_config, force=arguments.force)
     model_id = checkpoint.same_model(arguments.model_id, text_config["model_id"])
+    loras = [lora.read(option) for option in arguments.lora]
+    lora_files = [file for one in loras for file in one.files]
     outputs = [("--output_dir", output_dir / name) for name in (utils.LATENTS, utils.CONFIG)]
-    writing.check_outputs(outputs, [embeddings_path, arguments.executable, arguments.log_json], model_id)
+    inputs = [embeddings_path, *lora_files, arguments.executable, arguments.log_json]
+    writing.check_outputs(outputs, inputs, model_id)
 
     prepare_libraries()
     import jax
@@ -114,21 +127,26 @@ def main() -> None:
         from models.denoising import Denoising, abstract_arguments, make_step
         from models.transformer import load_parameters, stored_shapes
 
-        read = checkpoint.tensor_reader(model_id, "transformer", stored_shapes(plan.transformer))
+        shapes_of_weights = stored_shapes(plan.transformer)
+        for one in loras:
+            one.check(shapes_of_weights)
+        read = checkpoint.tensor_reader(model_id, "transformer", shapes_of_weights)
         with plan_errors():
             plan = plan.with_dtype(read("proj_out.weight").dtype)
             traced = make_step(plan, wanted).trace(*abstract_arguments(plan))
         report.plan(plan)
         describe(plan, arguments, report)
+        for one in loras:
+            report.say(one.summary)
         config = config_of(arguments, text_config, plan)
         made_from = utils.made_from(config, utils.LATENT_ENTRIES)
         steps = plan.num_inference_steps
-        made = provenance.describe("stage2", [embeddings_path], arguments)
+        made = provenance.describe("stage2", [embeddings_path], arguments, lora_files)
         state_file = StateFile(output_dir, decides(plan, config, made), arguments.checkpoint_every, report)
         saved = None if arguments.dump else state_file.load(arguments.restart)
         recorder = dump_recorder(arguments, "stage2", "step", made_from, plan.parallelism.mesh, [traced] * steps)
         compiling = Compiling(arguments, "denoising step", plan, [traced], cache, report)
-        parameters = load_parameters(read, plan.transformer, plan.parallelism)
+        parameters = load_parameters(read, plan.transformer, plan.parallelism, [one.add for one in loras])
         report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
         embeddings = load_file(embeddings_path)
         denoising = Denoising(

@@ -82,7 +82,8 @@ def read_config(directory: Path, kind: type[TextConfig]) -> dict:
 
 def made_from(config: Mapping, entries: Iterable[str]) -> dict[str, str]:
     """Return the metadata of a safetensors file: the config entries that its tensors were made from."""
-    return {"made_from": json.dumps({name: config[name] for name in entries})}
+    # A config of an earlier version has no `lora`.
+    return {"made_from": json.dumps({name: config[name] for name in entries if name in config})}
 
 
 def read_made_from(path: Path, metadata: Mapping[str, str] | None) -> dict:
