@@ -175,8 +175,91 @@ def test_scale_and_path(tmp_path, monkeypatch):
     ):
         assert lora.option(text) == expected, text
     for text in ("b:nan", "b:inf", "b:1e9", "b:", "b:x", "", ":1"):
-        with pytest.raises(Exception, match="empty|number|from -1000"):
+        with pytest.raises(Exception, match=r"empty|number|from -1000"):
             lora.option(text)
+
+
+# --- What cannot be fused ----------------------------------------------------------------------------------------
+
+Q = "transformer.transformer_blocks.0.attn1.to_q"
+A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+
+
+def put(name: str, tensor: torch.Tensor):
+    return lambda tensors: tensors.update({name: tensor})
+
+
+def with_config(**entries):
+    """Return the metadata that diffusers writes, with other entries; ... takes one away."""
+    config = {"r": 4, "lora_alpha": 6, "rank_pattern": {}} | entries
+    found = {f"transformer.{name}": value for name, value in config.items() if value is not ...}
+    return {lora.METADATA: json.dumps(found)}
+
+
+# what: (another name for each tensor, a change of the tensors, metadata, words of the message)
+FAULTS = {
+    "A without B": (None, lambda t: t.pop(B), None, ["to_q has lora_A alone"]),
+    "B without A": (None, lambda t: t.pop(A), None, ["to_q has lora_B alone"]),
+    "two ranks": (None, put(A, torch.ones(3, 128)), None, [A, "[3, 128]", "[128, 4]", "same rank"]),
+    "no matrix": (None, put(A, torch.ones(128)), None, [A, "[128]"]),
+    "empty": (None, put(A, torch.ones(0, 128)), None, [A, "[0, 128]"]),
+    "NaN": (None, put(A, torch.full((4, 128), torch.nan)), None, [A, "NaN"]),
+    "integers": (None, put(A, torch.ones(4, 128, dtype=torch.int64)), None, [A, "I64"]),
+    "other width": (None, put(A, torch.ones(4, 96)), None, ["[4, 96]", "[128, 4]", "[128, 128]", "another model"]),
+    "more blocks": (lambda n: n.replace("blocks.1", "blocks.7"), None, None, ["7 of 16", "blocks.7", "another model"]),
+    "other names": (lambda n: n.replace("attn1", "attn"), None, None, ["8 of 16", "attn.to_k", "another model"]),
+    "text encoder": (lambda n: n.replace("transformer.", "text_encoder.", 1), None, None, ["text encoder"]),
+    "kohya": (
+        lambda n: "lora_unet_" + n.replace(".lora_A", "/lora_down").replace(".lora_B", "/lora_up").replace(".", "_"),
+        *(None, None, ["32 of 32", "lora_unet_", "X.lora_A.weight"]),
+    ),
+    "alphas": (None, put(f"{Q}.alpha", torch.ones(1)), None, ["1 of 33", f"{Q}.alpha"]),
+    "DoRA": (None, put(f"{Q}.lora_magnitude_vector", torch.ones(128)), None, ["lora_magnitude_vector"]),
+    "bias": (None, put(f"{Q}.lora_B.bias", torch.ones(128)), None, ["lora_B.bias"]),
+    "weights of a model": (lambda n: n.replace("lora_", ""), None, None, ["32 of 32"]),
+    "nothing": (None, lambda t: t.clear(), None, ["0 of 0"]),
+    "metadata: no JSON": (None, None, {lora.METADATA: "{"}, ["JSON"]),
+    "metadata: list": (None, None, {lora.METADATA: "[]"}, ["--lora"]),
+    "metadata: no alpha": (None, None, with_config(lora_alpha=...), ["lora_alpha", "--lora"]),
+    "metadata: alpha": (None, None, with_config(lora_alpha=float("nan")), ["lora_alpha", "--lora"]),
+    "metadata: rank": (None, None, with_config(r=8), ["rank of", "is 8", "4 rows"]),
+    "metadata: ranks": (None, None, with_config(rank_pattern={"to_q": 2}), ["to_q is 2", "4 rows"]),
+    "metadata: pattern": (None, None, with_config(alpha_pattern={"(": 2}), ["alpha_pattern", "pattern"]),
+    "metadata: DoRA": (None, None, with_config(use_dora=True), ["use_dora", "plain LoRA"]),
+    "metadata: PiSSA": (None, None, with_config(init_lora_weights="pissa"), ["init_lora_weights", "plain LoRA"]),
+    "metadata: LoKr": (None, None, with_config(peft_type="LOKR"), ["peft_type", "plain LoRA"]),
+}
+
+
+def refusal(path: Path, model: Path) -> str:
+    """Return why a LoRA is refused; it must be one line that names the file."""
+    shapes = transformer.stored_shapes(json.loads((model / "transformer" / "config.json").read_text()))
+    with pytest.raises(UserError) as caught:
+        lora.read(lora.option(str(path))).check(shapes)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value), caught.value
+    return str(caught.value)
+
+
+def test_what_cannot_be_fused_is_one_line(random_model, tmp_path):
+    whole = make_lora(random_model, tmp_path / "whole", 0, False, r=4)
+    for what, (rename, change, metadata, words) in FAULTS.items():
+        path = tmp_path / "lora.safetensors"
+        rewrite(whole, path, rename or str, change or (lambda _: None), metadata)
+        message = refusal(path, random_model)
+        assert all(word in message for word in words), f"{what}: {message}"
+
+
+def test_files_that_are_missing_or_damaged(random_model, other_model, loras, tmp_path):
+    data = (loras["random_model"][0][0] / FILE).read_bytes()
+    for content in (data[:-1], b"", b"\xff" * 100):
+        (tmp_path / "cut").write_bytes(content)
+        assert "not a complete safetensors file" in refusal(tmp_path / "cut", random_model)
+    assert "does not exist" in refusal(tmp_path / "nowhere", random_model)
+    assert f"neither {FILE} nor {PEFT_FILE}" in refusal(tmp_path, random_model)
+    (tmp_path / PEFT_FILE).write_bytes(data)
+    assert f"{lora.PEFT_CONFIG} does not exist" in refusal(tmp_path, random_model)
+    message = refusal(loras["other_model"][0][0], random_model)
+    assert "3" in message and "another model" in message, message
 
 
 # --- A stage -----------------------------------------------------------------------------------------------------
