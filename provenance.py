@@ -42,11 +42,26 @@ def digest(path: Path) -> str:
     return found.hexdigest()
 
 
-def describe(stage: str, inputs: Iterable[Path], arguments: Namespace) -> dict[str, str]:
-    """Return the metadata that says how an output comes about: `provenance`, as JSON."""
+def file_digest(path: Path) -> str:
+    """Return a SHA-256 of a whole file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe(
+    stage: str, inputs: Iterable[Path], arguments: Namespace, elsewhere: Iterable[Path] = ()
+) -> dict[str, str]:
+    """Return the metadata that says how an output comes about: `provenance`, as JSON.
+
+    Args:
+        stage: which makes the output.
+        inputs: safetensors files of the run, known by their names.
+        arguments: the parsed options.
+        elsewhere: absolute paths of any other files, known by them.
+    """
     made = {
         "stage": stage,
-        "inputs": {path.name: digest(path) for path in inputs},
+        "inputs": {path.name: digest(path) for path in inputs} | {str(path): file_digest(path) for path in elsewhere},
         "options": {name: _plain(value) for name, value in vars(arguments).items() if value is not None},
         "versions": versions(*LIBRARIES),
         "time": writing.now(),
@@ -90,21 +105,23 @@ def video_comment(path: Path) -> str:
 
 
 def stale_inputs(path: Path) -> Iterator[str]:
-    """Yield the names of files beside `path` that are not those which `path` was made from."""
+    """Yield the names of files beside `path`, and paths of others, that are not those which `path` was made from."""
     inputs = read(path).get("inputs")
     for name, known in (inputs if isinstance(inputs, dict) else {}).items():
         other = path.parent / name
         try:
-            if other.is_file() and digest(other) != known:
+            now = file_digest if Path(name).is_absolute() else digest
+            if other.is_file() and now(other) != known:
                 yield name
         except (OSError, SafetensorError, ValueError):
             yield name
 
 
 def check_inputs(path: Path, force: bool) -> None:
-    """Check that an input of a stage was made from the files beside it; with `force`, only warn."""
+    """Check that an input of a stage was made from the files that there are now; with `force`, only warn."""
     for name in stale_inputs(path):
-        utils.refuse(f"{path} was not made from the {name} beside it; run the stage that made it again", force)
+        which = f"{name} as it is now" if Path(name).is_absolute() else f"the {name} beside it"
+        utils.refuse(f"{path} was not made from {which}; run the stage that made it again", force)
 
 
 # --- python utils.py status --------------------------------------------------------------------------------------

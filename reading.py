@@ -5,6 +5,7 @@ neither jax nor torch.
 """
 
 import json
+import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 import ml_dtypes
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 
 from console import UserError, first_line
@@ -65,6 +66,42 @@ class VideoConfig(TextConfig):
     timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None
     use_dynamic_cfg: bool = False
     skipped_steps: str = ""
+    lora: list[str] = []  # files of earlier versions have no such entry
+
+
+class LoraConfig(Entries):
+    """What PEFT says of a LoRA: adapter_config.json, or an entry in the metadata of a file that diffusers wrote."""
+
+    remedy = "only a plain LoRA can be fused: correct --lora"
+    peft_type: Literal["LORA"] = "LORA"
+    r: Count
+    lora_alpha: Annotated[float, Field(ge=0, le=1e6)]
+    rank_pattern: dict[str, Count] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = {}
+    use_rslora: bool = False
+    init_lora_weights: bool | Literal["gaussian", "eva", "orthogonal"] | None = None  # others change the weights too
+    bias: Literal["none"] = "none"
+    fan_in_fan_out: Literal[False] | None = None
+    lora_bias: Literal[False] | None = None
+    use_dora: Literal[False] | None = None
+    modules_to_save: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_prefix(cls, entries: object) -> object:
+        if not isinstance(entries, dict):
+            return entries
+        return {name.removeprefix("transformer."): value for name, value in entries.items()}
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, pattern: dict[str, float]) -> dict[str, float]:
+        for key in pattern:
+            try:
+                re.compile(rf"(.*\.)?({key})$")  # as PEFT matches it
+            except re.error as error:
+                raise ValueError(f"{key!r} is no pattern: {error}") from error
+        return pattern
 
 
 class ModelConfig(Entries):
@@ -169,16 +206,27 @@ COMPONENTS: dict[str, type[Entries]] = {
 }
 
 
-def read_json(path: Path, kind: type[Entries], missing: str) -> dict:
+def read_json(path: Path, kind: type[Entries], missing: str, defaults: bool = False) -> dict:
     """Return the entries of the JSON file `path`, which are those of `kind` and others.
 
+    Args:
+        path: the file.
+        kind: what it must hold.
+        missing: the error if there is no such file.
+        defaults: whether entries that are not there have their defaults in the result.
+
     Raises:
-        UserError: there is no such file (the error is `missing`), it is not JSON, or an entry is missing or wrong.
+        UserError: there is no such file, it is not JSON, or an entry is missing or wrong.
     """
     if not path.is_file():  # a pipe would be waited for
         raise UserError(missing)
+    return parse_json(path.read_bytes(), path, kind, defaults)
+
+
+def parse_json(text: str | bytes, path: Path, kind: type[Entries], defaults: bool = False) -> dict:
+    """Return the entries of a JSON text that the file `path` holds; see `read_json`."""
     try:
-        return kind.model_validate_json(path.read_bytes()).model_dump(by_alias=True, exclude_unset=True)
+        return kind.model_validate_json(text).model_dump(by_alias=True, exclude_unset=not defaults)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         entry = ".".join(map(str, first["loc"]))
@@ -213,6 +261,16 @@ def mapped_tensors(path: Path) -> dict[str, np.ndarray | str]:
     }
 
 
+def open_tensors(path: Path, remedy: str) -> dict[str, np.ndarray | str]:
+    """Return what `mapped_tensors` returns; raise UserError, with the remedy, if the file is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist, or is no file; {remedy}")
+    try:
+        return mapped_tensors(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is not a complete safetensors file ({first_line(error)}); {remedy}") from error
+
+
 def read_tensors(
     where: Path, expected: Mapping[str, tuple[int, ...] | None], remedy: str, only: str | None = None
 ) -> dict[str, np.ndarray]:
@@ -231,12 +289,7 @@ def read_tensors(
     """
     found: dict[str, np.ndarray | str] = {}
     for path in sorted(where.glob("*model*.safetensors")) if where.is_dir() else [where]:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist, or is no file; {remedy}")
-        try:
-            found |= mapped_tensors(path)
-        except (OSError, SafetensorError, ValueError) as error:
-            raise UserError(f"{path} is not a complete safetensors file ({first_line(error)}); {remedy}") from error
+        found |= open_tensors(path, remedy)
     integers = [name for name, tensor in found.items() if isinstance(tensor, str)]  # libraries would convert them
     wrong = {name: fault for name in (*expected, *integers) if (fault := _fault(found.get(name), expected.get(name)))}
     if only is not None:

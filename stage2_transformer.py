@@ -16,6 +16,7 @@ import numpy as np
 import checkpoint
 import console
 import hosts
+import lora
 import provenance
 import tensor_dump
 import utils
@@ -66,6 +67,15 @@ def parse_arguments() -> argparse.Namespace:
         default="seed",
         help="set steps, guidance, scheduler and fps at once: to a draft's, or to those of the model's authors",
     )
+    parser.add_argument(
+        "--lora",
+        type=lora.option,
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="add a LoRA to the weights, a safetensors file or its folder, times a scale; can be given several times "
+        "(default: none)",
+    )
     parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=utils.SEED, help="seed of the noise")
     parser.add_argument(
         "--fps", type=number(int, 1, MOST_FPS), default=utils.FPS, help="frames per second, for stage 3"
@@ -115,8 +125,11 @@ def main() -> None:
     names = ("prompt_embeds", "negative_prompt_embeds")
     shapes = utils.tensor_shapes(embeddings_path, 1, names, text_config, force=arguments.force)
     model_id = checkpoint.same_model(arguments.model_id, text_config["model_id"])
+    loras = [lora.read(option) for option in arguments.lora]
+    lora_files = [file for one in loras for file in one.files]
     outputs = [("--output_dir", output_dir / name) for name in (utils.LATENTS, utils.CONFIG) if hosts.is_first()]
-    writing.check_outputs(outputs, [embeddings_path, arguments.executable, arguments.log_json], model_id)
+    inputs = [embeddings_path, *lora_files, arguments.executable, arguments.log_json]
+    writing.check_outputs(outputs, inputs, model_id)
 
     prepare_libraries()
     import jax
@@ -135,7 +148,10 @@ def main() -> None:
         from models.denoising import Denoising, abstract_arguments, make_step
         from models.transformer import load_parameters, stored_shapes
 
-        read = checkpoint.tensor_reader(model_id, "transformer", stored_shapes(plan.transformer))
+        shapes_of_weights = stored_shapes(plan.transformer)
+        for one in loras:
+            one.check(shapes_of_weights)
+        read = checkpoint.tensor_reader(model_id, "transformer", shapes_of_weights)
         hosts.agree_on_model(model_id, "transformer", "vae", "scheduler")
         with plan_errors():
             plan = plan.with_dtype(read("proj_out.weight").dtype)
@@ -143,20 +159,22 @@ def main() -> None:
             traced = [make_step(plan, wanted, short).trace(*abstract_arguments(plan)) for short in kinds]
         report.plan(plan)
         describe(plan, arguments, report)
+        for one in loras:
+            report.say(one.summary)
         skipped = skipped_steps(arguments, plan, model_id, read)
         if plan.step_cache:
             describe_cache(skipped, plan, report)
         config = config_of(arguments, text_config, plan, skipped)
         made_from = utils.made_from(config, utils.LATENT_ENTRIES)
         steps = plan.num_inference_steps
-        made = provenance.describe("stage2", [embeddings_path], arguments)
+        made = provenance.describe("stage2", [embeddings_path], arguments, lora_files)
         state_file = StateFile(output_dir, decides(plan, config, made), arguments.checkpoint_every, report)
         keeps_state = not arguments.dump and not hosts.are_many()
         saved = state_file.load(arguments.restart) if keeps_state else None
         programs_of_run = [traced[i in skipped] for i in range(steps)]
         recorder = dump_recorder(arguments, "stage2", "step", made_from, plan.parallelism.mesh, programs_of_run)
         compiling = Compiling(arguments, "denoising step", plan, traced, cache, report)
-        parameters = load_parameters(read, plan.transformer, plan.parallelism)
+        parameters = load_parameters(read, plan.transformer, plan.parallelism, [one.add for one in loras])
         report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
         embeddings = load_file(embeddings_path)
         denoising = Denoising(

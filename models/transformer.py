@@ -10,7 +10,7 @@ interleaved: the rows of the q and k weights are permuted once, when they are lo
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -95,7 +95,10 @@ def rotary_order(rows: int, config: Mapping) -> np.ndarray:
 
 
 def load_parameters(
-    read: Callable[[str], np.ndarray], config: Mapping, parallelism: Parallelism
+    read: Callable[[str], np.ndarray],
+    config: Mapping,
+    parallelism: Parallelism,
+    changes: Sequence[Callable[[str, np.ndarray, tuple], None]] = (),
 ) -> dict[str, jax.Array]:
     """Load the parameters as sharded JAX arrays, of the stored dtypes.
 
@@ -104,20 +107,25 @@ def load_parameters(
             part again, so it should not copy.
         config: `transformer/config.json`.
         parallelism: the mesh, and the layout of the parameters on it.
+        changes: functions `change(checkpoint name, part, index)`, called one after the other for each part of a
+            stored tensor, which they change in place. The part is what the tensor has at `index`: rows (a slice or an
+            array of their numbers), and a slice of each other axis.
     """
 
     def fill(name: str, index: tuple[slice, ...], part: np.ndarray) -> None:
-        names = checkpoint_names(name, config)
-        if not name.startswith("blocks."):
-            part[...] = read(*names)[index]
-            return
-        layers, rows, *columns = index
-        for layer, stored in zip(part, names[layers], strict=True):
+        stacked = name.startswith("blocks.")
+        names = checkpoint_names(name, config)[index[0] if stacked else slice(None)]
+        rows, *columns = index[1:] if stacked else index
+        for layer, stored in zip(part if stacked else [part], names, strict=True):
             weight = read(stored)[:, *columns]
+            order: slice | np.ndarray = rows
             if any(rotated in name for rotated in ROTATED):
-                np.take(weight, rotary_order(len(weight), config)[rows], axis=0, out=layer, mode="clip")
+                order = rotary_order(len(weight), config)[rows]
+                np.take(weight, order, axis=0, out=layer, mode="clip")
             else:
                 layer[...] = weight[rows]
+            for change in changes:
+                change(stored, layer, (order, *columns))
 
     wanted = {
         name: array.update(dtype=read(checkpoint_names(name, config)[0]).dtype)

@@ -261,6 +261,9 @@ STAGE2_CASES = {
     "dump of nothing": (["--dump", "d", "--dump_names", "magic"], nothing, ["--dump_names", "magic"]),
     "executable missing": (["--executable", "nowhere"], nothing, ["--executable", "nowhere"]),
     "executable is garbage": (["--executable", VAE], nothing, ["--executable", "compile_for_tpu"]),
+    "LoRA missing": (["--lora", "nowhere:0.5"], nothing, ["/nowhere does not exist", "--lora"]),
+    "LoRA of no scale": (["--lora", "a:nan"], nothing, ["--lora", "nan"]),
+    "LoRA without matrices": (["--lora", VAE], nothing, ["model.safetensors", "lora_A", "--lora"]),
     # generation_config.json
     "no JSON": ([], content(OUT / CONFIG, b"{"), [CONFIG, "JSON", AGAIN1]),
     "JSON, but a list": ([], content(OUT / CONFIG, b"[]"), [CONFIG, AGAIN1]),
@@ -417,6 +420,8 @@ STAGE3_CASES = {
     "guidance in words": ([], entries(guidance_scale="6"), [CONFIG, "guidance_scale", AGAIN2]),
     "seed of 65 bits": ([], entries(seed=2**64), [CONFIG, "seed", AGAIN2]),
     "scheduler is a number": ([], entries(scheduler=7), [CONFIG, "scheduler", AGAIN2]),
+    "LoRA is a text": ([], entries(lora="a"), [CONFIG, "lora", AGAIN2]),
+    "other LoRA": ([], entries(lora=["/a:1.0"]), [LATENTS, "lora", AGAIN2]),
     "other seed": ([], entries(seed=1), [LATENTS, "seed", AGAIN2]),
     # latents
     "latents missing": ([], gone(OUT / LATENTS), [LATENTS, "does not exist", "stage 2"]),

@@ -31,6 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 import checkpoint
+import lora
 import tensor_dump
 import utils
 from console import ArgumentParser, UserError, number, prepare_libraries, run
@@ -39,6 +40,7 @@ from models.decoder import chunk_sizes
 from models.denoising import Plan, make_plan
 from models.scheduler import make_scheduler
 from models.sizes import latent_size
+from models.transformer import stored_shapes
 from options import plan_errors, scheduler_config
 from reading import VideoConfig
 from stage2_transformer import check_embeddings
@@ -146,7 +148,10 @@ def dump_denoising(arguments: argparse.Namespace) -> Dump:
     selected = select(arguments, dict.fromkeys(steps, planned_step(transformer, plan, dtype)))
     blocks = {f"transformer_blocks.{i}": block for i, block in enumerate(transformer.transformer_blocks)}
     others = {name: part for name, part in transformer.named_children() if name != "transformer_blocks"}
-    stream_weights(blocks | others, config["model_id"], "transformer", dtype, arguments.device)
+    loras = [lora.read(option) for option in config.get("lora", [])]
+    for one in loras:
+        one.check(stored_shapes(plan.transformer))
+    stream_weights(blocks | others, config["model_id"], "transformer", dtype, arguments.device, loras)
     recorder = open_recorder(arguments, "step", selected, config)
     attach(transformer, TRANSFORMER, "", of_tokens, recorder)
     follow_steps(pipeline, recorder, plan.batch, first, last, start)
@@ -364,9 +369,16 @@ def make_pipeline(
 
 
 def stream_weights(
-    parts: Mapping[str, nn.Module], model_id: str, component: str, dtype: torch.dtype, device: str
+    parts: Mapping[str, nn.Module],
+    model_id: str,
+    component: str,
+    dtype: torch.dtype,
+    device: str,
+    loras: Sequence[lora.Lora] = (),
 ) -> None:
     """Let each part read its weights when it begins to run, and drop them when it ends.
+
+    With the `loras` the weights are, to the last bit, those that stage 2 computes with.
 
     Raises:
         UserError: the model's files lack a weight.
@@ -384,8 +396,12 @@ def stream_weights(
         read = checkpoint.tensor_reader(
             folder, component, stored[name], all_of_them=False
         )  # open no longer than needed
-        weights = {weight.removeprefix(f"{name}."): from_numpy(read(weight).copy()) for weight in stored[name]}
-        part.load_state_dict({weight: x.to(device, dtype) for weight, x in weights.items()}, assign=True)
+        weights = {weight: read(weight).copy() for weight in stored[name]}
+        for weight, array in weights.items():
+            for one in loras:
+                one.add(weight, array, (slice(None),) * array.ndim)
+        tensors = {weight.removeprefix(f"{name}."): from_numpy(array) for weight, array in weights.items()}
+        part.load_state_dict({weight: x.to(device, dtype) for weight, x in tensors.items()}, assign=True)
 
     def drop(part: nn.Module, *_: object) -> None:
         part.to("meta")
