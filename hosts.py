@@ -159,6 +159,11 @@ def agree_on_model(model_id: str, component: str, *others: str) -> None:
     agree({f"the model's file {file.relative_to(folder)}": _digest(file) for file in files})
 
 
+def agree_on_files(files: Sequence[Path]) -> None:
+    """Compare files that each host reads from its own disk, of weights headers and sizes; raises as `agree` does."""
+    agree({str(file): _digest(file) for file in files})
+
+
 def outlive(error: Exception) -> None:
     """Wait so long that jax ends this process if the error came from the devices because another process has ended."""
     if are_many() and type(error).__name__ == "JaxRuntimeError":

@@ -127,6 +127,7 @@ def main() -> None:
     model_id = checkpoint.same_model(arguments.model_id, text_config["model_id"])
     loras = [lora.read(option) for option in arguments.lora]
     lora_files = [file for one in loras for file in one.files]
+    hosts.agree_on_files(lora_files)
     outputs = [("--output_dir", output_dir / name) for name in (utils.LATENTS, utils.CONFIG) if hosts.is_first()]
     inputs = [embeddings_path, *lora_files, arguments.executable, arguments.log_json]
     writing.check_outputs(outputs, inputs, model_id)

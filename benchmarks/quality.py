@@ -63,6 +63,9 @@ def parse_arguments() -> argparse.Namespace:
         "--videos", type=number(int, 1), default=4, help="videos of each caption, each with another seed"
     )
     parser.add_argument("--seed", type=number(int, 0), default=utils.SEED, help="seed of the first video's noise")
+    parser.add_argument(
+        "--num_inference_steps", type=number(int, 1), default=utils.NUM_STEPS, help="denoising steps, of all videos"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of our stages")
     parser.add_argument("--output", type=utils.path, default=RESULTS / "quality.json", help="file for the report, JSON")
     parser.add_argument(
@@ -136,13 +139,15 @@ def make_videos(arguments: argparse.Namespace, cases: Sequence[Case], folder: Pa
 
     clips = [render(case.caption, np.random.default_rng(case.seed)) for case in cases]
     # Our videos come first, so that a wrong option of stage 2 is reported at once.
-    videos = in_batches("ours", lambda batch: run_stages(ours, *batch, arguments.stage2_options, folder), cases, 1)
+    steps = arguments.num_inference_steps
+    stage2_options = ("--num_inference_steps", steps, *arguments.stage2_options)
+    videos = in_batches("ours", lambda batch: run_stages(ours, *batch, stage2_options, folder), cases, 1)
     return {
         "true clips": clips,
         "through VAE": in_batches("VAE", lambda batch: reconstruct(pipeline.vae, batch), clips),
-        "diffusers": in_batches("diffusers", lambda batch: generate(pipeline, batch), cases),
+        "diffusers": in_batches("diffusers", lambda batch: generate(pipeline, batch, steps), cases),
         "ours": videos,
-        "untrained": in_batches("untrained", lambda batch: generate(control, batch), cases),
+        "untrained": in_batches("untrained", lambda batch: generate(control, batch, steps), cases),
     }
 
 
@@ -175,7 +180,7 @@ def in_dtype(model: Path, pipeline: "CogVideoXPipeline", dtype: "torch.dtype", f
     shutil.copytree(model, folder)
     for name in ("text_encoder", "transformer", "vae"):
         kind = type(getattr(pipeline, name))
-        kind.from_pretrained(model / name, dtype=dtype).save_pretrained(folder / name)
+        kind.from_pretrained(model / name, dtype=dtype).save_pretrained(folder / name)  # other files there stay
     return folder
 
 
@@ -191,8 +196,8 @@ def reconstruct(vae: "AutoencoderKLCogVideoX", clips: Sequence[np.ndarray]) -> l
     return [np.round(video * 255).astype(np.uint8) for video in videos]
 
 
-def generate(pipeline: "CogVideoXPipeline", cases: Sequence[Case]) -> list[np.ndarray]:
-    """Generate videos by diffusers' pipeline, with the default number of steps of our stage 2."""
+def generate(pipeline: "CogVideoXPipeline", cases: Sequence[Case], steps: int) -> list[np.ndarray]:
+    """Generate videos by diffusers' pipeline."""
     import torch
 
     pipeline.set_progress_bar_config(disable=True)
@@ -201,7 +206,7 @@ def generate(pipeline: "CogVideoXPipeline", cases: Sequence[Case]) -> list[np.nd
         height=SIZE,
         width=SIZE,
         num_frames=FRAMES,
-        num_inference_steps=utils.NUM_STEPS,
+        num_inference_steps=steps,
         guidance_scale=GUIDANCE_SCALE,
         generator=[torch.Generator().manual_seed(case.seed) for case in cases],
         output_type="np",
@@ -209,7 +214,7 @@ def generate(pipeline: "CogVideoXPipeline", cases: Sequence[Case]) -> list[np.nd
     return list(np.round(frames * 255).astype(np.uint8))
 
 
-def run_stages(model: Path, case: Case, stage2_options: Sequence[str], folder: Path) -> list[np.ndarray]:
+def run_stages(model: Path, case: Case, stage2_options: Sequence[object], folder: Path) -> list[np.ndarray]:
     """Generate one video by our stages, one after the other in this process."""
     from safetensors.numpy import load_file
 
@@ -251,7 +256,7 @@ def judge(arguments: argparse.Namespace, cases: Sequence[Case], videos: dict[str
         decibels = 10 * np.log10(255**2 / np.maximum(error, 1e-3))
         return {"least": decibels.min(), "median": float(np.median(decibels))}
 
-    settings = ("captions", "videos", "seed", "dtype", "stage2_options")
+    settings = ("captions", "videos", "seed", "num_inference_steps", "dtype", "stage2_options")
     return {
         "settings": {name: getattr(arguments, name) for name in settings},
         "adherence": {

@@ -11,7 +11,7 @@ import options
 import utils
 from compile_for_tpu.prediction import Programs
 from compile_for_tpu.topologies import compiling_for
-from console import number
+from console import UserError, number
 
 if TYPE_CHECKING:
     from models import denoising
@@ -68,6 +68,7 @@ def add_stage2_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the denoising step."""
     _add_model_options(parser)
     parser.add_argument("--dump_stats", action="store_true", help="the step as it is with stage 2's --dump_stats")
+    parser.add_argument("--skipped_step", action="store_true", help="the step that skips the blocks, of a step cache")
     options.add_denoising_options(parser)
 
 
@@ -77,9 +78,12 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
 
     platform = "cpu" if arguments.topology == "cpu" else "tpu"
     plan = options.denoising_plan(arguments, arguments.model_id, devices, platform, dtype=arguments.dtype)
+    if arguments.skipped_step and not plan.step_cache:
+        raise UserError("--skipped_step belongs to --cache_schedule or --cache_threshold")
     with compiling_for(plan.parallelism.mesh):
         wanted = tap.Wanted(statistics=["*"]) if arguments.dump_stats else None
-        traced = denoising.make_step(plan, wanted).trace(*denoising.abstract_arguments(plan))
+        step = denoising.make_step(plan, wanted, short=arguments.skipped_step)
+        traced = step.trace(*denoising.abstract_arguments(plan))
     config = plan.transformer
     scores = plan.prompts * config["num_attention_heads"] / len(devices) * plan.tokens**2
     return Programs(
@@ -87,7 +91,9 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
         times=[1],
         devices=plan.devices,
         scores_per_kernel=scores,
-        attention_flops=4 * config["attention_head_dim"] * scores * config["num_layers"],
+        attention_flops=0
+        if arguments.skipped_step
+        else 4 * config["attention_head_dim"] * scores * config["num_layers"],
         options=_size(arguments) | {"guided": plan.guided} | plan.program_options,
         model=model_name(arguments.model_id),
         name="denoising step",

@@ -127,9 +127,10 @@ def test_an_unfinished_run_goes_on(outputs, run_stage):
     assert not (outputs / resume.FILE).exists()
 
 
+@pytest.mark.parametrize("skipped", [[], [1, 2]], ids=["all steps", "two skipped"])
 @pytest.mark.parametrize("scheduler", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
-def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, random_model):
-    """Also with a scheduler that draws noise and keeps an estimate, after each step."""
+def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, random_model):
+    """Also with a scheduler that draws noise and keeps an estimate, and with skipped steps, after each step."""
     configs = {
         name: json.loads((random_model / name / file).read_text())
         for name, file in (
@@ -149,6 +150,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, random_model):
         num_inference_steps=4,
         guidance_scale=6.0,
         dtype=np.float32,
+        step_cache=bool(skipped),
     )
     generator = torch.Generator().manual_seed(0)
     width, tokens = plan.transformer["text_embed_dim"], plan.transformer["max_text_seq_length"]
@@ -156,15 +158,16 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, random_model):
     shapes = denoising.abstract_arguments(plan).parameters
     values = np.random.default_rng(0)
     parameters = {name: jax.numpy.asarray(values.normal(0, 0.1, s.shape), s.dtype) for name, s in shapes.items()}
-    step = denoising.make_step(plan)
+    steps = [denoising.make_step(plan, short=short) for short in (False, True)[: 1 + bool(skipped)]]
 
     def run(saved: dict | None = None) -> list[dict]:
-        run = denoising.Denoising(plan, parameters, *text, seed=3)
+        run = denoising.Denoising(plan, parameters, *text, seed=3, skipped=skipped)
         if saved:
             run.resume(saved)
-        return [run.saved(state) for state in run.run(step)]
+        return [run.saved(state) for state in run.run(*steps)]
 
     whole = run()
+    assert [step + 1 for step, saved in enumerate(whole) if "residual" in saved] == skipped
     assert len(whole) == 4 and not np.array_equal(whole[1]["latents"], whole[2]["latents"])
     for saved in whole[:3]:
         resumed = run(saved)
