@@ -345,7 +345,7 @@ def edit_json(file: str, **entries):
         (lambda folder: edit_config(folder, seed=None), (), "seed: Field required; run stage 2"),
         (lambda folder: edit_config(folder, height=64), ("--stage", "3"), "was made with height"),
         (edit_json("model/transformer/config.json", patch_size_t=None), (), "not a CogVideoX 1.5"),
-        (edit_json("model/scheduler/scheduler_config.json", _class_name="DDIMScheduler"), (), "is not supported"),
+        (lambda folder: edit_config(folder, scheduler="DDIMScheduler"), (), "is not supported"),
         (edit_json("model/transformer/config.json", text_embed_dim=8), (), "the transformer takes"),
     ],
 )
