@@ -128,13 +128,13 @@ class Cache:
         if trouble is None or self.folder is None:
             self._show_warning(message, category, filename, lineno, file, line)
             return
-        writing = trouble["doing"] == "writing"
-        self._forget(trouble["name"], self._started if writing else 0.0)
+        is_new = trouble["doing"] == "writing"
+        self._forget(trouble["name"], self._started if is_new else 0.0)
         if self.keeps:
             self.keeps = False
-            does = "kept" if writing else "read"
+            done = "kept" if is_new else "read"
             why = trouble["why"].strip().splitlines()[0]
-            self._report.warn(f"a compiled program cannot be {does} in {self.folder}: {why}; it will be compiled again")
+            self._report.warn(f"a compiled program cannot be {done} in {self.folder}: {why}; it will be compiled again")
 
     def _forget(self, name: str, since: float) -> None:
         """Remove the files of programs of this name that are not older than `since`: one is incomplete.

@@ -129,7 +129,6 @@ def check_inputs(path: Path, force: bool) -> None:
 
 def status(folder: Path) -> Iterator[str]:
     """Yield lines on the files of a run: what there is, what it was made from, what is stale, what to run next."""
-    writing.finish(folder)
     config_path = folder / utils.CONFIG
     try:
         config: Mapping = utils.read_config(folder, reading.TextConfig)

@@ -132,6 +132,7 @@ def main(decoder: str = "torchax") -> None:
         with plan_errors():
             traced = plan.programs(vae, abstract, wanted)
         made_from = utils.made_from(config, utils.LATENT_ENTRIES)
+        made = provenance.describe("stage3", [latents_path], arguments)
         runs = [program for program, n in zip(traced, plan.runs, strict=True) for _ in range(n)]
         recorder = dump_recorder(arguments, "stage3", "chunk", made_from, plan.split.mesh, runs)
         compiling = Compiling(arguments, f"{decoder} decoder", plan, traced, cache, report)
@@ -152,7 +153,6 @@ def main(decoder: str = "torchax") -> None:
     with report.phase("run, with encoding") as run_phase, report.progress("decoding", "frame", plan.frames) as bar:
         functions = map(recorder.recording, profile.traced(programs, len(runs)))
         chunks = decode([*functions], weights, latents, plan.split)
-        made = provenance.describe("stage3", [latents_path], arguments)
         if hosts.is_first():
             frames = write_video(chunks, output_video, fps, made, bar, keep=arguments.output_frames is not None)
         else:

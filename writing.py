@@ -142,7 +142,7 @@ def committing(folder: Path, stage: str) -> Iterator[Path]:
                     os.fsync(file)
             new.rename(new.with_suffix(".ready"))
         except BaseException:
-            shutil.rmtree(new)
+            shutil.rmtree(new, ignore_errors=True)  # the reason why it ends is what counts
             raise
         finish(folder)
 

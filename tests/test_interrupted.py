@@ -1,5 +1,6 @@
 """Stages that are killed at any moment, run twice at once, or find files that do not belong together."""
 
+import argparse
 import json
 import random
 import signal
@@ -279,7 +280,7 @@ def chain(tmp_path) -> Path:
     config = {"model_id": "m", "prompt": "p", "negative_prompt": ""}
     video = {"height": 16, "width": 16, "frames": 1, "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 1}
     config |= video | {"scheduler": "s", "fps": 8}
-    arguments = __import__("argparse").Namespace(seed=1)
+    arguments = argparse.Namespace(seed=1)
     utils.write_config(tmp_path, config)
     texts = utils.made_from(config, utils.TEXT_ENTRIES) | provenance.describe("stage1", [], arguments)
     save_file({"prompt_embeds": np.ones((1, 2, 3), np.float32)}, tmp_path / EMBEDDINGS, texts)
