@@ -447,8 +447,8 @@ class Report:
             self.event("aside", name=name, seconds=round(seconds, 6))
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[SimpleNamespace]:
-        """Time the body of a `with` statement and add a row.
+    def phase(self, name: str, in_table: bool = True) -> Iterator[SimpleNamespace]:
+        """Time the body of a `with` statement and add a row, unless it is not to be `in_table`.
 
         The yielded object has `note`, text for the row that the body may set, and at the end `seconds`.
         """
@@ -466,7 +466,8 @@ class Report:
         for one in memory:
             sizes = ", ".join(f"{what} {size / 2**30:.2f} GiB" for what, size in one.items() if what != "device")
             self.detail(f"memory after {name}, device {one['device']}: {sizes}")
-        self.add(name, f"{phase.seconds:.2f} s{phase.note}")
+        if in_table:
+            self.add(name, f"{phase.seconds:.2f} s{phase.note}")
 
     @contextlib.contextmanager
     def progress(self, description: str, unit: str, total: int, done: int = 0) -> Iterator["Progress"]:

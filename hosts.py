@@ -23,6 +23,7 @@ from typing import IO, Any, NoReturn
 
 import checkpoint
 import console
+import videos
 from console import UserError, number
 
 HEARTBEAT_SECONDS = 20  # a process that is not heard of for so long counts as dead, and all others end
@@ -84,7 +85,7 @@ def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
 
     Args:
         arguments: the parsed options, those of `add_host_options` and --input_dir among them.
-        inputs: names of the stage's files in --input_dir.
+        inputs: names of the stage's files in --input_dir, or in the folders there.
 
     Raises:
         UserError: the options of `add_host_options` do not fit together, the processes differ in their options
@@ -235,13 +236,19 @@ def _client() -> Any:
 
 def _share_inputs(folder: Path, names: Sequence[str], copy: Path) -> None:
     """Send the files that process 0 has in `folder` to all others, which write them to their folder `copy`."""
-    for name in names:
+    client, key = _client(), "inputs"
+    if is_first():
+        folders = dict.fromkeys([folder, *videos.prompts(folder), *videos.videos(folder)])
+        paths = [str((one / name).relative_to(folder)) for one in folders for name in names]
+        client.key_value_set(key, json.dumps(paths))
+    for name in json.loads(client.blocking_key_value_get(key, 1000 * WAITING_SECONDS)):
         if is_first():
             content = b""  # which is what process 0 says of a file that it cannot read
             with contextlib.suppress(OSError):
                 content = (folder / name).read_bytes()
-            _client().key_value_set_bytes(f"input {name}", content)
-        elif content := _client().blocking_key_value_get_bytes(f"input {name}", 1000 * WAITING_SECONDS):
+            client.key_value_set_bytes(f"input {name}", content)
+        elif content := client.blocking_key_value_get_bytes(f"input {name}", 1000 * WAITING_SECONDS):
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
             (copy / name).write_bytes(content)
 
 

@@ -5,6 +5,7 @@ The stages and the compile tool share this module. Importing it loads neither ja
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,12 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
         help="scale of classifier-free guidance; 1 or less switches it off, and a step costs half",
     )
     parser.add_argument(
+        "--guidance_interval",
+        type=interval,
+        metavar="FIRST,LAST",
+        help="guide only the steps FIRST to LAST, counted from 0; the others cost half (default: guide all)",
+    )
+    parser.add_argument(
         "--use_dynamic_cfg",
         action=yes_no,
         default=utils.USE_DYNAMIC_CFG,
@@ -61,7 +68,13 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
         "--use_dp",
         action=yes_no,
         default=utils.USE_DP,
-        help="use data parallelism (dp): split the two prompts of guidance over the chips",
+        help="use data parallelism (dp): split videos, and the two prompts of guidance, over the chips",
+    )
+    parser.add_argument(
+        "--videos_at_once",
+        type=positive,
+        metavar="N",
+        help="of several videos, how many are made at a time (default: what makes the most an hour, by prediction)",
     )
     parser.add_argument(
         "--sp_num",
@@ -92,6 +105,15 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
         "--cache_schedule", metavar="NUMBERS", help="skip the blocks in these steps, such as 2,4-6 (default: in none)"
     )
     add_attention_options(parser)  # last, because the names of reports list the options in this order
+
+
+def interval(text: str) -> tuple[int, int]:
+    """Return two numbers "a,b" as a tuple; an argparse type."""
+    try:
+        first, last = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no interval such as 3,30") from None
+    return first, last
 
 
 def add_attention_options(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +211,7 @@ def scheduler_config(model_id: str, changes: Mapping) -> dict:
 
 
 def denoising_plan(
-    arguments: argparse.Namespace, model_id: str, devices: Sequence, platform: str, **details: Any
+    arguments: argparse.Namespace, model_id: str, devices: Sequence, platform: str, videos: int, **details: Any
 ) -> "denoising.Plan":
     """Return the plan that the options of `add_denoising_options` ask for, with the configs of a model.
 
@@ -198,20 +220,22 @@ def denoising_plan(
         model_id: the model whose configs are read.
         devices: the jax devices to run on.
         platform: "tpu", "cpu" or "gpu".
-        details: other arguments of `denoising.make_plan`: batch, dtype.
+        videos: how many there are to make; its batch is how many of them are made at a time.
+        details: other arguments of `denoising.make_plan`: dtype.
 
     Raises:
         UserError: the model, the devices and the options do not fit together.
     """
-    from models import denoising
+    from models import denoising, throughput
 
     given = {"mesh_order": arguments.mesh_order.split(",")} if arguments.mesh_order else {}
     names = (
-        *("height", "width", "frames", "num_inference_steps", "guidance_scale"),
+        *("height", "width", "frames", "num_inference_steps", "guidance_scale", "guidance_interval"),
         *("use_dynamic_cfg", "attention", "block_sizes", "use_k_smooth", "use_dp", "sp_num", "layout"),
     )
     with plan_errors():
-        return denoising.make_plan(
+        make = functools.partial(
+            denoising.make_plan,
             transformer=checkpoint.read_config(model_id, "transformer"),
             vae=checkpoint.read_config(model_id, "vae"),
             scheduler=scheduler_config(model_id, CHOICES.get(arguments.scheduler, {})),
@@ -222,6 +246,9 @@ def denoising_plan(
             **{name: getattr(arguments, name) for name in names},
             **given,
         )
+        if arguments.videos_at_once:
+            return make(batch=min(arguments.videos_at_once, videos))
+        return throughput.fastest(make, videos, len(devices))
 
 
 def skipped_steps(
@@ -235,8 +262,12 @@ def skipped_steps(
     steps = plan.num_inference_steps
     if arguments.cache_schedule is not None:
         found = tensor_dump.steps(arguments.cache_schedule, steps, "--cache_schedule")
-        if {0, steps - 1}.intersection(found):
-            raise UserError(f"--cache_schedule {arguments.cache_schedule}: the first and the last step are always full")
+        if full := plan.always_full.intersection(found):
+            and_guided = ", and the first one with guidance," if plan.guidance_interval else ""
+            raise UserError(
+                f"--cache_schedule {arguments.cache_schedule} names step {min(full)}: the first and the last step"
+                f"{and_guided} are always full"
+            )
         return found
     if arguments.cache_threshold is None:
         return []
@@ -257,7 +288,8 @@ def skipped_steps(
         )
     timesteps = AffineScheduler(make_scheduler(plan.scheduler), steps).timesteps
     embeddings = time_embeddings(plan, timesteps, read)
-    return step_cache.skipped_steps(embeddings, polynomial, arguments.cache_threshold)
+    skipped = step_cache.skipped_steps(embeddings, polynomial, arguments.cache_threshold)
+    return sorted(set(skipped) - plan.always_full)
 
 
 def decoding_plan(

@@ -5,21 +5,24 @@ The metadata of a safetensors file has `made_from`, the entries of generation_co
 second of them.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import re
 import shlex
 import subprocess
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 import reading
 import resume
 import utils
+import videos
 import writing
 from console import LIBRARIES, UserError, first_line, versions
 
@@ -49,24 +52,32 @@ def file_digest(path: Path) -> str:
 
 
 def describe(
-    stage: str, inputs: Iterable[Path], arguments: Namespace, elsewhere: Iterable[Path] = ()
+    stage: str, folder: Path, inputs: Iterable[Path], arguments: Namespace, elsewhere: Iterable[Path] = ()
 ) -> dict[str, str]:
     """Return the metadata that says how an output comes about: `provenance`, as JSON.
 
     Args:
         stage: which makes the output.
-        inputs: safetensors files of the run, known by their names.
+        folder: of the output.
+        inputs: safetensors files of the run; they are found again in `folder` and the folders around it.
         arguments: the parsed options.
         elsewhere: absolute paths of any other files, known by them.
     """
     made = {
         "stage": stage,
-        "inputs": {path.name: digest(path) for path in inputs} | {str(path): file_digest(path) for path in elsewhere},
+        "inputs": {_name(path, folder): digest(path) for path in inputs}
+        | {str(path): file_digest(path) for path in elsewhere},
         "options": {name: _plain(value) for name, value in vars(arguments).items() if value is not None},
         "versions": versions(*LIBRARIES),
         "time": writing.now(),
     }
     return {"provenance": json.dumps(made)}
+
+
+def _name(path: Path, folder: Path) -> str:
+    """Return the name by which `stale_inputs` finds the input `path` of an output in `folder`, if that is around it."""
+    is_around = path.parent.resolve() in (folder.resolve(), *folder.resolve().parents)
+    return os.path.relpath(path, folder) if is_around else path.name
 
 
 def _plain(value: object) -> object:
@@ -84,7 +95,7 @@ def read(path: Path) -> dict:
         text = video_comment(path)
     else:
         try:
-            text = (safe_open(path, framework="np").metadata() or {}).get("provenance", "{}")
+            text = utils.metadata(path).get("provenance", "{}")
         except (OSError, SafetensorError) as error:
             raise UserError(f"{path} is not a complete safetensors file ({first_line(error)})") from error
     try:
@@ -129,15 +140,56 @@ def check_inputs(path: Path, force: bool) -> None:
 
 def status(folder: Path) -> Iterator[str]:
     """Yield lines on the files of a run: what there is, what it was made from, what is stale, what to run next."""
-    config_path = folder / utils.CONFIG
+    todo: set[str] = set()
+    prompts = videos.prompts(folder)
+    for source in prompts:
+        todo.update((yield from status_of_prompt(source)))
+    for script, _ in CHAIN:
+        if script in todo:
+            first = script == CHAIN[0][0]
+            prompt = ["--prompt", prompt_of(folder) or "..."] if first and prompts == [folder] else []
+            prompt = prompt or ["--prompt_file", "..."] * first
+            folder_option = "--output_dir" if first else "--input_dir"
+            yield f"Next: {shlex.join(['python', script, folder_option, str(folder), *prompt])}"
+            return
+    yield "All is there and fits together."
+
+
+def prompt_of(folder: Path) -> str | None:
+    """Return the prompt in a folder's generation_config.json, if it can be read."""
     try:
-        config: Mapping = utils.read_config(folder, reading.TextConfig)
-        yield f"{config_path}: prompt {config['prompt']!r}, model {config['model_id']}"
+        return utils.read_config(folder, reading.TextConfig)["prompt"]
+    except UserError:
+        return None
+
+
+def status_of_prompt(source: Path) -> Generator[str, None, set[str]]:
+    """Yield lines on the files of a prompt, whose videos may have folders of their own; return the scripts to run."""
+    path = source / utils.CONFIG
+    try:
+        config: Mapping = utils.read_config(source, reading.TextConfig)
+        yield f"{path}: prompt {config['prompt']!r}, model {config['model_id']}"
     except UserError as error:
         config = {}
         yield str(error)
-    todo = None if config else CHAIN[0][0]
-    for script, name in CHAIN:
+    needed = None if config else CHAIN[0][0]
+    embeddings, *others = CHAIN
+    needed = yield from status_of_files(source, [embeddings], config, needed)
+    todo = {needed} - {None}
+    for video in videos.videos(source):
+        if video != source and config:
+            config = {}  # damage is said of the files
+            with contextlib.suppress(UserError):
+                config = utils.read_config(video, reading.TextConfig)
+        todo.add((yield from status_of_files(video, others, config, needed)))
+    return {script for script in todo if script}
+
+
+def status_of_files(
+    folder: Path, chain: Iterable[tuple[str, str]], config: Mapping, todo: str | None
+) -> Generator[str, None, str | None]:
+    """Yield a line on each file of a part of CHAIN; return the first script to run, `todo` if it is given."""
+    for script, name in chain:
         path = folder / name
         fault = fault_of(path, config)
         if fault is None and todo:
@@ -149,13 +201,7 @@ def status(folder: Path) -> Iterator[str]:
             todo = todo or script
         if name == utils.LATENTS and (folder / resume.FILE).exists():
             yield f"{folder / resume.FILE}: an unfinished run, from which stage 2 goes on"
-    if todo:
-        first = todo == CHAIN[0][0]
-        prompt = ["--prompt", config.get("prompt", "...")] if first else []
-        folder_option = "--output_dir" if first else "--input_dir"
-        yield f"Next: {shlex.join(['python', todo, folder_option, str(folder), *prompt])}"
-    else:
-        yield "All is there and fits together."
+    return todo
 
 
 def fault_of(path: Path, config: Mapping) -> str | None:

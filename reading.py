@@ -66,6 +66,7 @@ class VideoConfig(TextConfig):
     timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None
     use_dynamic_cfg: bool = False
     skipped_steps: str = ""
+    guidance_interval: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
     lora: list[str] = []  # files of earlier versions have no such entry
 
 

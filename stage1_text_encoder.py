@@ -1,17 +1,22 @@
 """Run stage 1: encode the prompt with the model's T5 encoder, on the CPU.
 
-Writes stage1_embeddings.safetensors and generation_config.json (text entries only) to --output_dir.
+Writes stage1_embeddings.safetensors and generation_config.json (text entries only) to --output_dir. With --prompt_file
+each prompt has a folder of its own there; see videos.py.
 """
 
 import argparse
+import functools
 import math
 import shlex
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import checkpoint
 import console
 import provenance
 import utils
+import videos
 import writing
 from console import ArgumentParser, Report, UserError, add_log_options, prepare_libraries, run
 from reading import read_tensors
@@ -26,7 +31,11 @@ ROWS = 128  # T5's embedding has a row for each token, and may have more up to a
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser("Stage 1 of CogVideoX text to video: encode the prompt.")
-    parser.add_argument("--prompt", type=utils.utf8, required=True, help="what the video shows")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", type=utils.utf8, help="what the video shows")
+    prompt.add_argument(
+        "--prompt_file", type=utils.path, help="a text file with a prompt on each line, for many videos"
+    )
     parser.add_argument(
         "--negative_prompt", type=utils.utf8, default="", help="what the video must not show; used with guidance"
     )
@@ -38,55 +47,96 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Prompt(NamedTuple):
+    """A prompt, the folder of its files, and where it comes from, in words."""
+
+    text: str
+    folder: Path
+    source: str
+
+
 def main() -> None:
     """Run stage 1."""
     arguments = parse_arguments()
     report = Report("stage1", arguments)
-    console.at_end.enter_context(writing.claimed(arguments.output_dir, "stage1"))
-    embeddings_path = arguments.output_dir / utils.EMBEDDINGS
-    outputs = [("--output_dir", embeddings_path), ("--output_dir", arguments.output_dir / utils.CONFIG)]
-    writing.check_outputs(outputs, [arguments.log_json], arguments.model_id)
+    prompts = read_prompts(arguments)
+    videos.check_prompts(arguments.output_dir, [prompt.folder for prompt in prompts])
+    for folder in dict.fromkeys([arguments.output_dir, *(prompt.folder for prompt in prompts)]):
+        console.at_end.enter_context(writing.claimed(folder, "stage1"))
+    outputs = [prompt.folder / name for prompt in prompts for name in (utils.EMBEDDINGS, utils.CONFIG)]
+    inputs = [arguments.log_json, arguments.prompt_file]
+    writing.check_outputs([("--output_dir", path) for path in outputs], inputs, arguments.model_id)
     prepare_libraries()
-    config = {
-        "model_id": checkpoint.resolve_model_id(arguments.model_id),
-        "prompt": arguments.prompt,
-        "negative_prompt": arguments.negative_prompt,
-    }
-    transformer = checkpoint.read_config(config["model_id"], "transformer")
+    model_id = checkpoint.resolve_model_id(arguments.model_id)
+    transformer = checkpoint.read_config(model_id, "transformer")
     max_sequence_length = transformer["max_text_seq_length"]
 
-    report.title(f"Stage 1: text encoder of {config['model_id']}")
+    report.title(f"Stage 1: text encoder of {model_id}")
     with report.phase("load"):
-        tokenizer, encoder = load_text_encoder(config["model_id"], transformer["text_embed_dim"])
+        tokenizer, encoder = load_text_encoder(model_id, transformer["text_embed_dim"])
         report.say(f"loaded tokenizer and text encoder: {encoder.num_parameters():,} parameters, {encoder.dtype}")
 
-    options = ("prompt", "negative_prompt")
-    for option in options:
-        lost = text_beyond(tokenizer, config[option], max_sequence_length)
+    negative = Prompt(arguments.negative_prompt, arguments.output_dir, "--negative_prompt")
+    for prompt in (*prompts, negative):
+        lost = text_beyond(tokenizer, prompt.text, max_sequence_length)
         if lost:
-            report.warn(f"--{option} is longer than {max_sequence_length} tokens; this is cut off: «{lost}»")
+            fault = f"{prompt.source} is longer than {max_sequence_length} tokens; this is cut off: «{lost}»"
+            if len(prompts) > 1:  # nobody reads the warnings of a hundred prompts
+                raise UserError(f"{fault}; make it shorter")
+            report.warn(fault)
 
+    made = provenance.describe("stage1", arguments.output_dir, [], arguments)
+    encode_text = functools.partial(encode, tokenizer, encoder, max_sequence_length=max_sequence_length)
     with report.phase("run"):
-        tensors = {
-            f"{option}_embeds": encode(tokenizer, encoder, config[option], max_sequence_length) for option in options
-        }
-        for tensor in tensors.values():
-            check_finite(tensor, config["model_id"])
-
-    with report.phase("save"):
-        from safetensors.torch import save_file
-
-        metadata = utils.made_from(config, utils.TEXT_ENTRIES) | provenance.describe("stage1", [], arguments)
-        with writing.committing(arguments.output_dir, "stage1") as new:
-            save_file(tensors, new / utils.EMBEDDINGS, metadata=metadata)
-            utils.write_config(new, config)
-    report.say(f"wrote {embeddings_path} and {utils.CONFIG}")
+        negative_prompt_embeds = encode_text(negative.text)
+        check_finite(negative_prompt_embeds, model_id)
+        for prompt in prompts:
+            prompt_embeds = encode_text(prompt.text)
+            check_finite(prompt_embeds, model_id)
+            config = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
+            tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+            with report.aside("save"):
+                save(tensors, config, made, prompt.folder)
+            report.say(f"wrote {prompt.folder / utils.EMBEDDINGS} and {utils.CONFIG}")
 
     for name, tensor in tensors.items():
         report.add_array(name, tensor)
     report.close(
         arguments.output_dir, shlex.join(["python", "stage2_transformer.py", "--input_dir", str(arguments.output_dir)])
     )
+
+
+def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    """Return the prompts of the options, at least one; lines of --prompt_file that are empty count, but are none.
+
+    Raises:
+        UserError: --prompt_file cannot be read, or has no prompt.
+    """
+    if arguments.prompt_file is None:
+        return [Prompt(arguments.prompt, arguments.output_dir, "--prompt")]
+    try:
+        lines = arguments.prompt_file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise UserError(f"--prompt_file {arguments.prompt_file} cannot be read: {reason}") from error
+    prompts = [
+        Prompt(line.strip(), videos.of_prompt(arguments.output_dir, n), f"{arguments.prompt_file}, line {n},")
+        for n, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not prompts:
+        raise UserError(f"--prompt_file {arguments.prompt_file} has no prompt; write one on each line")
+    return prompts
+
+
+def save(tensors: "Mapping[str, torch.Tensor]", config: Mapping, made: dict[str, str], folder: Path) -> None:
+    """Write the embeddings of a prompt, each [1, T, width], and the config to its folder."""
+    from safetensors.torch import save_file
+
+    with writing.committing(folder, "stage1") as new:
+        metadata = utils.made_from(config, utils.TEXT_ENTRIES) | made
+        save_file(dict(tensors), new / utils.EMBEDDINGS, metadata=metadata)
+        utils.write_config(new, config)
 
 
 def load_text_encoder(model_id: str, width: int) -> "tuple[T5Tokenizer, T5EncoderModel]":

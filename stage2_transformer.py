@@ -1,17 +1,20 @@
 """Run stage 2: denoise the latents with the CogVideoX 1.5 transformer, in JAX.
 
 Reads stage 1's files from --input_dir; writes stage2_latents.safetensors and the video entries of
-generation_config.json to --output_dir.
+generation_config.json to --output_dir. Where there are several videos, each has a folder of its own; see videos.py.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError
 
 import checkpoint
 import console
@@ -20,6 +23,7 @@ import lora
 import provenance
 import tensor_dump
 import utils
+import videos
 import writing
 from compilation import Cache, Compiling, add_compilation_options
 from console import (
@@ -50,7 +54,9 @@ from resume import StateFile
 if TYPE_CHECKING:
     import jax
 
-    from models.denoising import Plan, State
+    from models.denoising import Denoising, Plan, State, StepKind
+
+MOST_SEED = 2**64 - 1  # that torch takes
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -76,7 +82,14 @@ def parse_arguments() -> argparse.Namespace:
         help="add a LoRA to the weights, a safetensors file or its folder, times a scale; can be given several times "
         "(default: none)",
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**64 - 1), default=utils.SEED, help="seed of the noise")
+    parser.add_argument("--seed", type=number(int, 0, MOST_SEED), default=utils.SEED, help="seed of the noise")
+    parser.add_argument(
+        "--num_videos_per_prompt",
+        type=number(int, 1, 10_000),
+        default=1,
+        metavar="N",
+        help="videos of each prompt, from the seeds --seed to --seed + N - 1, each in a folder of its own",
+    )
     parser.add_argument(
         "--fps", type=number(int, 1, MOST_FPS), default=utils.FPS, help="frames per second, for stage 3"
     )
@@ -111,6 +124,63 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video to make.
+
+    Attributes:
+        source: the folder of its prompt, with stage 1's files.
+        folder: where its own files go.
+        seed: of its noise.
+        text: the entries of generation_config.json that stage 1 has written.
+    """
+
+    source: Path
+    folder: Path
+    seed: int
+    text: Mapping
+
+    @property
+    def embeddings(self) -> Path:
+        """The file of its prompt's embeddings."""
+        return self.source / utils.EMBEDDINGS
+
+
+class Task(NamedTuple):
+    """What is written with a video's latents.
+
+    Attributes:
+        video: which.
+        config: the entries that generation_config.json has after this stage.
+        metadata: of the latents; "decides" is all that they depend on, to the last bit, by names for people.
+    """
+
+    video: Video
+    config: Mapping
+    metadata: Mapping[str, str]
+
+    @property
+    def decides(self) -> dict[str, str]:
+        """All that the latents depend on."""
+        return json.loads(self.metadata["decides"])
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the latents that this task would write are there."""
+        try:
+            return utils.metadata(self.video.folder / utils.LATENTS).get("decides") == self.metadata["decides"]
+        except (OSError, SafetensorError):
+            return False
+
+
+class Group(NamedTuple):
+    """Tasks that are done at a time, the file that keeps their state, and what that has of an unfinished run."""
+
+    tasks: list[Task]
+    state_file: StateFile
+    saved: "Mapping[str, np.ndarray] | None"
+
+
 def main() -> None:
     """Run stage 2."""
     arguments = parse_arguments()
@@ -118,35 +188,24 @@ def main() -> None:
     report = Report("stage2", arguments)
     profile = Profile(arguments.profile, "step", report)
     output_dir = arguments.output_dir or arguments.input_dir
-    text_config = utils.read_config(arguments.input_dir, TextConfig)
-    if hosts.is_first():
-        console.at_end.enter_context(writing.claimed(output_dir, "stage2"))
-    embeddings_path = arguments.input_dir / utils.EMBEDDINGS
-    names = ("prompt_embeds", "negative_prompt_embeds")
-    shapes = utils.tensor_shapes(embeddings_path, 1, names, text_config, force=arguments.force)
-    model_id = checkpoint.same_model(arguments.model_id, text_config["model_id"])
+    found = find_videos(arguments, output_dir)
     loras = [lora.read(option) for option in arguments.lora]
     lora_files = [file for one in loras for file in one.files]
     hosts.agree_on_files(lora_files)
-    outputs = [("--output_dir", output_dir / name) for name in (utils.LATENTS, utils.CONFIG) if hosts.is_first()]
-    inputs = [embeddings_path, *lora_files, arguments.executable, arguments.log_json]
-    writing.check_outputs(outputs, inputs, model_id)
+    model_id, shapes = check_files(found, arguments, output_dir, lora_files)
 
     prepare_libraries()
-    import jax
-
     devices = console.devices()
-    plan = denoising_plan(arguments, model_id, devices, devices[0].platform, batch=shapes["prompt_embeds"][0])
-    check_embeddings(shapes, plan.transformer, embeddings_path)
+    plan = denoising_plan(arguments, model_id, devices, devices[0].platform, videos=len(found))
+    for path, of_file in shapes.items():
+        check_embeddings(of_file, plan.transformer, path)
     wanted = dump_wanted(arguments)
     tensor_dump.steps(arguments.dump_steps, plan.num_inference_steps)  # wrong ones are said before anything is loaded
 
     report.title(f"Stage 2: transformer of {model_id}")
     cache = Cache(arguments.compilation_cache, report)
     with report.phase("load"):
-        from safetensors.torch import load_file
-
-        from models.denoising import Denoising, abstract_arguments, make_step
+        from models.denoising import abstract_arguments, make_step
         from models.transformer import load_parameters, stored_shapes
 
         shapes_of_weights = stored_shapes(plan.transformer)
@@ -156,70 +215,46 @@ def main() -> None:
         hosts.agree_on_model(model_id, "transformer", "vae", "scheduler")
         with plan_errors():
             plan = plan.with_dtype(read("proj_out.weight").dtype)
-            kinds = [False, True] if plan.step_cache else [False]  # whether the step skips the blocks
-            traced = [make_step(plan, wanted, short).trace(*abstract_arguments(plan)) for short in kinds]
+            skipped = skipped_steps(arguments, plan, model_id, read)
+            kinds = plan.kinds(skipped)  # of the steps, each kind with a program of its own
+            traced = {
+                kind: make_step(plan, wanted, kind).trace(*abstract_arguments(plan)) for kind in dict.fromkeys(kinds)
+            }
         report.plan(plan)
         describe(plan, arguments, report)
         for one in loras:
             report.say(one.summary)
-        skipped = skipped_steps(arguments, plan, model_id, read)
         if plan.step_cache:
             describe_cache(skipped, plan, report)
-        config = config_of(arguments, text_config, plan, skipped)
-        made_from = utils.made_from(config, utils.LATENT_ENTRIES)
-        steps = plan.num_inference_steps
-        made = provenance.describe("stage2", [embeddings_path], arguments, lora_files)
-        state_file = StateFile(output_dir, decides(plan, config, made), arguments.checkpoint_every, report)
-        keeps_state = not arguments.dump and not hosts.are_many()
-        saved = state_file.load(arguments.restart) if keeps_state else None
-        programs_of_run = [traced[i in skipped] for i in range(steps)]
+        tasks = [task_of(video, arguments, plan, skipped, lora_files) for video in found]
+        groups = groups_of(tasks, plan, arguments, report)
+        programs_of_run = [traced[kind] for kind in kinds]
+        made_from = {"made_from": tasks[0].metadata["made_from"]}  # only a single video is dumped
         recorder = dump_recorder(arguments, "stage2", "step", made_from, plan.parallelism.mesh, programs_of_run)
-        compiling = Compiling(arguments, "denoising step", plan, traced, cache, report)
+        compiling = Compiling(arguments, "denoising step", plan, [*traced.values()], cache, report)
         parameters = load_parameters(read, plan.transformer, plan.parallelism, [one.add for one in loras])
         report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
-        embeddings = load_file(embeddings_path)
-        denoising = Denoising(
-            plan,
-            parameters,
-            embeddings["prompt_embeds"],
-            embeddings["negative_prompt_embeds"],
-            arguments.seed,
-            skipped,
-        )
-        if saved:
-            denoising.resume(saved)
-            report.say(f"going on after step {denoising.done} of {steps}, from {state_file.path}")
+        start = functools.partial(start_group, plan=plan, parameters=parameters, skipped=skipped, report=report)
+        denoising = start(groups[0])
 
     with report.phase("compile") as compile_phase:
-        programs, compile_phase.note = compiling.wait()
+        compiled, compile_phase.note = compiling.wait()
 
     if arguments.warmup_steps == 0:
         report.say("no warm-up: the seconds of the first step hold what the first run of a program costs")
     with report.phase(f"warm-up ({arguments.warmup_steps} steps)"):
-        denoising.warm_up(arguments.warmup_steps, *map(recorder.ignoring, programs))
+        ignoring = dict(zip(traced, map(recorder.ignoring, compiled), strict=True))
+        denoising.warm_up(arguments.warmup_steps, ignoring)
 
-    done = denoising.done
-    functions = [*map(recorder.recording, profile.traced(programs, steps - done))]
-    with Interruption.held_back():
-        with report.phase("run") as run_phase, report.progress("denoising", "step", steps, done) as bar:
-            for state in denoising.run(*functions):
-                bar.update()
-                if arguments.preview_every and bar.n % arguments.preview_every == 0:
-                    with report.aside("previews"):
-                        draw_preview(state, bar.n, config, plan, output_dir / utils.PREVIEW)
-                if keeps_state and bar.n < steps:
-                    state_file.keep(denoising, state, now=Interruption.number is not None)
-                if Interruption.number and bar.n < steps:
-                    raise KeyboardInterrupt(state_file.farewell(bar.n, steps))
-        report.add("per step", f"{run_phase.seconds / (steps - done):.3f} s")
-        warn_if_not_finite(int(state.finite_steps), steps, report)
-
-        with report.phase("save"):
-            latents = jax.numpy.transpose(state.latents[:, plan.surplus_frames :], (0, 2, 1, 3, 4))
-            if hosts.is_first():
-                save(latents, config, made_from | made, output_dir)
-                state_file.remove()
-    report.say(f"wrote {output_dir / utils.LATENTS} and {utils.CONFIG}")
+    profiled = profile.traced(compiled, plan.num_inference_steps - denoising.done)
+    programs = dict(zip(traced, map(recorder.recording, profiled), strict=True))
+    latents, seconds, steps = make_group(groups[0], denoising, programs, arguments, report)
+    for n, group in enumerate(groups[1:], 2):
+        latents, *more = make_group(group, start(group), programs, arguments, report, f", group {n} of {len(groups)}")
+        seconds, steps = seconds + more[0], steps + more[1]
+    report.add("per step", f"{seconds / steps:.3f} s")
+    if len(groups) > 1:
+        report.add("run of all groups", f"{seconds:.2f} s")
     profile.show()
 
     report.add_array("latents", latents)
@@ -227,6 +262,152 @@ def main() -> None:
         report.add(name, value)
     if hosts.is_first():
         report.close(output_dir, shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
+
+
+def find_videos(arguments: argparse.Namespace, output_dir: Path) -> list[Video]:
+    """Return the videos to make: of each prompt in --input_dir as many as --num_videos_per_prompt says.
+
+    Raises:
+        UserError: stage 1's files are missing or wrong, or other videos are in the way.
+    """
+    seeds = range(arguments.seed, arguments.seed + arguments.num_videos_per_prompt)
+    if seeds[-1] > MOST_SEED:
+        raise UserError(f"--seed {arguments.seed} and those after it for --num_videos_per_prompt exceed {MOST_SEED}")
+    found = []
+    for source in videos.prompts(arguments.input_dir):
+        text = utils.read_config(source, TextConfig)
+        folder = output_dir / source.relative_to(arguments.input_dir)
+        folders = [videos.of_seed(folder, seed) for seed in seeds] if len(seeds) > 1 else [folder]
+        if hosts.is_first():
+            videos.check_videos(folder, folders)
+        found += [Video(source, own, seed, text) for own, seed in zip(folders, seeds, strict=True)]
+    if arguments.dump and len(found) > 1:
+        raise UserError(f"--dump takes one video, and there are {len(found)}; give the --input_dir of one prompt")
+    return found
+
+
+def check_files(
+    found: Sequence[Video], arguments: argparse.Namespace, output_dir: Path, lora_files: Sequence[Path]
+) -> tuple[str, dict[Path, dict[str, tuple[int, ...]]]]:
+    """Claim the folders of the videos, and check the files in them.
+
+    Returns:
+        The model that stage 1 used, and the shapes of the embeddings, by name, in each of its files.
+
+    Raises:
+        UserError: another process writes to a folder, or a file is wrong or would replace another one.
+    """
+    if hosts.is_first():
+        for folder in dict.fromkeys([output_dir, *(video.folder for video in found)]):
+            console.at_end.enter_context(writing.claimed(folder, "stage2"))
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    texts = {video.embeddings: video.text for video in found}
+    shapes = {path: utils.tensor_shapes(path, 1, names, text, force=arguments.force) for path, text in texts.items()}
+    model_id = checkpoint.same_model(arguments.model_id, found[0].text["model_id"])
+    for video in found:
+        if video.text["model_id"] != model_id:
+            raise UserError(f"{video.source} was made with model '{video.text['model_id']}', not '{model_id}'")
+    outputs = [video.folder / name for video in found for name in (utils.LATENTS, utils.CONFIG)]
+    inputs = [*shapes, *lora_files, arguments.executable, arguments.log_json]
+    writing.check_outputs([("--output_dir", path) for path in outputs if hosts.is_first()], inputs, model_id)
+    return model_id, shapes
+
+
+def groups_of(tasks: list[Task], plan: "Plan", arguments: argparse.Namespace, report: Report) -> list[Group]:
+    """Divide the tasks into groups that are done at a time, without those of several that are finished already."""
+    keeps_state = not arguments.dump and not hosts.are_many()
+    todo = tasks
+    if len(tasks) > 1:
+        report.say(f"{len(tasks)} videos, {plan.batch} at a time: {reason_for_batch(plan, arguments)}")
+        if keeps_state and not arguments.restart:
+            todo = [task for task in tasks if not task.is_finished] or tasks[-1:]
+    if len(todo) < len(tasks):
+        report.say(f"{len(tasks) - len(todo)} of the videos are finished already; --restart makes them again")
+    groups = []
+    for i in range(0, len(todo), plan.batch):
+        group = todo[i : i + plan.batch]
+        decides = group[0].decides
+        for task in group[1:]:
+            decides |= {f"{name} of {task.video.folder}": value for name, value in task.decides.items()}
+        every = arguments.checkpoint_every if keeps_state else 0
+        state_file = StateFile(group[0].video.folder, decides, every, report)
+        groups.append(Group(group, state_file, state_file.load(arguments.restart) if keeps_state else None))
+    return groups
+
+
+def reason_for_batch(plan: "Plan", arguments: argparse.Namespace) -> str:
+    """Say why a group has as many videos as it has."""
+    if arguments.videos_at_once:
+        return "as --videos_at_once says"
+    if plan.batch == 1:
+        return "more would not make more of them an hour"
+    return f"dp {plan.parallelism.mesh.shape['dp']} makes the most of them an hour, by prediction"
+
+
+def start_group(
+    group: Group, *, plan: "Plan", parameters: "Mapping[str, jax.Array]", skipped: list[int], report: Report
+) -> "Denoising":
+    """Return the run of a group before its first step, or before the one after those that are done."""
+    import torch
+    from safetensors.torch import load_file
+
+    from models.denoising import Denoising
+
+    # The last group may have fewer videos; then its last one is made several times, and written once.
+    filled = [task.video for task in group.tasks + group.tasks[-1:] * (plan.batch - len(group.tasks))]
+    embeddings = [load_file(video.embeddings) for video in filled]
+    positive, negative = (
+        torch.cat([of_prompt[name] for of_prompt in embeddings]) for name in ("prompt_embeds", "negative_prompt_embeds")
+    )
+    denoising = Denoising(plan, parameters, positive, negative, [video.seed for video in filled], skipped)
+    if group.saved:
+        denoising.resume(group.saved)
+        report.say(f"going on after step {denoising.done} of {plan.num_inference_steps}, from {group.state_file.path}")
+    return denoising
+
+
+def make_group(
+    group: Group,
+    denoising: "Denoising",
+    programs: "Mapping[StepKind, Callable]",
+    arguments: argparse.Namespace,
+    report: Report,
+    label: str = "",
+) -> tuple["jax.Array", float, int]:
+    """Run the steps of a group and write its latents.
+
+    Returns:
+        The latents, [B, C, T, H, W], and the seconds and the number of the steps.
+    """
+    import jax
+
+    plan, done, state_file = denoising.plan, denoising.done, group.state_file
+    steps = plan.num_inference_steps
+    with Interruption.held_back():
+        with (
+            report.phase(f"run{label}", in_table=not label) as run_phase,
+            report.progress("denoising", "step", steps, done) as bar,
+        ):
+            for state in denoising.run(programs):
+                bar.update()
+                if arguments.preview_every and bar.n % arguments.preview_every == 0:
+                    with report.aside("previews"):
+                        draw_previews(state, bar.n, group.tasks, plan)
+                if bar.n < steps:
+                    state_file.keep(denoising, state, now=Interruption.number is not None)
+                if Interruption.number and bar.n < steps:
+                    raise KeyboardInterrupt(state_file.farewell(bar.n, steps))
+        warn_if_not_finite(int(state.finite_steps), steps, report)
+
+        with report.phase(f"save{label}", in_table=not label):
+            latents = jax.numpy.transpose(state.latents[:, plan.surplus_frames :], (0, 2, 1, 3, 4))
+            if hosts.is_first():
+                for i, task in enumerate(group.tasks):
+                    save(latents[i : i + 1], task)
+                state_file.remove()
+    for task in group.tasks:
+        report.say(f"wrote {task.video.folder / utils.LATENTS} and {utils.CONFIG}")
+    return latents[: len(group.tasks)], run_phase.seconds, steps - done
 
 
 def warn_if_not_finite(finite_steps: int, steps: int, report: Report) -> None:
@@ -238,14 +419,16 @@ def warn_if_not_finite(finite_steps: int, steps: int, report: Report) -> None:
         )
 
 
-def draw_preview(state: "State", n: int, config: Mapping, plan: "Plan", path: Path) -> None:
-    """Draw the noise-free latents that a step, the n-th, predicts."""
+def draw_previews(state: "State", n: int, tasks: Sequence[Task], plan: "Plan") -> None:
+    """Draw the noise-free latents that a step, the n-th, predicts for each video."""
     import pictures
 
-    predicted = np.asarray(state.pred_original_sample[0, plan.surplus_frames :]).swapaxes(0, 1)
-    title = f"step {n} of {plan.num_inference_steps}, the video that it predicts: {config['prompt']}"
-    if hosts.is_first():
-        pictures.preview(predicted, path, pictures.fitted_map(config["model_id"]), title)
+    predicted = np.asarray(state.pred_original_sample[:, plan.surplus_frames :]).swapaxes(1, 2)
+    for task, latents in zip(tasks, predicted, strict=False):  # a group may be filled up
+        title = f"step {n} of {plan.num_inference_steps}, the video that it predicts: {task.config['prompt']}"
+        if hosts.is_first():
+            map_ = pictures.fitted_map(task.config["model_id"])
+            pictures.preview(latents, task.video.folder / utils.PREVIEW, map_, title)
 
 
 def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> None:
@@ -262,7 +445,8 @@ def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> Non
     report.say(f"attention: {plan.attention.name}, {by}" + (f"; blocks: {blocks}" if plan.attention.is_kernel else ""))
     if plan.guided:
         kind = ", dynamic" if plan.use_dynamic_cfg else ""
-        report.say(f"guidance scale {plan.guidance_scale:g}{kind}: negative and positive prompt in one batch")
+        only = " in steps {} to {} alone".format(*plan.guidance_interval) if plan.guidance_interval else ""
+        report.say(f"guidance scale {plan.guidance_scale:g}{kind}{only}: negative and positive prompt in one batch")
     else:
         dp = ", dp is 1" if arguments.use_dp and devices.size > 1 else ""
         report.say(f"guidance scale {plan.guidance_scale:g}: no guidance, the positive prompt alone{dp}")
@@ -295,31 +479,36 @@ def untrained(plan: "Plan") -> Iterator[str]:
         yield f"CogVideoX 1.5 was trained on 16n + 1 frames, 81 and 161; {plan.frames} may look worse"
 
 
-def config_of(arguments: argparse.Namespace, text_config: Mapping, plan: "Plan", skipped: list[int]) -> dict:
-    """Return the entries that generation_config.json has after this stage."""
-    config = {name: text_config[name] for name in utils.TEXT_ENTRIES}
-    of_plan = {"scheduler": plan.scheduler["_class_name"], "timestep_spacing": plan.scheduler.get("timestep_spacing")}
-    of_plan["skipped_steps"] = tensor_dump.as_text(skipped)
-    of_options = {name: getattr(arguments, name) for name in utils.VIDEO_ENTRIES if name not in of_plan}
-    return config | of_options | of_plan
+def task_of(
+    video: Video, arguments: argparse.Namespace, plan: "Plan", skipped: Sequence[int], lora_files: Sequence[Path]
+) -> Task:
+    """Return what is written with the latents of a video."""
+    of_plan = {
+        "scheduler": plan.scheduler["_class_name"],
+        "timestep_spacing": plan.scheduler.get("timestep_spacing"),
+        "skipped_steps": tensor_dump.as_text(skipped),
+        "seed": video.seed,
+    }
+    of_options = {name: of_plan.get(name, getattr(arguments, name, None)) for name in utils.VIDEO_ENTRIES}
+    config = {name: video.text[name] for name in utils.TEXT_ENTRIES} | of_options
+    made = provenance.describe("stage2", video.folder, [video.embeddings], arguments, lora_files)
 
-
-def decides(plan: "Plan", config: Mapping, made: Mapping[str, str]) -> dict[str, object]:
-    """Return all that the latents depend on, to the last bit, by names for people."""
     devices = plan.devices
     made_from = {name: config.get(name) for name in utils.LATENT_ENTRIES}
     of_run = {"dtype": plan.dtype, "devices": f"{len(devices)} x {devices[0].device_kind}"}
     inputs = json.loads(made["provenance"])["inputs"]
-    return made_from | plan.program_options | of_run | inputs | versions("jax", "jaxlib", "libtpu", "torch")
+    decides = made_from | plan.program_options | of_run | inputs | versions("jax", "jaxlib", "libtpu", "torch")
+    as_text = {"decides": json.dumps({name: str(value) for name, value in decides.items()})}
+    return Task(video, config, utils.made_from(config, utils.LATENT_ENTRIES) | made | as_text)
 
 
-def save(latents: "jax.Array", config: Mapping, metadata: dict[str, str], output_dir: Path) -> None:
-    """Write latents [B, C, T, H, W] and the config to `output_dir`."""
+def save(latents: "jax.Array", task: Task) -> None:
+    """Write latents [1, C, T, H, W] and the config to the folder of their video."""
     from safetensors.flax import save_file
 
-    with writing.committing(output_dir, "stage2") as new:
-        save_file({"latents": latents}, new / utils.LATENTS, metadata=metadata)
-        utils.write_config(new, config)
+    with writing.committing(task.video.folder, "stage2") as new:
+        save_file({"latents": latents}, new / utils.LATENTS, metadata=dict(task.metadata))
+        utils.write_config(new, task.config)
 
 
 def check_embeddings(shapes: Mapping[str, tuple[int, ...]], transformer: Mapping, path: Path) -> None:

@@ -1,7 +1,7 @@
 """Run stage 3: decode the latents to a video with diffusers' VAE decoder, run by JAX through TorchAx.
 
-Reads stage 2's files from --input_dir; writes --output_video. stage3_vae_decoder_flax.py is this stage with the Flax
-decoder instead.
+Reads stage 2's files from --input_dir; writes --output_video, or the videos of all folders there (see videos.py).
+stage3_vae_decoder_flax.py is this stage with the Flax decoder instead.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import contextlib
 import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import checkpoint
 import console
@@ -19,6 +19,7 @@ import provenance
 import tensor_dump
 import timings
 import utils
+import videos
 import writing
 from compilation import Cache, Compiling, add_compilation_options
 from console import (
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from models.decoder import Decoder
+    from models.decoding import Plan
+
+SIZE = ("height", "width", "frames")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -79,40 +83,41 @@ def video_path(text: str) -> Path:
     return path
 
 
+class Video(NamedTuple):
+    """A video to decode: the folder of its latents, where it goes, and stage 2's entries of generation_config.json."""
+
+    source: Path
+    output: Path
+    config: Mapping
+
+    @property
+    def latents(self) -> Path:
+        """The file of its latents."""
+        return self.source / utils.LATENTS
+
+
 def main(decoder: str = "torchax") -> None:
     """Run stage 3 with the decoder of `models/vae_<decoder>.py`."""
     arguments = parse_arguments()
     hosts.join(arguments, inputs=(utils.CONFIG, utils.LATENTS))
     report = Report("stage3", arguments)
     profile = Profile(arguments.profile, "chunk", report)
-    output_video = arguments.output_video or arguments.input_dir / utils.VIDEO
-    config = utils.read_config(arguments.input_dir, VideoConfig)
-    if hosts.is_first():
-        console.at_end.enter_context(writing.claimed(output_video.parent, "stage3"))
-    latents_path = arguments.input_dir / utils.LATENTS
-    shape = utils.tensor_shapes(latents_path, 2, ("latents",), config, finite=False, force=arguments.force)["latents"]
-    provenance.check_inputs(latents_path, arguments.force)
-    model_id = checkpoint.same_model(arguments.model_id, config["model_id"])
-    options = [("--output_video", output_video), ("--output_frames", arguments.output_frames)]
-    outputs = options if hosts.is_first() else []
-    inputs = [latents_path, arguments.input_dir / utils.CONFIG, output_video.parent / timings.FILE]
-    writing.check_outputs(outputs, [*inputs, arguments.executable, arguments.log_json], model_id)
+    found = find_videos(arguments)
+    model_id, shapes = check_files(found, arguments)
     check_ffmpeg()
-    fps = arguments.fps or config["fps"]
 
     prepare_libraries()
     import jax
     import numpy as np
 
     devices = console.devices()
-    from safetensors.numpy import load_file  # that of safetensors.flax imports flax
-
-    size = {name: config[name] for name in ("height", "width", "frames")}
-    stored = load_file(latents_path)["latents"]
+    size = {name: found[0].config[name] for name in SIZE}
+    stored = read_latents(found[0], arguments.allow_nan)
     plan = decoding_plan(arguments, model_id, decoder, size, devices, stored.dtype)
-    check_shape(shape, plan.latent_shape, latents_path)
-    if not arguments.allow_nan:
-        check_finite(stored, latents_path)
+    for path, shape in shapes.items():
+        check_shape(shape, plan.latent_shape, path)
+    for video in found[1:]:  # before hours go into the others
+        read_latents(video, arguments.allow_nan)
     wanted = dump_wanted(arguments)
     tensor_dump.steps(arguments.dump_steps, sum(plan.runs))  # wrong ones are said before anything is loaded
 
@@ -123,7 +128,7 @@ def main(decoder: str = "torchax") -> None:
     reason = "as the options say" if arguments.chip_rows or arguments.strips else "the least work for each chip"
     report.say(f"split: {plan.split}; {reason}; the split does not change the result")
     with report.phase("load"):
-        from models.decoder import decode, warm_up
+        from models.decoder import warm_up
 
         vae = plan.make_decoder()
         files = weight_files(vae, model_id)
@@ -131,15 +136,18 @@ def main(decoder: str = "torchax") -> None:
         abstract = plan.on_devices(files)
         with plan_errors():
             traced = plan.programs(vae, abstract, wanted)
-        made_from = utils.made_from(config, utils.LATENT_ENTRIES)
-        made = provenance.describe("stage3", [latents_path], arguments)
+        made_from = utils.made_from(found[0].config, utils.LATENT_ENTRIES)  # only a single video is dumped
         runs = [program for program, n in zip(traced, plan.runs, strict=True) for _ in range(n)]
         recorder = dump_recorder(arguments, "stage3", "chunk", made_from, plan.split.mesh, runs)
         compiling = Compiling(arguments, f"{decoder} decoder", plan, traced, cache, report)
         weights = load_weights(files, abstract)
         leaves = jax.tree.leaves(weights)
         report.say(f"loaded decoder: {sum(leaf.size for leaf in leaves):,} parameters, {leaves[0].dtype}")
-        latents = np.asarray(jax.numpy.asarray(stored, leaves[0].dtype) / plan.vae["scaling_factor"])
+
+        def scaled(stored: "np.ndarray") -> "np.ndarray":
+            return np.asarray(jax.numpy.asarray(stored, leaves[0].dtype) / plan.vae["scaling_factor"])
+
+        latents = scaled(stored)
 
     with report.phase("compile") as compile_phase:
         programs, compile_phase.note = compiling.wait()
@@ -150,27 +158,122 @@ def main(decoder: str = "torchax") -> None:
     else:
         report.say("no warm-up: the seconds of the run hold what the first run of each program costs")
 
-    with report.phase("run, with encoding") as run_phase, report.progress("decoding", "frame", plan.frames) as bar:
-        functions = map(recorder.recording, profile.traced(programs, len(runs)))
-        chunks = decode([*functions], weights, latents, plan.split)
-        if hosts.is_first():
-            frames = write_video(chunks, output_video, fps, made, bar, keep=arguments.output_frames is not None)
-        else:
-            collections.deque(chunks, maxlen=0)  # its share of each is decoded
-    report.add("per frame", f"{run_phase.seconds / plan.frames:.3f} s")
-
-    if arguments.output_frames and hosts.is_first():
-        with report.phase("save frames"):
-            save_frames(frames, arguments.output_frames, made_from | made)
-    report.say(f"wrote {output_video}" + (f" and {arguments.output_frames}" if arguments.output_frames else ""))
+    functions = [*map(recorder.recording, profile.traced(programs, len(runs)))]
+    seconds = 0.0
+    for n, video in enumerate(found, 1):
+        label = f", video {n} of {len(found)}" if n > 1 else ""
+        latents = scaled(read_latents(video, allow_nan=True))
+        seconds += decode_video(video, functions, weights, latents, plan, arguments, report, label)
+    report.add("per frame", f"{seconds / len(found) / plan.frames:.3f} s")
+    if len(found) > 1:
+        report.add("run of all videos", f"{seconds:.2f} s")
     profile.show()
 
     report.add_array("latents", latents)
-    report.add("video", f"{bar.n} frames, {plan.width} x {plan.height}, {fps} frames per second")
+    fps = arguments.fps or found[-1].config["fps"]
+    report.add("video", f"{plan.frames} frames, {plan.width} x {plan.height}, {fps} frames per second")
     for name, value in recorder.summary():
         report.add(name, value)
     if hosts.is_first():
-        report.close(output_video.parent)
+        report.close(found[0].output.parent if len(found) == 1 else arguments.input_dir)
+
+
+def find_videos(arguments: argparse.Namespace) -> list[Video]:
+    """Return the videos whose latents are in --input_dir, or in folders there.
+
+    Raises:
+        UserError: a config is missing or wrong, or the options are for a single video, or sizes differ.
+    """
+    sources = videos.videos(arguments.input_dir)
+    for option in ("output_video", "output_frames", "dump"):
+        if len(sources) > 1 and getattr(arguments, option):
+            raise UserError(
+                f"--{option} is for one video, and {arguments.input_dir} has {len(sources)}; give the folder of one as "
+                "--input_dir"
+            )
+    found = [
+        Video(source, arguments.output_video or source / utils.VIDEO, utils.read_config(source, VideoConfig))
+        for source in sources
+    ]
+    for video in found[1:]:
+        for name in (*SIZE, "model_id"):
+            ours, first = video.config[name], found[0].config[name]
+            if ours != first:
+                raise UserError(
+                    f"{video.source} has {name} {ours}, and {found[0].source} has {first}; decode each alone, with its "
+                    "folder as --input_dir"
+                )
+    return found
+
+
+def check_files(found: Sequence[Video], arguments: argparse.Namespace) -> tuple[str, dict[Path, tuple[int, ...]]]:
+    """Claim the folders of the videos, and check the files in them.
+
+    Returns:
+        The model that the stages before used, and the shapes of the latents in each of their files.
+
+    Raises:
+        UserError: another process writes to a folder, or a file is wrong or would replace another one.
+    """
+    if hosts.is_first():
+        for folder in dict.fromkeys(video.output.parent for video in found):
+            console.at_end.enter_context(writing.claimed(folder, "stage3"))
+    shapes = {}
+    for video in found:
+        of_file = utils.tensor_shapes(video.latents, 2, ("latents",), video.config, finite=False, force=arguments.force)
+        shapes[video.latents] = of_file["latents"]
+        provenance.check_inputs(video.latents, arguments.force)
+    model_id = checkpoint.same_model(arguments.model_id, found[0].config["model_id"])
+    options = [("--output_video", video.output) for video in found] + [("--output_frames", arguments.output_frames)]
+    outputs = options if hosts.is_first() else []
+    configs = [video.source / utils.CONFIG for video in found]
+    inputs = [*shapes, *configs, found[0].output.parent / timings.FILE, arguments.executable, arguments.log_json]
+    writing.check_outputs(outputs, inputs, model_id)
+    return model_id, shapes
+
+
+def read_latents(video: Video, allow_nan: bool) -> "np.ndarray":
+    """Read the latents of a video, [1, C, T, H, W]; raise UserError if they are not finite, unless `allow_nan`."""
+    from safetensors.numpy import load_file  # that of safetensors.flax imports flax
+
+    stored = load_file(video.latents)["latents"]
+    if not allow_nan:
+        check_finite(stored, video.latents)
+    return stored
+
+
+def decode_video(
+    video: Video,
+    functions: Sequence[Callable],
+    weights: Any,
+    latents: "np.ndarray",
+    plan: "Plan",
+    arguments: argparse.Namespace,
+    report: Report,
+    label: str,
+) -> float:
+    """Decode scaled latents and write the video, and its frames if asked for; return the seconds of the decode.
+
+    `label` is the part of the phase's name after "run".
+    """
+    from models.decoder import decode
+
+    # What it is made from is read before the timed run.
+    made = provenance.describe("stage3", video.output.parent, [video.latents], arguments)
+    fps = arguments.fps or video.config["fps"]
+    name = f"run, with encoding{label}"
+    with report.phase(name, in_table=not label) as phase, report.progress("decoding", "frame", plan.frames) as bar:
+        chunks = decode(functions, weights, latents, plan.split)
+        if hosts.is_first():
+            frames = write_video(chunks, video.output, fps, made, bar, keep=arguments.output_frames is not None)
+        else:
+            collections.deque(chunks, maxlen=0)  # its share of each is decoded
+
+    if arguments.output_frames and hosts.is_first():
+        with report.phase("save frames"):
+            save_frames(frames, arguments.output_frames, utils.made_from(video.config, utils.LATENT_ENTRIES) | made)
+    report.say(f"wrote {video.output}" + (f" and {arguments.output_frames}" if arguments.output_frames else ""))
+    return phase.seconds
 
 
 def weight_files(vae: "Decoder", model_id: str) -> Any:

@@ -105,22 +105,31 @@ def made_from(config: Mapping, entries: Iterable[str]) -> dict[str, str]:
     return {"made_from": json.dumps({name: config[name] for name in entries if name in config})}
 
 
-def read_made_from(path: Path, metadata: Mapping[str, str] | None) -> dict:
-    """Return the config entries that a safetensors file says it was made from; the reverse of `made_from`.
+def read_made_from(path: Path, found: Mapping[str, str] | None) -> dict:
+    """Return the config entries that the metadata of a safetensors file say it was made from, as `made_from` wrote.
 
     Raises:
         UserError: what the file `path` says is no JSON object.
     """
     try:
-        return TypeAdapter(dict[str, JsonValue]).validate_json((metadata or {}).get("made_from", "{}"))
+        return TypeAdapter(dict[str, JsonValue]).validate_json((found or {}).get("made_from", "{}"))
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"]
         raise UserError(f"{path}: its metadata made_from is no JSON object ({reason}); make the file again") from error
 
 
+def metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file.
+
+    Raises:
+        OSError, SafetensorError: there is no such file, or it is not a complete safetensors file.
+    """
+    return safe_open(path, framework="np").metadata() or {}
+
+
 def difference(path: Path, config: Mapping) -> str | None:
     """Return the first entry of `config` with which a safetensors file was not made, in words; None if it fits."""
-    for name, value in read_made_from(path, safe_open(path, framework="np").metadata()).items():
+    for name, value in read_made_from(path, metadata(path)).items():
         if config.get(name) != value:
             return f"was made with {name} = {value!r}, but {CONFIG} says {config.get(name)!r}"
     return None
@@ -162,7 +171,7 @@ def tensor_shapes(
         refuse(f"{path} {other}; {remedy}", force)
     if finite:
         check_finite(tensors, path, remedy)
-    if Report.current and "made_from" not in (safe_open(path, framework="np").metadata() or {}):
+    if Report.current and "made_from" not in metadata(path):
         Report.current.warn(f"{path} does not say what it was made from: whether it belongs to {CONFIG} is unknown")
     return {name: tensor.shape for name, tensor in tensors.items()}
 

@@ -388,7 +388,7 @@ def start_denoising(plan: "denoising.Plan", weights: "Mapping[str, jax.Array]") 
     shape = plan.batch, config["max_text_seq_length"], config["text_embed_dim"]
     generator = torch.Generator().manual_seed(PROMPT_SEED)
     positive, negative = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
-    return Denoising(plan, weights, positive, negative, LATENT_SEED)
+    return Denoising(plan, weights, positive, negative, [LATENT_SEED] * plan.batch)
 
 
 def one_step(plan: "denoising.Plan", weights: "Mapping[str, jax.Array]") -> "np.ndarray":
@@ -397,7 +397,8 @@ def one_step(plan: "denoising.Plan", weights: "Mapping[str, jax.Array]") -> "np.
 
     from models.denoising import make_step
 
-    return np.asarray(next(start_denoising(plan, weights).run(make_step(plan))).pred_original_sample)
+    programs = dict.fromkeys(plan.kinds(), make_step(plan))
+    return np.asarray(next(start_denoising(plan, weights).run(programs)).pred_original_sample)
 
 
 def draw_latents(plan: "decoding.Plan") -> "np.ndarray":
@@ -691,7 +692,9 @@ def measure_step(machine: Machine, video: tuple[int, int, int], guided: bool, ex
     plan = machine.denoising_plan(video, guided)
     programs, seconds = compiled([make_step(plan).trace(*abstract_arguments(plan))])
     denoising = start_denoising(plan, draw_weights(parameter_shapes(plan)))
-    return measured(durations(denoising.run(programs[0])), seconds, memory.so_far(programs), expected)
+    return measured(
+        durations(denoising.run(dict.fromkeys(plan.kinds(), programs[0]))), seconds, memory.so_far(programs), expected
+    )
 
 
 def measure_decode(machine: Machine, video: tuple[int, int, int], decoder: str, expected: Mapping) -> dict:

@@ -69,6 +69,9 @@ def add_stage2_options(parser: argparse.ArgumentParser) -> None:
     _add_model_options(parser)
     parser.add_argument("--dump_stats", action="store_true", help="the step as it is with stage 2's --dump_stats")
     parser.add_argument("--skipped_step", action="store_true", help="the step that skips the blocks, of a step cache")
+    parser.add_argument(
+        "--unguided_step", action="store_true", help="the step without guidance, of a run with --guidance_interval"
+    )
     options.add_denoising_options(parser)
 
 
@@ -77,24 +80,27 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
     from models import denoising, tap
 
     platform = "cpu" if arguments.topology == "cpu" else "tpu"
-    plan = options.denoising_plan(arguments, arguments.model_id, devices, platform, dtype=arguments.dtype)
+    videos = arguments.videos_at_once or 1
+    plan = options.denoising_plan(arguments, arguments.model_id, devices, platform, videos, dtype=arguments.dtype)
     if arguments.skipped_step and not plan.step_cache:
         raise UserError("--skipped_step belongs to --cache_schedule or --cache_threshold")
+    if arguments.unguided_step and not plan.guidance_interval:
+        raise UserError("--unguided_step belongs to --guidance_interval")
+    kind = denoising.StepKind(arguments.skipped_step, plan.guided and not arguments.unguided_step)
     with compiling_for(plan.parallelism.mesh):
         wanted = tap.Wanted(statistics=["*"]) if arguments.dump_stats else None
-        step = denoising.make_step(plan, wanted, short=arguments.skipped_step)
+        step = denoising.make_step(plan, wanted, kind)
         traced = step.trace(*denoising.abstract_arguments(plan))
     config = plan.transformer
-    scores = plan.prompts * config["num_attention_heads"] / len(devices) * plan.tokens**2
+    samples = plan.batch * (2 if kind.guided else 1)
+    scores = samples * config["num_attention_heads"] / len(devices) * plan.tokens**2
     return Programs(
         traced=[traced],
         times=[1],
         devices=plan.devices,
         scores_per_kernel=scores,
-        attention_flops=0
-        if arguments.skipped_step
-        else 4 * config["attention_head_dim"] * scores * config["num_layers"],
-        options=_size(arguments) | {"guided": plan.guided} | plan.program_options,
+        attention_flops=0 if kind.short else 4 * config["attention_head_dim"] * scores * config["num_layers"],
+        options=_size(arguments) | {"guided": kind.guided} | plan.program_options,
         model=model_name(arguments.model_id),
         name="denoising step",
         executable_options=plan.program_options,

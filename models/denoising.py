@@ -54,6 +54,7 @@ class Plan:
         parallelism: the mesh of devices, and the layout of the parameters on it.
         attention: the implementation, with its options.
         step_cache: whether full steps keep what the blocks add, for steps that leave them out.
+        guidance_interval: the first and the last step with guidance, counted from 0; None for all steps.
     """
 
     transformer: Mapping
@@ -70,11 +71,18 @@ class Plan:
     parallelism: Parallelism
     attention: Attention
     step_cache: bool
+    guidance_interval: tuple[int, int] | None
 
     @property
     def guided(self) -> bool:
-        """Whether a step predicts for the negative prompt too."""
+        """Whether steps predict for the negative prompt too: all, or those of `guidance_interval`."""
         return self.guidance_scale > 1.0
+
+    def kinds(self, skipped: Collection[int] = ()) -> "list[StepKind]":
+        """Return the kind of each step, of which `skipped` leave out the blocks."""
+        first, last = self.guidance_interval or (0, self.num_inference_steps)
+        steps = range(self.num_inference_steps)
+        return [StepKind(short=i in skipped, guided=self.guided and first <= i <= last) for i in steps]
 
     def guidance_at(self, timestep: int) -> float:
         """Return the guidance scale of a step; source: `use_dynamic_cfg` of `CogVideoXPipeline.__call__`."""
@@ -84,8 +92,14 @@ class Plan:
         return 1 + self.guidance_scale * (1 - math.cos(math.pi * ((steps - timestep) / steps) ** 5.0)) / 2
 
     @property
+    def always_full(self) -> set[int]:
+        """The steps that must not leave out the blocks: the first, the last, and the first one with guidance."""
+        first_guided, _ = self.guidance_interval or (0, 0)
+        return {0, self.num_inference_steps - 1, first_guided}
+
+    @property
     def prompts(self) -> int:
-        """Prompts that a step predicts for, for each video: with guidance the negative and the positive one."""
+        """Prompts for each video: with guidance the negative and the positive one."""
         return 2 if self.guided else 1
 
     @property
@@ -138,6 +152,18 @@ class Plan:
         } | ({"step_cache": True} if self.step_cache else {})
 
 
+class StepKind(NamedTuple):
+    """What kind of step a program computes.
+
+    Attributes:
+        short: whether it leaves out the blocks, and adds the residual of the last full step instead.
+        guided: whether it predicts for the negative prompts too, or for the positive ones alone.
+    """
+
+    short: bool
+    guided: bool
+
+
 def make_plan(
     *,
     transformer: Mapping,
@@ -161,6 +187,7 @@ def make_plan(
     mesh_order: Sequence[str] = MESH_AXES,
     layout: str = "tp",
     step_cache: bool = False,
+    guidance_interval: tuple[int, int] | None = None,
 ) -> Plan:
     """Make the plan that the options ask for, on `devices` of `platform` ("tpu", "cpu" or "gpu"); see `Plan`.
 
@@ -169,7 +196,7 @@ def make_plan(
         use_dp, sp_num: see `mesh_sizes`.
         mesh_order: order of the mesh's axes; along the last one devices are neighbours.
         layout: of the parameters, a key of LAYOUTS.
-        step_cache: see `Plan`.
+        step_cache, guidance_interval: see `Plan`.
 
     Raises:
         PlanError: the model, the devices and the options do not fit together.
@@ -178,9 +205,9 @@ def make_plan(
         raise PlanError("mesh_order", f"{','.join(mesh_order)} is not an order of {','.join(MESH_AXES)}")
     if layout not in LAYOUTS:
         raise PlanError("layout", f"{layout} is unknown; there are {', '.join(LAYOUTS)}")
-    sizes = mesh_sizes(
-        len(devices), transformer["num_attention_heads"], 2 if guidance_scale > 1.0 else 1, use_dp, sp_num
-    )
+    # dp splits what all steps have: those without guidance have the positive prompts alone.
+    sequences = batch * (2 if guidance_scale > 1.0 and guidance_interval is None else 1)
+    sizes = mesh_sizes(len(devices), transformer["num_attention_heads"], sequences, use_dp, sp_num)
     plan = Plan(
         transformer=transformer,
         vae=vae,
@@ -198,6 +225,7 @@ def make_plan(
             attention, platform, block_sizes, use_k_smooth, transformer["attention_head_dim"], dtype
         ),
         step_cache=step_cache,
+        guidance_interval=guidance_interval,
     )
     check_plan(plan)
     return plan
@@ -215,6 +243,17 @@ def check_plan(plan: Plan) -> None:
             "use_dynamic_cfg",
             f"changes the guidance, and with --guidance_scale {plan.guidance_scale:g} there is none; "
             "add --no-use_dynamic_cfg",
+        )
+    first, last = plan.guidance_interval or (0, 0)
+    if plan.guidance_interval and not plan.guided:
+        raise PlanError(
+            "guidance_interval",
+            f"is an interval with guidance, and with --guidance_scale {plan.guidance_scale:g} "
+            "there is none; use one of the two",
+        )
+    if not first <= last < plan.num_inference_steps:
+        raise PlanError(
+            "guidance_interval", f"{first},{last} is no interval of the steps 0 to {plan.num_inference_steps - 1}"
         )
     if plan.scheduler["_class_name"] not in SAMPLERS:
         name = plan.scheduler["_class_name"]
@@ -285,10 +324,10 @@ class StepArguments(NamedTuple):
     inputs: StepInputs
 
 
-def make_step(plan: Plan, wanted: tap.Wanted | None = None, short: bool = False) -> jax.stages.Wrapped:
+def make_step(plan: Plan, wanted: tap.Wanted | None = None, kind: StepKind | None = None) -> jax.stages.Wrapped:
     """Make a jitted denoising step, `step(parameters, state, condition, inputs)`, which returns the next `State`.
 
-    A short one leaves out the blocks, and adds the residual of the last full step instead.
+    The kind is one of `Plan.kinds`, by default that of a full step, guided if the plan is.
 
     The step donates the state. If anything is `wanted`, it returns the state and what is `tap.Collected`; beside the
     transformer's modules there are "latents", from which the step starts, "noise_pred" after guidance,
@@ -296,24 +335,27 @@ def make_step(plan: Plan, wanted: tap.Wanted | None = None, short: bool = False)
 
     Source: the loop body of `CogVideoXPipeline.__call__`.
     """
+    short, guided = kind or StepKind(short=False, guided=plan.guided)
+    of_kind = slice(None if guided else -plan.batch, None)  # the samples: the negative prompts' are first
 
     def step(parameters: Mapping[str, jax.Array], state: State, condition: Condition, inputs: StepInputs) -> State:
-        latents = state.latents
+        latents, residual = state.latents, state.residual
         tap.tap("latents", latents, WHOLE_LATENTS)
         # With float32 weights the products are float32 too; a TPU's default is bfloat16.
         with jax.default_matmul_precision("highest" if latents.dtype == jnp.float32 else "default"):
-            model_output, residual = transformer(
+            prediction = transformer(
                 parameters,
-                jnp.tile(latents, (plan.prompts, 1, 1, 1, 1)),
-                condition.prompt_embeds,
+                jnp.tile(latents, (2 if guided else 1, 1, 1, 1, 1)),
+                condition.prompt_embeds[of_kind],
                 inputs.timestep,
                 condition.rotary,
                 config=plan.transformer,
                 parallelism=plan.parallelism,
                 attention=plan.attention,
-                residual=state.residual if short else None,
+                residual=residual[of_kind] if short and residual is not None else None,
             )
-        if plan.guided:
+        model_output = prediction.output
+        if guided:
             negative, positive = jnp.split(model_output, 2)
             model_output = negative + inputs.guidance_scale * (positive - negative)
         tap.tap("noise_pred", model_output, WHOLE_LATENTS)
@@ -328,7 +370,10 @@ def make_step(plan: Plan, wanted: tap.Wanted | None = None, short: bool = False)
         tap.tap("pred_original_sample", pred_original_sample, WHOLE_LATENTS)
         tap.tap("prev_sample", prev_sample, WHOLE_LATENTS)
         finite_steps = state.finite_steps + jnp.isfinite(prev_sample).all()
-        return State(prev_sample, pred_original_sample, finite_steps, residual if plan.step_cache else None)
+        if plan.step_cache and not short:
+            # That of negative prompts, if it is missing, is not read before it is there: see `Plan.always_full`.
+            residual = jnp.tile(prediction.residual, (plan.batch * plan.prompts // len(prediction.residual), 1, 1))
+        return State(prev_sample, pred_original_sample, finite_steps, residual)
 
     shardings = state_shardings(plan)
     if wanted:
@@ -391,13 +436,13 @@ def time_embeddings(plan: Plan, timesteps: np.ndarray, read: Callable[[str], np.
 
 
 class Denoising:
-    """A run of `plan` from one prompt and one seed, before its loop.
+    """A run of `plan`, which makes a batch of videos, before its loop.
 
     Args:
         plan: see `Plan`.
         parameters: see models/transformer.py.
         prompt_embeds, negative_prompt_embeds: [batch, text tokens, text width], torch.
-        seed: of the noise, which is drawn as in `CogVideoXPipeline`, in the dtype of the embeddings.
+        seeds: of the noise of each video, which is drawn as in `CogVideoXPipeline`, in the dtype of the embeddings.
         skipped: the steps that leave out the blocks.
 
     Attributes:
@@ -410,7 +455,7 @@ class Denoising:
         parameters: Mapping[str, jax.Array],
         prompt_embeds: "torch.Tensor",
         negative_prompt_embeds: "torch.Tensor",
-        seed: int,
+        seeds: Sequence[int],
         skipped: Collection[int] = (),
     ):
         import torch
@@ -419,11 +464,11 @@ class Denoising:
         self.plan = plan
         self.parameters = parameters
         self.done = 0
-        self._skipped = skipped
+        self._kinds = plan.kinds(skipped)
         self._resumed: State | None = None
         self._replicated = plan.parallelism.sharding()
-        self._generator = torch.Generator().manual_seed(seed)
-        self._noise = randn_tensor(plan.latent_shape, generator=self._generator, dtype=prompt_embeds.dtype)
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._noise = randn_tensor(plan.latent_shape, generator=self._generators, dtype=prompt_embeds.dtype)
         self._scheduler = AffineScheduler(make_scheduler(plan.scheduler), plan.num_inference_steps)
         if plan.guided:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
@@ -432,61 +477,64 @@ class Denoising:
 
     def arguments(self) -> StepArguments:
         """Return the arguments of the first step."""
-        inputs = self._inputs(0, self._generator.clone_state())
+        inputs = self._inputs(0, self._copied_generators())
         return StepArguments(self.parameters, self._start(), self.condition, inputs)
 
-    def warm_up(self, steps: int, step: Callable, short_step: Callable | None = None) -> None:
-        """Run the first step `steps` times, each time on the result before; draws nothing from the run's generator.
+    def warm_up(self, steps: int, programs: Mapping[StepKind, Callable]) -> None:
+        """Run the first step `steps` times, each time on the result before; draws nothing from the run's generators.
 
-        Then a skipped step runs once, if there are any.
+        Then the first step of each other kind runs once, if any did.
         """
-        indices = [0] * steps + list(self._skipped)[:1] * bool(steps)
-        for _ in self._loop(step, short_step, self._start(), indices, self._generator.clone_state()):
+        others = sorted({self._kinds.index(kind) for kind in self._kinds} - {0})
+        indices = [0] * steps + others * bool(steps)
+        for _ in self._loop(programs, self._start(), indices, self._copied_generators()):
             pass
 
-    def run(self, step: Callable, short_step: Callable | None = None) -> Iterator[State]:
-        """Yield the state after each step that is not done. The next step donates it: only the last one may be kept."""
+    def run(self, programs: Mapping[StepKind, Callable]) -> Iterator[State]:
+        """Yield the state after each step that is not done, with a program for each kind of them.
+
+        The next step donates the state: only the last one may be kept.
+        """
         start = self._start() if self._resumed is None else self._resumed
-        for state in self._loop(
-            step, short_step, start, range(self.done, self.plan.num_inference_steps), self._generator
-        ):
+        for state in self._loop(programs, start, range(self.done, self.plan.num_inference_steps), self._generators):
             self.done += 1
             yield state
 
     def saved(self, state: State) -> dict[str, np.ndarray]:
         """Return all that a run of the same plan goes on from after `state`, the last one that `run` has yielded."""
-        needed = state if self.done in self._skipped else state._replace(residual=None)  # it is large
+        is_needed = self.done < len(self._kinds) and self._kinds[self.done].short
+        needed = state if is_needed else state._replace(residual=None)  # it is large
         arrays: dict[str, np.ndarray] = {
             name: np.asarray(jax.device_get(array)) for name, array in needed._asdict().items() if array is not None
         }
-        return arrays | {"generator": self._generator_before_inputs.numpy(), "done": np.asarray(self.done, np.int32)}
+        generators = np.stack([state.numpy() for state in self._generators_before_inputs])
+        return arrays | {"generators": generators, "done": np.asarray(self.done, np.int32)}
 
     def resume(self, saved: Mapping[str, np.ndarray]) -> None:
         """Go on from what `saved` has returned."""
         import torch
 
         self.done = int(saved["done"])
-        self._generator.set_state(torch.from_numpy(saved["generator"]))
+        for generator, state in zip(self._generators, saved["generators"], strict=True):
+            generator.set_state(torch.from_numpy(state))
         start, shardings = self._start()._asdict(), state_shardings(self.plan)._asdict()
         arrays = {name: jax.device_put(saved[name], shardings[name]) for name in start if name in saved}
         self._resumed = State(**(start | arrays))
 
     def _loop(
         self,
-        step: Callable,
-        short_step: Callable | None,
+        programs: Mapping[StepKind, Callable],
         state: State,
         indices: Sequence[int],
-        generator: "torch.Generator",
+        generators: "Sequence[torch.Generator]",
     ) -> Iterator[State]:
         """Run the steps `indices` from `state`, and yield the state after each."""
-        inputs = self._inputs(indices[0], generator) if indices else None
+        inputs = self._inputs(indices[0], generators) if indices else None
         for n in range(len(indices)):
-            function = short_step if indices[n] in self._skipped and short_step else step
-            state = function(self.parameters, state, self.condition, inputs)
-            self._generator_before_inputs = generator.get_state()
+            state = programs[self._kinds[indices[n]]](self.parameters, state, self.condition, inputs)
+            self._generators_before_inputs = [generator.get_state() for generator in generators]
             if n + 1 < len(indices):
-                inputs = self._inputs(indices[n + 1], generator)  # on the host, while the device works
+                inputs = self._inputs(indices[n + 1], generators)  # on the host, while the device works
             jax.block_until_ready(state)
             yield state
 
@@ -498,10 +546,14 @@ class Denoising:
         )
         return empty._replace(latents=self._to_device(self._noise, self.plan.dtype))
 
-    def _inputs(self, i: int, generator: "torch.Generator") -> StepInputs:
-        """Return the inputs of step `i`; draws its noise from `generator`."""
+    def _copied_generators(self) -> "list[torch.Generator]":
+        """Return generators that draw what those of the run will draw."""
+        return [generator.clone_state() for generator in self._generators]
+
+    def _inputs(self, i: int, generators: "Sequence[torch.Generator]") -> StepInputs:
+        """Return the inputs of step `i`; draws the noise of each video from its generator."""
         scheduler, plan = self._scheduler, self.plan
-        noise = scheduler.noise(i, plan.latent_shape, self._noise.dtype, generator)
+        noise = scheduler.noise(i, plan.latent_shape, self._noise.dtype, generators)
         scalars = (
             jnp.int32(scheduler.timesteps[i]),
             jnp.asarray(scheduler.coefficients[i]),

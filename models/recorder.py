@@ -99,7 +99,7 @@ class Recorder:
         if self._points:
             yield "not finite", self._not_finite or f"nothing at {self._points:,} points"
         if self._online:
-            yield "online kernel", online_summary(np.stack(self._online))
+            yield "online kernel", online_summary(np.concatenate(self._online, axis=1))
         for line in self._differing[:5]:
             yield "chips differ", line
         if len(self._differing) > 5:
@@ -121,12 +121,12 @@ class NoRecorder:
 
 
 def online_summary(heads: np.ndarray) -> str:
-    """Say how many heads, bool [steps, blocks, prompts, heads], took the online kernel, and which most often."""
+    """Say how many heads took the online kernel, and which most often; bool [blocks, prompts of all steps, heads]."""
+    blocks, runs, number = heads.shape
     if not heads.any():
-        return f"none of {heads[0].size:,} heads, in no step"
-    often = heads.sum((0, 2))
+        return f"none of {blocks * number:,} heads, in no step"
+    often = heads.sum(1)
     block, head = np.unravel_index(often.argmax(), often.shape)
-    runs = heads.shape[0] * heads.shape[2]
     return f"{heads.mean():.2%} of the heads; most often block {block}, head {head}: {often.max()} of {runs} times"
 
 

@@ -8,7 +8,7 @@ device has no branch on the timestep.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -93,18 +93,19 @@ class AffineScheduler:
         self.coefficients = np.stack([self._matrix(i) for i in range(num_inference_steps)]).astype(np.float32)
 
     def noise(
-        self, step: int, shape: tuple[int, ...], dtype: "torch.dtype", generator: "torch.Generator"
+        self, step: int, shape: tuple[int, ...], dtype: "torch.dtype", generators: "Sequence[torch.Generator]"
     ) -> "torch.Tensor | None":
         """Return the scaled noise that step `step` adds to prev_sample; None if the scheduler adds no noise.
 
-        Draws from `generator` exactly what `scheduler.step` draws.
+        Draws for each sample of the batch from its generator exactly what `scheduler.step` draws.
         """
         if not self._sampler.adds_noise:
             return None
         import torch
 
-        zeros = torch.zeros(shape, dtype=dtype)
-        return self._sampler.step(self._scheduler, step, zeros, zeros, zeros, generator)[0].to(dtype)
+        zeros = torch.zeros(1, *shape[1:], dtype=dtype)
+        samples = [self._sampler.step(self._scheduler, step, zeros, zeros, zeros, one)[0] for one in generators]
+        return torch.cat(samples).to(dtype)
 
     def _matrix(self, step: int) -> np.ndarray:
         """Return the coefficients of step `step`, float64 [2, 3]."""

@@ -173,14 +173,14 @@ def mesh_sizes(devices: int, heads: int, batch: int, use_dp: bool, sp_num: int |
 
     Args:
         heads: attention heads, which sp and tp together split.
-        batch: 2 with classifier-free guidance, else 1.
+        batch: samples in every step, with classifier-free guidance two for each video.
         use_dp: whether dp may split the batch.
         sp_num: size of sp; None for all that dp leaves, which moves the fewest bytes where the weights fit on a chip.
 
     Raises:
         PlanError: the devices or the heads do not divide; the message says which values work.
     """
-    dp = batch if use_dp and devices % batch == 0 else 1
+    dp = math.gcd(devices, batch) if use_dp else 1
     rest = devices // dp
     sp_num = rest if sp_num is None else sp_num
     divisors = [n for n in range(1, rest + 1) if rest % n == 0]

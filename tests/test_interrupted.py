@@ -159,13 +159,13 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, random_mo
     shapes = denoising.abstract_arguments(plan).parameters
     values = np.random.default_rng(0)
     parameters = {name: jax.numpy.asarray(values.normal(0, 0.1, s.shape), s.dtype) for name, s in shapes.items()}
-    steps = [denoising.make_step(plan, short=short) for short in (False, True)[: 1 + bool(skipped)]]
+    programs = {kind: denoising.make_step(plan, kind=kind) for kind in plan.kinds(skipped)}
 
     def run(saved: dict | None = None) -> list[dict]:
-        run = denoising.Denoising(plan, parameters, *text, seed=3, skipped=skipped)
+        run = denoising.Denoising(plan, parameters, *text, seeds=[3], skipped=skipped)
         if saved:
             run.resume(saved)
-        return [run.saved(state) for state in run.run(*steps)]
+        return [run.saved(state) for state in run.run(programs)]
 
     whole = run()
     assert [step + 1 for step, saved in enumerate(whole) if "residual" in saved] == skipped
