@@ -250,8 +250,9 @@ def main() -> None:
     programs = dict(zip(traced, map(recorder.recording, profiled), strict=True))
     latents, seconds, steps = make_group(groups[0], denoising, programs, arguments, report)
     for n, group in enumerate(groups[1:], 2):
-        latents, *more = make_group(group, start(group), programs, arguments, report, f", group {n} of {len(groups)}")
-        seconds, steps = seconds + more[0], steps + more[1]
+        label = f", group {n} of {len(groups)}"
+        latents, seconds_of_group, steps_of_group = make_group(group, start(group), programs, arguments, report, label)
+        seconds, steps = seconds + seconds_of_group, steps + steps_of_group
     report.add("per step", f"{seconds / steps:.3f} s")
     if len(groups) > 1:
         report.add("run of all groups", f"{seconds:.2f} s")
@@ -512,17 +513,13 @@ def save(latents: "jax.Array", task: Task) -> None:
 
 
 def check_embeddings(shapes: Mapping[str, tuple[int, ...]], transformer: Mapping, path: Path) -> None:
-    """Raise UserError unless the embeddings have the number of tokens and the width that the transformer takes.
-
-    All must be of as many prompts.
-    """
-    expected = (transformer["max_text_seq_length"], transformer["text_embed_dim"])
-    batch = shapes["prompt_embeds"][0]
+    """Raise UserError unless the embeddings are of one prompt, with as many tokens and the width of the transformer."""
+    expected = (1, transformer["max_text_seq_length"], transformer["text_embed_dim"])
     for name, shape in shapes.items():
-        if shape != (batch, *expected):
+        if shape != expected:
             raise UserError(
-                f"{path}: {name} has shape {list(shape)}, the transformer takes [B, {expected[0]}, {expected[1]}], and "
-                f"B is {batch} of prompt_embeds: the embeddings were made with another model; run stage 1 again"
+                f"{path}: {name} has shape {list(shape)}, the transformer takes {list(expected)}: the embeddings were "
+                "made with another model; run stage 1 again"
             )
 
 

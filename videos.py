@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 import utils
+import writing
 from console import UserError
 
 PROMPT, SEED = "prompt_", "seed_"
@@ -36,7 +37,9 @@ def videos(folder: Path) -> list[Path]:
 
 def check_prompts(folder: Path, new: Collection[Path]) -> None:
     """Raise UserError if `folder` has a prompt's files beside those of the folders `new`, which stage 1 is to write."""
-    for other in _numbered(folder, PROMPT):
+    with writing.write_errors(folder):
+        others = _numbered(folder, PROMPT)
+    for other in others:
         if other not in new:
             raise UserError(
                 f"{other} has another prompt, of an earlier run, which stage 2 would take too; remove it, or choose "
@@ -49,7 +52,9 @@ def check_prompts(folder: Path, new: Collection[Path]) -> None:
 def check_videos(folder: Path, new: Collection[Path]) -> None:
     """Raise UserError if a prompt's `folder` has videos which stage 3 would confuse with `new`, those of stage 2."""
     if folder in new:
-        for other in _numbered(folder, SEED):
+        with writing.write_errors(folder):
+            others = _numbered(folder, SEED)
+        for other in others:
             _check_absent(other, "the folder of another video of this prompt is in the way")
     else:
         _check_absent(folder / utils.LATENTS, "the latents of a single video are in the way")

@@ -2,20 +2,24 @@
 
     python -m benchmarks.quality
     python -m benchmarks.quality --dtype bfloat16 --output splash.json -- --attention splash_exp2
+    python -m benchmarks.quality --variant "--cache_threshold 0.1" --variant "--guidance_interval 0,24"
 
 For each caption, diffusers' CogVideoXPipeline in float32 and our three stages make a video from the same noise. The
 videos are scored by image processing (tools/moving_shapes.py). Options after `--` go to our stage 2 alone, so that the
-quality of a speed option can be measured. Scored beside them are true clips, the same clips encoded and decoded by the
+quality of a speed option can be measured. So do those of each --variant, whose videos are made beside the others and
+compared with ours. Scored beside them are true clips, the same clips encoded and decoded by the
 VAE, videos by untrained weights (a control that must fail), and chance. The results are a report (JSON) and a contact
 sheet.
 """
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -76,6 +80,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--animation", type=utils.path, help="also write an animation of eight of our videos, .gif or .webp"
+    )
+    parser.add_argument(
+        "--variant",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="options of stage 2 beside those after --, in one string, for one more video of each case; repeatable",
     )
     parser.add_argument("stage2_options", nargs="*", help="options of our stage 2, after --")
     return parser.parse_args()
@@ -138,29 +149,37 @@ def make_videos(arguments: argparse.Namespace, cases: Sequence[Case], folder: Pa
     ours = in_dtype(model, pipeline, getattr(torch, arguments.dtype), folder / "model")
 
     clips = [render(case.caption, np.random.default_rng(case.seed)) for case in cases]
-    # Our videos come first, so that a wrong option of stage 2 is reported at once.
     steps = arguments.num_inference_steps
     stage2_options = ("--num_inference_steps", steps, *arguments.stage2_options)
-    videos = in_batches("ours", lambda batch: run_stages(ours, *batch, stage2_options, folder), cases, 1)
+    options = {"ours": stage2_options} | {
+        variant: (*stage2_options, *shlex.split(variant)) for variant in arguments.variant
+    }
+    for chosen in options.values():  # that they are wrong is said before hours go into the others
+        run_stages(ours, cases[0], chosen, folder)
+    videos = {
+        name: one_by_one(name, functools.partial(run_stages, ours, stage2_options=chosen, folder=folder), cases)
+        for name, chosen in options.items()
+    }
     return {
         "true clips": clips,
         "through VAE": in_batches("VAE", lambda batch: reconstruct(pipeline.vae, batch), clips),
         "diffusers": in_batches("diffusers", lambda batch: generate(pipeline, batch, steps), cases),
-        "ours": videos,
+        **videos,
         "untrained": in_batches("untrained", lambda batch: generate(control, batch, steps), cases),
     }
 
 
-def in_batches(name: str, function: Callable, items: Sequence, size: int = 13) -> list[np.ndarray]:
-    """Return the videos that `function` makes of the items, `size` items at a time; show the progress."""
+def one_by_one(name: str, function: Callable, items: Sequence) -> list[np.ndarray]:
+    """Return the video that `function` makes of each item; show the progress."""
     from tqdm import tqdm
 
-    videos = []
-    with tqdm(total=len(items), desc=name, unit="video") as bar:
-        for i in range(0, len(items), size):
-            videos += function(items[i : i + size])
-            bar.update(len(items[i : i + size]))
-    return videos
+    return [function(item) for item in tqdm(items, desc=name, unit="video")]
+
+
+def in_batches(name: str, function: Callable, items: Sequence, size: int = 13) -> list[np.ndarray]:
+    """Return the videos that `function` makes of the items, `size` items at a time; show the progress."""
+    batches = [items[i : i + size] for i in range(0, len(items), size)]
+    return [video for videos in one_by_one(f"{name}, by {size}", function, batches) for video in videos]
 
 
 def untrained(pipeline: "CogVideoXPipeline") -> "CogVideoXPipeline":
@@ -214,7 +233,7 @@ def generate(pipeline: "CogVideoXPipeline", cases: Sequence[Case], steps: int) -
     return list(np.round(frames * 255).astype(np.uint8))
 
 
-def run_stages(model: Path, case: Case, stage2_options: Sequence[object], folder: Path) -> list[np.ndarray]:
+def run_stages(model: Path, case: Case, stage2_options: Sequence[object], folder: Path) -> np.ndarray:
     """Generate one video by our stages, one after the other in this process."""
     from safetensors.numpy import load_file
 
@@ -239,7 +258,7 @@ def run_stages(model: Path, case: Case, stage2_options: Sequence[object], folder
             raise UserError(error_message(said.getvalue())) from None
         finally:
             sys.argv = command_line
-    return [load_file(frames)["frames"]]
+    return load_file(frames)["frames"]
 
 
 def judge(arguments: argparse.Namespace, cases: Sequence[Case], videos: dict[str, list[np.ndarray]]) -> dict:
@@ -256,7 +275,7 @@ def judge(arguments: argparse.Namespace, cases: Sequence[Case], videos: dict[str
         decibels = 10 * np.log10(255**2 / np.maximum(error, 1e-3))
         return {"least": decibels.min(), "median": float(np.median(decibels))}
 
-    settings = ("captions", "videos", "seed", "num_inference_steps", "dtype", "stage2_options")
+    settings = ("captions", "videos", "seed", "num_inference_steps", "dtype", "variant", "stage2_options")
     return {
         "settings": {name: getattr(arguments, name) for name in settings},
         "adherence": {
@@ -265,6 +284,7 @@ def judge(arguments: argparse.Namespace, cases: Sequence[Case], videos: dict[str
         },
         "psnr": {
             "ours against diffusers": psnr("ours", "diffusers"),
+            **{f"{variant} against ours": psnr(variant, "ours") for variant in arguments.variant},
             "clips through the VAE": psnr("through VAE", "true clips"),
         },
     }
@@ -274,9 +294,12 @@ def as_text(report: dict) -> str:
     """Return the report as text to print."""
     lines = ["share of the videos that show what the caption says"]
     for group, rows in report["adherence"].items():
-        lines.append(f"{f'captions {group}':<20}" + "".join(f"{attribute:>12}" for attribute in Caption._fields))
+        width = max(18, *map(len, rows))
+        lines.append(
+            f"{f'captions {group}':<{width + 2}}" + "".join(f"{attribute:>12}" for attribute in Caption._fields)
+        )
         for source, shares in rows.items():
-            lines.append(f"  {source:<18}" + "".join(f"{share:>12.1%}" for share in shares.values()))
+            lines.append(f"  {source:<{width}}" + "".join(f"{share:>12.1%}" for share in shares.values()))
     for name, psnr in report["psnr"].items():
         lines.append(f"PSNR of {name}: median {psnr['median']:.1f} dB, least {psnr['least']:.1f} dB")
     return "\n".join(lines)

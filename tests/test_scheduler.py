@@ -39,7 +39,7 @@ def test_steps_match_diffusers(scheduler_class, spacing, prediction_type, steps)
         else:
             theirs, old_theirs = scheduler.step(model_output, timestep, theirs, return_dict=False)
 
-        noise = affine.noise(i, SHAPE, torch.float64, our_generator)
+        noise = affine.noise(i, SHAPE, torch.float64, [our_generator])
         matrix = torch.from_numpy(affine.coefficients[i]).double()
         ours, old_ours = torch.tensordot(matrix, torch.stack([ours, model_output, old_ours]), dims=1)
         ours = ours if noise is None else ours + noise
@@ -47,4 +47,4 @@ def test_steps_match_diffusers(scheduler_class, spacing, prediction_type, steps)
         for what, a, b in (("prev_sample", ours, theirs), ("pred_original_sample", old_ours, old_theirs)):
             error = (a - b).abs().max() / b.abs().max()
             assert error < 1e-5, f"step {i}: {what} differs by {error:.1e} of its scale"
-    assert (affine.noise(0, SHAPE, torch.float64, our_generator) is not None) == stochastic
+    assert (affine.noise(0, SHAPE, torch.float64, [our_generator]) is not None) == stochastic

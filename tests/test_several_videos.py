@@ -1,0 +1,226 @@
+"""Several videos in one start: the same as each alone, and as diffusers' in torch; folders, reruns, refusals."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+from safetensors.torch import load_file
+
+import videos
+from models import throughput
+from models.denoising import make_plan
+from tests.helpers import (
+    CONFIG,
+    EMBEDDINGS,
+    LATENTS,
+    SIZE,
+    STAGE1,
+    STAGE2,
+    STAGE3,
+    contents,
+    run_command,
+    stage_command,
+    values,
+)
+
+PROMPTS = ["a red circle", "a green square, moving left"]
+SEED, STEPS, SCALE = 7, 3, 3.5
+OPTIONS = (*SIZE[:-2], "--num_inference_steps", STEPS, "--guidance_scale", SCALE, "--scheduler", "dpm")
+TWO_SEEDS = ("--seed", SEED, "--num_videos_per_prompt", 2)
+TOLERANCE = 1e-3  # of the latents' scale
+
+FOLDERS = [f"prompt_000{line}/seed_{seed}" for line, seed in itertools.product((1, 3), (SEED, SEED + 1))]
+
+
+def encoded(folder: Path, model: Path) -> Path:
+    """Run stage 1 on a file of two prompts with an empty line between; return the folder of its files."""
+    (folder / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n")
+    options = ("--prompt_file", folder / "prompts.txt", "--negative_prompt", "dog", "--model_id", model)
+    run_command(stage_command(STAGE1, *options, "--output_dir", folder / "outputs"), check=True)
+    return folder / "outputs"
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory, random_model) -> Path:
+    """Make two videos of each of two prompts, one after the other on one device, with all three stages."""
+    outputs = encoded(tmp_path_factory.mktemp("several"), random_model)
+    run_command(stage_command(STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS), check=True)
+    run_command(stage_command(STAGE3, "--input_dir", outputs), check=True)
+    return outputs
+
+
+def by_diffusers(model: Path, embeddings: Path, seed: int) -> torch.Tensor:
+    """Return the latents of one video by diffusers, [1, C, T, H, W]."""
+    pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = CogVideoXDPMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    frames = pipeline(
+        **load_file(embeddings),
+        **{"height": SIZE[1], "width": SIZE[3], "num_frames": SIZE[5], "num_inference_steps": STEPS},
+        guidance_scale=SCALE,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+    ).frames
+    return frames.permute(0, 2, 1, 3, 4)
+
+
+def check_against_diffusers(outputs: Path, model: Path) -> None:
+    assert sorted(str(path.parent.relative_to(outputs)) for path in outputs.rglob(LATENTS)) == FOLDERS
+    for folder in FOLDERS:
+        ours = load_file(outputs / folder / LATENTS)["latents"]
+        seed = int(folder.rpartition("_")[2])
+        theirs = by_diffusers(model, (outputs / folder).parent / EMBEDDINGS, seed)[:, :, -ours.shape[2] :]
+        error = (ours - theirs).abs().max() / theirs.abs().max()
+        assert error <= TOLERANCE, f"{folder}: latents differ by {error:.1e} of their scale"
+
+
+@pytest.mark.slow
+def test_one_after_the_other(several, random_model, run_stage, tmp_path):
+    """They are those of diffusers, and to the last bit those of a start for one of them; so are the frames."""
+    check_against_diffusers(several, random_model)
+    texts = [json.loads((several / folder / CONFIG).read_text())["prompt"] for folder in FOLDERS]
+    assert texts == [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert all((several / folder / "output_video.mp4").stat().st_size for folder in FOLDERS)
+
+    alone = tmp_path / "alone"
+    prompt = several / "prompt_0003"
+    run_stage(STAGE2, "--input_dir", prompt, "--output_dir", alone, *OPTIONS, "--seed", SEED + 1)
+    assert values(alone / LATENTS) == values(several / FOLDERS[3] / LATENTS)
+    assert json.loads((alone / CONFIG).read_text()) == json.loads((several / FOLDERS[3] / CONFIG).read_text())
+    frames = [tmp_path / name for name in ("alone.safetensors", "one_of_several.safetensors")]
+    for source, path in zip((alone, several / FOLDERS[3]), frames, strict=True):
+        run_stage(STAGE3, "--input_dir", source, "--output_frames", path, "--output_video", tmp_path / "video.mp4")
+    assert values(frames[0]) == values(frames[1])
+    said = run_stage("utils.py", "status", several).stdout
+    assert said.count("output_video.mp4: made") == 4 and "fits together" in said, said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "at_once"), [("random_model", None), ("other_model", None), ("random_model", 3)])
+def test_split_over_devices(model, at_once, request, run_stage, tmp_path):
+    """dp takes the videos apart; three at a time leave a second group of one."""
+    model = request.getfixturevalue(model)
+    outputs = encoded(tmp_path, model)
+    options = ("--videos_at_once", at_once, "--sp_num", 1) if at_once else ()
+    printed = run_stage(
+        STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS, *options, virtual_devices=True, status=0
+    ).stdout
+    expected = "4 videos, 3 at a time: as --videos_at_once says" if at_once else "4 videos, 4 at a time: dp 8 makes"
+    assert expected in printed, printed
+    check_against_diffusers(outputs, model)
+
+
+@pytest.mark.slow
+def test_a_rerun_makes_what_is_missing(several, run_stage, tmp_path):
+    """A rerun with other settings makes all again."""
+    outputs = shutil.copytree(several, tmp_path / "outputs")
+    (outputs / FOLDERS[2] / LATENTS).unlink()
+    before = contents(outputs)
+    printed = run_stage(STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS).stdout
+    assert "3 of the videos are finished already" in printed, printed
+    after = contents(outputs)
+    changed = {name for name in after if before.get(name) != after[name]} - {"timings.json"}
+    assert f"{FOLDERS[2]}/{LATENTS}" in changed and all(name.startswith(FOLDERS[2]) for name in changed), changed
+    assert values(outputs / FOLDERS[2] / LATENTS) == values(several / FOLDERS[2] / LATENTS)
+    printed = run_stage(STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS, "--guidance_scale", 2).stdout
+    assert "finished already" not in printed and printed.count("wrote") == 4, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ("prompts.txt cannot be read", "No such file")),
+        (b"\n  \n", ("prompts.txt has no prompt", "one on each line")),
+        (b"a\nb\xff\n", ("prompts.txt cannot be read", "UTF-8")),
+        (b"a\n\n" + b"red " * 300, ("prompts.txt, line 3, is longer than 226 tokens", "make it shorter")),
+    ],
+    ids=["no file", "empty", "not UTF-8", "a long line"],
+)
+def test_wrong_prompt_files(text, words, random_model, run_stage, tmp_path):
+    if text is not None:
+        (tmp_path / "prompts.txt").write_bytes(text)
+    options = ("--model_id", random_model, "--output_dir", "out")
+    error = run_stage(STAGE1, "--prompt_file", "prompts.txt", *options, status=2).stderr
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_folders_that_do_not_fit_together(several, random_model, run_stage, tmp_path):
+    """What a later stage would confuse with the videos of this run is refused by name."""
+    outputs = shutil.copytree(several, tmp_path / "outputs")
+    one = tmp_path / "one.txt"
+    one.write_text("a cat\n")
+    cases = [
+        (
+            STAGE1,
+            ("--prompt_file", one, "--model_id", random_model, "--output_dir", outputs),
+            "prompt_0003 has another",
+        ),
+        (STAGE1, ("--prompt", "a cat", "--model_id", random_model, "--output_dir", outputs), "prompt_0001 has another"),
+        (STAGE2, ("--input_dir", outputs, *OPTIONS), "seed_7: the folder of another video"),
+        (STAGE2, ("--input_dir", outputs, *OPTIONS, *TWO_SEEDS, "--dump", "d"), "--dump takes one video"),
+        (STAGE2, ("--input_dir", outputs, *TWO_SEEDS, "--seed", 2**64 - 1), "--num_videos_per_prompt exceed"),
+        (STAGE3, ("--input_dir", outputs, "--output_video", "v.mp4"), "--output_video is for one video"),
+        (STAGE3, ("--input_dir", outputs, "--output_frames", "f"), "--output_frames is for one video"),
+    ]
+    for script, options, words in cases:
+        error = run_stage(script, *options, status=2).stderr
+        assert error.count("\n") == 1 and words in error, f"{script}: {error}"
+    (outputs / FOLDERS[1] / CONFIG).write_text(
+        (outputs / FOLDERS[1] / CONFIG).read_text().replace('"width": 48', '"width": 64')
+    )
+    error = run_stage(STAGE3, "--input_dir", outputs, status=2).stderr
+    assert "has width 64, and" in error and error.count("\n") == 1, error
+
+
+def test_order_of_folders(tmp_path):
+    """By their numbers; what is no number, and no folder, is none."""
+    for name in ("seed_10", "seed_9", "seed_x", "seed_"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "seed_1").touch()
+    assert videos.videos(tmp_path) == [tmp_path / "seed_9", tmp_path / "seed_10"]
+    assert videos.prompts(tmp_path) == [tmp_path]
+
+
+@pytest.mark.parametrize(
+    ("devices", "number", "guided", "expected"),
+    [
+        (1, 8, True, 1),  # nothing is exchanged anyway
+        (8, 1, True, 1),
+        (8, 8, True, 4),  # with two samples each, eight chips exchange nothing
+        (8, 8, False, 8),
+        (8, 4, True, 4),
+        (8, 5, True, 1),  # a second group of four would be mostly empty
+        (8, 6, True, 2),
+        (4, 6, False, 2),
+        (4, 12, False, 4),
+    ],
+)
+def test_videos_at_once(devices, number, guided, expected):
+    """The videos' own products are the same in all cases; what differs are exchanges and empty places."""
+    chips = jax.devices()[:devices]
+
+    def make(batch):
+        return make_plan(
+            transformer=json.loads(Path("configs/CogVideoX1.5-5B/transformer/config.json").read_text()),
+            vae=json.loads(Path("configs/CogVideoX1.5-5B/vae/config.json").read_text()),
+            scheduler=json.loads(Path("configs/CogVideoX1.5-5B/scheduler/scheduler_config.json").read_text()),
+            **{"height": 768, "width": 1360, "frames": 81, "num_inference_steps": 10},
+            guidance_scale=6.0 if guided else 1.0,
+            devices=chips,
+            platform="cpu",
+            batch=batch,
+        )
+
+    plan = throughput.fastest(make, number, devices)
+    times = {batch: throughput.step_seconds(make(batch)) / batch for batch in (1, 2, 4, 8) if devices % batch == 0}
+    assert plan.batch == expected, f"{plan.batch} at once; seconds a video: {times}"
+    assert np.argmin(list(times.values())) > 0 or devices == 1, times
