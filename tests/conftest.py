@@ -42,11 +42,12 @@ def run_stage(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Run a script or module of the project in `tmp_path`, as a person would, and return the finished process.
 
     `status` is the expected exit status; if it is another one, the assertion shows what the program printed. With
-    `virtual_devices` the CPU counts as eight devices.
+    `virtual_devices` the CPU counts as eight devices, or as so many.
     """
 
     def run(script: str, *arguments, status: int = 0, virtual_devices=False) -> subprocess.CompletedProcess:
-        environment = {"XLA_FLAGS": VIRTUAL_DEVICES} if virtual_devices else {}
+        flag = VIRTUAL_DEVICES if virtual_devices is True else VIRTUAL_DEVICES.replace("8", str(virtual_devices))
+        environment = {"XLA_FLAGS": flag} if virtual_devices else {}
         process = run_command(stage_command(script, *arguments), cwd=tmp_path, env=environment)
         assert process.returncode == status, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
         return process
