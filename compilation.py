@@ -174,6 +174,7 @@ class Compiling:
         report: Report,
     ):
         self._what, self._cache, self._report = what, cache, report
+        self._advice = "make a smaller video" if getattr(plan, "batch", 1) == 1 else "make fewer --videos_at_once"
         self._start = self._end = time.perf_counter()
         self._found: list[bool] = []
         self._programs = self._from_file(arguments.executable, plan, traced) if arguments.executable else None
@@ -211,7 +212,7 @@ class Compiling:
         if self._programs is not None:
             return self._programs, ""
         waiting = time.perf_counter()
-        with memory_errors(self._what):
+        with memory_errors(self._what, self._advice):
             programs = [future.result() for future in self._futures]
         seconds, before = self._end - self._start, min(self._end, waiting) - self._start
         loaded = sum(self._found)
@@ -239,8 +240,8 @@ def in_background(function: Callable, *arguments: Any) -> Future:
 
 
 @contextlib.contextmanager
-def memory_errors(what: str) -> Iterator[None]:
-    """Turn the compiler's error that `what` does not fit a chip into a UserError."""
+def memory_errors(what: str, advice: str) -> Iterator[None]:
+    """Turn the compiler's error that `what` does not fit a chip into a UserError; `advice` is what else would help."""
     import jax
 
     try:
@@ -252,7 +253,7 @@ def memory_errors(what: str) -> Iterator[None]:
         needed, available = shortage
         raise UserError(
             f"the {what} needs {needed:.1f} GiB of a chip's {available:.2f} GiB of memory; "
-            "use a slice of more chips, or make a smaller video"
+            f"use a slice of more chips, or {advice}"
         ) from None
 
 

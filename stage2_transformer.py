@@ -228,6 +228,8 @@ def main() -> None:
             describe_cache(skipped, plan, report)
         tasks = [task_of(video, arguments, plan, skipped, lora_files) for video in found]
         groups = groups_of(tasks, plan, arguments, report)
+        if not groups:
+            return
         programs_of_run = [traced[kind] for kind in kinds]
         made_from = {"made_from": tasks[0].metadata["made_from"]}  # only a single video is dumped
         recorder = dump_recorder(arguments, "stage2", "step", made_from, plan.parallelism.mesh, programs_of_run)
@@ -321,9 +323,9 @@ def groups_of(tasks: list[Task], plan: "Plan", arguments: argparse.Namespace, re
     if len(tasks) > 1:
         report.say(f"{len(tasks)} videos, {plan.batch} at a time: {reason_for_batch(plan, arguments)}")
         if keeps_state and not arguments.restart:
-            todo = [task for task in tasks if not task.is_finished] or tasks[-1:]
+            todo = [task for task in tasks if not task.is_finished]
     if len(todo) < len(tasks):
-        report.say(f"{len(tasks) - len(todo)} of the videos are finished already; --restart makes them again")
+        report.say(f"already finished: {len(tasks) - len(todo)} of {len(tasks)} videos; --restart makes them again")
     groups = []
     for i in range(0, len(todo), plan.batch):
         group = todo[i : i + plan.batch]
@@ -374,7 +376,7 @@ def make_group(
     arguments: argparse.Namespace,
     report: Report,
     label: str = "",
-) -> tuple["jax.Array", float, int]:
+) -> tuple[np.ndarray, float, int]:
     """Run the steps of a group and write its latents.
 
     Returns:
@@ -401,7 +403,7 @@ def make_group(
         warn_if_not_finite(int(state.finite_steps), steps, report)
 
         with report.phase(f"save{label}", in_table=not label):
-            latents = jax.numpy.transpose(state.latents[:, plan.surplus_frames :], (0, 2, 1, 3, 4))
+            latents = np.asarray(jax.numpy.swapaxes(state.latents[:, plan.surplus_frames :], 1, 2))
             if hosts.is_first():
                 for i, task in enumerate(group.tasks):
                     save(latents[i : i + 1], task)
@@ -503,12 +505,12 @@ def task_of(
     return Task(video, config, utils.made_from(config, utils.LATENT_ENTRIES) | made | as_text)
 
 
-def save(latents: "jax.Array", task: Task) -> None:
+def save(latents: np.ndarray, task: Task) -> None:
     """Write latents [1, C, T, H, W] and the config to the folder of their video."""
-    from safetensors.flax import save_file
+    from safetensors.numpy import save_file
 
     with writing.committing(task.video.folder, "stage2") as new:
-        save_file({"latents": latents}, new / utils.LATENTS, metadata=dict(task.metadata))
+        save_file({"latents": np.ascontiguousarray(latents)}, new / utils.LATENTS, metadata=dict(task.metadata))
         utils.write_config(new, task.config)
 
 

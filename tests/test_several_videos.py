@@ -123,13 +123,15 @@ def test_a_rerun_makes_what_is_missing(several, run_stage, tmp_path):
     (outputs / FOLDERS[2] / LATENTS).unlink()
     before = contents(outputs)
     printed = run_stage(STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS).stdout
-    assert "3 of the videos are finished already" in printed, printed
+    assert "already finished: 3 of 4 videos" in printed, printed
     after = contents(outputs)
     changed = {name for name in after if before.get(name) != after[name]} - {"timings.json"}
     assert f"{FOLDERS[2]}/{LATENTS}" in changed and all(name.startswith(FOLDERS[2]) for name in changed), changed
     assert values(outputs / FOLDERS[2] / LATENTS) == values(several / FOLDERS[2] / LATENTS)
+    printed = run_stage(STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS).stdout
+    assert "already finished: 4 of 4" in printed and contents(outputs) == after, printed
     printed = run_stage(STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS, "--guidance_scale", 2).stdout
-    assert "finished already" not in printed and printed.count("wrote") == 4, printed
+    assert "already finished" not in printed and printed.count("wrote") == 4, printed
 
 
 @pytest.mark.slow
