@@ -108,7 +108,8 @@ def main() -> None:
         Path(temporary).write_text(json.dumps(report, indent=2) + "\n")
     print(as_text(report))
     print(f"wrote {os.path.relpath(arguments.output)}")
-    shown = [case for case in zip(cases, videos["ours"], videos["diffusers"], strict=True) if case[0].held_out]
+    sources = ("ours", "diffusers", *arguments.variant)
+    shown = [case for case in zip(cases, *(videos[name] for name in sources), strict=True) if case[0].held_out]
     with writing.replacing(arguments.sheet) as temporary:
         write_sheet(temporary, shown[:: arguments.videos])
     print(f"wrote {os.path.relpath(arguments.sheet)}")
@@ -305,8 +306,11 @@ def as_text(report: dict) -> str:
     return "\n".join(lines)
 
 
-def write_sheet(path: str, shown: Sequence[tuple[Case, np.ndarray, np.ndarray]], columns: int = 4) -> None:
-    """Write a contact sheet: first, middle and last frame of each of our videos, and those of diffusers' below them."""
+def write_sheet(path: str, shown: Sequence[tuple], columns: int = 4) -> None:
+    """Write a contact sheet: first, middle and last frame of our video of each case, and of others below it.
+
+    `shown` has for each case the case, our video, diffusers' and those of the variants.
+    """
     frames = (0, FRAMES // 2, FRAMES - 1)
 
     def cell(case: Case, *videos: np.ndarray) -> np.ndarray:
@@ -316,11 +320,11 @@ def write_sheet(path: str, shown: Sequence[tuple[Case, np.ndarray, np.ndarray]],
     labelled(pictures, columns).save(path, "PNG")
 
 
-def write_animation(path: str, shown: Sequence[tuple[Case, np.ndarray, np.ndarray]]) -> None:
+def write_animation(path: str, shown: Sequence[tuple]) -> None:
     """Write an animation of eight of our videos, evenly spread, in three times their size."""
     chosen = [shown[i] for i in np.linspace(0, len(shown) - 1, 8).round().astype(int)]
     pictures = [
-        labelled([(case, ours[frame].repeat(3, axis=0).repeat(3, axis=1)) for case, ours, _ in chosen], columns=4)
+        labelled([(case, ours[frame].repeat(3, axis=0).repeat(3, axis=1)) for case, ours, *_ in chosen], columns=4)
         for frame in range(FRAMES)
     ]
     options = {"save_all": True, "append_images": pictures[1:], "duration": 1000 // utils.FPS, "loop": 0}

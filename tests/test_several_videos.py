@@ -12,6 +12,7 @@ import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 from safetensors.torch import load_file
 
+import hosts
 import videos
 from models import throughput
 from models.denoising import make_plan
@@ -226,3 +227,31 @@ def test_videos_at_once(devices, number, guided, expected):
     times = {batch: throughput.step_seconds(make(batch)) / batch for batch in (1, 2, 4, 8) if devices % batch == 0}
     assert plan.batch == expected, f"{plan.batch} at once; seconds a video: {times}"
     assert np.argmin(list(times.values())) > 0 or devices == 1, times
+
+
+class Exchange:
+    """What jax's service of key and value does, in one process."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, value):
+        self.values[key] = value
+
+    def blocking_key_value_get(self, key, _):
+        return self.values[key]
+
+    key_value_set_bytes, blocking_key_value_get_bytes = key_value_set, blocking_key_value_get
+
+
+def test_other_hosts_get_the_files_of_all_folders(several, tmp_path, monkeypatch):
+    exchange = Exchange()
+    monkeypatch.setattr(hosts, "_client", lambda: exchange)
+    for process in (0, 1):
+        monkeypatch.setattr(hosts.Run, "process", process)
+        hosts._share_inputs(several, (CONFIG, LATENTS), tmp_path)
+    copied = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    prompts = {f"{folder.partition('/')[0]}/{CONFIG}" for folder in FOLDERS}
+    assert copied == prompts | {f"{folder}/{name}" for folder in FOLDERS for name in (CONFIG, LATENTS)}
+    assert all((tmp_path / name).read_bytes() == (several / name).read_bytes() for name in copied)
+    assert [path.name for path in videos.videos(tmp_path)] == [folder.rpartition("/")[2] for folder in FOLDERS]
