@@ -61,11 +61,11 @@ def main() -> None:
     report = Report("stage1", arguments)
     prompts = read_prompts(arguments)
     videos.check_prompts(arguments.output_dir, [prompt.folder for prompt in prompts])
-    for folder in dict.fromkeys([arguments.output_dir, *(prompt.folder for prompt in prompts)]):
-        console.at_end.enter_context(writing.claimed(folder, "stage1"))
+    console.at_end.enter_context(writing.claimed(arguments.output_dir, "stage1"))
     outputs = [prompt.folder / name for prompt in prompts for name in (utils.EMBEDDINGS, utils.CONFIG)]
     inputs = [arguments.log_json, arguments.prompt_file]
-    writing.check_outputs([("--output_dir", path) for path in outputs], inputs, arguments.model_id)
+    there = [("--output_dir", path) for path in outputs if path.parent.is_dir()]
+    writing.check_outputs(there, inputs, arguments.model_id)
     prepare_libraries()
     model_id = checkpoint.resolve_model_id(arguments.model_id)
     transformer = checkpoint.read_config(model_id, "transformer")
@@ -133,7 +133,7 @@ def save(tensors: "Mapping[str, torch.Tensor]", config: Mapping, made: dict[str,
     """Write the embeddings of a prompt, each [1, T, width], and the config to its folder."""
     from safetensors.torch import save_file
 
-    with writing.committing(folder, "stage1") as new:
+    with writing.claimed(folder, "stage1"), writing.committing(folder, "stage1") as new:
         metadata = utils.made_from(config, utils.TEXT_ENTRIES) | made
         save_file(dict(tensors), new / utils.EMBEDDINGS, metadata=metadata)
         utils.write_config(new, config)

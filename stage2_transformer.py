@@ -5,6 +5,7 @@ generation_config.json to --output_dir. Where there are several videos, each has
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -292,17 +293,16 @@ def find_videos(arguments: argparse.Namespace, output_dir: Path) -> list[Video]:
 def check_files(
     found: Sequence[Video], arguments: argparse.Namespace, output_dir: Path, lora_files: Sequence[Path]
 ) -> tuple[str, dict[Path, dict[str, tuple[int, ...]]]]:
-    """Claim the folders of the videos, and check the files in them.
+    """Claim the output folder, and check the files of the videos.
 
     Returns:
         The model that stage 1 used, and the shapes of the embeddings, by name, in each of its files.
 
     Raises:
-        UserError: another process writes to a folder, or a file is wrong or would replace another one.
+        UserError: another process writes to the folder, or a file is wrong or would replace another one.
     """
     if hosts.is_first():
-        for folder in dict.fromkeys([output_dir, *(video.folder for video in found)]):
-            console.at_end.enter_context(writing.claimed(folder, "stage2"))
+        console.at_end.enter_context(writing.claimed(output_dir, "stage2"))
     names = ("prompt_embeds", "negative_prompt_embeds")
     texts = {video.embeddings: video.text for video in found}
     shapes = {path: utils.tensor_shapes(path, 1, names, text, force=arguments.force) for path, text in texts.items()}
@@ -312,7 +312,8 @@ def check_files(
             raise UserError(f"{video.source} was made with model '{video.text['model_id']}', not '{model_id}'")
     outputs = [video.folder / name for video in found for name in (utils.LATENTS, utils.CONFIG)]
     inputs = [*shapes, *lora_files, arguments.executable, arguments.log_json]
-    writing.check_outputs([("--output_dir", path) for path in outputs if hosts.is_first()], inputs, model_id)
+    there = [("--output_dir", path) for path in outputs if hosts.is_first() and path.parent.is_dir()]
+    writing.check_outputs(there, inputs, model_id)
     return model_id, shapes
 
 
@@ -386,7 +387,9 @@ def make_group(
 
     plan, done, state_file = denoising.plan, denoising.done, group.state_file
     steps = plan.num_inference_steps
-    with Interruption.held_back():
+    with Interruption.held_back(), contextlib.ExitStack() as claims:
+        for task in group.tasks if hosts.is_first() else ():
+            claims.enter_context(writing.claimed(task.video.folder, "stage2"))
         with (
             report.phase(f"run{label}", in_table=not label) as run_phase,
             report.progress("denoising", "step", steps, done) as bar,

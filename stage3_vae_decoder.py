@@ -207,17 +207,17 @@ def find_videos(arguments: argparse.Namespace) -> list[Video]:
 
 
 def check_files(found: Sequence[Video], arguments: argparse.Namespace) -> tuple[str, dict[Path, tuple[int, ...]]]:
-    """Claim the folders of the videos, and check the files in them.
+    """Claim the folder of the output, and check the files of the videos.
 
     Returns:
         The model that the stages before used, and the shapes of the latents in each of their files.
 
     Raises:
-        UserError: another process writes to a folder, or a file is wrong or would replace another one.
+        UserError: another process writes to the folder, or a file is wrong or would replace another one.
     """
     if hosts.is_first():
-        for folder in dict.fromkeys(video.output.parent for video in found):
-            console.at_end.enter_context(writing.claimed(folder, "stage3"))
+        folder = found[0].output.parent if len(found) == 1 else arguments.input_dir
+        console.at_end.enter_context(writing.claimed(folder, "stage3"))
     shapes = {}
     for video in found:
         of_file = utils.tensor_shapes(video.latents, 2, ("latents",), video.config, finite=False, force=arguments.force)
@@ -262,9 +262,11 @@ def decode_video(
     made = provenance.describe("stage3", video.output.parent, [video.latents], arguments)
     fps = arguments.fps or video.config["fps"]
     name = f"run, with encoding{label}"
-    with report.phase(name, in_table=not label) as phase, report.progress("decoding", "frame", plan.frames) as bar:
+    timed = report.phase(name, in_table=not label)
+    with contextlib.ExitStack() as claims, timed as phase, report.progress("decoding", "frame", plan.frames) as bar:
         chunks = decode(functions, weights, latents, plan.split)
         if hosts.is_first():
+            claims.enter_context(writing.claimed(video.output.parent, "stage3"))
             frames = write_video(chunks, video.output, fps, made, bar, keep=arguments.output_frames is not None)
         else:
             collections.deque(chunks, maxlen=0)  # its share of each is decoded

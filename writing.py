@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from console import UserError, first_line
 
 LOCK = ".lock"
+CLAIMED: set[Path] = set()  # the folders that this process has
 
 # --- One file ----------------------------------------------------------------------------------------------------
 
@@ -165,15 +166,19 @@ def finish(folder: Path) -> None:
 def claimed(folder: Path, stage: str) -> Iterator[None]:
     """Keep `folder`, which is made if it is missing, for one process; what a killed one left there is put in order.
 
-    The system releases the lock of a process that ends in whatever way.
+    The system releases the lock of a process that ends in whatever way. Nothing is done if this process has the folder.
 
     Raises:
         UserError: another process has the folder, which the message names, or the folder cannot be written.
     """
+    if folder.resolve() in CLAIMED:
+        yield
+        return
     with write_errors(folder):
         is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         lock = _locked_file(folder)
+    CLAIMED.add(folder.resolve())
     try:
         owner = {"stage": stage, "host": socket.gethostname(), "process": os.getpid(), "since": now()}
         with write_errors(folder):
@@ -184,6 +189,7 @@ def claimed(folder: Path, stage: str) -> Iterator[None]:
             shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
+        CLAIMED.discard(folder.resolve())
         (folder / LOCK).unlink(missing_ok=True)
         os.close(lock)
         if is_new:
