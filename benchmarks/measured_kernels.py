@@ -14,8 +14,8 @@ regions runs was found by reading the kernels' sources beside their schedules, a
 
 Sources of the measurements, all by profiler: Flywheel on v6e from the authors' post "Flywheel Attention: Attention
 Kernels Built for the TPU" (20 September 2026); Splash Attention on 7x from README_v7x.md of
-heavyball-research/flywheel-tpu. For Splash Attention on v6e, the post says that Flywheel is 1.1 times as fast at the
-greatest length, so that 744 / 1.1 is exact to about 5%. The block sizes of Splash Attention are those in
+heavyball-research/flywheel-tpu. For Splash Attention on v6e, the post says that Flywheel is 1.1 to 1.6 times as fast,
+least at the greatest length, so that 744 / 1.1 is exact to about 5%. The block sizes of Splash Attention are those in
 benchmarks/softmax_attention/ of flywheel-tpu, tuned for each length.
 """
 
