@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,12 +86,15 @@ class KernelSchedule:
         return self.used[unit] / (self.body_bundles * self.capacity[unit])
 
 
-def read_schedules(folder: Path, grids: Mapping[str, tuple[int, ...]]) -> dict[str, KernelSchedule]:
+def read_schedules(
+    folder: Path, grids: Mapping[str, tuple[int, ...]], runs: Sequence[float] | None = None
+) -> dict[str, KernelSchedule]:
     """Read the schedules of Pallas kernels from a folder of the compiler's dumps (plain or .gz), by kernel name.
 
     Args:
         folder: the folder of the dumps.
         grids: the grid of each kernel to read, by its name in `pallas_call`.
+        runs: as in `parse_schedule`.
 
     Raises:
         ScheduleError: the files of a kernel are missing, or a trip count cannot be read.
@@ -105,17 +108,25 @@ def read_schedules(folder: Path, grids: Mapping[str, tuple[int, ...]]) -> dict[s
         usage = [*Path(folder).glob(f"{number}-*-final_hlo-static-per-bundle-utilization.txt*")]
         if not usage:
             raise ScheduleError(f"{name}: no *-final_hlo-static-per-bundle-utilization.txt in {folder}")
-        schedules[name] = parse_schedule(name, tuple(grid), _text(program), _text(usage[0]))
+        schedules[name] = parse_schedule(name, tuple(grid), _text(program), _text(usage[0]), runs)
     if missing := grids.keys() - {re.sub(r"\.\d+$", "", name) for name in schedules}:
         raise ScheduleError(f"no schedule of {', '.join(sorted(missing))} kernel in {folder}")
     return schedules
 
 
-def parse_schedule(name: str, grid: tuple[int, ...], program: str, utilization: str) -> KernelSchedule:
+def parse_schedule(
+    name: str, grid: tuple[int, ...], program: str, utilization: str, runs: Sequence[float] | None = None
+) -> KernelSchedule:
     """Parse the text of a kernel's `*final_bundles.txt` and `*final_hlo-static-per-bundle-utilization.txt`.
 
+    Args:
+        runs: for a kernel whose loops and conditions depend on data: how often each region that says nothing about it
+            runs for each run of the enclosing region, in the order of the program. A grid's loop then is a loop like
+            any other, and the whole program counts as one grid step.
+
     Raises:
-        ScheduleError: a trip count or a branch target cannot be read, or the program has another grid.
+        ScheduleError: a trip count or a branch target cannot be read, the program has another grid, or `runs` has
+            another length.
     """
     marks = [*BUNDLE.finditer(program)]
     bundles = [program[mark.start() : stop.start()] for mark, stop in itertools.pairwise(marks)]
@@ -128,7 +139,15 @@ def parse_schedule(name: str, grid: tuple[int, ...], program: str, utilization: 
         raise ScheduleError(f"{name}: {len(marks)} bundles, but the use of {len(usage)}")
 
     values = _Scalars(bundles)
-    regions = sorted(_regions(name, grid, bundles, values), key=lambda region: (region.start, -region.stop))
+    found = _regions(name, None if runs is not None else grid, bundles, values)
+    regions = sorted(found, key=lambda region: (region.start, -region.stop))
+    if runs is not None:
+        unknown = [index for index, region in enumerate(regions) if math.isnan(region.times)]
+        if len(unknown) != len(runs):
+            places = ", ".join(f"{regions[index].kind} {regions[index].start:#x}" for index in unknown)
+            raise ScheduleError(f"{name}: the runs of {len(unknown)} regions are unknown ({places}), got {len(runs)}")
+        for index, times in zip(unknown, runs, strict=True):
+            regions[index] = dataclasses.replace(regions[index], times=times)
     if not regions or regions[0].kind != "grid":
         raise ScheduleError(f"{name}: no single grid loop around the kernel's body")
 
@@ -141,8 +160,11 @@ def parse_schedule(name: str, grid: tuple[int, ...], program: str, utilization: 
     return KernelSchedule(name, grid, len(bundles), tuple(regions), sum(weights[i] for i in inside), used, capacity)
 
 
-def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Scalars") -> Iterator[Region]:
-    """Yield the regions of a program: one for each backward branch (a loop) and each forward branch (predicated)."""
+def _regions(name: str, grid: tuple[int, ...] | None, bundles: list[str], values: "_Scalars") -> Iterator[Region]:
+    """Yield the regions of a program: one for each backward branch (a loop) and each forward branch (predicated).
+
+    With no grid, the whole program is one grid step, and `times` is nan where it cannot be read.
+    """
     loops, forward = [], []
     labels = {}
     for address, text in enumerate(bundles):
@@ -158,8 +180,8 @@ def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Sca
             else:
                 forward.append((address + 1 + DELAY_SLOTS, target, predicate, bool(negated)))
 
-    steps = math.prod(grid)
-    looped = steps > 1 or any("iteration index" in bundles[start] for start, _ in loops)
+    steps = math.prod(grid or ())
+    looped = grid is not None and (steps > 1 or any("iteration index" in bundles[start] for start, _ in loops))
     if not looped:
         yield Region("grid", 0, len(bundles), 1)
     for start, stop in loops:
@@ -172,6 +194,10 @@ def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Sca
             if not any(low <= address < high - DELAY_SLOTS for low, high in inner)
         )
         tests = EXIT_TEST.findall(text)
+        if grid is None:
+            count = values.trips(*tests[0]) if len(tests) == 1 else None
+            yield Region("loop", start, stop, math.nan if count is None else count)
+            continue
         if len(tests) != 1:
             raise ScheduleError(f"{name}: the loop at {start:#x} has no readable trip count")
         count = values.trips(*tests[0])
@@ -188,7 +214,8 @@ def _regions(name: str, grid: tuple[int, ...], bundles: list[str], values: "_Sca
             count = shares[0]
         yield Region("grid" if is_grid else "loop", start, stop, count)
     for start, stop, predicate, negated in forward:
-        yield Region("predicated", start, stop, values.share(predicate, negated))
+        share = values.share(predicate, negated)
+        yield Region("predicated", start, stop, (math.nan if grid is None else 1.0) if share is None else share)
 
 
 class _Scalars:
@@ -273,10 +300,10 @@ class _Scalars:
             return ~value if operation in ("pnor", "pnand") else value
         return ~values[0] if operation == "pneg" and len(values) == 1 else None
 
-    def share(self, predicate: str, negated: bool) -> float:
-        """Return the share of the grid steps that run a region which `predicate` can skip; 1 if it is unknown."""
+    def share(self, predicate: str, negated: bool) -> float | None:
+        """Return the share of the grid steps that run a region which `predicate` can skip, or None."""
         value = self.predicate(predicate)
-        return 1.0 if value is None else float((value if negated else ~value).mean())
+        return None if value is None else float((value if negated else ~value).mean())
 
 
 def grids(jaxpr) -> dict[str, tuple[int, ...]]:

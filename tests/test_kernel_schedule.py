@@ -100,6 +100,18 @@ def test_an_unknown_condition_counts_in_full(dump):
     assert schedule.regions[2].times == 1
 
 
+def test_runs_that_a_program_does_not_tell(dump):
+    """The grid's loop counts as it stands, 26 runs; the condition around its body depends on the buffers in use."""
+    edit(dump, r"7 /\* loop exit test \*/", "%s941_s12 /* loop exit test */")
+    edit(dump, r"scmp\.ne\.s32\.totalorder %s941_s12, 0", "scmp.ne.s32.totalorder %s138_s11, 0")
+    (schedule,) = read_schedules(dump, GRIDS, runs=[24 / 26, 1 / 4, 7]).values()
+    assert [region.times for region in schedule.regions] == [1, 26, 24 / 26, 1 / 4, 7, 1 / 4]
+    # As in the test of the saved dump, but the two runs that drain the pipeline issue the 64 bundles around the body.
+    assert schedule.cycles == pytest.approx(24 * (163 + 6 * 46 - 2 * 9 * 3 / 4) + 2 * 64 + 177 - 163)
+    with pytest.raises(ScheduleError, match=r"looped_kernel.*3 regions are unknown \(.*, loop 0x4b\), got 2"):
+        read_schedules(dump, GRIDS, runs=[24 / 26, 7])
+
+
 def test_a_dump_without_what_is_needed(dump, tmp_path):
     with pytest.raises(ScheduleError, match="no schedule of looped_kernel kernel"):
         read_schedules(tmp_path, GRIDS)
