@@ -189,14 +189,19 @@ def predict_ours(row: Row) -> dict:
     return compiler.in_a_process("compile_for_tpu", command, row.topology, "our stage 2")
 
 
-def predict_row(name: str, ours: dict | None) -> dict:
+def predict_row(name: str, ours: dict | None, saved: dict | None) -> dict:
     """Return the entries of a row in tables.json.
 
-    `ours` collects the reports of our stage 2 by configuration, because several rows share one. With None there is no
-    prediction for our stage 2.
+    Args:
+        name: a key of ROWS.
+        ours: collects the reports of our stage 2 by configuration, because several rows share one. With None there is
+            no prediction for our stage 2.
+        saved: the row whose prediction for the original's configuration stays; None to predict it.
     """
     row = ROWS[name]
-    original = compiler.in_a_process("benchmarks.reproduce_tables", ["--rows", name], row.topology, f"row {name}")
+    original = saved and {key: saved[key] for key in ("split", "predicted_seconds", "versions")}
+    if original is None:
+        original = compiler.in_a_process("benchmarks.reproduce_tables", ["--rows", name], row.topology, f"row {name}")
     found = original | row._asdict() | {"ratio": original["predicted_seconds"] / row.measured}
     if ours is not None:
         configuration = row.topology, row.size, row.guided
@@ -207,9 +212,14 @@ def predict_row(name: str, ours: dict | None) -> dict:
     return found
 
 
+def read_saved() -> dict:
+    """Return the rows in tables.json."""
+    return json.loads(report.TABLES.read_text()) if report.TABLES.exists() else {}
+
+
 def save(results: dict) -> None:
     """Replace or add rows in tables.json, and draw tables.png again."""
-    saved = json.loads(report.TABLES.read_text()) if report.TABLES.exists() else {}
+    saved = read_saved()
     rows = {name: (saved | results)[name] for name in ROWS if name in saved | results}
     with writing.replacing(report.TABLES) as temporary:
         Path(temporary).write_text(json.dumps(rows, indent=2) + "\n")
@@ -227,6 +237,12 @@ def main() -> None:
         default=True,
         help="also predict our stage 2; without it nothing is saved",
     )
+    parser.add_argument(
+        "--original",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="predict the original's configurations; without it, what is saved of them stays",
+    )
     arguments = parser.parse_args()
     names = list(ROWS) if arguments.rows == ["all"] else arguments.rows
     if unknown := set(names) - ROWS.keys():
@@ -239,7 +255,8 @@ def main() -> None:
         return
 
     ours = {} if arguments.ours else None
-    results = {name: predict_row(name, ours) for name in names}
+    saved = {} if arguments.original else read_saved()
+    results = {name: predict_row(name, ours, saved.get(name)) for name in names}
     print(table(results))
     if len(results) > 1:
         print(summary(results))
