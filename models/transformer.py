@@ -452,25 +452,21 @@ class Block:
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Apply the block to hidden states [batch / dp, sequence / (sp * tp), embed]."""
         hidden = self.self_attention(hidden)
-        x, gates = self.modulated(hidden, "norm2")
         if is_tiled(self.attention):
-            hidden = self.feed_forward_kernels(hidden, x, gates, self.attention.interpret)
+            hidden = self.feed_forward_kernels(hidden, self.attention.interpret)
         else:
             # The MLP takes some of the tokens at a time, so that the array between its two products stays in VMEM.
             pieces = round(hidden.shape[1] * self.parallelism.tp / FEED_FORWARD_TOKENS)
             pieces = min(max(pieces, 1), hidden.shape[1] // SEQUENCE_TILE)
             bounds = [hidden.shape[1] * i // pieces // SEQUENCE_TILE * SEQUENCE_TILE for i in range(1, pieces)]
-            split = functools.partial(jnp.split, indices_or_sections=bounds)
-            tokens = zip(split(hidden, axis=1), split(x, axis=1), split(self.is_text), strict=True)
-            run = functools.partial(self.feed_forward, gates=gates)
-            hidden = jnp.concatenate(tap.pieces(run, list(tokens), TOKENS), axis=TOKENS)
+            tokens = zip(jnp.split(hidden, bounds, axis=1), jnp.split(self.is_text, bounds), strict=True)
+            hidden = jnp.concatenate(tap.pieces(self.feed_forward, list(tokens), TOKENS), axis=TOKENS)
         tap.tap("", hidden, HIDDEN_STATES, self.bounds)
         return hidden
 
     def self_attention(self, hidden: jax.Array) -> jax.Array:
         """Apply the first half of the block: norm, attention, gated residual."""
-        x, gates = self.modulated(hidden, "norm1")
-        x = self.gathered(x)
+        x, gates = self.modulated(hidden, self.is_text, "norm1")
         with tap.scope("attn1"):
             heads = self.config["num_attention_heads"] // self.parallelism.tp
             self.tap_heads(x, heads)
@@ -552,9 +548,10 @@ class Block:
             same_values = functools.partial(lambda letter: self.normalized(project(letter), letter), letter)
             tap.tap(f"norm_{letter}", as_normalized, PROJECTED_HEADS, self.bounds, same_values)
 
-    def feed_forward(self, hidden: jax.Array, x: jax.Array, is_text: jax.Array, gates: jax.Array) -> jax.Array:
-        """Apply the MLP to some of the tokens, x, which are normalised, and add the result to their hidden states."""
-        parameters, dtype, x = self.parameters, hidden.dtype, self.gathered(x)
+    def feed_forward(self, hidden: jax.Array, is_text: jax.Array) -> jax.Array:
+        """Apply the second half of the block to some of the tokens: norm, MLP, gated residual."""
+        parameters, dtype = self.parameters, hidden.dtype
+        x, gates = self.modulated(hidden, is_text, "norm2")
         with tap.scope("ff"):
             x = jax.nn.gelu(linear(x, parameters, "ff.net.0.proj"), approximate=True).astype(dtype)
             self.tap_activation(x)
@@ -563,12 +560,13 @@ class Block:
             )
             return self.residual(hidden, x, "ff.net.2", gates, is_text)
 
-    def feed_forward_kernels(self, hidden: jax.Array, x: jax.Array, gates: jax.Array, interpret: bool) -> jax.Array:
+    def feed_forward_kernels(self, hidden: jax.Array, interpret: bool) -> jax.Array:
         """Do what `feed_forward` does with all tokens of the chip, in kernels."""
         dense = functools.partial(block_kernels.dense, interpret=interpret)
+        x, gates = self.modulated(hidden, self.is_text, "norm2")
         with tap.scope("ff"):
             activation = block_kernels.Gelu(self.parameters["ff.net.0.proj.bias"])
-            x = dense(self.gathered(x), self.weight("ff.net.0.proj.weight"), activation)
+            x = dense(x, self.weight("ff.net.0.proj.weight"), activation)
             self.tap_activation(x)
             return self.added(functools.partial(dense, x, self.weight("ff.net.2.weight")), hidden, "ff.net.2", gates)
 
@@ -577,8 +575,11 @@ class Block:
         own_tokens = functools.partial(jax.lax.all_to_all, x, "tp", split_axis=1, concat_axis=2, tiled=True)
         tap.tap("net.0", own_tokens, HIDDEN_STATES, self.bounds)
 
-    def modulated(self, hidden: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
-        """Normalise and modulate hidden states; returns them, and the gates of text and of video, [2, embed]."""
+    def modulated(self, hidden: jax.Array, is_text: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
+        """Normalise and modulate hidden states; returns them gathered over tp, and the gates [2, embed].
+
+        The first row is for text, the second for video.
+        """
         with tap.scope(name):
             modulation = linear(self.time, self.parameters, f"{name}.linear")
             tap.tap("linear", lambda: modulation[None], REPLICATED)
@@ -593,24 +594,16 @@ class Block:
                 x = block_kernels.normalized(hidden, changes, eps, self.attention.interpret)
             else:
                 x = layer_norm(hidden, self.parameters, norm, eps)
-                x = x * (1 + self.text_or_video(scales)) + self.text_or_video(shifts)
+                x = x * (1 + jnp.where(is_text, scales[0], scales[1])) + jnp.where(is_text, shifts[0], shifts[1])
                 x = x.astype(hidden.dtype)
             tap.tap("", x, HIDDEN_STATES, self.bounds)
-            return x, gates
+            x = jax.lax.all_gather(x, "tp", axis=1, tiled=True)
+            return x if is_tiled(self.attention) else materialized(x), gates  # no one computes again what a kernel does
 
     @property
     def text_tokens(self) -> jax.Array:
         """How many of the chip's own tokens are text: they are the first."""
         return self.is_text.sum(dtype=jnp.int32)
-
-    def text_or_video(self, rows: jax.Array, is_text: jax.Array | None = None) -> jax.Array:
-        """Choose the row of `rows` [2, embed] for each token, text or video; by default for the chip's own tokens."""
-        return jnp.where(self.is_text if is_text is None else is_text, rows[0], rows[1])
-
-    def gathered(self, x: jax.Array) -> jax.Array:
-        """Gather normalised tokens over tp."""
-        x = jax.lax.all_gather(x, "tp", axis=1, tiled=True)
-        return x if is_tiled(self.attention) else materialized(x)  # what a kernel computes is not computed again
 
     def as_projected(self, x: jax.Array, letter: str) -> jax.Array:
         """Reorder a result of `project_heads` as in diffusers: [batch, tokens, heads * head_dim], pairs interleaved."""
@@ -633,7 +626,7 @@ class Block:
         x = jax.lax.psum_scatter(partial_sum.astype(hidden.dtype), "tp", scatter_dimension=1, tiled=True)
         x = self.with_bias(x, name)
         tap.tap(name.partition(".")[2], x, HIDDEN_STATES, self.bounds)
-        return (hidden.astype(jnp.float32) + self.text_or_video(gates, is_text) * x).astype(hidden.dtype)
+        return (hidden.astype(jnp.float32) + jnp.where(is_text, gates[0], gates[1]) * x).astype(hidden.dtype)
 
     def with_bias(self, x: jax.Array, name: str) -> jax.Array:
         """Add the bias of module `name`, if it has one, in float32."""
