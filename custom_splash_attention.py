@@ -270,6 +270,7 @@ def _bound(
     Returns:
         The bound, float32 [tiles, heads, 1, 128], in units of query . key, and whether a head is safe, bool [heads].
     """
+    queries, keys = _in_hbm([queries, keys], interpret)
     q_tiles, heads, head_dim, _ = queries.shape
     k_tiles = pl.cdiv(kv_len, LANES)
     row = jax.ShapeDtypeStruct((heads, 1, LANES), jnp.float32)
@@ -420,9 +421,7 @@ def _call(
     q_tiles, kv_tiles = blocks.block_q // LANES, blocks.block_kv // LANES
     assert keys.shape == values.shape and bound.shape == (tiles, heads, 1, LANES)
     online = output is not None
-    arrays = [queries, keys, values, bound, *([] if output is None else [output])]
-    if not interpret:  # otherwise XLA puts what fits into VMEM, which the kernel needs for itself
-        arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
+    arrays = _in_hbm([queries, keys, values, bound, *([] if output is None else [output])], interpret)
 
     def query_spec(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((q_tiles, 1, rows, LANES), lambda h, i, j, head: (i, head[0] + h, 0, 0))
@@ -451,6 +450,11 @@ def _call(
         ),
         interpret=interpret,
     )(jnp.full(1, head, jnp.int32), *arrays)
+
+
+def _in_hbm(arrays: list[jax.Array], interpret: bool) -> list[jax.Array]:
+    """Keep XLA from putting a kernel's arguments into VMEM, which the kernel needs for itself."""
+    return arrays if interpret else [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
 
 
 def _scratch(head_dim: int, blocks: BlockSizes, dtype: jax.typing.DTypeLike, online: bool) -> list:
