@@ -129,8 +129,10 @@ def _call(kernel, name, scalars, arrays, *, grid, in_specs, out_specs, out_shape
 
     It multiplies `products` pairs of values, and moves `moved` values between HBM and VMEM.
     """
+    size = moved * out_shape.dtype.itemsize
     if not interpret:  # otherwise XLA puts what fits into VMEM, which the kernel needs for itself
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
+        out_shape = pltpu.HBM(out_shape.shape, out_shape.dtype)
     return pl.pallas_call(
         kernel,
         name=name,
@@ -141,9 +143,7 @@ def _call(kernel, name, scalars, arrays, *, grid, in_specs, out_specs, out_shape
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", *["arbitrary"] * (len(grid) - 1)), vmem_limit_bytes=VMEM_LIMIT
         ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * products, bytes_accessed=moved * out_shape.dtype.itemsize, transcendentals=0
-        ),
+        cost_estimate=pl.CostEstimate(flops=2 * products, bytes_accessed=size, transcendentals=0),
         interpret=interpret,
     )(jnp.stack(scalars), *arrays)
 
