@@ -14,6 +14,7 @@ too far apart for float32 takes the online kernel, which keeps the running maxim
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,7 @@ VMEM_FOR_BLOCKS = 60 * 2**20  # bytes; in the rest the compiler keeps weights be
 SHIFT = 32  # fast kernel: weights are at most 2^SHIFT, so that small ones lie in the middle of float32's range
 LIMIT = 100  # fast kernel: the bound may exceed a row's maximum by this much (log2)
 OFFSET_LIMIT = 2**12  # fast kernel: what is subtracted may be this large (log2) before float32 sums lose digits
+BOUND_TILES = 384  # tiles of a head that the kernels of the bound hold in VMEM at a time
 MASKED = -1e30  # score of a padded key
 
 
@@ -151,16 +153,36 @@ def splash_attention(
         blocks = block_sizes.clipped(q_len, kv_length)
         block_sizes.check(head_dim, query.dtype.itemsize)
 
-    factor = scale * math.log2(math.e)
-    queries, keys, values = (_transposed(x) for x in (query, key, value))
-    arguments = queries, keys, values, *_bound(queries, keys[:, :, :kv_length], factor, k_smooth)
-    run = functools.partial(_run, factor=factor, blocks=blocks, kv_len=kv_length)
-    if interpret is None:
-        compiled, interpreted = (functools.partial(run, interpret=choice) for choice in (False, True))
-        output = lax.platform_dependent(*arguments, tpu=compiled, default=interpreted)
+    queries, keys, values = (to_tiles(array) for array in (query, key, value))
+    output = _attention(queries, keys, values, scale, blocks, k_smooth, interpret, kv_length)
+    return from_tiles(output, batch, q_len)
+
+
+def tiled_attention(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    *,
+    kv_length: int,
+    block_sizes: BlockSizes | None = None,
+    k_smooth: bool = USE_K_SMOOTH,
+    interpret: bool | None = None,
+) -> jax.Array:
+    """Compute what `splash_attention` computes, from and to the kernel's own layout, so that nothing is copied.
+
+    Args:
+        queries, keys, values: [tiles, heads, head_dim, 128], see `to_tiles`.
+        kv_length, block_sizes, k_smooth, interpret: as for `splash_attention`.
+
+    Returns:
+        An array like `queries`.
+    """
+    tiles, _, head_dim, lanes = queries.shape
+    if block_sizes is None:
+        blocks = DEFAULT_BLOCK_SIZES.fitted(tiles * lanes, kv_length, head_dim, queries.dtype.itemsize)
     else:
-        output = run(*arguments, interpret=interpret)
-    return output.swapaxes(1, 2).reshape(query.shape)
+        blocks = block_sizes.clipped(tiles * lanes, kv_length)
+    return _attention(queries, keys, values, head_dim**-0.5, blocks, k_smooth, interpret, kv_length)
 
 
 def online_heads(
@@ -172,35 +194,181 @@ def online_heads(
     kv_length: int | None = None,
 ) -> jax.Array:
     """Tell which heads `splash_attention` computes by the online kernel, bool [batch, heads]; arguments as there."""
-    factor = (query.shape[3] ** -0.5 if scale is None else scale) * math.log2(math.e)
-    _, safe = _bound(_transposed(query), _transposed(key)[:, :, :kv_length], factor, k_smooth)
-    return ~safe.reshape(query.shape[:2])
+    kv_length = kv_length or key.shape[2]
+    return tiled_online_heads(
+        to_tiles(query), to_tiles(key), scale=scale, k_smooth=k_smooth, kv_length=kv_length
+    ).reshape(query.shape[:2])
 
 
-def _transposed(x: jax.Array) -> jax.Array:
-    """Turn [batch, heads, length, head_dim] into [batch * heads, head_dim, length]."""
-    return x.reshape(-1, *x.shape[2:]).swapaxes(1, 2)
+def tiled_online_heads(
+    queries: jax.Array, keys: jax.Array, *, kv_length: int, scale: float | None = None, k_smooth: bool = USE_K_SMOOTH
+) -> jax.Array:
+    """Tell which heads `tiled_attention` computes by the online kernel, bool [heads]; arguments as there."""
+    factor = (queries.shape[2] ** -0.5 if scale is None else scale) * math.log2(math.e)
+    bound = functools.partial(_bound, factor=factor, k_smooth=k_smooth, kv_len=kv_length)
+    _, safe = _for_platform(bound, None)(queries, keys)
+    return ~safe
 
 
-def _bound(queries: jax.Array, keys: jax.Array, factor: float, k_smooth: bool) -> tuple[jax.Array, jax.Array]:
+def to_tiles(x: jax.Array) -> jax.Array:
+    """Turn [batch, heads, length, head_dim] into the kernel's own layout, [tiles, batch * heads, head_dim, 128].
+
+    A tile is 128 tokens of one head, a column each. The last tile is padded with zeros.
+    """
+    batch, heads, length, head_dim = x.shape
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, -length % LANES), (0, 0)))
+    return x.reshape(batch * heads, -1, LANES, head_dim).transpose(1, 0, 3, 2)
+
+
+def from_tiles(x: jax.Array, batch: int, length: int) -> jax.Array:
+    """Turn [tiles, batch * heads, head_dim, 128] back into [batch, heads, length, head_dim]."""
+    x = x.transpose(1, 0, 3, 2)
+    return x.reshape(batch, -1, x.shape[1] * LANES, x.shape[3])[:, :, :length]
+
+
+def _attention(
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    scale: float,
+    blocks: BlockSizes,
+    k_smooth: bool,
+    interpret: bool | None,
+    kv_len: int,
+) -> jax.Array:
+    """Compute attention from and to tiles."""
+    factor = scale * math.log2(math.e)
+
+    def run(queries, keys, values, interpret):
+        bound, safe = _bound(queries, keys, factor=factor, k_smooth=k_smooth, kv_len=kv_len, interpret=interpret)
+        return _run(
+            queries, keys, values, bound, safe, factor=factor, blocks=blocks, kv_len=kv_len, interpret=interpret
+        )
+
+    return _for_platform(run, interpret)(queries, keys, values)
+
+
+def _for_platform(run: Callable, interpret: bool | None) -> Callable:
+    """Give `run` its argument `interpret`; None stands for interpreting where it is not compiled for a TPU."""
+    if interpret is not None:
+        return functools.partial(run, interpret=interpret)
+    compiled, interpreted = (functools.partial(run, interpret=choice) for choice in (False, True))
+    return lambda *arguments: lax.platform_dependent(*arguments, tpu=compiled, default=interpreted)
+
+
+def _bound(
+    queries: jax.Array, keys: jax.Array, *, factor: float, k_smooth: bool, kv_len: int, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
     """Compute what the fast kernel subtracts from the scores of each row, and which heads may take that kernel.
 
+    Two kernels read the arrays once each, and the keys of a head too long for VMEM twice. XLA takes ten times as long
+    as they take to read them.
+
     Args:
-        queries, keys: [heads, head_dim, length].
+        queries, keys: [tiles, heads, head_dim, 128].
 
     Returns:
-        The bound, float32 [heads, 1, q_len], in units of query . key, and whether a head is safe, bool [heads].
+        The bound, float32 [tiles, heads, 1, 128], in units of query . key, and whether a head is safe, bool [heads].
     """
-    queries, keys = queries.astype(jnp.float32), keys.astype(jnp.float32)
-    mean = keys.mean(2, keepdims=True)
-    centre = (queries * mean).sum(1, keepdims=True)  # the mean score of a row
-    length = jnp.linalg.norm(queries, axis=1, keepdims=True)
-    if k_smooth:
-        bound = centre + length * jnp.linalg.norm(keys - mean, axis=1, keepdims=True).max(2, keepdims=True)
-    else:
-        bound = length * jnp.linalg.norm(keys, axis=1, keepdims=True).max(2, keepdims=True)
-    safe = (factor * (bound - centre) <= LIMIT) & (factor * jnp.abs(bound) <= OFFSET_LIMIT)
-    return bound - SHIFT / factor, safe.all((1, 2))
+    queries, keys = _in_hbm([queries, keys], interpret)
+    q_tiles, heads, head_dim, _ = queries.shape
+    k_tiles = pl.cdiv(kv_len, LANES)
+    row = jax.ShapeDtypeStruct((heads, 1, LANES), jnp.float32)
+    row_spec = pl.BlockSpec((1, 1, LANES), lambda h, *_: (h, 0, 0))
+    mean_spec = pl.BlockSpec((1, head_dim, LANES), lambda h, *_: (h, 0, 0))
+    block = min(k_tiles, BOUND_TILES)
+    mean, radius = pl.pallas_call(
+        functools.partial(_key_statistics, kv_len=kv_len, k_smooth=k_smooth),
+        name="exp2_splash_keys",
+        grid=(heads, 2, pl.cdiv(k_tiles, block)),
+        in_specs=[pl.BlockSpec((block, 1, head_dim, LANES), lambda h, phase, j: (j, h, 0, 0))],
+        out_specs=[mean_spec, row_spec],
+        out_shape=[jax.ShapeDtypeStruct((heads, head_dim, LANES), jnp.float32), row],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=keys.size * keys.dtype.itemsize, transcendentals=0),
+        interpret=interpret,
+    )(keys)
+    block = min(q_tiles, BOUND_TILES)
+    bound, unsafe = pl.pallas_call(
+        functools.partial(_query_bounds, factor=factor, k_smooth=k_smooth, tiles=q_tiles),
+        name="exp2_splash_bound",
+        grid=(heads, pl.cdiv(q_tiles, block)),
+        in_specs=[pl.BlockSpec((block, 1, head_dim, LANES), lambda h, i: (i, h, 0, 0)), mean_spec, row_spec],
+        out_specs=[pl.BlockSpec((block, 1, 1, LANES), lambda h, i: (i, h, 0, 0)), row_spec],
+        out_shape=[jax.ShapeDtypeStruct((q_tiles, heads, 1, LANES), jnp.float32), row],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=keys.size * keys.dtype.itemsize, transcendentals=0),
+        interpret=interpret,
+    )(queries, mean, radius)
+    return bound, unsafe.max((1, 2)) == 0
+
+
+def _key_statistics(k_ref, mean_ref, radius_ref, *, kv_len, k_smooth):
+    """Compute the mean of a head's keys, and then their largest distance from it, or from 0 without `k_smooth`."""
+    phase, block = pl.program_id(1), pl.program_id(2)
+    tiles, _, head_dim, _ = k_ref.shape
+
+    def key(tile):
+        position = (block * tiles + tile) * LANES + lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+        return k_ref[tile, 0].astype(jnp.float32), position < kv_len
+
+    def over_tiles(function, start):
+        return lax.fori_loop(0, tiles, lambda tile, found: function(found, *key(tile)), start, unroll=4)
+
+    @pl.when((phase == 0) & (block == 0))
+    def _():
+        mean_ref[...] = jnp.zeros_like(mean_ref)
+
+    @pl.when(phase == 0)
+    def _():
+        add = lambda total, key, real: total + jnp.where(real, key, 0.0)  # noqa: E731
+        mean_ref[0] = over_tiles(add, mean_ref[0])
+
+    @pl.when((phase == 1) & (block == 0))
+    def _():
+        mean_ref[0] = jnp.broadcast_to(mean_ref[0].sum(1, keepdims=True) / kv_len, (head_dim, LANES))
+        radius_ref[...] = jnp.zeros_like(radius_ref)
+
+    @pl.when(phase == 1)
+    def _():
+        centre = mean_ref[0] if k_smooth else jnp.zeros_like(mean_ref[0])
+
+        def furthest(largest, key, real):
+            distance = jnp.square(key - centre).sum(0, keepdims=True)
+            return jnp.maximum(largest, jnp.where(real, distance, 0.0))
+
+        radius_ref[0] = over_tiles(furthest, radius_ref[0])
+
+    @pl.when((phase == 1) & (block == pl.num_programs(2) - 1))
+    def _():
+        largest = jnp.sqrt(radius_ref[0].max(1, keepdims=True))
+        radius_ref[0] = jnp.broadcast_to(largest, (1, LANES))
+
+
+def _query_bounds(q_ref, mean_ref, radius_ref, bound_ref, unsafe_ref, *, factor, k_smooth, tiles):
+    """Compute the bounds of a block of queries, and note in `unsafe_ref` where one is too far from the mean score."""
+    block, mean, radius = q_ref.shape[0], mean_ref[0], radius_ref[0]
+    first = pl.program_id(1) * block
+
+    @pl.when(first == 0)
+    def _():
+        unsafe_ref[...] = jnp.zeros_like(unsafe_ref)
+
+    def tile_bound(tile, unsafe):
+        query = q_ref[tile, 0].astype(jnp.float32)
+        centre = (query * mean).sum(0, keepdims=True)  # the mean score of a row
+        bound = jnp.sqrt(jnp.square(query).sum(0, keepdims=True)) * radius
+        if k_smooth:
+            bound += centre
+        bound_ref[tile, 0] = bound - SHIFT / factor
+        safe = (factor * (bound - centre) <= LIMIT) & (factor * jnp.abs(bound) <= OFFSET_LIMIT)
+        return jnp.where(safe | (first + tile >= tiles), unsafe, 1.0)
+
+    unsafe_ref[0] = lax.fori_loop(0, block, tile_bound, unsafe_ref[0], unroll=4)
 
 
 def _run(
@@ -228,7 +396,7 @@ def _run(
 
     output = lax.fori_loop(0, (~safe).sum(), online, call(0, queries, keys, values, bound, blocks=blocks))
     # Without this, XLA may choose the loop's layout for the operation that reads it, and copy what the kernel wrote.
-    return with_layout_constraint(output, Layout(major_to_minor=(0, 1, 2)))
+    return with_layout_constraint(output, Layout(major_to_minor=(0, 1, 2, 3)))
 
 
 def _call(
@@ -246,27 +414,25 @@ def _call(
 ) -> jax.Array:
     """Run the fast kernel over all heads, or, if `output` is given, the online kernel, which replaces one head in it.
 
-    Takes [heads, head_dim, q_len], twice [heads, head_dim, kv_len] and [heads, 1, q_len]; returns the queries' shape.
-    The last blocks may reach over the end, where a read is undefined and a write is dropped.
+    Takes and returns tiles, [tiles, heads, head_dim, 128], and the bound [tiles, heads, 1, 128]. The last blocks may
+    reach over the end, where a read is undefined and a write is dropped.
     """
-    heads, head_dim, q_len = queries.shape
-    block_q, block_kv = blocks.block_q, blocks.block_kv
-    assert keys.shape == values.shape and bound.shape == (heads, 1, q_len)
+    tiles, heads, head_dim, _ = queries.shape
+    q_tiles, kv_tiles = blocks.block_q // LANES, blocks.block_kv // LANES
+    assert keys.shape == values.shape and bound.shape == (tiles, heads, 1, LANES)
     online = output is not None
-    arrays = [queries, keys, values, bound, *([] if output is None else [output])]
-    if not interpret:  # otherwise XLA puts what fits into VMEM, which the kernel needs for itself
-        arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
+    arrays = _in_hbm([queries, keys, values, bound, *([] if output is None else [output])], interpret)
 
     def query_spec(rows: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, rows, block_q), lambda h, i, j, head: (head[0] + h, 0, i))
+        return pl.BlockSpec((q_tiles, 1, rows, LANES), lambda h, i, j, head: (i, head[0] + h, 0, 0))
 
-    key_spec = pl.BlockSpec((1, head_dim, block_kv), lambda h, i, j, head: (head[0] + h, 0, j))
+    key_spec = pl.BlockSpec((kv_tiles, 1, head_dim, LANES), lambda h, i, j, head: (j, head[0] + h, 0, 0))
     return pl.pallas_call(
         functools.partial(_online_kernel if online else _fast_kernel, factor=factor, blocks=blocks, kv_len=kv_len),
         name="exp2_splash_online" if online else "exp2_splash",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(1 if online else heads, pl.cdiv(q_len, block_q), pl.cdiv(kv_len, block_kv)),
+            grid=(1 if online else heads, pl.cdiv(tiles, q_tiles), pl.cdiv(kv_len, blocks.block_kv)),
             in_specs=[
                 query_spec(head_dim),
                 key_spec,
@@ -284,6 +450,11 @@ def _call(
         ),
         interpret=interpret,
     )(jnp.full(1, head, jnp.int32), *arrays)
+
+
+def _in_hbm(arrays: list[jax.Array], interpret: bool) -> list[jax.Array]:
+    """Keep XLA from putting a kernel's arguments into VMEM, which the kernel needs for itself."""
+    return arrays if interpret else [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
 
 
 def _scratch(head_dim: int, blocks: BlockSizes, dtype: jax.typing.DTypeLike, online: bool) -> list:
@@ -351,15 +522,20 @@ def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, k
     transposed too, and keys and values beyond the end are cleared. Where one block holds all keys of a head, this is
     done once for all of the head's queries.
     """
-    head_dim, rows = q_ref.shape[1], query_ref.shape[0]
+    head_dim, rows = q_ref.shape[2], query_ref.shape[0]
     first = pl.program_id(2) * blocks.block_kv
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        high = b_ref[0].astype(q_ref.dtype).astype(jnp.float32)
-        row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, blocks.block_q), 0)
-        appended = jnp.where(row == 0, -high, jnp.where(row == 1, high - b_ref[0], jnp.where(row == 2, 1.0, 0.0)))
-        query_ref[...] = jnp.concatenate([q_ref[0], appended.astype(q_ref.dtype)], 0).astype(query_ref.dtype)
+        def tile(start, length):
+            bound = _columns(b_ref, start, length)
+            high = bound.astype(q_ref.dtype).astype(jnp.float32)
+            row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, length), 0)
+            appended = jnp.where(row == 0, -high, jnp.where(row == 1, high - bound, jnp.where(row == 2, 1.0, 0.0)))
+            query = jnp.concatenate([_columns(q_ref, start, length), appended.astype(q_ref.dtype)], 0)
+            query_ref[:, pl.ds(start, length)] = query.astype(query_ref.dtype)
+
+        _loop(blocks.block_q, 4 * LANES, tile)
 
     @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1))
     def _():
@@ -372,7 +548,7 @@ def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, k
             row, padded = iota(rows - head_dim, 0), first + start + iota(rows - head_dim, 1) >= kv_len
             appended = jnp.where(row < 2, 1.0, jnp.where((row == 2) & padded, MASKED, 0.0))
             real = first + start + iota(head_dim, 1) < kv_len
-            key, value = (jnp.where(real, ref[0, :, keys], 0) for ref in (k_ref, v_ref))
+            key, value = (jnp.where(real, _columns(ref, start, length), 0) for ref in (k_ref, v_ref))
             key_ref[keys, :] = jnp.concatenate([key, appended.astype(key.dtype)], 0).T.astype(key_ref.dtype)
             value_ref[:, keys] = value.astype(value_ref.dtype)
 
@@ -391,7 +567,9 @@ def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add):
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
-        o_ref[0] = (output_ref[...] / sum_ref[...].sum(0, keepdims=True)).astype(o_ref.dtype)
+        output = (output_ref[...] / sum_ref[...].sum(0, keepdims=True)).astype(o_ref.dtype)
+        for tile in range(o_ref.shape[0]):
+            o_ref[tile, 0] = output[:, tile * LANES : (tile + 1) * LANES]
 
 
 def _pipeline(blocks, weigh, add, first, length):
@@ -409,6 +587,12 @@ def _pipeline(blocks, weigh, add, first, length):
                 add(*pending.pop(0))
     for tile in pending:
         add(*tile)
+
+
+def _columns(ref, start, length):
+    """Read tokens start ... start + length of a block of tiles [tiles, 1, rows, 128]; returns [rows, length]."""
+    first = start // LANES
+    return jnp.concatenate([ref[first + tile, 0] for tile in range(length // LANES)], axis=1)
 
 
 def _loop(length, step, body):

@@ -311,6 +311,12 @@ def grids(jaxpr) -> dict[str, tuple[int, ...]]:
     return {equation.params["name"]: equation.params["grid_mapping"].grid for equation in _pallas(jaxpr)}
 
 
+def stated_bytes(jaxpr) -> dict[str, int]:
+    """Return the bytes between HBM and VMEM of each Pallas kernel in a jaxpr that states its own cost, by its name."""
+    estimates = ((equation.params["name"], equation.params["cost_estimate"]) for equation in _pallas(jaxpr))
+    return {name: estimate.bytes_accessed for name, estimate in estimates if estimate}
+
+
 def _pallas(jaxpr) -> Iterator:
     """Yield the pallas_call equations of a jaxpr and of those inside it."""
     import jax

@@ -64,9 +64,11 @@ def predict(topology: str, dump: Path, programs: Programs, compiled: Sequence) -
         hlo_schedule.HloError, kernel_schedule.ScheduleError: a text of the compiler cannot be read.
     """
     kernels = _kernels(dump, programs.traced)
+    # A kernel that states its own cost is no attention; if it takes long, it is among the slowest operations.
+    stated = {name: size for p in programs.traced for name, size in kernel_schedule.stated_bytes(p.jaxpr).items()}
     split = Counter(dict.fromkeys(hlo_schedule.CATEGORIES, 0.0))
     operations = Counter()
-    for cost in _costs(topology, programs, compiled, kernels):
+    for cost in _costs(topology, programs, compiled, kernels, stated):
         split[cost.category] += cost.seconds
         operations[f"{cost.category}: {cost.source} ({cost.name})"] += cost.seconds
     return {
@@ -80,6 +82,7 @@ def predict(topology: str, dump: Path, programs: Programs, compiled: Sequence) -
                 "units": {unit: kernel.utilization(unit) for unit in kernel.capacity},
             }
             for name, kernel in kernels.items()
+            if _base(name) not in stated
         },
     }
 
@@ -93,7 +96,9 @@ def _kernels(dump: Path, traced: Sequence) -> dict[str, kernel_schedule.KernelSc
     return kernel_schedule.read_schedules(dump, grids) if grids else {}
 
 
-def _costs(topology: str, programs: Programs, compiled: Sequence, kernels: Mapping) -> list[hlo_schedule.Cost]:
+def _costs(
+    topology: str, programs: Programs, compiled: Sequence, kernels: Mapping, stated: Mapping[str, int]
+) -> list[hlo_schedule.Cost]:
     """Return the predicted costs of all runs of the programs, in the order of their schedules."""
     chip = topologies.chip(topology)
     devices = programs.devices
@@ -105,7 +110,7 @@ def _costs(topology: str, programs: Programs, compiled: Sequence, kernels: Mappi
 
     def kernel_seconds(name, size):  # by its schedule, or by its bytes between HBM and VMEM if they take longer
         schedule = kernels.get(name) or next(k for other, k in kernels.items() if _base(other) == _base(name))
-        return max(schedule.cycles / chip.clock, size / chip.hbm_bandwidth)
+        return max(schedule.cycles / chip.clock, stated.get(_base(name), size) / chip.hbm_bandwidth)
 
     costs = []
     for n, program in zip(programs.times, compiled, strict=True):
@@ -161,7 +166,9 @@ def out_of_memory(message: str, advice: str) -> dict:
 
 
 def matrix_flops(jaxpr, devices: int) -> float:
-    """Return the FLOP of one device for the matrix products and convolutions of a jaxpr, without its Pallas kernels.
+    """Return the FLOP of one device for the matrix products and convolutions of a jaxpr.
+
+    Of its Pallas kernels, those count that state their own cost.
 
     Shapes outside of shard_map are global; their work is assumed to be split evenly over the devices.
     """
@@ -176,7 +183,9 @@ def matrix_flops(jaxpr, devices: int) -> float:
             weight = equation.invars[1].aval.shape
             features = params["dimension_numbers"].rhs_spec[0]
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(weight) / weight[features] / devices
-        elif name != "pallas_call":
+        elif name == "pallas_call":
+            total += params["cost_estimate"].flops if params["cost_estimate"] else 0
+        else:
             inside = 1 if name == "shard_map" else devices
             trips = params["length"] if name == "scan" else 1
             for value in params.values():

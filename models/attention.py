@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,18 @@ def splash_attention(
     return out.reshape(batch, heads, padded, head_dim)[:, :, :length]
 
 
+class Tiled(NamedTuple):
+    """An implementation from and to arrays [tiles, batch * heads, head_dim, 128].
+
+    Attributes:
+        function: the attention.
+        online_heads: see `Implementation`, bool [batch * heads].
+    """
+
+    function: Callable[..., jax.Array]
+    online_heads: Callable[..., jax.Array]
+
+
 class Implementation(NamedTuple):
     """One line of the table.
 
@@ -116,12 +128,15 @@ class Implementation(NamedTuple):
         platform_options: options of the function by platform of the devices, for those that need some.
         online_heads: `online_heads(query, key, kv_length=..., k_smooth=...)` tells which heads, bool [batch, heads],
             take the slower of the function's two kernels; None where it has one.
+        tiled: the two functions from and to the kernel's own layout; None where it has none. With them, a TPU copies
+            nothing between projection and kernel.
     """
 
     function: Callable[..., jax.Array]
     block_sizes: type | None = None
     platform_options: Mapping[str, Mapping] = MappingProxyType({})
     online_heads: Callable[..., jax.Array] | None = None
+    tiled: Tiled | None = None
 
 
 IMPLEMENTATIONS = {
@@ -129,6 +144,7 @@ IMPLEMENTATIONS = {
         custom_splash_attention.splash_attention,
         custom_splash_attention.BlockSizes,
         online_heads=custom_splash_attention.online_heads,
+        tiled=Tiled(custom_splash_attention.tiled_attention, custom_splash_attention.tiled_online_heads),
     ),
     "splash": Implementation(splash_attention, BlockSizes),
     "xla": Implementation(xla_attention, platform_options={"gpu": {"use_cudnn": True}}),
@@ -208,16 +224,42 @@ class Attention:
         """Whether it is a kernel with block sizes, which keeps no scores in memory."""
         return IMPLEMENTATIONS[self.name].block_sizes is not None
 
+    @property
+    def interpret(self) -> bool:
+        """Whether kernels run in Pallas' interpreter."""
+        return self.platform != "tpu"
+
     def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int) -> jax.Array:
         """Compute attention; see the top of this file."""
         implementation = IMPLEMENTATIONS[self.name]
-        options = dict(implementation.platform_options.get(self.platform, {}))
-        if implementation.block_sizes:
-            interpret = self.platform != "tpu"
-            options |= {"block_sizes": self.block_sizes, "k_smooth": self.k_smooth, "interpret": interpret}
+        options = dict(implementation.platform_options.get(self.platform, {})) | self._kernel_options()
         if implementation.online_heads:
             which = functools.partial(
                 implementation.online_heads, query, key, kv_length=kv_length, k_smooth=self.k_smooth
             )
             tap.tap("online_heads", which, activation_spec("attended heads"))
         return implementation.function(query, key, value, kv_length=kv_length, **options)
+
+    def tiled(self, queries: jax.Array, keys: jax.Array, values: jax.Array, kv_length: int) -> jax.Array:
+        """Compute attention of tiles [tiles, batch, heads, head_dim, 128]; only where `is_tiled`."""
+        tiled, shape = IMPLEMENTATIONS[self.name].tiled, queries.shape
+        assert tiled
+        queries, keys, values = (x.reshape(shape[0], -1, *shape[3:]) for x in (queries, keys, values))
+
+        def which() -> jax.Array:
+            found = tiled.online_heads(queries, keys, kv_length=kv_length, k_smooth=self.k_smooth)
+            return found.reshape(shape[1:3])
+
+        tap.tap("online_heads", which, activation_spec("attended heads"))
+        return tiled.function(queries, keys, values, kv_length=kv_length, **self._kernel_options()).reshape(shape)
+
+    def _kernel_options(self) -> dict[str, Any]:
+        """Return the options of a function that has block sizes."""
+        if not self.is_kernel:
+            return {}
+        return {"block_sizes": self.block_sizes, "k_smooth": self.k_smooth, "interpret": self.interpret}
+
+
+def is_tiled(attention: Callable) -> TypeGuard[Attention]:
+    """Tell whether `attention` is an `Attention` that takes tiles; see `Implementation`."""
+    return isinstance(attention, Attention) and IMPLEMENTATIONS[attention.name].tiled is not None

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from models import tap
-from models.attention import Attention
+from models.attention import Attention, is_tiled
 from models.plan_error import PlanError
 from models.scheduler import SAMPLERS, AffineScheduler, Sampler, make_scheduler
 from models.sharding import LAYOUTS, MESH_AXES, Parallelism, make_mesh, mesh_sizes, to_devices
@@ -34,6 +34,8 @@ from models.transformer import (
 if TYPE_CHECKING:
     import torch
 
+# By platform. On a TPU the exchange of tokens for heads then goes on beside other work.
+COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_all_to_all": True}}
 WHOLE_LATENTS = PartitionSpec(*[None] * 5)  # every chip has all of them
 
 # --- The plan ----------------------------------------------------------------------------------------------------
@@ -376,10 +378,12 @@ def make_step(plan: Plan, wanted: tap.Wanted | None = None, kind: StepKind | Non
         return State(prev_sample, pred_original_sample, finite_steps, residual)
 
     shardings = state_shardings(plan)
+    platform = plan.parallelism.mesh.devices.flat[0].platform
+    jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=COMPILER_OPTIONS.get(platform))
     if wanted:
         collecting = tap.collecting(step, wanted, plan.parallelism.mesh)
-        return jax.jit(collecting, donate_argnums=1, out_shardings=(shardings, None))
-    return jax.jit(step, donate_argnums=1, out_shardings=shardings)
+        return jit(collecting, out_shardings=(shardings, None))
+    return jit(step, out_shardings=shardings)
 
 
 def state_shardings(plan: Plan) -> Any:
@@ -401,7 +405,8 @@ def abstract_arguments(plan: Plan) -> StepArguments:
     rotary = array((plan.video_tokens, config["attention_head_dim"] // 2))
     residual: Any = None
     if plan.step_cache:
-        shape = hidden_states_shape(plan.batch * plan.prompts, plan.tokens, config, plan.parallelism)
+        prompts, tiled = plan.batch * plan.prompts, is_tiled(plan.attention)
+        shape = hidden_states_shape(prompts, plan.tokens, config, plan.parallelism, tiled)
         residual = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=state_shardings(plan).residual)
     return StepArguments(
         abstract_parameters(config, plan.dtype, plan.parallelism),

@@ -5,6 +5,9 @@ TPUs. Text and video tokens are one sequence, padded once to what the mesh divid
 stacked weights, so that compile time does not grow with depth. Inside `shard_map` each chip holds whole rows of the
 sequence between the matrix products and whole heads inside attention. Rotary pairs are stored as two halves instead of
 interleaved: the rows of the q and k weights are permuted once, when they are loaded.
+
+With an attention kernel that takes tiles, as the default on a TPU does, the norms and products of a block are the
+kernels of models/block_kernels.py; otherwise XLA compiles them.
 """
 
 import dataclasses
@@ -18,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from models import sharding, tap
+from models import block_kernels, sharding, tap
+from models.attention import Attention, is_tiled
 from models.loading import load_arrays
 from models.sharding import Parallelism, activation_spec
 
@@ -26,6 +30,10 @@ QK_NORM_EPS = 1e-6  # CogVideoXBlock passes this to Attention; no config contain
 ROTATED = ("attn1.to_q.", "attn1.to_k.", "attn1.norm_q.", "attn1.norm_k.")
 FEED_FORWARD_TOKENS = 2048  # tokens of a chip that go through the MLP at a time
 SEQUENCE_TILE = 16  # rows of a bfloat16 tile in a TPU's memory; each chip's share of the sequence is whole tiles
+KERNEL_WEIGHTS = (  # by which the kernels of models/block_kernels.py multiply
+    *(f"attn1.{name}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f"ff.{name}.weight" for name in ("net.0.proj", "net.2")),
+)
 HIDDEN_STATES = activation_spec("hidden states")
 PROJECTED_HEADS = activation_spec("projected heads")
 GATHERED = activation_spec("gathered heads")
@@ -253,7 +261,8 @@ def transformer(
         rotary: see `rotary_embedding`.
         config: `transformer/config.json`.
         parallelism: the mesh, and the layout of the parameters on it.
-        attention: a function as in models/attention.py.
+        attention: a function as in models/attention.py, which decides how the heads are laid out if it is an
+            `Attention` that takes tiles.
         residual: if given, it takes the place of the blocks, which do not run.
     """
     text_length, length = prompt_embeds.shape[1], prompt_embeds.shape[1] + rotary[0].shape[0]
@@ -261,7 +270,7 @@ def transformer(
     with tap.scope("time_embedding"):
         # Every layer that uses the embedding begins with silu.
         time = jax.nn.silu(time_embedding(timestep, parameters, config, prompt_embeds.dtype))
-    hidden = embed(parameters, latents, prompt_embeds, config, parallelism, bounds)
+    hidden = embed(parameters, latents, prompt_embeds, config, parallelism, is_tiled(attention), bounds)
     if residual is not None:
         output = predict_patches(parameters, hidden + residual, time, config, {-2: (text_length, length)})
         return Prediction(unpatchify(output[:, text_length:length], latents.shape, config), residual)
@@ -275,7 +284,7 @@ def transformer(
             run_blocks,
             config=config,
             parallelism=parallelism,
-            attention=functools.partial(attention, kv_length=length),
+            attention=attention,
             text_length=text_length,
             bounds=bounds,
         ),
@@ -293,9 +302,15 @@ def transformer(
     return Prediction(unpatchify(output[:, text_length:length], latents.shape, config), last - hidden)
 
 
-def hidden_states_shape(batch: int, tokens: int, config: Mapping, parallelism: Parallelism) -> tuple[int, int, int]:
-    """Return [batch, tokens, embed] of the hidden states, whose tokens are padded to what the mesh divides."""
-    padding = -tokens % (parallelism.sp * parallelism.tp * SEQUENCE_TILE)
+def hidden_states_shape(
+    batch: int, tokens: int, config: Mapping, parallelism: Parallelism, tiled: bool
+) -> tuple[int, int, int]:
+    """Return [batch, tokens, embed] of the hidden states, whose tokens are padded to what the mesh divides.
+
+    With `tiled`, each chip attends whole tiles of the attention kernel's own layout.
+    """
+    gathered = SEQUENCE_TILE * parallelism.tp
+    padding = -tokens % (parallelism.sp * (math.lcm(gathered, block_kernels.LANES) if tiled else gathered))
     return batch, tokens + padding, config["num_attention_heads"] * config["attention_head_dim"]
 
 
@@ -310,17 +325,28 @@ def embed(
     prompt_embeds: jax.Array,
     config: Mapping,
     parallelism: Parallelism,
+    tiled: bool,
     bounds: tap.Bounds,
 ) -> jax.Array:
-    """Embed text and video as one sequence [batch, tokens, embed], padded at the end to what the mesh divides."""
+    """Embed text and video as one sequence [batch, tokens, embed], padded at the end to what the mesh divides.
+
+    Text and patches are padded to the whole sequence before the mesh splits it, so that each chip embeds the patches of
+    its own tokens; joining what is embedded would move it between the chips.
+    """
     dtype = prompt_embeds.dtype
     with tap.scope("patch_embed"):
-        text = linear(prompt_embeds, parameters, "patch_embed.text_proj").astype(dtype)
-        video = linear(patchify(latents, config), parameters, "patch_embed.proj").astype(dtype)
-        hidden = jnp.concatenate([text, video], axis=1)
-        _, padded, _ = hidden_states_shape(len(hidden), hidden.shape[1], config, parallelism)
-        hidden = jnp.pad(hidden, ((0, 0), (0, padded - hidden.shape[1]), (0, 0)))
-        hidden = constrained(hidden, parallelism)
+        patches = patchify(latents, config)
+        text_length, length = prompt_embeds.shape[1], prompt_embeds.shape[1] + patches.shape[1]
+        _, padded, _ = hidden_states_shape(len(latents), length, config, parallelism, tiled)
+
+        def placed(x: jax.Array, first: int) -> jax.Array:
+            x = jnp.pad(x, ((0, 0), (first, padded - first - x.shape[1]), (0, 0)))
+            return constrained(x, parallelism)
+
+        text = placed(linear(prompt_embeds, parameters, "patch_embed.text_proj").astype(dtype), 0)
+        video = linear(placed(patches, text_length), parameters, "patch_embed.proj").astype(dtype)
+        position = jnp.arange(padded)[:, None]
+        hidden = constrained(jnp.where((text_length <= position) & (position < length), video, text), parallelism)
         tap.tap("", hidden, HIDDEN_STATES, bounds)
     return hidden
 
@@ -367,17 +393,29 @@ def run_blocks(
     position = (jax.lax.axis_index("sp") * parallelism.tp + jax.lax.axis_index("tp")) * share + jnp.arange(share)
     is_text = (position < text_length)[:, None]
 
-    def step(hidden, parameters):
-        parameters = {name.removeprefix("blocks."): array for name, array in parameters.items()}
-        parameters = {name: gather_share(name, array, parallelism) for name, array in parameters.items()}
-        return Block(parameters, time, rotary, is_text, config, parallelism, attention, bounds)(hidden)
+    blocks = {name.removeprefix("blocks."): array for name, array in blocks.items()}
+    # Kernels read these in the stack of all blocks, unless the block has to gather them.
+    read = [name for name in KERNEL_WEIGHTS if is_tiled(attention) and not gathered_axes(name, parallelism)]
+    sliced = {name: array for name, array in blocks.items() if name not in read}
 
-    return tap.scan("transformer_blocks", step, hidden, blocks)
+    def step(hidden, layer_and_parameters):
+        layer, parameters = layer_and_parameters
+        parameters = {name: gather_share(name, array, parallelism) for name, array in parameters.items()}
+        stacks = {name: block_kernels.Weight(blocks[name], layer) for name in read}
+        return Block(parameters, stacks, time, rotary, is_text, config, parallelism, attention, bounds)(hidden)
+
+    layers = jnp.arange(config["num_layers"], dtype=jnp.int32)
+    return tap.scan("transformer_blocks", step, hidden, (layers, sliced))
+
+
+def gathered_axes(name: str, parallelism: Parallelism) -> tuple[int, tuple[str, ...]] | None:
+    """Return over what a block gathers its parameter `name`; see `sharding.gather_at_use`."""
+    return sharding.gather_at_use(f"blocks.{name}", parallelism.layout)
 
 
 def gather_share(name: str, array: jax.Array, parallelism: Parallelism) -> jax.Array:
     """Gather one block's parameter `name` over the mesh axes, other than tp, over which the layout splits it."""
-    where = sharding.gather_at_use(f"blocks.{name}", parallelism.layout)
+    where = gathered_axes(name, parallelism)
     return array if where is None else jax.lax.all_gather(array, where[1], axis=where[0], tiled=True)
 
 
@@ -387,16 +425,18 @@ class Block:
 
     Attributes:
         parameters: of this block, by names without "blocks.", split over tp.
+        stacks: those that kernels read in the stack of all blocks, in the place of their entries in `parameters`.
         time: silu of the time embedding, [time_embed_dim].
         rotary: cosines and sines of the chip's gathered tokens, [sequence / sp, head_dim / 2] each.
         is_text: which of the chip's own tokens are text, bool [sequence / (sp * tp), 1].
         config: `transformer/config.json`.
         parallelism: see `Parallelism`.
-        attention: `attention(query, key, value)` of arrays [batch, heads / (sp * tp), sequence, head_dim].
+        attention: `attention(query, key, value, kv_length)`; see `transformer`.
         bounds: of the tokens that are not padding, for taps.
     """
 
     parameters: Mapping[str, jax.Array]
+    stacks: Mapping[str, block_kernels.Weight]
     time: jax.Array
     rotary: tuple[jax.Array, jax.Array]
     is_text: jax.Array
@@ -405,70 +445,165 @@ class Block:
     attention: Callable
     bounds: tap.Bounds
 
+    def weight(self, name: str) -> block_kernels.Weight:
+        """Return a weight as kernels take it."""
+        return self.stacks.get(name) or block_kernels.Weight(self.parameters[name][None], jnp.int32(0))
+
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Apply the block to hidden states [batch / dp, sequence / (sp * tp), embed]."""
         hidden = self.self_attention(hidden)
-        # The MLP takes some of the tokens at a time, so that the array between its two products stays in VMEM.
-        pieces = round(hidden.shape[1] * self.parallelism.tp / FEED_FORWARD_TOKENS)
-        pieces = min(max(pieces, 1), hidden.shape[1] // SEQUENCE_TILE)
-        bounds = [hidden.shape[1] * i // pieces // SEQUENCE_TILE * SEQUENCE_TILE for i in range(1, pieces)]
-        tokens = zip(jnp.split(hidden, bounds, axis=1), jnp.split(self.is_text, bounds), strict=True)
-        hidden = jnp.concatenate(tap.pieces(self.feed_forward, list(tokens), TOKENS), axis=TOKENS)
+        if is_tiled(self.attention):
+            hidden = self.feed_forward_kernels(hidden, self.attention.interpret)
+        else:
+            # The MLP takes some of the tokens at a time, so that the array between its two products stays in VMEM.
+            pieces = round(hidden.shape[1] * self.parallelism.tp / FEED_FORWARD_TOKENS)
+            pieces = min(max(pieces, 1), hidden.shape[1] // SEQUENCE_TILE)
+            bounds = [hidden.shape[1] * i // pieces // SEQUENCE_TILE * SEQUENCE_TILE for i in range(1, pieces)]
+            tokens = zip(jnp.split(hidden, bounds, axis=1), jnp.split(self.is_text, bounds), strict=True)
+            hidden = jnp.concatenate(tap.pieces(self.feed_forward, list(tokens), TOKENS), axis=TOKENS)
         tap.tap("", hidden, HIDDEN_STATES, self.bounds)
         return hidden
 
     def self_attention(self, hidden: jax.Array) -> jax.Array:
         """Apply the first half of the block: norm, attention, gated residual."""
-        parameters, dtype = self.parameters, hidden.dtype
-        x, gate = self.modulated(hidden, self.is_text, "norm1")
+        x, gates = self.modulated(hidden, self.is_text, "norm1")
         with tap.scope("attn1"):
             heads = self.config["num_attention_heads"] // self.parallelism.tp
-            query, key, value = (project_heads(x, parameters, f"attn1.to_{letter}", heads) for letter in "qkv")
-            for letter, x in (("q", query), ("k", key), ("v", value)):
-                as_projected = functools.partial(self.as_projected, x, letter)
-                tap.tap(f"to_{letter}", as_projected, GATHERED, self.bounds, same_values=x)
-            for letter, x in (("q", query), ("k", key)):
-                as_normalized, same_values = (
-                    functools.partial(function, x, letter) for function in (self.as_normalized, self.normalized)
+            self.tap_heads(x, heads)
+            if is_tiled(self.attention):
+                return self.attended_tiles(hidden, x, gates, heads, self.attention)
+            return self.residual(hidden, self.attended(x, heads), "attn1.to_out.0", gates, self.is_text)
+
+    def attended(self, x: jax.Array, heads: int) -> jax.Array:
+        """Attend x [batch, sequence / sp, embed]; returns this chip's part of the output projection, without bias."""
+        query, key, value = (project_heads(x, self.parameters, f"attn1.to_{letter}", heads) for letter in "qkv")
+        query, key = (
+            normalized_and_rotated(y, self.parameters, f"attn1.norm_{letter}", self.rotary)
+            for letter, y in (("q", query), ("k", key))
+        )
+        # From a share of the tokens with all heads of this chip to all tokens with a share of the heads, and back.
+        exchange = functools.partial(jax.lax.all_to_all, axis_name="sp", tiled=True)
+        query, key, value = (exchange(y.astype(x.dtype), split_axis=1, concat_axis=2) for y in (query, key, value))
+        y = self.attention(query, key, value, kv_length=self.bounds[-2][1])
+        y = exchange(y, split_axis=2, concat_axis=1)
+        weight = self.parameters["attn1.to_out.0.weight"].reshape(x.shape[-1], heads, -1)
+        return jnp.einsum("bnsh,onh->bso", y, weight, preferred_element_type=jnp.float32)
+
+    def attended_tiles(
+        self, hidden: jax.Array, x: jax.Array, gates: jax.Array, heads: int, attention: Attention
+    ) -> jax.Array:
+        """Do what `attended` does in tiles, and add the result to the hidden states; see models/block_kernels.py."""
+        parameters, sp = self.parameters, self.parallelism.sp
+        interpret = attention.interpret
+
+        def exchanged(y: jax.Array) -> jax.Array:
+            return jax.lax.all_to_all(y, "sp", split_axis=0, concat_axis=0, tiled=True)
+
+        def projected(letter: str) -> jax.Array:
+            weight, bias = self.weight(f"attn1.to_{letter}.weight"), parameters.get(f"attn1.to_{letter}.bias")
+            norm = None
+            if letter != "v":
+                name = f"attn1.norm_{letter}"
+                norm = block_kernels.QKNorm(
+                    parameters[f"{name}.weight"], parameters[f"{name}.bias"], QK_NORM_EPS, *self.rotary
                 )
-                tap.tap(f"norm_{letter}", as_normalized, PROJECTED_HEADS, self.bounds, same_values)
-            query, key = (
-                normalized_and_rotated(x, parameters, f"attn1.norm_{letter}", self.rotary).astype(dtype)
-                for letter, x in (("q", query), ("k", key))
-            )
-            # From a share of the tokens with all heads of this chip to all tokens with a share of the heads, and back.
-            exchange = functools.partial(jax.lax.all_to_all, axis_name="sp", tiled=True)
-            query, key, value = (exchange(y, split_axis=1, concat_axis=2) for y in (query, key, value.astype(dtype)))
-            x = exchange(self.attention(query, key, value), split_axis=2, concat_axis=1)
-            weight = parameters["attn1.to_out.0.weight"].reshape(hidden.shape[-1], heads, -1)
-            x = jnp.einsum("bnsh,onh->bso", x, weight, preferred_element_type=jnp.float32)
-            return self.residual(hidden, x, "attn1.to_out.0", gate)
+            y = exchanged(block_kernels.to_heads(x, weight, bias, heads, sp, norm, interpret))
+            return y.reshape(-1, *y.shape[2:])
+
+        query, key, value = (projected(letter) for letter in "qkv")
+        y = attention.tiled(query, key, value, self.bounds[-2][1])
+        y = exchanged(y.reshape(sp, -1, *y.shape[1:]))
+        name = "attn1.to_out.0"
+        project = functools.partial(block_kernels.from_heads, y, self.weight(f"{name}.weight"), interpret=interpret)
+        return self.added(project, hidden, name, gates)
+
+    def added(self, project: Callable, hidden: jax.Array, name: str, gates: jax.Array) -> jax.Array:
+        """Add what the kernel `project(residual)` multiplies by the weight of module `name` to the hidden states."""
+        if self.parallelism.tp > 1:
+            return self.residual(hidden, project(None), name, gates, self.is_text)
+        tap.tap(name.partition(".")[2], lambda: self.with_bias(project(None), name), HIDDEN_STATES, self.bounds)
+        bias = self.parameters.get(f"{name}.bias")
+        return project(block_kernels.Residual(hidden, bias, gates, self.text_tokens))
+
+    def tap_heads(self, x: jax.Array, heads: int) -> None:
+        """Tap queries, keys and values as they are projected from x, and queries and keys as they are normalised.
+
+        They are computed for the tap: a kernel that projects keeps them in VMEM, and with XLA they are computed once.
+        """
+
+        @functools.cache
+        def project(letter: str) -> jax.Array:
+            name = f"attn1.to_{letter}"
+            parameters = self.parameters
+            if stack := self.stacks.get(f"{name}.weight"):
+                parameters = {**parameters, f"{name}.weight": stack.stack[stack.layer]}
+            return project_heads(x, parameters, name, heads)
+
+        for letter in "qkv":
+            as_projected = functools.partial(lambda letter: self.as_projected(project(letter), letter), letter)
+            same_values = functools.partial(project, letter)
+            tap.tap(f"to_{letter}", as_projected, GATHERED, self.bounds, same_values)
+        for letter in "qk":
+            as_normalized = functools.partial(lambda letter: self.as_normalized(project(letter), letter), letter)
+            same_values = functools.partial(lambda letter: self.normalized(project(letter), letter), letter)
+            tap.tap(f"norm_{letter}", as_normalized, PROJECTED_HEADS, self.bounds, same_values)
 
     def feed_forward(self, hidden: jax.Array, is_text: jax.Array) -> jax.Array:
         """Apply the second half of the block to some of the tokens: norm, MLP, gated residual."""
         parameters, dtype = self.parameters, hidden.dtype
-        x, gate = self.modulated(hidden, is_text, "norm2")
+        x, gates = self.modulated(hidden, is_text, "norm2")
         with tap.scope("ff"):
             x = jax.nn.gelu(linear(x, parameters, "ff.net.0.proj"), approximate=True).astype(dtype)
-            own_tokens = functools.partial(jax.lax.all_to_all, x, "tp", split_axis=1, concat_axis=2, tiled=True)
-            tap.tap("net.0", own_tokens, HIDDEN_STATES, self.bounds)
+            self.tap_activation(x)
             x = jnp.einsum(
                 "bsi,oi->bso", materialized(x), parameters["ff.net.2.weight"], preferred_element_type=jnp.float32
             )
-            return self.residual(hidden, x, "ff.net.2", gate)
+            return self.residual(hidden, x, "ff.net.2", gates, is_text)
+
+    def feed_forward_kernels(self, hidden: jax.Array, interpret: bool) -> jax.Array:
+        """Do what `feed_forward` does with all tokens of the chip, in kernels."""
+        dense = functools.partial(block_kernels.dense, interpret=interpret)
+        x, gates = self.modulated(hidden, self.is_text, "norm2")
+        with tap.scope("ff"):
+            activation = block_kernels.Gelu(self.parameters["ff.net.0.proj.bias"])
+            x = dense(x, self.weight("ff.net.0.proj.weight"), activation)
+            self.tap_activation(x)
+            return self.added(functools.partial(dense, x, self.weight("ff.net.2.weight")), hidden, "ff.net.2", gates)
+
+    def tap_activation(self, x: jax.Array) -> None:
+        """Tap what lies between the two products of the MLP, x [batch, tokens gathered over tp, mlp / tp]."""
+        own_tokens = functools.partial(jax.lax.all_to_all, x, "tp", split_axis=1, concat_axis=2, tiled=True)
+        tap.tap("net.0", own_tokens, HIDDEN_STATES, self.bounds)
 
     def modulated(self, hidden: jax.Array, is_text: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
-        """Normalise and modulate hidden states; returns them gathered over tp, and the gate of this chip's tokens."""
+        """Normalise and modulate hidden states; returns them gathered over tp, and the gates [2, embed].
+
+        The first row is for text, the second for video.
+        """
         with tap.scope(name):
             modulation = linear(self.time, self.parameters, f"{name}.linear")
             tap.tap("linear", lambda: modulation[None], REPLICATED)
-            shift, scale, gate, text_shift, text_scale, text_gate = jnp.split(modulation, 6)
-            x = layer_norm(hidden, self.parameters, f"{name}.norm", self.config["norm_eps"])
-            x = x * (1 + jnp.where(is_text, text_scale, scale)) + jnp.where(is_text, text_shift, shift)
-            x = x.astype(hidden.dtype)
+            shifts, scales, gates = jnp.flip(modulation.reshape(2, 3, -1), 0).swapaxes(0, 1)  # text first
+            norm, eps = f"{name}.norm", self.config["norm_eps"]
+            if is_tiled(self.attention):
+                scales = 1 + scales
+                if f"{norm}.weight" in self.parameters:
+                    weight, bias = (self.parameters[f"{norm}.{k}"].astype(jnp.float32) for k in ("weight", "bias"))
+                    scales, shifts = weight * scales, bias * scales + shifts
+                changes = block_kernels.Modulation(scales, shifts, self.text_tokens)
+                x = block_kernels.normalized(hidden, changes, eps, self.attention.interpret)
+            else:
+                x = layer_norm(hidden, self.parameters, norm, eps)
+                x = x * (1 + jnp.where(is_text, scales[0], scales[1])) + jnp.where(is_text, shifts[0], shifts[1])
+                x = x.astype(hidden.dtype)
             tap.tap("", x, HIDDEN_STATES, self.bounds)
-            x = materialized(jax.lax.all_gather(x, "tp", axis=1, tiled=True))
-            return x, jnp.where(is_text, text_gate, gate)
+            x = jax.lax.all_gather(x, "tp", axis=1, tiled=True)
+            return x if is_tiled(self.attention) else materialized(x), gates  # no one computes again what a kernel does
+
+    @property
+    def text_tokens(self) -> jax.Array:
+        """How many of the chip's own tokens are text: they are the first."""
+        return self.is_text.sum(dtype=jnp.int32)
 
     def as_projected(self, x: jax.Array, letter: str) -> jax.Array:
         """Reorder a result of `project_heads` as in diffusers: [batch, tokens, heads * head_dim], pairs interleaved."""
@@ -484,14 +619,19 @@ class Block:
         mean, scale = moments(x, QK_NORM_EPS)
         return affine((x - mean) * scale, self.parameters, f"attn1.norm_{letter}")
 
-    def residual(self, hidden: jax.Array, partial_sum: jax.Array, name: str, gate: jax.Array) -> jax.Array:
-        """Compute hidden + gate * (sum of `partial_sum` over tp + bias of module `name`) for the chip's own tokens."""
+    def residual(
+        self, hidden: jax.Array, partial_sum: jax.Array, name: str, gates: jax.Array, is_text: jax.Array
+    ) -> jax.Array:
+        """Compute hidden + gate * (sum of `partial_sum` over tp + bias of module `name`) for some of the tokens."""
         x = jax.lax.psum_scatter(partial_sum.astype(hidden.dtype), "tp", scatter_dimension=1, tiled=True)
-        x = x.astype(jnp.float32)
-        if f"{name}.bias" in self.parameters:
-            x = x + self.parameters[f"{name}.bias"].astype(jnp.float32)
+        x = self.with_bias(x, name)
         tap.tap(name.partition(".")[2], x, HIDDEN_STATES, self.bounds)
-        return (hidden.astype(jnp.float32) + gate * x).astype(hidden.dtype)
+        return (hidden.astype(jnp.float32) + jnp.where(is_text, gates[0], gates[1]) * x).astype(hidden.dtype)
+
+    def with_bias(self, x: jax.Array, name: str) -> jax.Array:
+        """Add the bias of module `name`, if it has one, in float32."""
+        x = x.astype(jnp.float32)
+        return x + self.parameters[f"{name}.bias"].astype(jnp.float32) if f"{name}.bias" in self.parameters else x
 
 
 def materialized(x: jax.Array) -> jax.Array:

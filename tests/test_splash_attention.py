@@ -8,8 +8,13 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-import custom_splash_attention
-from custom_splash_attention import DEFAULT_BLOCK_SIZES, ORIGINAL_BLOCK_SIZES, BlockSizes, splash_attention
+from custom_splash_attention import (
+    DEFAULT_BLOCK_SIZES,
+    ORIGINAL_BLOCK_SIZES,
+    BlockSizes,
+    online_heads,
+    splash_attention,
+)
 
 TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-3}
 SMALL = BlockSizes(256, 256, 128, 128)
@@ -155,8 +160,7 @@ def test_uninitialized_memory_is_never_read():
 def test_each_head_takes_the_kernel_that_it_needs():
     query, key, _ = (jnp.asarray(array[0], "float32") for array in mixed_heads())
     factor = HEAD_DIM**-0.5 / np.log(2)
-    _, safe = custom_splash_attention._bound(query.swapaxes(1, 2), key.swapaxes(1, 2), factor, k_smooth=True)
-    assert safe.tolist() == [True, False, True, False]
+    assert online_heads(query[None], key[None]).tolist() == [[False, True, False, True]]
     # The bound holds, and no row's maximum is further below it than the fast kernel can represent.
     for head in (0, 2):
         scores = np.asarray(query[head] @ (key[head] - key[head].mean(0)).T) * factor

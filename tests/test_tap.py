@@ -11,7 +11,7 @@ import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 from models import tap, transformer
-from models.attention import xla_attention
+from models.attention import Attention, xla_attention
 from models.decoder import chunk_programs
 from models.sharding import Parallelism, make_mesh
 from models.spatial_split import choose_split
@@ -62,7 +62,7 @@ def diffusers_outputs(module) -> dict[str, np.ndarray]:
     return seen
 
 
-def make_transformer(module, mesh: tuple[int, int, int]):
+def make_transformer(module, mesh: tuple[int, int, int], attention=xla_attention):
     """Our transformer as a function of its arguments, and these."""
     config = dict(module.config)
     parallelism = Parallelism(
@@ -70,7 +70,7 @@ def make_transformer(module, mesh: tuple[int, int, int]):
     )
 
     def function(*arguments):
-        options = {"config": config, "parallelism": parallelism, "attention": xla_attention}
+        options = {"config": config, "parallelism": parallelism, "attention": attention}
         return transformer.transformer(*arguments, **options).output
 
     latents, prompts = (jnp.asarray(tensor.numpy()) for tensor in transformer_inputs(config))
@@ -83,12 +83,22 @@ def make_transformer(module, mesh: tuple[int, int, int]):
     )
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)], ids=str)
-def test_transformer_modules_match_diffusers(mesh, monkeypatch):
+@pytest.mark.parametrize(
+    ("mesh", "attention"),
+    [
+        *((mesh, xla_attention) for mesh in [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)]),
+        ((2, 2, 2), Attention("splash_exp2", "cpu")),  # in tiles
+    ],
+    ids=str,
+)
+def test_transformer_modules_match_diffusers(mesh, attention, monkeypatch):
     monkeypatch.setattr(transformer, "FEED_FORWARD_TOKENS", 32)  # so that the MLP runs on several pieces
     module = make_module(SMALL)
-    function, devices, arguments = make_transformer(module, mesh)
+    function, devices, arguments = make_transformer(module, mesh, attention)
     prediction, collected = jax.jit(tap.collecting(function, EVERYTHING, devices))(*arguments)
+    for found in collected:
+        for name in [name for name in found if name.endswith("online_heads")]:
+            assert not np.asarray(found.pop(name).array).any(), name
     np.testing.assert_allclose(prediction, jax.jit(function)(*arguments), rtol=1e-4, atol=1e-4)
     theirs = diffusers_outputs(module)
     assert {*OF_THE_BLOCKS, *OUTSIDE} == set(theirs) == set(collected.arrays) == set(collected.statistics)

@@ -77,6 +77,25 @@ def test_sharded_transformer_matches_diffusers(mesh, layout, guided):
     assert (error := relative_error(ours, theirs)) < 1e-5, f"mesh {mesh}, {layout}: {error:.1e}"
 
 
+@pytest.mark.parametrize(
+    "mesh", [pytest.param(mesh, marks=[] if mesh == (2, 2, 2) else pytest.mark.slow) for mesh in MESHES], ids=str
+)
+@pytest.mark.parametrize(("layout", "bias"), [("tp", True), ("fsdp", False)])
+def test_tiles_match_diffusers(mesh, layout, bias):
+    """The attention kernel's own layout, written and read by the projections' kernels, all in Pallas' interpreter."""
+    module = make_module(SMALL | {"attention_bias": bias})
+    theirs, ours = run_both(module, 2, mesh, layout, attention=Attention("splash_exp2", "cpu"))
+    assert (error := relative_error(ours, theirs)) < 1e-5, f"mesh {mesh}, {layout}: {error:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
+def test_tiles_of_real_width_match_diffusers(dtype, tolerance):
+    module = make_module(REAL_WIDTH).to(dtype).to(torch.float32)
+    theirs, ours = run_both(module, 1, (1, 1, 1), dtype=dtype, attention=Attention("splash_exp2", "cpu"))
+    assert (error := relative_error(ours, theirs)) < tolerance, f"{dtype}: {error:.1e}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
 def test_real_width_matches_diffusers(dtype, tolerance):
