@@ -199,7 +199,7 @@ def predict_row(name: str, ours: dict | None, saved: dict | None) -> dict:
         saved: the row whose prediction for the original's configuration stays; None to predict it.
     """
     row = ROWS[name]
-    original = saved and {key: saved[key] for key in ("split", "predicted_seconds", "versions")}
+    original = saved and {key: saved[key] for key in ("split", "predicted_seconds", "versions") if key in saved}
     if original is None:
         original = compiler.in_a_process("benchmarks.reproduce_tables", ["--rows", name], row.topology, f"row {name}")
     found = original | row._asdict() | {"ratio": original["predicted_seconds"] / row.measured}
