@@ -89,7 +89,7 @@ def make_transformer(module, mesh: tuple[int, int, int], attention=xla_attention
         *((mesh, xla_attention) for mesh in [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)]),
         ((2, 2, 2), Attention("splash_exp2", "cpu")),  # in tiles
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, tuple) else getattr(value, "name", "xla"),
 )
 def test_transformer_modules_match_diffusers(mesh, attention, monkeypatch):
     monkeypatch.setattr(transformer, "FEED_FORWARD_TOKENS", 32)  # so that the MLP runs on several pieces
