@@ -304,7 +304,11 @@ STAGE2_CASES = {
     "narrower": ([], embeds(lambda x: x[..., 1:]), ["prompt_embeds", "[1, 226, 63]", AGAIN1]),
     "two axes": ([], embeds(lambda x: x[0]), ["prompt_embeds", "[226, 64]", AGAIN1]),
     "no axes": ([], embeds(lambda x: x[0, 0, 0]), ["prompt_embeds", "[]", AGAIN1]),
-    "batches differ": ([], embeds(lambda x: torch.cat([x, x])), ["negative_prompt_embeds", "[1, 226, 64]", AGAIN1]),
+    "two prompts in a file": (
+        [],
+        embeds(lambda x: torch.cat([x, x])),
+        ["prompt_embeds", "[2, 226, 64]", "takes [1", AGAIN1],
+    ),
     "batch is empty": ([], embeds(lambda x: x[:0]), ["prompt_embeds", "[0, 226, 64]", AGAIN1]),
     "made_from is no JSON": ([], made_from(OUT / EMBEDDINGS, "{"), [EMBEDDINGS, "made_from", "JSON"]),
     "made_from is a list": ([], made_from(OUT / EMBEDDINGS, "[1]"), [EMBEDDINGS, "made_from", "JSON"]),
