@@ -144,17 +144,19 @@ def splash_attention(
     kv_length = kv_len if kv_length is None else kv_length
     if not 0 < kv_length <= kv_len:
         raise ValueError(f"kv_length must be from 1 to the {kv_len} keys, got {kv_length}")
-    scale = head_dim**-0.5 if scale is None else scale
-    if not scale > 0:
+    if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
-    if block_sizes is None:
-        blocks = DEFAULT_BLOCK_SIZES.fitted(q_len, kv_length, head_dim, query.dtype.itemsize)
-    else:
-        blocks = block_sizes.clipped(q_len, kv_length)
+    if block_sizes is not None:
         block_sizes.check(head_dim, query.dtype.itemsize)
 
-    queries, keys, values = (to_tiles(array) for array in (query, key, value))
-    output = _attention(queries, keys, values, scale, blocks, k_smooth, interpret, kv_length)
+    output = tiled_attention(
+        *(to_tiles(array) for array in (query, key, value)),
+        kv_length=kv_length,
+        scale=scale,
+        block_sizes=block_sizes,
+        k_smooth=k_smooth,
+        interpret=interpret,
+    )
     return from_tiles(output, batch, q_len)
 
 
@@ -164,6 +166,7 @@ def tiled_attention(
     values: jax.Array,
     *,
     kv_length: int,
+    scale: float | None = None,
     block_sizes: BlockSizes | None = None,
     k_smooth: bool = USE_K_SMOOTH,
     interpret: bool | None = None,
@@ -172,7 +175,7 @@ def tiled_attention(
 
     Args:
         queries, keys, values: [tiles, heads, head_dim, 128], see `to_tiles`.
-        kv_length, block_sizes, k_smooth, interpret: as for `splash_attention`.
+        kv_length, scale, block_sizes, k_smooth, interpret: as for `splash_attention`.
 
     Returns:
         An array like `queries`.
@@ -182,7 +185,15 @@ def tiled_attention(
         blocks = DEFAULT_BLOCK_SIZES.fitted(tiles * lanes, kv_length, head_dim, queries.dtype.itemsize)
     else:
         blocks = block_sizes.clipped(tiles * lanes, kv_length)
-    return _attention(queries, keys, values, head_dim**-0.5, blocks, k_smooth, interpret, kv_length)
+    factor = _factor(scale, head_dim)
+
+    def run(queries, keys, values, interpret):
+        bound, safe = _bound(queries, keys, factor=factor, k_smooth=k_smooth, kv_len=kv_length, interpret=interpret)
+        return _run(
+            queries, keys, values, bound, safe, factor=factor, blocks=blocks, kv_len=kv_length, interpret=interpret
+        )
+
+    return _for_platform(run, interpret)(queries, keys, values)
 
 
 def online_heads(
@@ -204,7 +215,7 @@ def tiled_online_heads(
     queries: jax.Array, keys: jax.Array, *, kv_length: int, scale: float | None = None, k_smooth: bool = USE_K_SMOOTH
 ) -> jax.Array:
     """Tell which heads `tiled_attention` computes by the online kernel, bool [heads]; arguments as there."""
-    factor = (queries.shape[2] ** -0.5 if scale is None else scale) * math.log2(math.e)
+    factor = _factor(scale, queries.shape[2])
     bound = functools.partial(_bound, factor=factor, k_smooth=k_smooth, kv_len=kv_length)
     _, safe = _for_platform(bound, None)(queries, keys)
     return ~safe
@@ -226,26 +237,9 @@ def from_tiles(x: jax.Array, batch: int, length: int) -> jax.Array:
     return x.reshape(batch, -1, x.shape[1] * LANES, x.shape[3])[:, :, :length]
 
 
-def _attention(
-    queries: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    scale: float,
-    blocks: BlockSizes,
-    k_smooth: bool,
-    interpret: bool | None,
-    kv_len: int,
-) -> jax.Array:
-    """Compute attention from and to tiles."""
-    factor = scale * math.log2(math.e)
-
-    def run(queries, keys, values, interpret):
-        bound, safe = _bound(queries, keys, factor=factor, k_smooth=k_smooth, kv_len=kv_len, interpret=interpret)
-        return _run(
-            queries, keys, values, bound, safe, factor=factor, blocks=blocks, kv_len=kv_len, interpret=interpret
-        )
-
-    return _for_platform(run, interpret)(queries, keys, values)
+def _factor(scale: float | None, head_dim: int) -> float:
+    """Return the factor of the scores in base 2."""
+    return (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
 
 
 def _for_platform(run: Callable, interpret: bool | None) -> Callable:

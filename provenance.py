@@ -51,22 +51,18 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe(
-    stage: str, folder: Path, inputs: Iterable[Path], arguments: Namespace, elsewhere: Iterable[Path] = ()
-) -> dict[str, str]:
-    """Return the metadata that says how an output comes about: `provenance`, as JSON.
+def describe(stage: str, inputs: Mapping[str, str], arguments: Namespace) -> dict[str, str]:
+    """Return the metadata that says how an output comes about, now: `provenance`, as JSON.
 
     Args:
         stage: which makes the output.
-        folder: of the output.
-        inputs: safetensors files of the run; they are found again in `folder` and the folders around it.
+        inputs: what it is made from: the `digest` of each safetensors file of the run, by what it is `known_as`, and
+            the `file_digest` of each other file, by its absolute path.
         arguments: the parsed options.
-        elsewhere: absolute paths of any other files, known by them.
     """
     made = {
         "stage": stage,
-        "inputs": {_name(path, folder): digest(path) for path in inputs}
-        | {str(path): file_digest(path) for path in elsewhere},
+        "inputs": dict(inputs),
         "options": {name: _plain(value) for name, value in vars(arguments).items() if value is not None},
         "versions": versions(*LIBRARIES),
         "time": writing.now(),
@@ -74,8 +70,11 @@ def describe(
     return {"provenance": json.dumps(made)}
 
 
-def _name(path: Path, folder: Path) -> str:
-    """Return the name by which `stale_inputs` finds the input `path` of an output in `folder`, if that is around it."""
+def known_as(path: Path, folder: Path) -> str:
+    """Return the name of the input `path` of an output in `folder`.
+
+    By it `stale_inputs` finds the input again if it is in this folder or in one around it.
+    """
     is_around = path.parent.resolve() in (folder.resolve(), *folder.resolve().parents)
     return os.path.relpath(path, folder) if is_around else path.name
 
@@ -144,23 +143,23 @@ def status(folder: Path) -> Iterator[str]:
     prompts = videos.prompts(folder)
     for source in prompts:
         todo.update((yield from status_of_prompt(source)))
-    for script, _ in CHAIN:
-        if script in todo:
-            first = script == CHAIN[0][0]
-            prompt = ["--prompt", prompt_of(folder) or "..."] if first and prompts == [folder] else []
-            prompt = prompt or ["--prompt_file", "..."] * first
-            folder_option = "--output_dir" if first else "--input_dir"
-            yield f"Next: {shlex.join(['python', script, folder_option, str(folder), *prompt])}"
-            return
-    yield "All is there and fits together."
+    script = next((script for script, _ in CHAIN if script in todo), None)
+    if script is None:
+        yield "All is there and fits together."
+        return
+    command = ["python", script, "--input_dir", str(folder)]
+    if script == CHAIN[0][0]:
+        text = read_text(folder).get("prompt", "...")
+        prompt = ["--prompt", text] if prompts == [folder] else ["--prompt_file", "..."]
+        command = ["python", script, "--output_dir", str(folder), *prompt]
+    yield f"Next: {shlex.join(command)}"
 
 
-def prompt_of(folder: Path) -> str | None:
-    """Return the prompt in a folder's generation_config.json, if it can be read."""
-    try:
-        return utils.read_config(folder, reading.TextConfig)["prompt"]
-    except UserError:
-        return None
+def read_text(folder: Path) -> dict:
+    """Return what stage 1 has written into a folder's generation_config.json; nothing if it cannot be read."""
+    with contextlib.suppress(UserError):
+        return utils.read_config(folder, reading.TextConfig)
+    return {}
 
 
 def status_of_prompt(source: Path) -> Generator[str, None, set[str]]:
@@ -172,17 +171,13 @@ def status_of_prompt(source: Path) -> Generator[str, None, set[str]]:
     except UserError as error:
         config = {}
         yield str(error)
-    needed = None if config else CHAIN[0][0]
     embeddings, *others = CHAIN
-    needed = yield from status_of_files(source, [embeddings], config, needed)
-    todo = {needed} - {None}
+    needed = yield from status_of_files(source, [embeddings], config, None if config else embeddings[0])
+    scripts = [needed]
     for video in videos.videos(source):
-        if video != source and config:
-            config = {}  # damage is said of the files
-            with contextlib.suppress(UserError):
-                config = utils.read_config(video, reading.TextConfig)
-        todo.add((yield from status_of_files(video, others, config, needed)))
-    return {script for script in todo if script}
+        of_video = config if video == source else read_text(video)
+        scripts.append((yield from status_of_files(video, others, of_video, needed)))
+    return set(filter(None, scripts))
 
 
 def status_of_files(

@@ -81,11 +81,10 @@ def main() -> None:
         lost = text_beyond(tokenizer, prompt.text, max_sequence_length)
         if lost:
             fault = f"{prompt.source} is longer than {max_sequence_length} tokens; this is cut off: «{lost}»"
-            if len(prompts) > 1:  # nobody reads the warnings of a hundred prompts
+            if arguments.prompt_file and prompt is not negative:  # nobody reads the warnings of a hundred prompts
                 raise UserError(f"{fault}; make it shorter")
             report.warn(fault)
 
-    made = provenance.describe("stage1", arguments.output_dir, [], arguments)
     encode_text = functools.partial(encode, tokenizer, encoder, max_sequence_length=max_sequence_length)
     with report.phase("run"):
         negative_prompt_embeds = encode_text(negative.text)
@@ -96,7 +95,7 @@ def main() -> None:
             config = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
             tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
             with report.aside("save"):
-                save(tensors, config, made, prompt.folder)
+                save(tensors, config, provenance.describe("stage1", {}, arguments), prompt.folder)
             report.say(f"wrote {prompt.folder / utils.EMBEDDINGS} and {utils.CONFIG}")
 
     for name, tensor in tensors.items():

@@ -153,23 +153,21 @@ class Task(NamedTuple):
     Attributes:
         video: which.
         config: the entries that generation_config.json has after this stage.
-        metadata: of the latents; "decides" is all that they depend on, to the last bit, by names for people.
+        inputs: see `provenance.describe`.
+        decides: all that the latents depend on, to the last bit, by names for people.
     """
 
     video: Video
     config: Mapping
-    metadata: Mapping[str, str]
-
-    @property
-    def decides(self) -> dict[str, str]:
-        """All that the latents depend on."""
-        return json.loads(self.metadata["decides"])
+    inputs: Mapping[str, str]
+    decides: dict[str, str]
 
     @property
     def is_finished(self) -> bool:
         """Whether the latents that this task would write are there."""
         try:
-            return utils.metadata(self.video.folder / utils.LATENTS).get("decides") == self.metadata["decides"]
+            found = utils.metadata(self.video.folder / utils.LATENTS)
+            return found.get("decides") == json.dumps(self.decides)
         except (OSError, SafetensorError):
             return False
 
@@ -227,12 +225,14 @@ def main() -> None:
             report.say(one.summary)
         if plan.step_cache:
             describe_cache(skipped, plan, report)
-        tasks = [task_of(video, arguments, plan, skipped, lora_files) for video in found]
+        digests = {str(path): provenance.file_digest(path) for path in lora_files}  # once for all videos
+        digests |= {str(path): provenance.digest(path) for path in shapes}
+        tasks = [task_of(video, arguments, plan, skipped, lora_files, digests) for video in found]
         groups = groups_of(tasks, plan, arguments, report)
         if not groups:
             return
         programs_of_run = [traced[kind] for kind in kinds]
-        made_from = {"made_from": tasks[0].metadata["made_from"]}  # only a single video is dumped
+        made_from = utils.made_from(tasks[0].config, utils.LATENT_ENTRIES)  # only a single video is dumped
         recorder = dump_recorder(arguments, "stage2", "step", made_from, plan.parallelism.mesh, programs_of_run)
         compiling = Compiling(arguments, "denoising step", plan, [*traced.values()], cache, report)
         parameters = load_parameters(read, plan.transformer, plan.parallelism, [one.add for one in loras])
@@ -330,7 +330,7 @@ def groups_of(tasks: list[Task], plan: "Plan", arguments: argparse.Namespace, re
     groups = []
     for i in range(0, len(todo), plan.batch):
         group = todo[i : i + plan.batch]
-        decides = group[0].decides
+        decides = group[0].decides.copy()
         for task in group[1:]:
             decides |= {f"{name} of {task.video.folder}": value for name, value in task.decides.items()}
         every = arguments.checkpoint_every if keeps_state else 0
@@ -409,7 +409,7 @@ def make_group(
             latents = np.asarray(jax.numpy.swapaxes(state.latents[:, plan.surplus_frames :], 1, 2))
             if hosts.is_first():
                 for i, task in enumerate(group.tasks):
-                    save(latents[i : i + 1], task)
+                    save(latents[i : i + 1], task, arguments)
                 state_file.remove()
     for task in group.tasks:
         report.say(f"wrote {task.video.folder / utils.LATENTS} and {utils.CONFIG}")
@@ -486,9 +486,14 @@ def untrained(plan: "Plan") -> Iterator[str]:
 
 
 def task_of(
-    video: Video, arguments: argparse.Namespace, plan: "Plan", skipped: Sequence[int], lora_files: Sequence[Path]
+    video: Video,
+    arguments: argparse.Namespace,
+    plan: "Plan",
+    skipped: Sequence[int],
+    lora_files: Sequence[Path],
+    digests: Mapping[str, str],
 ) -> Task:
-    """Return what is written with the latents of a video."""
+    """Return what is written with the latents of a video; `digests` has those of all files that are read, by path."""
     of_plan = {
         "scheduler": plan.scheduler["_class_name"],
         "timestep_spacing": plan.scheduler.get("timestep_spacing"),
@@ -497,23 +502,24 @@ def task_of(
     }
     of_options = {name: of_plan.get(name, getattr(arguments, name, None)) for name in utils.VIDEO_ENTRIES}
     config = {name: video.text[name] for name in utils.TEXT_ENTRIES} | of_options
-    made = provenance.describe("stage2", video.folder, [video.embeddings], arguments, lora_files)
+    inputs = {provenance.known_as(video.embeddings, video.folder): digests[str(video.embeddings)]}
+    inputs |= {str(path): digests[str(path)] for path in lora_files}
 
     devices = plan.devices
     made_from = {name: config.get(name) for name in utils.LATENT_ENTRIES}
     of_run = {"dtype": plan.dtype, "devices": f"{len(devices)} x {devices[0].device_kind}"}
-    inputs = json.loads(made["provenance"])["inputs"]
     decides = made_from | plan.program_options | of_run | inputs | versions("jax", "jaxlib", "libtpu", "torch")
-    as_text = {"decides": json.dumps({name: str(value) for name, value in decides.items()})}
-    return Task(video, config, utils.made_from(config, utils.LATENT_ENTRIES) | made | as_text)
+    return Task(video, config, inputs, {name: str(value) for name, value in decides.items()})
 
 
-def save(latents: np.ndarray, task: Task) -> None:
+def save(latents: np.ndarray, task: Task, arguments: argparse.Namespace) -> None:
     """Write latents [1, C, T, H, W] and the config to the folder of their video."""
     from safetensors.numpy import save_file
 
+    metadata = utils.made_from(task.config, utils.LATENT_ENTRIES) | {"decides": json.dumps(task.decides)}
+    metadata |= provenance.describe("stage2", task.inputs, arguments)
     with writing.committing(task.video.folder, "stage2") as new:
-        save_file({"latents": np.ascontiguousarray(latents)}, new / utils.LATENTS, metadata=dict(task.metadata))
+        save_file({"latents": np.ascontiguousarray(latents)}, new / utils.LATENTS, metadata=metadata)
         utils.write_config(new, task.config)
 
 

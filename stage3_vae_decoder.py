@@ -175,7 +175,7 @@ def main(decoder: str = "torchax") -> None:
     for name, value in recorder.summary():
         report.add(name, value)
     if hosts.is_first():
-        report.close(found[0].output.parent if len(found) == 1 else arguments.input_dir)
+        report.close(output_folder(found, arguments))
 
 
 def find_videos(arguments: argparse.Namespace) -> list[Video]:
@@ -206,6 +206,11 @@ def find_videos(arguments: argparse.Namespace) -> list[Video]:
     return found
 
 
+def output_folder(found: Sequence[Video], arguments: argparse.Namespace) -> Path:
+    """Return the folder of the only video, or the one around those of all."""
+    return found[0].output.parent if len(found) == 1 else arguments.input_dir
+
+
 def check_files(found: Sequence[Video], arguments: argparse.Namespace) -> tuple[str, dict[Path, tuple[int, ...]]]:
     """Claim the folder of the output, and check the files of the videos.
 
@@ -216,8 +221,7 @@ def check_files(found: Sequence[Video], arguments: argparse.Namespace) -> tuple[
         UserError: another process writes to the folder, or a file is wrong or would replace another one.
     """
     if hosts.is_first():
-        folder = found[0].output.parent if len(found) == 1 else arguments.input_dir
-        console.at_end.enter_context(writing.claimed(folder, "stage3"))
+        console.at_end.enter_context(writing.claimed(output_folder(found, arguments), "stage3"))
     shapes = {}
     for video in found:
         of_file = utils.tensor_shapes(video.latents, 2, ("latents",), video.config, finite=False, force=arguments.force)
@@ -227,7 +231,13 @@ def check_files(found: Sequence[Video], arguments: argparse.Namespace) -> tuple[
     options = [("--output_video", video.output) for video in found] + [("--output_frames", arguments.output_frames)]
     outputs = options if hosts.is_first() else []
     configs = [video.source / utils.CONFIG for video in found]
-    inputs = [*shapes, *configs, found[0].output.parent / timings.FILE, arguments.executable, arguments.log_json]
+    inputs = [
+        *shapes,
+        *configs,
+        output_folder(found, arguments) / timings.FILE,
+        arguments.executable,
+        arguments.log_json,
+    ]
     writing.check_outputs(outputs, inputs, model_id)
     return model_id, shapes
 
@@ -259,7 +269,8 @@ def decode_video(
     from models.decoder import decode
 
     # What it is made from is read before the timed run.
-    made = provenance.describe("stage3", video.output.parent, [video.latents], arguments)
+    inputs = {provenance.known_as(video.latents, video.output.parent): provenance.digest(video.latents)}
+    made = provenance.describe("stage3", inputs, arguments)
     fps = arguments.fps or video.config["fps"]
     name = f"run, with encoding{label}"
     timed = report.phase(name, in_table=not label)

@@ -7,9 +7,8 @@
 For each caption, diffusers' CogVideoXPipeline in float32 and our three stages make a video from the same noise. The
 videos are scored by image processing (tools/moving_shapes.py). Options after `--` go to our stage 2 alone, so that the
 quality of a speed option can be measured. So do those of each --variant, whose videos are made beside the others and
-compared with ours. Scored beside them are true clips, the same clips encoded and decoded by the
-VAE, videos by untrained weights (a control that must fail), and chance. The results are a report (JSON) and a contact
-sheet.
+compared with ours. Scored beside them are true clips, the same clips encoded and decoded by the VAE, videos by
+untrained weights (a control that must fail), and chance. The results are a report (JSON) and a contact sheet.
 """
 
 import argparse

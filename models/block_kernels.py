@@ -186,11 +186,17 @@ def _to_heads(_, x_ref, weight_ref, bias_ref, *refs, eps, interpret):
     finish(*pending)
 
 
+def moments(x: jax.Array, eps: float, axis: int = -1) -> tuple[jax.Array, jax.Array]:
+    """Compute mean and 1 / standard deviation over an axis of float32 `x`, reading it once; also outside of kernels."""
+    mean = x.mean(axis, keepdims=True)
+    variance = jnp.square(x).mean(axis, keepdims=True) - jnp.square(mean)
+    return mean, lax.rsqrt(jnp.maximum(variance, 0.0) + eps)
+
+
 def _normalized_and_rotated(y, weight, bias, eps, cos, sin):
     """Apply layer norm and rotary embedding to float32 [heads, head_dim, tokens], over the second axis."""
-    mean = y.mean(1, keepdims=True)
-    variance = jnp.square(y).mean(1, keepdims=True) - jnp.square(mean)
-    y = (y - mean) * lax.rsqrt(jnp.maximum(variance, 0.0) + eps) * weight + bias
+    mean, scale = moments(y, eps, axis=1)
+    y = (y - mean) * scale * weight + bias
     first, second = jnp.split(y, 2, axis=1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
 
@@ -404,8 +410,7 @@ def _normalized(scalars_ref, hidden_ref, scales_ref, shifts_ref, out_ref, *, eps
     for first in range(0, tokens, NORM_ROWS):
         rows = slice(first, min(first + NORM_ROWS, tokens))
         x = hidden_ref[0, rows].astype(jnp.float32)
-        mean = x.mean(1, keepdims=True)
-        variance = jnp.square(x).mean(1, keepdims=True) - jnp.square(mean)
-        x = (x - mean) * lax.rsqrt(jnp.maximum(variance, 0.0) + eps)
+        mean, scale = moments(x, eps)
+        x = (x - mean) * scale
         scale, shift = (_text_or_video(ref, start + first, len(x), scalars_ref[0]) for ref in (scales_ref, shifts_ref))
         out_ref[0, rows] = (x * scale + shift).astype(out_ref.dtype)

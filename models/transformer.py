@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from models import block_kernels, sharding, tap
 from models.attention import Attention, is_tiled
+from models.block_kernels import moments
 from models.loading import load_arrays
 from models.sharding import Parallelism, activation_spec
 
@@ -193,13 +194,6 @@ def layer_norm(x: jax.Array, parameters: Mapping, name: str, eps: float) -> jax.
     x = x.astype(jnp.float32)
     mean, scale = moments(x, eps)
     return affine((x - mean) * scale, parameters, name)
-
-
-def moments(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-    """Compute mean and 1 / standard deviation over the last axis of float32 `x`, reading it once."""
-    mean = x.mean(-1, keepdims=True)
-    variance = jnp.square(x).mean(-1, keepdims=True) - jnp.square(mean)
-    return mean, jax.lax.rsqrt(jnp.maximum(variance, 0.0) + eps)
 
 
 def affine(x: jax.Array, parameters: Mapping, name: str, part: slice = slice(None)) -> jax.Array:

@@ -282,9 +282,9 @@ def chain(tmp_path) -> Path:
     config |= video | {"scheduler": "s", "fps": 8}
     arguments = argparse.Namespace(seed=1)
     utils.write_config(tmp_path, config)
-    texts = utils.made_from(config, utils.TEXT_ENTRIES) | provenance.describe("stage1", tmp_path, [], arguments)
+    texts = utils.made_from(config, utils.TEXT_ENTRIES) | provenance.describe("stage1", {}, arguments)
     save_file({"prompt_embeds": np.ones((1, 2, 3), np.float32)}, tmp_path / EMBEDDINGS, texts)
-    made = provenance.describe("stage2", tmp_path, [tmp_path / EMBEDDINGS], arguments)
+    made = provenance.describe("stage2", {EMBEDDINGS: provenance.digest(tmp_path / EMBEDDINGS)}, arguments)
     save_file(
         {"latents": np.ones((1, 1, 1, 2, 2), np.float32)},
         tmp_path / LATENTS,
@@ -292,7 +292,7 @@ def chain(tmp_path) -> Path:
     )
     from stage3_vae_decoder import video_writer
 
-    comment = provenance.describe("stage3", tmp_path, [tmp_path / LATENTS], arguments)["provenance"]
+    comment = provenance.describe("stage3", {LATENTS: provenance.digest(tmp_path / LATENTS)}, arguments)["provenance"]
     with video_writer(str(tmp_path / utils.VIDEO), 8, comment) as append:
         append(np.zeros((16, 16, 3), np.uint8))
     return tmp_path

@@ -4,12 +4,11 @@ import json
 import math
 
 import pytest
-import torch
-from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 from safetensors.torch import load_file
 
 import stage2_transformer
 import utils
+from tests import oracle
 from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, SIZE, STAGE1, STAGE2
 
 STEPS, SEED, SCALE = 6, 11, 3.5
@@ -27,20 +26,9 @@ def test_latents_of_the_authors_settings(model, request, run_stage, tmp_path):
     assert "guidance scale 3.5, dynamic" in printed and "trailing timesteps, 6 steps" in printed, printed
     assert "--preset authors sets" not in printed, printed
 
-    pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = CogVideoXDPMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    expected = pipeline(
-        **load_file(tmp_path / EMBEDDINGS),
-        **{"height": SIZE[1], "width": SIZE[3], "num_frames": SIZE[5], "num_inference_steps": STEPS},
-        guidance_scale=SCALE,
-        use_dynamic_cfg=True,
-        generator=torch.Generator().manual_seed(SEED),
-        output_type="latent",
-    ).frames
-    ours = load_file(tmp_path / LATENTS)["latents"]
-    expected = expected[:, expected.shape[1] - ours.shape[2] :].permute(0, 2, 1, 3, 4)
-    error = (ours - expected).abs().max() / expected.abs().max()
+    settings = {"seed": SEED, "guidance_scale": SCALE, "dpm": True, "use_dynamic_cfg": True}
+    expected = oracle.latents(model, tmp_path / EMBEDDINGS, STEPS, **settings)
+    error = oracle.difference(load_file(tmp_path / LATENTS)["latents"], expected)
     assert error <= TOLERANCE, f"latents differ by {error:.1e} of their scale"
     config = json.loads((tmp_path / CONFIG).read_text())
     settings = {name: config[name] for name in ("scheduler", "timestep_spacing", "use_dynamic_cfg", "fps")}

@@ -8,14 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import torch
-from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 from safetensors.torch import load_file
 
 import hosts
 import videos
 from models import throughput
 from models.denoising import make_plan
+from tests import oracle
 from tests.helpers import (
     CONFIG,
     EMBEDDINGS,
@@ -56,28 +55,14 @@ def several(tmp_path_factory, random_model) -> Path:
     return outputs
 
 
-def by_diffusers(model: Path, embeddings: Path, seed: int) -> torch.Tensor:
-    """Return the latents of one video by diffusers, [1, C, T, H, W]."""
-    pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = CogVideoXDPMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    frames = pipeline(
-        **load_file(embeddings),
-        **{"height": SIZE[1], "width": SIZE[3], "num_frames": SIZE[5], "num_inference_steps": STEPS},
-        guidance_scale=SCALE,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="latent",
-    ).frames
-    return frames.permute(0, 2, 1, 3, 4)
-
-
 def check_against_diffusers(outputs: Path, model: Path) -> None:
     assert sorted(str(path.parent.relative_to(outputs)) for path in outputs.rglob(LATENTS)) == FOLDERS
     for folder in FOLDERS:
         ours = load_file(outputs / folder / LATENTS)["latents"]
         seed = int(folder.rpartition("_")[2])
-        theirs = by_diffusers(model, (outputs / folder).parent / EMBEDDINGS, seed)[:, :, -ours.shape[2] :]
-        error = (ours - theirs).abs().max() / theirs.abs().max()
+        embeddings = (outputs / folder).parent / EMBEDDINGS
+        theirs = oracle.latents(model, embeddings, STEPS, seed=seed, guidance_scale=SCALE, dpm=True)
+        error = oracle.difference(ours, theirs)
         assert error <= TOLERANCE, f"{folder}: latents differ by {error:.1e} of their scale"
 
 
@@ -143,8 +128,9 @@ def test_a_rerun_makes_what_is_missing(several, run_stage, tmp_path):
         (b"\n  \n", ("prompts.txt has no prompt", "one on each line")),
         (b"a\nb\xff\n", ("prompts.txt cannot be read", "UTF-8")),
         (b"a\n\n" + b"red " * 300, ("prompts.txt, line 3, is longer than 226 tokens", "make it shorter")),
+        (b"red " * 300, ("prompts.txt, line 1, is longer than 226 tokens", "make it shorter")),
     ],
-    ids=["no file", "empty", "not UTF-8", "a long line"],
+    ids=["no file", "empty", "not UTF-8", "a long line", "only a long line"],
 )
 def test_wrong_prompt_files(text, words, random_model, run_stage, tmp_path):
     if text is not None:
