@@ -12,14 +12,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import checkpoint
-import console
-import provenance
-import utils
-import videos
-import writing
-from console import ArgumentParser, Report, UserError, add_log_options, prepare_libraries, run
-from reading import read_tensors
+from cogvideox.cli import program
+from cogvideox.cli.options import add_log_options
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.cli.report import Report
+from cogvideox.cli.types import file_path, utf8
+from cogvideox.defaults import MODEL_NAME
+from cogvideox.errors import UserError
+from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
+from cogvideox.files.names import CONFIG, EMBEDDINGS, STAGE_OUTPUTS
+from cogvideox.files.schemas import TEXT_ENTRIES
+from cogvideox.files.tensors import read_tensors
+from cogvideox.run.accelerator import prepare_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -32,17 +37,13 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser("Stage 1 of CogVideoX text to video: encode the prompt.")
     prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", type=utils.utf8, help="what the video shows")
-    prompt.add_argument(
-        "--prompt_file", type=utils.path, help="a text file with a prompt on each line, for many videos"
-    )
+    prompt.add_argument("--prompt", type=utf8, help="what the video shows")
+    prompt.add_argument("--prompt_file", type=file_path, help="a text file with a prompt on each line, for many videos")
     parser.add_argument(
-        "--negative_prompt", type=utils.utf8, default="", help="what the video must not show; used with guidance"
+        "--negative_prompt", type=utf8, default="", help="what the video must not show; used with guidance"
     )
-    parser.add_argument(
-        "--model_id", type=utils.utf8, default=utils.MODEL_NAME, help="Hugging Face model id, or a folder"
-    )
-    parser.add_argument("--output_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="where the files go")
+    parser.add_argument("--model_id", type=utf8, default=MODEL_NAME, help="Hugging Face model id, or a folder")
+    parser.add_argument("--output_dir", type=file_path, default=STAGE_OUTPUTS, help="where the files go")
     add_log_options(parser)
     return parser.parse_args()
 
@@ -61,8 +62,8 @@ def main() -> None:
     report = Report("stage1", arguments)
     prompts = read_prompts(arguments)
     videos.check_prompts(arguments.output_dir, [prompt.folder for prompt in prompts])
-    console.at_end.enter_context(writing.claimed(arguments.output_dir, "stage1"))
-    outputs = [prompt.folder / name for prompt in prompts for name in (utils.EMBEDDINGS, utils.CONFIG)]
+    program.at_end.enter_context(writing.claimed(arguments.output_dir, "stage1"))
+    outputs = [prompt.folder / name for prompt in prompts for name in (EMBEDDINGS, CONFIG)]
     inputs = [arguments.log_json, arguments.prompt_file]
     there = [("--output_dir", path) for path in outputs if path.parent.is_dir()]
     writing.check_outputs(there, inputs, arguments.model_id)
@@ -96,7 +97,7 @@ def main() -> None:
             tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
             with report.aside("save"):
                 save(tensors, config, provenance.describe("stage1", {}, arguments), prompt.folder)
-            report.say(f"wrote {prompt.folder / utils.EMBEDDINGS} and {utils.CONFIG}")
+            report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
 
     for name, tensor in tensors.items():
         report.add_array(name, tensor)
@@ -133,9 +134,9 @@ def save(tensors: "Mapping[str, torch.Tensor]", config: Mapping, made: dict[str,
     from safetensors.torch import save_file
 
     with writing.claimed(folder, "stage1"), writing.committing(folder, "stage1") as new:
-        metadata = utils.made_from(config, utils.TEXT_ENTRIES) | made
-        save_file(dict(tensors), new / utils.EMBEDDINGS, metadata=metadata)
-        utils.write_config(new, config)
+        metadata = stage_files.made_from(config, TEXT_ENTRIES) | made
+        save_file(dict(tensors), new / EMBEDDINGS, metadata=metadata)
+        stage_files.write_config(new, config)
 
 
 def load_text_encoder(model_id: str, width: int) -> "tuple[T5Tokenizer, T5EncoderModel]":

@@ -17,73 +17,67 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from safetensors import SafetensorError
 
-import checkpoint
-import console
-import hosts
-import lora
-import provenance
-import tensor_dump
-import utils
-import videos
-import writing
-from compilation import Cache, Compiling, add_compilation_options
-from console import (
-    ArgumentParser,
-    Interruption,
-    Report,
-    UserError,
-    add_log_options,
-    number,
-    prepare_libraries,
-    run,
-    versions,
-)
-from models.sizes import spatial_compression_ratio
-from options import (
+from cogvideox.cli import program
+from cogvideox.cli.options import (
+    add_compilation_options,
     add_denoising_options,
     add_dump_options,
-    denoising_plan,
-    dump_recorder,
-    dump_wanted,
-    plan_errors,
-    skipped_steps,
+    add_force_option,
+    add_host_options,
+    add_log_options,
+    add_profile_option,
 )
-from profiling import Profile, add_profile_option
-from reading import MOST_FPS, TextConfig
-from resume import StateFile
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.cli.report import Report
+from cogvideox.cli.signals import Interruption
+from cogvideox.cli.types import file_path, lora_option, number
+from cogvideox.defaults import FPS, MOST_FPS, MOST_SEED, PRESETS, SEED, WARMUP_STEPS
+from cogvideox.errors import UserError
+from cogvideox.files import checkpoint, lora, provenance, stage_files, tensor_dump, videos, writing
+from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, PREVIEW, STAGE_OUTPUTS
+from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES, VIDEO_ENTRIES, TextConfig
+from cogvideox.files.state import StateFile
+from cogvideox.models.shared.sizes import spatial_compression_ratio
+from cogvideox.run import accelerator, hosts
+from cogvideox.run.accelerator import prepare_libraries
+from cogvideox.run.compilation import Cache, Compiling
+from cogvideox.run.plans import denoising_plan, dump_recorder, dump_wanted, plan_errors, skipped_steps
+from cogvideox.run.profiling import Profile
+from cogvideox.versions import versions
 
 if TYPE_CHECKING:
     import jax
 
-    from models.denoising import Denoising, Plan, State, StepKind
-
-MOST_SEED = 2**64 - 1  # that torch takes
+    from cogvideox.models.transformer.denoising import Denoising
+    from cogvideox.models.transformer.plan import DenoisingPlan, StepKind
+    from cogvideox.models.transformer.step import State
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser("Stage 2 of CogVideoX text to video: denoise the latents.")
-    parser.add_argument("--input_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="stage 1's output folder")
-    parser.add_argument("--output_dir", type=utils.path, help="where the files go (default: --input_dir)")
-    utils.add_force_option(parser)
+    parser.add_argument("--input_dir", type=file_path, default=STAGE_OUTPUTS, help="stage 1's output folder")
+    parser.add_argument("--output_dir", type=file_path, help="where the files go (default: --input_dir)")
+    add_force_option(parser)
     parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
     add_denoising_options(parser)
     parser.add_argument(
         "--preset",
-        choices=utils.PRESETS,
+        choices=PRESETS,
         default="seed",
         help="set steps, guidance, scheduler and fps at once: to a draft's, or to those of the model's authors",
     )
     parser.add_argument(
         "--lora",
-        type=lora.option,
+        type=lora_option,
         action="append",
         default=[],
         metavar="PATH[:SCALE]",
         help="add a LoRA to the weights, a safetensors file or its folder, times a scale; can be given several times "
         "(default: none)",
     )
-    parser.add_argument("--seed", type=number(int, 0, MOST_SEED), default=utils.SEED, help="seed of the noise")
+    parser.add_argument("--seed", type=number(int, 0, MOST_SEED), default=SEED, help="seed of the noise")
     parser.add_argument(
         "--num_videos_per_prompt",
         type=number(int, 1, 10_000),
@@ -91,13 +85,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="videos of each prompt, from the seeds --seed to --seed + N - 1, each in a folder of its own",
     )
-    parser.add_argument(
-        "--fps", type=number(int, 1, MOST_FPS), default=utils.FPS, help="frames per second, for stage 3"
-    )
+    parser.add_argument("--fps", type=number(int, 1, MOST_FPS), default=FPS, help="frames per second, for stage 3")
     parser.add_argument(
         "--warmup_steps",
         type=number(int, 0, 1000),
-        default=utils.WARMUP_STEPS,
+        default=WARMUP_STEPS,
         help="steps that run before the first one, untimed",
     )
     add_compilation_options(parser, "the compiled step")
@@ -105,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
         "--preview_every",
         type=number(int, 1),
         metavar="N",
-        help=f"after every N steps draw the latents that they predict as {utils.PREVIEW} in the output folder",
+        help=f"after every N steps draw the latents that they predict as {PREVIEW} in the output folder",
     )
     parser.add_argument(
         "--checkpoint_every",
@@ -118,10 +110,10 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_dump_options(parser, "step")
     add_profile_option(parser, "step")
-    hosts.add_host_options(parser)
+    add_host_options(parser)
     add_log_options(parser)
     given, _ = parser.parse_known_args()
-    parser.set_defaults(**utils.PRESETS[given.preset])
+    parser.set_defaults(**PRESETS[given.preset])
     return parser.parse_args()
 
 
@@ -144,7 +136,7 @@ class Video:
     @property
     def embeddings(self) -> Path:
         """The file of its prompt's embeddings."""
-        return self.source / utils.EMBEDDINGS
+        return self.source / EMBEDDINGS
 
 
 class Task(NamedTuple):
@@ -166,7 +158,7 @@ class Task(NamedTuple):
     def is_finished(self) -> bool:
         """Whether the latents that this task would write are there."""
         try:
-            found = utils.metadata(self.video.folder / utils.LATENTS)
+            found = stage_files.metadata(self.video.folder / LATENTS)
             return found.get("decides") == json.dumps(self.decides)
         except (OSError, SafetensorError):
             return False
@@ -183,7 +175,7 @@ class Group(NamedTuple):
 def main() -> None:
     """Run stage 2."""
     arguments = parse_arguments()
-    hosts.join(arguments, inputs=(utils.CONFIG, utils.EMBEDDINGS))
+    hosts.join(arguments, inputs=(CONFIG, EMBEDDINGS))
     report = Report("stage2", arguments)
     profile = Profile(arguments.profile, "step", report)
     output_dir = arguments.output_dir or arguments.input_dir
@@ -194,7 +186,7 @@ def main() -> None:
     model_id, shapes = check_files(found, arguments, output_dir, lora_files)
 
     prepare_libraries()
-    devices = console.devices()
+    devices = accelerator.devices()
     plan = denoising_plan(arguments, model_id, devices, devices[0].platform, videos=len(found))
     for path, of_file in shapes.items():
         check_embeddings(of_file, plan.transformer, path)
@@ -204,8 +196,8 @@ def main() -> None:
     report.title(f"Stage 2: transformer of {model_id}")
     cache = Cache(arguments.compilation_cache, report)
     with report.phase("load"):
-        from models.denoising import abstract_arguments, make_step
-        from models.transformer import load_parameters, stored_shapes
+        from cogvideox.models.transformer.step import abstract_arguments, make_step
+        from cogvideox.models.transformer.transformer import load_parameters, stored_shapes
 
         shapes_of_weights = stored_shapes(plan.transformer)
         for one in loras:
@@ -232,7 +224,7 @@ def main() -> None:
         if not groups:
             return
         programs_of_run = [traced[kind] for kind in kinds]
-        made_from = utils.made_from(tasks[0].config, utils.LATENT_ENTRIES)  # only a single video is dumped
+        made_from = stage_files.made_from(tasks[0].config, LATENT_ENTRIES)  # only a single video is dumped
         recorder = dump_recorder(arguments, "stage2", "step", made_from, plan.parallelism.mesh, programs_of_run)
         compiling = Compiling(arguments, "denoising step", plan, [*traced.values()], cache, report)
         parameters = load_parameters(read, plan.transformer, plan.parallelism, [one.add for one in loras])
@@ -279,7 +271,7 @@ def find_videos(arguments: argparse.Namespace, output_dir: Path) -> list[Video]:
         raise UserError(f"--seed {arguments.seed} and those after it for --num_videos_per_prompt exceed {MOST_SEED}")
     found = []
     for source in videos.prompts(arguments.input_dir):
-        text = utils.read_config(source, TextConfig)
+        text = stage_files.read_config(source, TextConfig)
         folder = output_dir / source.relative_to(arguments.input_dir)
         folders = [videos.of_seed(folder, seed) for seed in seeds] if len(seeds) > 1 else [folder]
         if hosts.is_first():
@@ -302,22 +294,24 @@ def check_files(
         UserError: another process writes to the folder, or a file is wrong or would replace another one.
     """
     if hosts.is_first():
-        console.at_end.enter_context(writing.claimed(output_dir, "stage2"))
+        program.at_end.enter_context(writing.claimed(output_dir, "stage2"))
     names = ("prompt_embeds", "negative_prompt_embeds")
     texts = {video.embeddings: video.text for video in found}
-    shapes = {path: utils.tensor_shapes(path, 1, names, text, force=arguments.force) for path, text in texts.items()}
+    shapes = {
+        path: stage_files.tensor_shapes(path, 1, names, text, force=arguments.force) for path, text in texts.items()
+    }
     model_id = checkpoint.same_model(arguments.model_id, found[0].text["model_id"])
     for video in found:
         if video.text["model_id"] != model_id:
             raise UserError(f"{video.source} was made with model '{video.text['model_id']}', not '{model_id}'")
-    outputs = [video.folder / name for video in found for name in (utils.LATENTS, utils.CONFIG)]
+    outputs = [video.folder / name for video in found for name in (LATENTS, CONFIG)]
     inputs = [*shapes, *lora_files, arguments.executable, arguments.log_json]
     there = [("--output_dir", path) for path in outputs if hosts.is_first() and path.parent.is_dir()]
     writing.check_outputs(there, inputs, model_id)
     return model_id, shapes
 
 
-def groups_of(tasks: list[Task], plan: "Plan", arguments: argparse.Namespace, report: Report) -> list[Group]:
+def groups_of(tasks: list[Task], plan: "DenoisingPlan", arguments: argparse.Namespace, report: Report) -> list[Group]:
     """Divide the tasks into groups that are done at a time, without those of several that are finished already."""
     keeps_state = not arguments.dump and not hosts.are_many()
     todo = tasks
@@ -339,7 +333,7 @@ def groups_of(tasks: list[Task], plan: "Plan", arguments: argparse.Namespace, re
     return groups
 
 
-def reason_for_batch(plan: "Plan", arguments: argparse.Namespace) -> str:
+def reason_for_batch(plan: "DenoisingPlan", arguments: argparse.Namespace) -> str:
     """Say why a group has as many videos as it has."""
     if arguments.videos_at_once:
         return "as --videos_at_once says"
@@ -349,13 +343,13 @@ def reason_for_batch(plan: "Plan", arguments: argparse.Namespace) -> str:
 
 
 def start_group(
-    group: Group, *, plan: "Plan", parameters: "Mapping[str, jax.Array]", skipped: list[int], report: Report
+    group: Group, *, plan: "DenoisingPlan", parameters: "Mapping[str, jax.Array]", skipped: list[int], report: Report
 ) -> "Denoising":
     """Return the run of a group before its first step, or before the one after those that are done."""
     import torch
     from safetensors.torch import load_file
 
-    from models.denoising import Denoising
+    from cogvideox.models.transformer.denoising import Denoising
 
     # The last group may have fewer videos; then its last one is made several times, and written once.
     filled = [task.video for task in group.tasks + group.tasks[-1:] * (plan.batch - len(group.tasks))]
@@ -412,7 +406,7 @@ def make_group(
                     save(latents[i : i + 1], task, arguments)
                 state_file.remove()
     for task in group.tasks:
-        report.say(f"wrote {task.video.folder / utils.LATENTS} and {utils.CONFIG}")
+        report.say(f"wrote {task.video.folder / LATENTS} and {CONFIG}")
     return latents[: len(group.tasks)], run_phase.seconds, steps - done
 
 
@@ -425,19 +419,19 @@ def warn_if_not_finite(finite_steps: int, steps: int, report: Report) -> None:
         )
 
 
-def draw_previews(state: "State", n: int, tasks: Sequence[Task], plan: "Plan") -> None:
+def draw_previews(state: "State", n: int, tasks: Sequence[Task], plan: "DenoisingPlan") -> None:
     """Draw the noise-free latents that a step, the n-th, predicts for each video."""
-    import pictures
+    from cogvideox.files import latent_pictures
 
     predicted = np.asarray(state.pred_original_sample[:, plan.surplus_frames :]).swapaxes(1, 2)
     for task, latents in zip(tasks, predicted, strict=False):  # a group may be filled up
         title = f"step {n} of {plan.num_inference_steps}, the video that it predicts: {task.config['prompt']}"
         if hosts.is_first():
-            map_ = pictures.fitted_map(task.config["model_id"])
-            pictures.preview(latents, task.video.folder / utils.PREVIEW, map_, title)
+            map_ = latent_pictures.fitted_map(task.config["model_id"])
+            latent_pictures.preview(latents, task.video.folder / PREVIEW, map_, title)
 
 
-def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> None:
+def describe(plan: "DenoisingPlan", arguments: argparse.Namespace, report: Report) -> None:
     """Report the devices, the mesh, attention, guidance and scheduler of the plan, and which of them are defaults."""
     devices = plan.parallelism.mesh.devices
     report.say(f"devices: {devices.size} x {devices.flat[0].device_kind}")
@@ -458,15 +452,15 @@ def describe(plan: "Plan", arguments: argparse.Namespace, report: Report) -> Non
         report.say(f"guidance scale {plan.guidance_scale:g}: no guidance, the positive prompt alone{dp}")
     scheduler, spacing = (plan.scheduler.get(name) for name in ("_class_name", "timestep_spacing"))
     report.say(f"scheduler: {scheduler}, {spacing} timesteps, {plan.num_inference_steps} steps")
-    if all(getattr(arguments, name) == value for name, value in utils.PRESETS["seed"].items()):
+    if all(getattr(arguments, name) == value for name, value in PRESETS["seed"].items()):
         report.say("these are the settings of a draft; --preset authors sets those of the model's authors")
     for remark in untrained(plan):
         report.say(remark)
 
 
-def describe_cache(skipped: list[int], plan: "Plan", report: Report) -> None:
+def describe_cache(skipped: list[int], plan: "DenoisingPlan", report: Report) -> None:
     """Report which steps skip the blocks, and what the residual that they take over needs of a chip."""
-    from models.denoising import residual_bytes
+    from cogvideox.models.transformer.step import residual_bytes
 
     steps, size = plan.num_inference_steps, residual_bytes(plan) / 2**30
     which = f": {tensor_dump.as_text(skipped)}" if skipped else ""
@@ -475,7 +469,7 @@ def describe_cache(skipped: list[int], plan: "Plan", report: Report) -> None:
     report.add("step cache", f"{len(skipped)} of {steps} steps skipped, {factor:.2f} x fewer blocks to run")
 
 
-def untrained(plan: "Plan") -> Iterator[str]:
+def untrained(plan: "DenoisingPlan") -> Iterator[str]:
     """Say what the model was not trained on, by its config and by its authors: it runs, but may look worse."""
     scale = spatial_compression_ratio(plan.vae)
     height, width = (plan.transformer[f"sample_{name}"] * scale for name in ("height", "width"))
@@ -488,7 +482,7 @@ def untrained(plan: "Plan") -> Iterator[str]:
 def task_of(
     video: Video,
     arguments: argparse.Namespace,
-    plan: "Plan",
+    plan: "DenoisingPlan",
     skipped: Sequence[int],
     lora_files: Sequence[Path],
     digests: Mapping[str, str],
@@ -500,13 +494,13 @@ def task_of(
         "skipped_steps": tensor_dump.as_text(skipped),
         "seed": video.seed,
     }
-    of_options = {name: of_plan.get(name, getattr(arguments, name, None)) for name in utils.VIDEO_ENTRIES}
-    config = {name: video.text[name] for name in utils.TEXT_ENTRIES} | of_options
+    of_options = {name: of_plan.get(name, getattr(arguments, name, None)) for name in VIDEO_ENTRIES}
+    config = {name: video.text[name] for name in TEXT_ENTRIES} | of_options
     inputs = {provenance.known_as(video.embeddings, video.folder): digests[str(video.embeddings)]}
     inputs |= {str(path): digests[str(path)] for path in lora_files}
 
     devices = plan.devices
-    made_from = {name: config.get(name) for name in utils.LATENT_ENTRIES}
+    made_from = {name: config.get(name) for name in LATENT_ENTRIES}
     of_run = {"dtype": plan.dtype, "devices": f"{len(devices)} x {devices[0].device_kind}"}
     decides = made_from | plan.program_options | of_run | inputs | versions("jax", "jaxlib", "libtpu", "torch")
     return Task(video, config, inputs, {name: str(value) for name, value in decides.items()})
@@ -516,11 +510,11 @@ def save(latents: np.ndarray, task: Task, arguments: argparse.Namespace) -> None
     """Write latents [1, C, T, H, W] and the config to the folder of their video."""
     from safetensors.numpy import save_file
 
-    metadata = utils.made_from(task.config, utils.LATENT_ENTRIES) | {"decides": json.dumps(task.decides)}
+    metadata = stage_files.made_from(task.config, LATENT_ENTRIES) | {"decides": json.dumps(task.decides)}
     metadata |= provenance.describe("stage2", task.inputs, arguments)
     with writing.committing(task.video.folder, "stage2") as new:
-        save_file({"latents": np.ascontiguousarray(latents)}, new / utils.LATENTS, metadata=metadata)
-        utils.write_config(new, task.config)
+        save_file({"latents": np.ascontiguousarray(latents)}, new / LATENTS, metadata=metadata)
+        stage_files.write_config(new, task.config)
 
 
 def check_embeddings(shapes: Mapping[str, tuple[int, ...]], transformer: Mapping, path: Path) -> None:

@@ -7,41 +7,42 @@ stage3_vae_decoder_flax.py is this stage with the Flax decoder instead.
 import argparse
 import collections
 import contextlib
-import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import checkpoint
-import console
-import hosts
-import provenance
-import tensor_dump
-import timings
-import utils
-import videos
-import writing
-from compilation import Cache, Compiling, add_compilation_options
-from console import (
-    ArgumentParser,
-    Progress,
-    Report,
-    UserError,
+from cogvideox.cli import program
+from cogvideox.cli.options import (
+    add_compilation_options,
+    add_decoding_options,
+    add_dump_options,
+    add_force_option,
+    add_host_options,
     add_log_options,
-    first_line,
-    number,
-    prepare_libraries,
-    run,
+    add_profile_option,
 )
-from options import add_decoding_options, add_dump_options, decoding_plan, dump_recorder, dump_wanted, plan_errors
-from profiling import Profile, add_profile_option
-from reading import MOST_FPS, VideoConfig
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.cli.report import Progress, Report
+from cogvideox.cli.types import file_path, number
+from cogvideox.defaults import MOST_FPS
+from cogvideox.errors import UserError
+from cogvideox.files import checkpoint, provenance, stage_files, tensor_dump, timings, videos, writing
+from cogvideox.files.names import CONFIG, LATENTS, STAGE_OUTPUTS, VIDEO, VIDEO_SUFFIXES
+from cogvideox.files.schemas import LATENT_ENTRIES, VideoConfig
+from cogvideox.files.video_file import check_ffmpeg, video_writer
+from cogvideox.run import accelerator, hosts
+from cogvideox.run.accelerator import prepare_libraries
+from cogvideox.run.compilation import Cache, Compiling
+from cogvideox.run.plans import decoding_plan, dump_recorder, dump_wanted, plan_errors
+from cogvideox.run.profiling import Profile
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from models.decoder import Decoder
-    from models.decoding import Plan
+    from cogvideox.models.decoder.decoder import Decoder
+    from cogvideox.models.decoder.plan import DecodingPlan
+
 
 SIZE = ("height", "width", "frames")
 
@@ -49,13 +50,13 @@ SIZE = ("height", "width", "frames")
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser("Stage 3 of CogVideoX text to video: decode the latents.")
-    parser.add_argument("--input_dir", type=utils.path, default=utils.STAGE_OUTPUTS, help="stage 2's output folder")
-    parser.add_argument("--output_video", type=video_path, help=f"the video (default: {utils.VIDEO} in --input_dir)")
-    parser.add_argument("--output_frames", type=utils.path, help="also save the frames, uint8, as safetensors")
+    parser.add_argument("--input_dir", type=file_path, default=STAGE_OUTPUTS, help="stage 2's output folder")
+    parser.add_argument("--output_video", type=video_path, help=f"the video (default: {VIDEO} in --input_dir)")
+    parser.add_argument("--output_frames", type=file_path, help="also save the frames, uint8, as safetensors")
     parser.add_argument(
         "--fps", type=number(int, 1, MOST_FPS), help="frames per second (default: what stage 2 was told)"
     )
-    utils.add_force_option(parser)
+    add_force_option(parser)
     parser.add_argument("--allow_nan", action="store_true", help="decode latents that hold NaN or infinity")
     add_compilation_options(parser, "the compiled programs")
     parser.add_argument(
@@ -68,17 +69,17 @@ def parse_arguments() -> argparse.Namespace:
     add_decoding_options(parser)
     add_dump_options(parser, "chunk")
     add_profile_option(parser, "chunk")
-    hosts.add_host_options(parser)
+    add_host_options(parser)
     add_log_options(parser)
     return parser.parse_args()
 
 
 def video_path(text: str) -> Path:
     """Return `text` as the path of a video; an argparse type that accepts the suffixes of our containers only."""
-    path = utils.path(text)
-    if path.suffix.lower() not in utils.VIDEO_SUFFIXES:
+    path = file_path(text)
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
         raise argparse.ArgumentTypeError(
-            f"{path} is not the name of a video; it must end in {', '.join(utils.VIDEO_SUFFIXES)}"
+            f"{path} is not the name of a video; it must end in {', '.join(VIDEO_SUFFIXES)}"
         )
     return path
 
@@ -93,13 +94,13 @@ class Video(NamedTuple):
     @property
     def latents(self) -> Path:
         """The file of its latents."""
-        return self.source / utils.LATENTS
+        return self.source / LATENTS
 
 
 def main(decoder: str = "torchax") -> None:
     """Run stage 3 with the decoder of `models/vae_<decoder>.py`."""
     arguments = parse_arguments()
-    hosts.join(arguments, inputs=(utils.CONFIG, utils.LATENTS))
+    hosts.join(arguments, inputs=(CONFIG, LATENTS))
     report = Report("stage3", arguments)
     profile = Profile(arguments.profile, "chunk", report)
     found = find_videos(arguments)
@@ -110,7 +111,7 @@ def main(decoder: str = "torchax") -> None:
     import jax
     import numpy as np
 
-    devices = console.devices()
+    devices = accelerator.devices()
     size = {name: found[0].config[name] for name in SIZE}
     stored = read_latents(found[0], arguments.allow_nan)
     plan = decoding_plan(arguments, model_id, decoder, size, devices, stored.dtype)
@@ -128,7 +129,7 @@ def main(decoder: str = "torchax") -> None:
     reason = "as the options say" if arguments.chip_rows or arguments.strips else "the least work for each chip"
     report.say(f"split: {plan.split}; {reason}; the split does not change the result")
     with report.phase("load"):
-        from models.decoder import warm_up
+        from cogvideox.models.decoder.decoder import warm_up
 
         vae = plan.make_decoder()
         files = weight_files(vae, model_id)
@@ -136,7 +137,7 @@ def main(decoder: str = "torchax") -> None:
         abstract = plan.on_devices(files)
         with plan_errors():
             traced = plan.programs(vae, abstract, wanted)
-        made_from = utils.made_from(found[0].config, utils.LATENT_ENTRIES)  # only a single video is dumped
+        made_from = stage_files.made_from(found[0].config, LATENT_ENTRIES)  # only a single video is dumped
         runs = [program for program, n in zip(traced, plan.runs, strict=True) for _ in range(n)]
         recorder = dump_recorder(arguments, "stage3", "chunk", made_from, plan.split.mesh, runs)
         compiling = Compiling(arguments, f"{decoder} decoder", plan, traced, cache, report)
@@ -192,7 +193,7 @@ def find_videos(arguments: argparse.Namespace) -> list[Video]:
                 "--input_dir"
             )
     found = [
-        Video(source, arguments.output_video or source / utils.VIDEO, utils.read_config(source, VideoConfig))
+        Video(source, arguments.output_video or source / VIDEO, stage_files.read_config(source, VideoConfig))
         for source in sources
     ]
     for video in found[1:]:
@@ -221,16 +222,18 @@ def check_files(found: Sequence[Video], arguments: argparse.Namespace) -> tuple[
         UserError: another process writes to the folder, or a file is wrong or would replace another one.
     """
     if hosts.is_first():
-        console.at_end.enter_context(writing.claimed(output_folder(found, arguments), "stage3"))
+        program.at_end.enter_context(writing.claimed(output_folder(found, arguments), "stage3"))
     shapes = {}
     for video in found:
-        of_file = utils.tensor_shapes(video.latents, 2, ("latents",), video.config, finite=False, force=arguments.force)
+        of_file = stage_files.tensor_shapes(
+            video.latents, 2, ("latents",), video.config, finite=False, force=arguments.force
+        )
         shapes[video.latents] = of_file["latents"]
         provenance.check_inputs(video.latents, arguments.force)
     model_id = checkpoint.same_model(arguments.model_id, found[0].config["model_id"])
     options = [("--output_video", video.output) for video in found] + [("--output_frames", arguments.output_frames)]
     outputs = options if hosts.is_first() else []
-    configs = [video.source / utils.CONFIG for video in found]
+    configs = [video.source / CONFIG for video in found]
     inputs = [
         *shapes,
         *configs,
@@ -257,7 +260,7 @@ def decode_video(
     functions: Sequence[Callable],
     weights: Any,
     latents: "np.ndarray",
-    plan: "Plan",
+    plan: "DecodingPlan",
     arguments: argparse.Namespace,
     report: Report,
     label: str,
@@ -266,7 +269,7 @@ def decode_video(
 
     `label` is the part of the phase's name after "run".
     """
-    from models.decoder import decode
+    from cogvideox.models.decoder.decoder import decode
 
     # What it is made from is read before the timed run.
     inputs = {provenance.known_as(video.latents, video.output.parent): provenance.digest(video.latents)}
@@ -284,7 +287,7 @@ def decode_video(
 
     if arguments.output_frames and hosts.is_first():
         with report.phase("save frames"):
-            save_frames(frames, arguments.output_frames, utils.made_from(video.config, utils.LATENT_ENTRIES) | made)
+            save_frames(frames, arguments.output_frames, stage_files.made_from(video.config, LATENT_ENTRIES) | made)
     report.say(f"wrote {video.output}" + (f" and {arguments.output_frames}" if arguments.output_frames else ""))
     return phase.seconds
 
@@ -305,7 +308,7 @@ def load_weights(files: Any, abstract: Any) -> Any:
     """
     import jax
 
-    from models.loading import load_arrays
+    from cogvideox.models.shared.loading import load_arrays
 
     stored, tree = jax.tree.flatten(files)
 
@@ -319,7 +322,7 @@ def check_shape(shape: tuple[int, ...], expected: tuple[int, ...], path: Path) -
     """Raise UserError unless the latents have the shape that follows from the configs of the video and the VAE."""
     if shape != expected:
         raise UserError(
-            f"{path}: latents have shape {list(shape)}, but {utils.CONFIG} and the VAE say {list(expected)}; "
+            f"{path}: latents have shape {list(shape)}, but {CONFIG} and the VAE say {list(expected)}; "
             "run stage 2 again"
         )
 
@@ -359,50 +362,6 @@ def save_frames(chunks: Sequence["np.ndarray"], path: Path, metadata: Mapping[st
 
     with writing.replacing(path) as temporary:
         save_file({"frames": np.concatenate(chunks)}, temporary, metadata=dict(metadata))
-
-
-def check_ffmpeg() -> None:
-    """Raise UserError if there is no ffmpeg that runs."""
-    import imageio_ffmpeg
-
-    try:
-        imageio_ffmpeg.get_ffmpeg_version()
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        raise UserError(f"ffmpeg, which encodes the video, does not run: {first_line(error)}; install it") from error
-
-
-@contextlib.contextmanager
-def video_writer(path: str, fps: int, comment: str = "") -> Iterator[Callable]:
-    """Yield a function that appends a frame, uint8 [height, width, 3], to the H.264 video `path`.
-
-    The comment comes into the metadata of the video.
-
-    Raises:
-        OSError: not all frames were written.
-    """
-    import imageio.v2 as imageio
-    from imageio_ffmpeg import count_frames_and_secs
-
-    appended = 0
-
-    def append(frame: "np.ndarray") -> None:
-        nonlocal appended
-        writer.append_data(frame)  # type: ignore[attr-defined]  # missing in imageio's stub
-        appended += 1
-
-    try:
-        # These are the settings of diffusers.utils.export_to_video, except macro_block_size, to multiples of which the
-        # size is rounded up: H.264 needs only even sizes, and ours are even.
-        settings: dict[str, Any] = {"quality": 5.0, "macro_block_size": 2, "ffmpeg_log_level": "quiet"}
-        metadata = ["-metadata", f"comment={comment}"]
-        with imageio.get_writer(path, format="FFMPEG", fps=fps, output_params=metadata, **settings) as writer:
-            yield append
-        # imageio does not check how ffmpeg ended: on a full disk, half a file may be left without an error.
-        written, _ = count_frames_and_secs(path)
-    except (OSError, RuntimeError):
-        written = 0
-    if written != appended or not appended:
-        raise OSError(f"the encoder wrote {written} of {appended} frames")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import functools
 
-from console import run
+from cogvideox.cli.program import run
 from stage3_vae_decoder import main
 
 if __name__ == "__main__":

@@ -26,17 +26,17 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
-import reading
-import utils
-import writing
-from console import number, prepare_libraries
+from cogvideox.cli.types import file_path, number
+from cogvideox.files import checkpoint, writing
+from cogvideox.files.names import VIDEO
+from cogvideox.files.tensors import DTYPES
+from cogvideox.run.accelerator import prepare_libraries
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "CogVideoX1.5-5B"
 TINY_MODEL = ROOT / "tiny_model"
 PROMPT = "a red circle moving left on a white background"
-BFLOAT16 = reading.DTYPES["BF16"]
+BFLOAT16 = DTYPES["BF16"]
 
 
 # --- The model ---------------------------------------------------------------------------------------------------
@@ -58,7 +58,8 @@ def make_model(folder: Path, blocks: int, text_blocks: int) -> None:
     """Write the transformer, the VAE's decoder and the text encoder at their real widths, with few blocks."""
     from transformers import T5Config
 
-    from models import transformer, vae_flax
+    from cogvideox.models.decoder import vae_flax
+    from cogvideox.models.transformer import transformer
 
     config = json.loads((CONFIGS / "transformer" / "config.json").read_text()) | {"num_layers": blocks}
     name = "diffusion_pytorch_model.safetensors"
@@ -114,8 +115,8 @@ def prepare_transformer(folder: Path) -> Callable[[], object]:
     """Return a function that loads the transformer as stage 2 does, onto one device."""
     import jax
 
-    from models import transformer
-    from models.sharding import Parallelism, make_mesh
+    from cogvideox.models.shared.sharding import Parallelism, make_mesh
+    from cogvideox.models.transformer import transformer
 
     model, config = str(folder.parent), json.loads((folder / "config.json").read_text())
     parallelism = Parallelism(make_mesh({"dp": 1, "sp": 1, "tp": 1}, jax.devices()[:1]))
@@ -132,11 +133,11 @@ def prepare_vae(folder: Path) -> Callable[[], object]:
     import jax
 
     import stage3_vae_decoder
-    from models import decoding
+    from cogvideox.models.decoder.plan import make_decoding_plan
 
     size = {"height": 768, "width": 1360, "frames": 81}
     vae = json.loads((folder / "config.json").read_text())
-    plan = decoding.make_plan(vae=vae, decoder="flax", devices=jax.devices()[:1], dtype=BFLOAT16, **size)
+    plan = make_decoding_plan(vae=vae, decoder="flax", devices=jax.devices()[:1], dtype=BFLOAT16, **size)
     decoder = plan.make_decoder()
 
     def load() -> object:
@@ -190,7 +191,7 @@ def measured_load(what: str, folder: Path, only_read: bool) -> tuple[float, int]
 def start_commands(outputs: Path) -> dict[str, list[object]]:
     """Return the command of each stage on the tiny model, after running the stages once to make their inputs."""
     size = ("--height", 64, "--width", 64, "--frames", 17, "--num_inference_steps", 1)
-    video = ("--input_dir", outputs, "--output_video", outputs / utils.VIDEO)
+    video = ("--input_dir", outputs, "--output_video", outputs / VIDEO)
     commands: dict[str, list[object]] = {
         "stage 1": ["stage1_text_encoder.py", "--prompt", PROMPT, "--model_id", TINY_MODEL, "--output_dir"],
         "stage 2": ["stage2_transformer.py", "--input_dir", outputs, *size, "--output_dir"],
@@ -266,7 +267,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=positive, default=6, help="blocks of the transformer (default: 6)")
     parser.add_argument("--text_blocks", type=positive, default=2, help="blocks of the text encoder (default: 2)")
     parser.add_argument("--repeats", type=positive, default=5, help="runs, of which the median counts (default: 5)")
-    parser.add_argument("--output", type=utils.path, help="write the figures to this file, as JSON")
+    parser.add_argument("--output", type=file_path, help="write the figures to this file, as JSON")
     arguments = parser.parse_args()
     if arguments.output:
         writing.check_writable(arguments.output)

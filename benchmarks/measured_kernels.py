@@ -25,9 +25,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import writing
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.errors import UserError
+from cogvideox.files import writing
+from cogvideox.run.accelerator import prepare_libraries
+from cogvideox.versions import versions
 from compile_for_tpu import compiler, kernel_schedule, report, topologies
-from console import ArgumentParser, UserError, prepare_libraries, run, versions
 
 HEADS, HEAD_DIM = 32, 256
 RESULTS = report.RESULTS / "measured_kernels.json"

@@ -29,31 +29,28 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import checkpoint
-import utils
-import writing
 from benchmarks.reproduce_tables import LARGE, MIDDLE, SMALL, video_tokens
+from cogvideox.cli.options import add_log_options
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.cli.report import Report, memory_of
+from cogvideox.cli.types import file_path, number
+from cogvideox.errors import UserError
+from cogvideox.files import checkpoint, writing
+from cogvideox.files.names import STAGE_OUTPUTS
+from cogvideox.run.accelerator import prepare_libraries
+from cogvideox.versions import LIBRARIES, versions
 from compile_for_tpu import prediction, report
 from compile_for_tpu.programs import BUILT_IN_MODEL
-from console import (
-    LIBRARIES,
-    ArgumentParser,
-    Report,
-    UserError,
-    add_log_options,
-    memory_of,
-    number,
-    prepare_libraries,
-    run,
-    versions,
-)
 
 if TYPE_CHECKING:
     import jax
     import numpy as np
 
-    from models import decoding, denoising
-    from models.decoder import Decoder
+    from cogvideox.models.decoder.decoder import Decoder
+    from cogvideox.models.decoder.plan import DecodingPlan
+    from cogvideox.models.transformer import denoising
+    from cogvideox.models.transformer.plan import DenoisingPlan
 
 MINUTES, QUICK_MINUTES = 30.0, 5.0
 PROMPT_SEED, LATENT_SEED, WEIGHT_SEED = 0, 1, 2
@@ -158,12 +155,12 @@ class Machine:
         """The VAE's config."""
         return checkpoint.read_config(str(BUILT_IN_MODEL), "vae") | dict(self.scale.vae)
 
-    def denoising_plan(self, video: tuple[int, int, int], guided: bool, **options: Any) -> "denoising.Plan":
+    def denoising_plan(self, video: tuple[int, int, int], guided: bool, **options: Any) -> "DenoisingPlan":
         """Make the plan of a denoising; `options` are arguments of `denoising.make_plan` other than the defaults."""
-        from models import denoising
+        from cogvideox.models.transformer.plan import make_denoising_plan
 
         defaults = {"transformer": self.transformer, "devices": self.devices, "platform": self.platform}
-        return denoising.make_plan(
+        return make_denoising_plan(
             vae=self.vae,
             scheduler=checkpoint.read_config(str(BUILT_IN_MODEL), "scheduler", "scheduler_config.json"),
             **dict(zip(("height", "width", "frames"), video, strict=True)),
@@ -174,12 +171,12 @@ class Machine:
 
     def decoding_plan(
         self, video: tuple[int, int, int], decoder: str, devices: Sequence["jax.Device"], dtype: str = "bfloat16"
-    ) -> "decoding.Plan":
+    ) -> "DecodingPlan":
         """Make the plan of a decode."""
-        from models import decoding
+        from cogvideox.models.decoder.plan import make_decoding_plan
 
         sizes = dict(zip(("height", "width", "frames"), video, strict=True))
-        return decoding.make_plan(vae=self.vae, decoder=decoder, devices=devices, dtype=dtype, **sizes)
+        return make_decoding_plan(vae=self.vae, decoder=decoder, devices=devices, dtype=dtype, **sizes)
 
 
 # Generation of a TPU by jax's name for the kind of device.
@@ -378,11 +375,11 @@ def hashed(shape: tuple[int, ...], seed: int) -> "jax.Array":
     return (place ^ (place >> 16)).astype(jnp.float32) * 2.0**-31 - 1.0
 
 
-def start_denoising(plan: "denoising.Plan", weights: "Mapping[str, jax.Array]") -> "denoising.Denoising":
+def start_denoising(plan: "DenoisingPlan", weights: "Mapping[str, jax.Array]") -> "denoising.Denoising":
     """Return a run of a plan from drawn prompts, which bfloat16 holds exactly, as it does the noise."""
     import torch
 
-    from models.denoising import Denoising
+    from cogvideox.models.transformer.denoising import Denoising
 
     config = plan.transformer
     shape = plan.batch, config["max_text_seq_length"], config["text_embed_dim"]
@@ -391,17 +388,17 @@ def start_denoising(plan: "denoising.Plan", weights: "Mapping[str, jax.Array]") 
     return Denoising(plan, weights, positive, negative, [LATENT_SEED] * plan.batch)
 
 
-def one_step(plan: "denoising.Plan", weights: "Mapping[str, jax.Array]") -> "np.ndarray":
+def one_step(plan: "DenoisingPlan", weights: "Mapping[str, jax.Array]") -> "np.ndarray":
     """Run one step, and return the noise-free latents that it predicts, float32: at the first step the model's own."""
     import numpy as np
 
-    from models.denoising import make_step
+    from cogvideox.models.transformer.step import make_step
 
     programs = dict.fromkeys(plan.kinds(), make_step(plan))
     return np.asarray(next(start_denoising(plan, weights).run(programs)).pred_original_sample)
 
 
-def draw_latents(plan: "decoding.Plan") -> "np.ndarray":
+def draw_latents(plan: "DecodingPlan") -> "np.ndarray":
     """Draw the latents of a decode, in the plan's dtype; bfloat16 holds them exactly."""
     import jax.numpy as jnp
     import numpy as np
@@ -410,7 +407,7 @@ def draw_latents(plan: "decoding.Plan") -> "np.ndarray":
     return values.astype(jnp.bfloat16).astype(plan.dtype)
 
 
-def draw_decoder_weights(plan: "decoding.Plan", decoder: "Decoder") -> Any:
+def draw_decoder_weights(plan: "DecodingPlan", decoder: "Decoder") -> Any:
     """Draw the weights of a decoder on all devices of the plan, as the tree that it takes."""
     import jax
 
@@ -501,7 +498,7 @@ def kernel_arrays(machine: Machine, inputs: str, length: int) -> "list[jax.Array
 
 def attention_function(machine: Machine, name: str, length: int) -> Callable:
     """Return an implementation of attention as the model calls it, for jax to compile."""
-    from models.attention import Attention
+    from cogvideox.models.transformer.attention import Attention
 
     head_dim = machine.transformer["attention_head_dim"]
     chosen = Attention.choose(name, machine.platform, None, None, head_dim, "bfloat16")
@@ -532,7 +529,7 @@ def check_kernel(machine: Machine, name: str, inputs: str, length: int) -> dict:
     import jax
     import numpy as np
 
-    from models.attention import IMPLEMENTATIONS
+    from cogvideox.models.transformer.attention import IMPLEMENTATIONS
 
     arrays = kernel_arrays(machine, inputs, length)
     output = jax.jit(attention_function(machine, name, length))(*arrays)[:, :, :length]
@@ -570,9 +567,9 @@ def step_on_cpu(machine: Machine, layers: int, guided: bool, dtype: str) -> "np.
     return few_blocks(machine, layers, guided, dtype=dtype, **where)
 
 
-def parameter_shapes(plan: "denoising.Plan") -> "Mapping[str, jax.ShapeDtypeStruct]":
+def parameter_shapes(plan: "DenoisingPlan") -> "Mapping[str, jax.ShapeDtypeStruct]":
     """Return the transformer's parameters as shapes with shardings."""
-    from models.transformer import abstract_parameters
+    from cogvideox.models.transformer.transformer import abstract_parameters
 
     return abstract_parameters(plan.transformer, plan.dtype, plan.parallelism)
 
@@ -588,12 +585,12 @@ def check_chunk(machine: Machine) -> dict:
     return judged_beside_cpu(found, on_cpu)
 
 
-def decoded(plan: "decoding.Plan") -> "np.ndarray":
+def decoded(plan: "DecodingPlan") -> "np.ndarray":
     """Decode drawn latents with drawn weights to float32 pixels in [0, 1], [frames, height, width, 3]."""
     import jax.numpy as jnp
     import numpy as np
 
-    from models.decoder import chunk_programs, decode
+    from cogvideox.models.decoder.decoder import chunk_programs, decode
 
     decoder = plan.make_decoder()
     weights = draw_decoder_weights(plan, decoder)
@@ -686,7 +683,7 @@ def measure_kernel(machine: Machine, length: int) -> dict:
 
 def measure_step(machine: Machine, video: tuple[int, int, int], guided: bool, expected: Mapping) -> dict:
     """Time denoising steps with the default options of stage 2."""
-    from models.denoising import abstract_arguments, make_step
+    from cogvideox.models.transformer.step import abstract_arguments, make_step
 
     memory = MemoryUse(machine.devices)
     plan = machine.denoising_plan(video, guided)
@@ -699,7 +696,7 @@ def measure_step(machine: Machine, video: tuple[int, int, int], guided: bool, ex
 
 def measure_decode(machine: Machine, video: tuple[int, int, int], decoder: str, expected: Mapping) -> dict:
     """Time the decoding of a video until all its frames are on the host, with the default options of stage 3."""
-    from models.decoder import decode
+    from cogvideox.models.decoder.decoder import decode
 
     memory = MemoryUse(machine.devices)
     plan = machine.decoding_plan(video, decoder, machine.devices)
@@ -774,7 +771,7 @@ def now() -> str:
 
 def made_with(machine: Machine) -> dict:
     """Return what decides the results: devices, versions, and the project's sources."""
-    import executable
+    from cogvideox.run import executable
 
     sources = b"".join(path.read_bytes() for path in [*executable.SOURCES, Path(__file__)])
     kind = machine.devices[0].device_kind
@@ -842,9 +839,7 @@ def parse_arguments() -> argparse.Namespace:
         type=number(float, 0),
         help=f"start nothing that takes longer than is left of this (default: {MINUTES:g}, --quick: {QUICK_MINUTES:g})",
     )
-    parser.add_argument(
-        "--output", type=utils.path, default=utils.STAGE_OUTPUTS / "on_device", help="folder for the results"
-    )
+    parser.add_argument("--output", type=file_path, default=STAGE_OUTPUTS / "on_device", help="folder for the results")
     parser.add_argument("--again", action="store_true", help="run what is done already again too")
     add_log_options(parser)
     return parser.parse_args()
@@ -864,7 +859,7 @@ def find_machine() -> Machine:
 
 def attempt(entry: Entry) -> dict:
     """Run an entry, and return what it found; an error is a result too, so that the others run."""
-    from compilation import memory_shortage
+    from cogvideox.run.compilation import memory_shortage
 
     start = time.perf_counter()
     try:

@@ -28,11 +28,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-import checkpoint
-import console
 import utils
-import writing
-from console import ArgumentParser, UserError, error_message, number, prepare_libraries, run
+from cogvideox.cli import program
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.cli.types import file_path, number
+from cogvideox.defaults import FPS, NUM_STEPS, SEED
+from cogvideox.errors import UserError, error_message
+from cogvideox.files import checkpoint, writing
+from cogvideox.run.accelerator import prepare_libraries
 from tools.moving_shapes import (
     CHANCE,
     FRAMES,
@@ -65,20 +69,20 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--videos", type=number(int, 1), default=4, help="videos of each caption, each with another seed"
     )
-    parser.add_argument("--seed", type=number(int, 0), default=utils.SEED, help="seed of the first video's noise")
+    parser.add_argument("--seed", type=number(int, 0), default=SEED, help="seed of the first video's noise")
     parser.add_argument(
-        "--num_inference_steps", type=number(int, 1), default=utils.NUM_STEPS, help="denoising steps, of all videos"
+        "--num_inference_steps", type=number(int, 1), default=NUM_STEPS, help="denoising steps, of all videos"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of our stages")
-    parser.add_argument("--output", type=utils.path, default=RESULTS / "quality.json", help="file for the report, JSON")
+    parser.add_argument("--output", type=file_path, default=RESULTS / "quality.json", help="file for the report, JSON")
     parser.add_argument(
         "--sheet",
-        type=utils.path,
+        type=file_path,
         default=RESULTS / "quality.png",
         help="file for a contact sheet of the held-out captions, PNG",
     )
     parser.add_argument(
-        "--animation", type=utils.path, help="also write an animation of eight of our videos, .gif or .webp"
+        "--animation", type=file_path, help="also write an animation of eight of our videos, .gif or .webp"
     )
     parser.add_argument(
         "--variant",
@@ -252,7 +256,7 @@ def run_stages(model: Path, case: Case, stage2_options: Sequence[object], folder
         command_line, sys.argv = sys.argv, [stage.__name__, *map(str, options)]
         said = io.StringIO()
         try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), console.at_end:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), program.at_end:
                 stage.main()
         except SystemExit:  # a wrong option; the message is the last line
             raise UserError(error_message(said.getvalue())) from None
@@ -326,7 +330,7 @@ def write_animation(path: str, shown: Sequence[tuple]) -> None:
         labelled([(case, ours[frame].repeat(3, axis=0).repeat(3, axis=1)) for case, ours, *_ in chosen], columns=4)
         for frame in range(FRAMES)
     ]
-    options = {"save_all": True, "append_images": pictures[1:], "duration": 1000 // utils.FPS, "loop": 0}
+    options = {"save_all": True, "append_images": pictures[1:], "duration": 1000 // FPS, "loop": 0}
     pictures[0].save(path, quality=95, **options)
 
 

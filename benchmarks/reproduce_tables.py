@@ -24,10 +24,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import checkpoint
-import writing
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.errors import UserError
+from cogvideox.files import checkpoint, writing
+from cogvideox.run.accelerator import prepare_libraries
 from compile_for_tpu import compiler, prediction, programs, report, topologies
-from console import ArgumentParser, UserError, prepare_libraries, run
 
 if TYPE_CHECKING:
     import jax
@@ -88,8 +90,8 @@ def trace_original_block(row: Row, devices: list) -> prediction.Programs:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from models import sharding
-    from models.torch_function import jax_function
+    from cogvideox.models.decoder.torch_function import jax_function
+    from cogvideox.models.shared import sharding
 
     config = checkpoint.read_config(str(programs.BUILT_IN_MODEL), "transformer")
     sizes = {"dp": row.dp, "sp": 1, "tp": len(devices) // row.dp}
@@ -149,7 +151,7 @@ def original_attention(mesh: "jax.sharding.Mesh", constraint: bool) -> Callable:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from models import attention
+    from cogvideox.models.transformer import attention
 
     def splash(query, key, value, **_):
         spec = P("dp", "tp", None, None)
@@ -168,7 +170,7 @@ def predict_original(row: Row, dump: Path) -> dict:
     import jax
     import numpy as np
 
-    import executable
+    from cogvideox.run import executable
 
     block = trace_original_block(row, topologies.devices(row.topology))
     with topologies.compiling_for(jax.sharding.Mesh(np.asarray(block.devices), ("chips",))):

@@ -16,10 +16,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import utils
-import writing
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.cli.types import file_path
+from cogvideox.files import writing
+from cogvideox.run.accelerator import prepare_libraries
 from compile_for_tpu import compiler, programs, report, topologies
-from console import ArgumentParser, prepare_libraries, run
 
 
 def parse_arguments(command: Sequence[str]) -> argparse.Namespace:
@@ -32,7 +34,7 @@ def parse_arguments(command: Sequence[str]) -> argparse.Namespace:
             "--topology", default="v6e-8", help=f"slice to compile for, one of {', '.join(topologies.TOPOLOGIES)}"
         )
         sub.add_argument(
-            "--output", type=utils.path, help="file for the report, JSON (default: a name in benchmarks/results)"
+            "--output", type=file_path, help="file for the report, JSON (default: a name in benchmarks/results)"
         )
         kind.add_options(sub)
     return parser.parse_args(command)

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import writing
+from cogvideox.errors import UserError, error_message
+from cogvideox.files import writing
 from compile_for_tpu import prediction, topologies
-from console import UserError, error_message
 
 ROOT = Path(__file__).resolve().parent.parent
 DUMP = "COMPILE_FOR_TPU_DUMP"  # names the folder of the compiler's dumps, in the process that compiles
@@ -86,7 +86,7 @@ def compile_and_report(
     import jax
     import numpy as np
 
-    import executable
+    from cogvideox.run import executable
 
     programs = trace(topologies.devices(topology))
     report = {"what": what, "topology": topology}

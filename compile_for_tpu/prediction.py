@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from compile_for_tpu import hlo_schedule, kernel_schedule, topologies
+from cogvideox import hlo_schedule
+from compile_for_tpu import kernel_schedule, topologies
 
 # Kernels that run only for heads with unusual scores; see custom_splash_attention.py. The prediction
 # assumes that a loop around one of them does not run.
@@ -155,7 +156,7 @@ def memory(compiled: Sequence, topology: str) -> dict:
 
 def out_of_memory(message: str, advice: str) -> dict:
     """Return the GiB in the compiler's out-of-memory error and a line about them; raise RuntimeError for others."""
-    from compilation import memory_shortage
+    from cogvideox.run.compilation import memory_shortage
 
     shortage = memory_shortage(message)
     if not shortage:

@@ -6,15 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import checkpoint
-import options
-import utils
+from cogvideox.cli import options
+from cogvideox.cli.types import file_path, number
+from cogvideox.errors import UserError
+from cogvideox.files import checkpoint
+from cogvideox.run import plans
 from compile_for_tpu.prediction import Programs
 from compile_for_tpu.topologies import compiling_for
-from console import UserError, number
 
 if TYPE_CHECKING:
-    from models import denoising
+    from cogvideox.models.transformer.plan import DenoisingPlan
+
+if TYPE_CHECKING:
+    pass
 
 # The configs of zai-org/CogVideoX1.5-5B, without weights.
 BUILT_IN_MODEL = Path(__file__).resolve().parent.parent / "configs" / "CogVideoX1.5-5B"
@@ -77,20 +81,22 @@ def add_stage2_options(parser: argparse.ArgumentParser) -> None:
 
 def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
     """Trace the denoising step."""
-    from models import denoising, tap
+    from cogvideox.models.shared import tap
+    from cogvideox.models.transformer.plan import StepKind
+    from cogvideox.models.transformer.step import abstract_arguments, make_step
 
     platform = "cpu" if arguments.topology == "cpu" else "tpu"
     videos = arguments.videos_at_once or 1
-    plan = options.denoising_plan(arguments, arguments.model_id, devices, platform, videos, dtype=arguments.dtype)
+    plan = plans.denoising_plan(arguments, arguments.model_id, devices, platform, videos, dtype=arguments.dtype)
     if arguments.skipped_step and not plan.step_cache:
         raise UserError("--skipped_step belongs to --cache_schedule or --cache_threshold")
     if arguments.unguided_step and not plan.guidance_interval:
         raise UserError("--unguided_step belongs to --guidance_interval")
-    kind = denoising.StepKind(arguments.skipped_step, plan.guided and not arguments.unguided_step)
+    kind = StepKind(arguments.skipped_step, plan.guided and not arguments.unguided_step)
     with compiling_for(plan.parallelism.mesh):
         wanted = tap.Wanted(statistics=["*"]) if arguments.dump_stats else None
-        step = denoising.make_step(plan, wanted, kind)
-        traced = step.trace(*denoising.abstract_arguments(plan))
+        step = make_step(plan, wanted, kind)
+        traced = step.trace(*abstract_arguments(plan))
     config = plan.transformer
     samples = plan.batch * (2 if kind.guided else 1)
     scores = samples * config["num_attention_heads"] / len(devices) * plan.tokens**2
@@ -108,7 +114,7 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
     )
 
 
-def _stage2_advice(plan: "denoising.Plan") -> str:
+def _stage2_advice(plan: "DenoisingPlan") -> str:
     if not plan.attention.is_kernel:
         return "--attention splash, which keeps no scores in memory"
     if plan.parallelism.layout != "fsdp" and plan.parallelism.mesh.size > 1:
@@ -134,7 +140,7 @@ def add_stage3_options(parser: argparse.ArgumentParser) -> None:
 def trace_stage3(arguments: argparse.Namespace, devices: list) -> Programs:
     """Trace the decoder's two programs, one for the first chunk of latent frames and one for each later chunk."""
     size = {name: getattr(arguments, name) for name in ("height", "width", "frames")}
-    plan = options.decoding_plan(arguments, arguments.model_id, arguments.decoder, size, devices, dtype=arguments.dtype)
+    plan = plans.decoding_plan(arguments, arguments.model_id, arguments.decoder, size, devices, dtype=arguments.dtype)
     decoder = plan.make_decoder()
     with compiling_for(plan.split.mesh):
         traced = plan.programs(decoder, plan.abstract_weights(decoder))
@@ -172,9 +178,9 @@ def trace_kernel(arguments: argparse.Namespace, devices: list) -> Programs:
     import jax
     import jax.numpy as jnp
 
-    from models.attention import Attention
+    from cogvideox.models.transformer.attention import Attention
 
-    with options.plan_errors():
+    with plans.plan_errors():
         function = Attention.choose(
             arguments.attention,
             "tpu",
@@ -212,7 +218,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_id", default=str(BUILT_IN_MODEL), help="the model; only its configs are read")
     _add_dtype_option(parser, "dtype of the weights")
     parser.add_argument(
-        "--save", type=utils.path, help="also write the compiled programs to this file, for a stage's --executable"
+        "--save", type=file_path, help="also write the compiled programs to this file, for a stage's --executable"
     )
 
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from console import UserError
+from cogvideox.errors import UserError
 
 if TYPE_CHECKING:
     import jax

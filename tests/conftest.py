@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from console import prepare_libraries
+from cogvideox.run.accelerator import prepare_libraries
 from tests.helpers import OTHER_SIZES, ROOT, SIZE, STAGE1, STAGE2, STAGE3, VIRTUAL_DEVICES, run_command, stage_command
 
 prepare_libraries()

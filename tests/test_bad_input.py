@@ -25,10 +25,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-import console
-import reading
-import utils
-from console import UserError
+from cogvideox.cli import program, report
+from cogvideox.errors import UserError
+from cogvideox.files import schemas, stage_files
+from cogvideox.files.names import VIDEO
+from cogvideox.files.tensors import DTYPES, is_finite
 from tests.helpers import (
     CONFIG,
     EMBEDDINGS,
@@ -401,7 +402,7 @@ STAGE3_CASES = {
     "frames are the latents, dotted": (["--output_frames", f"model/../outputs/{LATENTS}"], nothing, [LATENTS]),
     "frames are the config": (["--output_frames", OUT / CONFIG], nothing, ["--output_frames", "would replace", CONFIG]),
     "frames are the timings": (["--output_frames", OUT / "timings.json"], nothing, ["--output_frames", "timings"]),
-    "frames are the video": (["--output_frames", OUT / utils.VIDEO], nothing, ["--output_frames", utils.VIDEO]),
+    "frames are the video": (["--output_frames", OUT / VIDEO], nothing, ["--output_frames", VIDEO]),
     "frames are the model": (["--output_frames", VAE], nothing, ["--output_frames", "would replace", VAE]),
     "video is the latents, linked": (["--output_video", "x.mp4"], link("x.mp4", OUT / LATENTS), [LATENTS]),
     "log is the latents": (["--log_json", OUT / LATENTS], nothing, ["--log_json", "no log"]),
@@ -516,12 +517,12 @@ def run_here(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
             STAGE2: ["--input_dir", OUT, *SIZE],
         }.get(script, ["--input_dir", OUT])
         monkeypatch.setattr(sys, "argv", [script, *map(str, (*defaults, *arguments))])
-        monkeypatch.setattr(console.Report, "current", None)
+        monkeypatch.setattr(report.Report, "current", None)
         monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest has its own
         monkeypatch.setattr(os, "_exit", sys.exit)  # how a stage ends while it compiles
         status = 0
         try:
-            console.run(importlib.import_module(script.removesuffix(".py")).main)
+            program.run(importlib.import_module(script.removesuffix(".py")).main)
         except SystemExit as ended:
             status = ended.code
         return status, *capfd.readouterr()
@@ -608,7 +609,7 @@ def test_code_of_a_model_is_not_run(folder, run_here):
 )
 def test_executables(spoil, words, tmp_path, monkeypatch):
     """Only a file that is whole, and made for what is wanted, is ever unpickled."""
-    import executable  # which imports jax
+    from cogvideox.run import executable
 
     monkeypatch.chdir(tmp_path)
     path = Path("saved")
@@ -700,7 +701,7 @@ def test_any_bytes_for_a_config(data, tmp_path_factory):
     """The entries have their types and bounds, or there is a UserError."""
     folder = tmp_path_factory.getbasetemp()
     (folder / CONFIG).write_bytes(data)
-    config = read_or_refused(lambda: utils.read_config(folder, reading.VideoConfig), CONFIG)
+    config = read_or_refused(lambda: stage_files.read_config(folder, schemas.VideoConfig), CONFIG)
     if config is None:
         return
     assert config.keys() >= ENTRIES.keys()
@@ -742,7 +743,7 @@ def test_any_bytes_for_tensors(data, tmp_path_factory):
     """The tensor has elements and finite values, as safetensors itself reads them, or there is a UserError."""
     path = tmp_path_factory.getbasetemp() / LATENTS
     path.write_bytes(data)
-    shapes = read_or_refused(lambda: utils.tensor_shapes(path, 2, ["latents"], ENTRIES), LATENTS)
+    shapes = read_or_refused(lambda: stage_files.tensor_shapes(path, 2, ["latents"], ENTRIES), LATENTS)
     if shapes is None:
         return
     tensor = load_torch(path)["latents"]
@@ -751,12 +752,10 @@ def test_any_bytes_for_tensors(data, tmp_path_factory):
 
 
 @any_bytes
-@hypothesis.given(
-    bits=strategies.binary(min_size=8, max_size=64), dtype=strategies.sampled_from(list(reading.DTYPES.values()))
-)
+@hypothesis.given(bits=strategies.binary(min_size=8, max_size=64), dtype=strategies.sampled_from(list(DTYPES.values())))
 def test_finite_is_what_numpy_calls_finite(bits, dtype):
     array = np.frombuffer(bits[: len(bits) // 8 * 8], dtype)
-    assert reading.is_finite(array) == all(map(math.isfinite, array.tolist())), array
+    assert is_finite(array) == all(map(math.isfinite, array.tolist())), array
 
 
 # --- Devices, disks and signals ------------------------------------------------------------------------------------

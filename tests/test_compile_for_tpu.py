@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from benchmarks import reproduce_tables
+from cogvideox.errors import UserError
+from cogvideox.run.executable import operations_digest
 from compile_for_tpu import __main__ as tool
 from compile_for_tpu import programs, report, topologies
-from console import UserError
-from executable import operations_digest
 from tests.helpers import LATENTS, SIZE, STAGE2, STAGE3, needs_libtpu, values
 
 TINY_STEP = [*SIZE[:-2], "--dtype", "float32"]

@@ -13,11 +13,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
+from cogvideox.models.decoder import vae_flax, vae_torchax
+from cogvideox.models.decoder.conv_input import conv_input, plain_conv_input
+from cogvideox.models.decoder.decoder import chunk_programs, chunk_sizes, decode, to_pixels
+from cogvideox.models.decoder.spatial_split import choose_split
 from compile_for_tpu import topologies
-from models import vae_flax, vae_torchax
-from models.conv_input import conv_input, plain_conv_input
-from models.decoder import chunk_programs, chunk_sizes, decode, to_pixels
-from models.spatial_split import choose_split
 from tests.helpers import ROOT, needs_libtpu
 
 VAES = {

@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import tensor_dump
-from console import UserError
+from cogvideox.errors import UserError
+from cogvideox.files import tensor_dump
 from tests.helpers import EMBEDDINGS, LATENTS, ROOT, SIZE, STAGE2, STAGE3, VIRTUAL_DEVICES, run_command, stage_command
 
 TOOL = "inspect_tensors.py"

@@ -14,10 +14,10 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXD
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from console import UserError
+from cogvideox.errors import UserError
+from cogvideox.files.stage_files import made_from
 from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, STAGE2, STAGE3, edit_config
 from tools import dump_reference
-from utils import made_from
 
 STEPS, SEED, HEIGHT, WIDTH, SCALE = 4, 7, 32, 48, 5.0
 DDIM, DPM = CogVideoXDDIMScheduler, CogVideoXDPMScheduler

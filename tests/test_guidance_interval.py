@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-import tensor_dump
+from cogvideox.files import tensor_dump
 from tests import oracle
 from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, SIZE, STAGE1, STAGE2
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from cogvideox.hlo_schedule import HloError, Program, costs, replica_groups
 from compile_for_tpu import topologies
-from compile_for_tpu.hlo_schedule import HloError, Program, costs, replica_groups
 
 ESTIMATE = 'backend_config={{"window_config":{{"estimated_cycles":"{}"}}}}'
 

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import console
-import hosts
-from console import UserError
+from cogvideox.errors import UserError
+from cogvideox.run import accelerator, hosts
 from tests.helpers import (
     LATENTS,
     ROOT,
@@ -231,9 +230,9 @@ def test_place_on_a_slice(monkeypatch):
     for name in ("TPU_WORKER_HOSTNAMES", "TPU_WORKER_ID", "JAX_PLATFORMS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(hosts, "_metadata", lambda name: known[name])
-    monkeypatch.setattr(console, "has_tpu", lambda: False)
+    monkeypatch.setattr(accelerator, "has_tpu", lambda: False)
     assert hosts._place(options()) is None
-    monkeypatch.setattr(console, "has_tpu", lambda: True)
+    monkeypatch.setattr(accelerator, "has_tpu", lambda: True)
     assert hosts._place(options()) == ("10.0.0.1:8482", 4, 2)
     assert hosts._place(options(num_processes=1)) is None
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from inspect_tensors import execution_order, items, sight, statistics
+from cogvideox.inspection.description import sight, statistics
+from cogvideox.inspection.items import execution_order, items
 
 TOOL = "inspect_tensors.py"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]

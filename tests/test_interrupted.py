@@ -16,12 +16,14 @@ import safetensors.torch
 import torch
 from safetensors.numpy import load_file, save_file
 
-import provenance
-import resume
-import utils
-import writing
-from console import UserError
-from models import denoising
+from cogvideox.errors import UserError
+from cogvideox.files import provenance, stage_files, state, writing
+from cogvideox.files.names import VIDEO
+from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES
+from cogvideox.inspection import status
+from cogvideox.models.transformer import denoising
+from cogvideox.models.transformer.plan import make_denoising_plan
+from cogvideox.models.transformer.step import abstract_arguments, make_step
 from tests.helpers import (
     CONFIG,
     EMBEDDINGS,
@@ -86,7 +88,7 @@ def kill_and_run_again(outputs: Path, script: str, moments: list[float], seed: i
         assert status in (0, -number, 128 + number), f"{where}: exit {status}\n{errors}"
         assert "Traceback" not in errors, f"{where}\n{errors}"
         if status == 128 + number:
-            left = {file for file in set(contents(outputs)) - files if file != resume.FILE}
+            left = {file for file in set(contents(outputs)) - files if file != state.FILE}
             assert not left, f"{where}: {left}"
         for found, kept in zip(tensors(outputs / name).values(), before.values(), strict=True):
             assert torch.equal(found, kept), f"{where}: half a file"
@@ -111,21 +113,21 @@ def test_an_unfinished_run_goes_on(outputs, run_stage):
     with subprocess.Popen(
         stage_command(STAGE2, *run), env=stage_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
-        while not (outputs / resume.FILE).exists():
+        while not (outputs / state.FILE).exists():
             time.sleep(0.02)
             assert process.poll() is None, process.stderr.read().decode()
         process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=30)[1].decode()
     assert process.returncode == 128 + signal.SIGTERM, errors
     last = errors.strip().splitlines()[-1]
-    done = int(load_file(outputs / resume.FILE)["done"])
+    done = int(load_file(outputs / state.FILE)["done"])
     assert f"interrupted after step {done} of 1000; the same command goes on from there" in last, errors
 
     error = run_stage(STAGE2, *run, "--seed", 7, status=2).stderr
     assert "seed = 42, this one has 7; --restart starts over" in error, error
     assert "an unfinished run" in run_stage("utils.py", "status", outputs).stdout
     run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--restart")
-    assert not (outputs / resume.FILE).exists()
+    assert not (outputs / state.FILE).exists()
 
 
 @pytest.mark.parametrize("skipped", [[], [1, 2]], ids=["all steps", "two skipped"])
@@ -141,7 +143,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, random_mo
         )
     }
     configs["scheduler"]["_class_name"] = scheduler
-    plan = denoising.make_plan(
+    plan = make_denoising_plan(
         **configs,
         devices=jax.devices()[:1],
         platform="cpu",
@@ -156,10 +158,10 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, random_mo
     generator = torch.Generator().manual_seed(0)
     width, tokens = plan.transformer["text_embed_dim"], plan.transformer["max_text_seq_length"]
     text = [torch.randn(1, tokens, width, generator=generator) for _ in range(2)]
-    shapes = denoising.abstract_arguments(plan).parameters
+    shapes = abstract_arguments(plan).parameters
     values = np.random.default_rng(0)
     parameters = {name: jax.numpy.asarray(values.normal(0, 0.1, s.shape), s.dtype) for name, s in shapes.items()}
-    programs = {kind: denoising.make_step(plan, kind=kind) for kind in plan.kinds(skipped)}
+    programs = {kind: make_step(plan, kind=kind) for kind in plan.kinds(skipped)}
 
     def run(saved: dict | None = None) -> list[dict]:
         run = denoising.Denoising(plan, parameters, *text, seeds=[3], skipped=skipped)
@@ -281,19 +283,19 @@ def chain(tmp_path) -> Path:
     video = {"height": 16, "width": 16, "frames": 1, "num_inference_steps": 1, "guidance_scale": 1.0, "seed": 1}
     config |= video | {"scheduler": "s", "fps": 8}
     arguments = argparse.Namespace(seed=1)
-    utils.write_config(tmp_path, config)
-    texts = utils.made_from(config, utils.TEXT_ENTRIES) | provenance.describe("stage1", {}, arguments)
+    stage_files.write_config(tmp_path, config)
+    texts = stage_files.made_from(config, TEXT_ENTRIES) | provenance.describe("stage1", {}, arguments)
     save_file({"prompt_embeds": np.ones((1, 2, 3), np.float32)}, tmp_path / EMBEDDINGS, texts)
     made = provenance.describe("stage2", {EMBEDDINGS: provenance.digest(tmp_path / EMBEDDINGS)}, arguments)
     save_file(
         {"latents": np.ones((1, 1, 1, 2, 2), np.float32)},
         tmp_path / LATENTS,
-        utils.made_from(config, utils.LATENT_ENTRIES) | made,
+        stage_files.made_from(config, LATENT_ENTRIES) | made,
     )
-    from stage3_vae_decoder import video_writer
+    from cogvideox.files.video_file import video_writer
 
     comment = provenance.describe("stage3", {LATENTS: provenance.digest(tmp_path / LATENTS)}, arguments)["provenance"]
-    with video_writer(str(tmp_path / utils.VIDEO), 8, comment) as append:
+    with video_writer(str(tmp_path / VIDEO), 8, comment) as append:
         append(np.zeros((16, 16, 3), np.uint8))
     return tmp_path
 
@@ -307,12 +309,12 @@ def rewrite(path: Path, value: float) -> None:
 
 def test_status(chain):
     """Each kind of file that does not belong to the others is named, and the stage that makes it."""
-    lines = lambda: "\n".join(provenance.status(chain))  # noqa: E731
+    lines = lambda: "\n".join(status.status(chain))  # noqa: E731
     assert lines().endswith("All is there and fits together."), lines()
     assert lines().count(": made 20") == 3, lines()
 
     rewrite(chain / LATENTS, 2)
-    assert f"{utils.VIDEO}: is stale: it was made from another {LATENTS}" in lines(), lines()
+    assert f"{VIDEO}: is stale: it was made from another {LATENTS}" in lines(), lines()
     assert lines().endswith(f"Next: python stage3_vae_decoder.py --input_dir {chain}"), lines()
     rewrite(chain / EMBEDDINGS, 2)
     assert f"{LATENTS}: is stale: it was made from another {EMBEDDINGS}" in lines(), lines()
@@ -328,8 +330,8 @@ def test_status(chain):
 
 def test_what_does_not_belong_together_is_refused(chain):
     with pytest.raises(UserError, match="--force"):
-        utils.tensor_shapes(chain / LATENTS, 2, ["latents"], {"model_id": "other"})
-    utils.tensor_shapes(chain / LATENTS, 2, ["latents"], {"model_id": "other"}, force=True)
+        stage_files.tensor_shapes(chain / LATENTS, 2, ["latents"], {"model_id": "other"})
+    stage_files.tensor_shapes(chain / LATENTS, 2, ["latents"], {"model_id": "other"}, force=True)
     provenance.check_inputs(chain / LATENTS, force=False)
     rewrite(chain / EMBEDDINGS, 2)
     with pytest.raises(UserError, match=f"was not made from the {EMBEDDINGS} beside it"):
@@ -342,6 +344,6 @@ def test_what_does_not_belong_together_is_refused(chain):
 def test_files_without_provenance_are_taken(chain):
     """As those of the original project, which say nothing of themselves."""
     save_file(load_file(chain / LATENTS), chain / LATENTS)
-    utils.tensor_shapes(chain / LATENTS, 2, ["latents"], json.loads((chain / CONFIG).read_text()))
+    stage_files.tensor_shapes(chain / LATENTS, 2, ["latents"], json.loads((chain / CONFIG).read_text()))
     provenance.check_inputs(chain / LATENTS, force=False)
-    assert f"{LATENTS}: made at an unknown time" in "\n".join(provenance.status(chain))
+    assert f"{LATENTS}: made at an unknown time" in "\n".join(status.status(chain))

@@ -18,12 +18,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-import checkpoint
 import stage3_vae_decoder
+from cogvideox.errors import UserError
+from cogvideox.files import checkpoint
+from cogvideox.models.decoder.plan import DECODERS, make_decoding_plan
+from cogvideox.models.shared import loading
+from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh, parameter_sharding
+from cogvideox.models.transformer import transformer
 from compile_for_tpu import topologies
-from console import UserError
-from models import decoding, loading, transformer
-from models.sharding import LAYOUTS, Parallelism, make_mesh, parameter_sharding
 from tests.helpers import CONFIG, EMBEDDINGS, ROOT, SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, needs_libtpu
 
 CONFIG_5B = json.loads((ROOT / "configs" / "CogVideoX1.5-5B" / "transformer" / "config.json").read_text())
@@ -214,11 +216,11 @@ def test_an_error_while_reading_ends_the_load():
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("decoder", decoding.DECODERS)
+@pytest.mark.parametrize("decoder", DECODERS)
 def test_decoder_weights(decoder, devices, random_model):
     """Against the weights as diffusers reads them, in the layout of channels that a decoder takes."""
     config = json.loads((random_model / "vae" / "config.json").read_text())
-    plan = decoding.make_plan(
+    plan = make_decoding_plan(
         vae=config, decoder=decoder, devices=jax.devices()[:devices], dtype=jnp.float32, height=64, width=64, frames=9
     )
     vae = plan.make_decoder()

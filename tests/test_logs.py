@@ -14,9 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import console
-import timings
-from console import EventLog, Report, memory_of
+from cogvideox.cli import program
+from cogvideox.cli.report import EventLog, Report, memory_of
+from cogvideox.files import timings
+from cogvideox.inspection import seconds
 from tests.helpers import LATENTS, SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, stage_command, stage_environment
 
 STEPS = SIZE[-1]
@@ -38,7 +39,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(console.time, "perf_counter", clock)
+    monkeypatch.setattr(program.time, "perf_counter", clock)
     return clock
 
 
@@ -191,7 +192,7 @@ def test_what_is_no_file_of_ours_is_replaced(content, reason, tmp_path):
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=reason):
         timings.read(tmp_path)
-    assert next(timings.lines(tmp_path)).startswith("WARNING")
+    assert next(seconds.lines(tmp_path)).startswith("WARNING")
     warning = timings.write(tmp_path, "stage2", ENTRY)
     assert reason in warning and "replaced" in warning
     assert timings.read(tmp_path) == {"stage2": ENTRY}
@@ -204,14 +205,14 @@ def test_timings_that_cannot_be_written_are_a_warning(tmp_path):
 
 def test_lines_for_people(tmp_path):
     """The median and the slowest are of the steps that no profiler slowed down."""
-    assert list(timings.lines(tmp_path)) == []
+    assert list(seconds.lines(tmp_path)) == []
     timings.write(tmp_path / "a", "stage2", ENTRY)
     timings.write(tmp_path / "b", "stage2", ENTRY | {"seconds": {"load": 8.0, "save": 1.0}, "versions": {"jax": "2"}})
     timings.write(tmp_path / "b", "stage3", ENTRY | {"devices": "8 x TPU v6 lite", "steps": []})
-    rows = [line.split() for line in timings.lines(tmp_path / "a")]
+    rows = [line.split() for line in seconds.lines(tmp_path / "a")]
     assert ["load", "2.000"] in rows and ["a", "step,", "median", "2.000"] in rows, rows
     assert ["a", "step,", "slowest", "3.000"] in rows, rows
-    rows = [line.split() for line in timings.lines(tmp_path / "a", tmp_path / "b")]
+    rows = [line.split() for line in seconds.lines(tmp_path / "a", tmp_path / "b")]
     for row in ("load 2.000 8.000 0.25", "save - 1.000", "jax: 1 | 2", "stage3: 8 x TPU v6 lite", "load - 2.000"):
         assert row.split() in rows, rows
 
@@ -246,7 +247,7 @@ def test_an_error_is_in_the_log(run_stage, tmp_path):
 def test_a_bug_is_in_the_log_with_its_traceback(tmp_path):
     Report("stage1", options(log_json=tmp_path / "log.jsonl"))
     with pytest.raises(SystemExit) as ended:
-        console.run(lambda: 1 / 0)
+        program.run(lambda: 1 / 0)
     assert ended.value.code == 1
     last = events(tmp_path / "log.jsonl")[-1]
     assert last["kind"] == "ZeroDivisionError" and "Traceback" in last["traceback"]

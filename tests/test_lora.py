@@ -15,13 +15,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-import lora
-import provenance
-import utils
-from console import UserError
-from models import transformer
-from models.sharding import LAYOUTS, Parallelism, make_mesh
-from reading import VideoConfig
+from cogvideox.cli.types import lora_option
+from cogvideox.defaults import SEED
+from cogvideox.errors import UserError
+from cogvideox.files import lora, provenance, stage_files
+from cogvideox.files.schemas import VideoConfig
+from cogvideox.inspection import status
+from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh
+from cogvideox.models.transformer import transformer
 from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, SIZE, STAGE2, edit_config
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out", "norm1.linear", "text_proj"]
@@ -68,7 +69,7 @@ def parameters(module: CogVideoXTransformer3DModel, loras=(), mesh=(1, 1, 1), la
     """Return a torch module's weights as stage 2 loads them, in float32."""
     stored = {name: np.asarray(jnp.from_dlpack(x.detach())) for name, x in module.state_dict().items()}
     config = dict(module.config)
-    changes = [lora.read(lora.option(f"{path}:{scale}")) for path, scale in loras]
+    changes = [lora.read(lora_option(f"{path}:{scale}")) for path, scale in loras]
     for one in changes:
         one.check(transformer.stored_shapes(config))
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
@@ -173,10 +174,10 @@ def test_scale_and_path(tmp_path, monkeypatch):
         *(("a:2", f"{tmp_path}/a:2:1.0"), ("b:2", f"{tmp_path}/b:2.0"), ("b:-1e-3", f"{tmp_path}/b:-0.001")),
         *(("b", f"{tmp_path}/b:1.0"), ("c:d/e", f"{tmp_path}/c:d/e:1.0"), ("/b:0", "/b:0.0")),
     ):
-        assert lora.option(text) == expected, text
+        assert lora_option(text) == expected, text
     for text in ("b:nan", "b:inf", "b:1e9", "b:", "b:x", "", ":1"):
         with pytest.raises(Exception, match=r"empty|number|from -1000"):
-            lora.option(text)
+            lora_option(text)
 
 
 # --- What cannot be fused ----------------------------------------------------------------------------------------
@@ -235,7 +236,7 @@ def refusal(path: Path, model: Path) -> str:
     """Return why a LoRA is refused; it must be one line that names the file."""
     shapes = transformer.stored_shapes(json.loads((model / "transformer" / "config.json").read_text()))
     with pytest.raises(UserError) as caught:
-        lora.read(lora.option(str(path))).check(shapes)
+        lora.read(lora_option(str(path))).check(shapes)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value), caught.value
     return str(caught.value)
 
@@ -281,7 +282,7 @@ def test_latents_and_provenance(outputs, random_model, loras, run_stage, tmp_pat
         fused(random_model, chosen, torch.float32)(
             **arguments | embeddings,
             guidance_scale=6.0,
-            generator=torch.Generator().manual_seed(utils.SEED),
+            generator=torch.Generator().manual_seed(SEED),
             output_type="latent",
             callback_on_step_end=lambda _, __, ___, tensors: seen.update(tensors) or {},
         )
@@ -295,7 +296,7 @@ def test_latents_and_provenance(outputs, random_model, loras, run_stage, tmp_pat
     assert provenance.read(outputs / LATENTS)["inputs"].keys() == files | {EMBEDDINGS}
     provenance.check_inputs(outputs / LATENTS, force=False)
     edit_config(outputs, lora=[])
-    fault = provenance.fault_of(outputs / LATENTS, utils.read_config(outputs, VideoConfig))
+    fault = status.fault_of(outputs / LATENTS, stage_files.read_config(outputs, VideoConfig))
     assert "was made with lora = ['/" in fault, fault
     rewrite(paths[1], paths[1] / FILE, metadata={"format": "other"})
     with pytest.raises(UserError, match=f"was not made from {paths[1] / FILE} as it is now"):

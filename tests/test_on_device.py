@@ -14,9 +14,10 @@ import pytest
 
 from benchmarks import on_device, reproduce_tables
 from benchmarks.on_device import FULL, NO_TIME, NOT_QUICK, ON_A_CPU, STARTED, Entry, Machine
+from cogvideox.errors import UserError
+from cogvideox.models.transformer import attention
+from cogvideox.models.transformer import plan as plan_module
 from compile_for_tpu import report
-from console import UserError
-from models import attention, denoising
 from tests.helpers import VIRTUAL_DEVICES, stage_command, stage_environment
 
 FAST, ONLINE = "attention splash_exp2, fast kernel, layer normed", "attention splash_exp2, online kernel, mixed heads"
@@ -112,7 +113,7 @@ def test_the_wrong_kernel_of_two_fails(run, monkeypatch):
 
 @pytest.mark.slow
 def test_a_wrong_mesh_fails_alone(run, monkeypatch):
-    make_plan = denoising.make_plan
+    make_plan = plan_module.make_denoising_plan
 
     def wrong_for_tp(**options):
         plan = make_plan(**options)
@@ -121,7 +122,7 @@ def test_a_wrong_mesh_fails_alone(run, monkeypatch):
         scaled = lambda *arrays, kv_length: plan.attention(*arrays, kv_length=kv_length) * 1.5  # noqa: E731
         return dataclasses.replace(plan, attention=scaled)
 
-    monkeypatch.setattr(denoising, "make_plan", wrong_for_tp)
+    monkeypatch.setattr(plan_module, "make_denoising_plan", wrong_for_tp)
     status, found = run(only=("mesh",), devices=2)
     failed = [name for name, one in found.items() if one["status"] == "failed"]
     expected = [f"mesh dp 1 x sp 1 x tp 2, layout {layout}, beside the CPU" for layout in ("tp", "fsdp")]

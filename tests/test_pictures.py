@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import pictures
-from console import UserError
-from inspect_tensors import items
-from pictures import COMPONENTS, NOT_FINITE, Entry, LatentMap
+from cogvideox.errors import UserError
+from cogvideox.files import latent_pictures
+from cogvideox.files.latent_pictures import COMPONENTS, NOT_FINITE, LatentMap
+from cogvideox.inspection import figure, pictures
+from cogvideox.inspection.items import items
+from cogvideox.inspection.pictures import Entry
 from tests.helpers import LATENTS, ROOT, STAGE1, STAGE2, STAGE3, TINY_MODEL
 from tools import fit_latent_rgb
 from tools.moving_shapes import ALL, held_out, render
@@ -65,7 +67,7 @@ def test_colours_are_linear_clipped_and_mark_what_is_not_finite():
     random = np.random.default_rng(0)
     latents, weights, bias = random.normal(size=(4, 3, 5, 7)).astype(np.float32), random.random((4, 3)), np.full(3, 0.5)
     latents[1, 2, 3, 4], latents[0, 0, 0, 0], latents[2, 1, 1, 1] = np.nan, np.inf, 3e38
-    found = pictures.latents_to_rgb(latents, LatentMap(weights, bias, ""))
+    found = latent_pictures.latents_to_rgb(latents, LatentMap(weights, bias, ""))
     assert found.shape == (3, 5, 7, 3) and found.dtype == np.uint8
     for t, h, w in np.ndindex(3, 5, 7):
         expected = [
@@ -84,7 +86,7 @@ def test_principal_components_against_svd(shape):
     random = np.random.default_rng(shape[0])
     mixing = random.normal(size=(shape[0], shape[0])) * np.geomspace(1, 0.01, shape[0])
     latents = np.einsum("dc,cthw->dthw", mixing, random.normal(size=shape)) + random.normal(size=(shape[0], 1, 1, 1))
-    mapping = pictures.principal_components(latents)
+    mapping = latent_pictures.principal_components(latents)
     values = latents.reshape(shape[0], -1).T
     scores = (values @ mapping.weights + mapping.bias - 0.5) @ np.linalg.inv(COMPONENTS)
     centred = values - values.mean(axis=0)
@@ -94,17 +96,17 @@ def test_principal_components_against_svd(shape):
         assert abs(correlation) > 1 - 1e-9, f"component {i}: {correlation}"
         np.testing.assert_allclose(np.quantile(scores[:, i], [0.01, 0.99]), [-0.5, 0.5], atol=1e-9)
     np.testing.assert_allclose(scores[:, shape[0] :], 0, atol=1e-12)
-    np.testing.assert_allclose(pictures.principal_components(-latents).weights, mapping.weights, atol=1e-9)
+    np.testing.assert_allclose(latent_pictures.principal_components(-latents).weights, mapping.weights, atol=1e-9)
 
 
 def test_principal_components_of_latents_that_have_none():
     """Latents that are all equal are gray; of others, what is not finite is left out."""
-    assert (pictures.latents_to_rgb(np.full((4, 2, 3, 3), 7.0), None) == 128).all()
+    assert (latent_pictures.latents_to_rgb(np.full((4, 2, 3, 3), 7.0), None) == 128).all()
     nothing = np.full((4, 2, 3, 3), np.nan)
-    assert (pictures.latents_to_rgb(nothing, None) == NOT_FINITE).all()
+    assert (latent_pictures.latents_to_rgb(nothing, None) == NOT_FINITE).all()
     latents = np.random.default_rng(0).normal(size=(4, 2, 3, 3))
-    mapping = pictures.principal_components(np.concatenate([latents, nothing], axis=1))
-    np.testing.assert_allclose(mapping.weights, pictures.principal_components(latents).weights)
+    mapping = latent_pictures.principal_components(np.concatenate([latents, nothing], axis=1))
+    np.testing.assert_allclose(mapping.weights, latent_pictures.principal_components(latents).weights)
 
 
 def test_where_a_fitted_map_is_found(tmp_path, monkeypatch):
@@ -119,16 +121,16 @@ def test_where_a_fitted_map_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     for model in (str(tmp_path / "model"), "some/model"):
-        found = pictures.fitted_map(model)
+        found = latent_pictures.fitted_map(model)
         assert found is not None, model
         assert found.weights.tolist() == content["weights"] and found.bias.tolist() == content["bias"]
         assert found.origin == "colours fitted on squares"
     for model in (str(tmp_path), str(tmp_path / "gone"), "some/other", "~"):
-        assert pictures.fitted_map(model) is None
+        assert latent_pictures.fitted_map(model) is None
     for text in ("{", "[]", "{}", json.dumps(content | {"weights": [[1, 2]]}), json.dumps(content | {"bias": 1})):
         (tmp_path / "model" / "vae" / "latent_rgb.json").write_text(text)
         with pytest.raises(UserError, match=r"latent_rgb\.json.* again"):
-            pictures.fitted_map(str(tmp_path / "model"))
+            latent_pictures.fitted_map(str(tmp_path / "model"))
 
 
 @pytest.mark.slow
@@ -139,18 +141,20 @@ def test_the_tools_map_is_for_latents_as_stage_2_saves_them(run_stage, tmp_path,
     clips = [render(caption, np.random.default_rng(9)) for caption in held_out()[::13]]
     latents = fit_latent_rgb.encode(TINY_MODEL / "vae", clips)
     vae = AutoencoderKLCogVideoX.from_pretrained(TINY_MODEL / "vae", torch_dtype=torch.float32)
-    mapping = pictures.fitted_map(str(TINY_MODEL))
+    mapping = latent_pictures.fitted_map(str(TINY_MODEL))
     with torch.inference_mode():
         decoded = vae.decode(torch.from_numpy(latents[:1]) / vae.config.scaling_factor).sample[0]
     error = np.square((decoded.permute(1, 2, 3, 0).numpy() + 1) * 127.5 - clips[0]).mean()
     assert 10 * np.log10(255**2 / error) > 25, error
     truth = np.stack([fit_latent_rgb.mean_colours(clip, latents.shape[2:]) for clip in clips])
-    colours = np.moveaxis(np.stack([pictures.latents_to_rgb(latent, mapping) for latent in latents]), -1, 1) / 255
+    colours = (
+        np.moveaxis(np.stack([latent_pictures.latents_to_rgb(latent, mapping) for latent in latents]), -1, 1) / 255
+    )
     share = fit_latent_rgb.explained(fit_latent_rgb.rows(colours), fit_latent_rgb.rows(truth))
     assert share > 0.98, f"{share:.1%} of the variance of clips that nothing was fitted on"
     shutil.copytree(random_model / "vae", tmp_path / "model" / "vae")
     assert "of the variance of the colours" in run_stage(FIT, "model", "--clips", 2).stdout
-    assert pictures.fitted_map(str(tmp_path / "model")).weights.shape == (16, 3)
+    assert latent_pictures.fitted_map(str(tmp_path / "model")).weights.shape == (16, 3)
 
 
 def test_wrong_models_of_the_tool(run_stage, tmp_path):
@@ -169,8 +173,8 @@ def test_preview(shape, tmp_path):
     """Every latent frame is there, enlarged by a whole factor, and neither too small to see nor too wide to show."""
     latents = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     path = tmp_path / "preview.png"
-    pictures.preview(latents, path, None, "step 3 of 10")
-    sheet, cells = picture(path), pictures.latents_to_rgb(latents, None)
+    latent_pictures.preview(latents, path, None, "step 3 of 10")
+    sheet, cells = picture(path), latent_pictures.latents_to_rgb(latents, None)
     assert shape[3] < sheet.shape[1] <= 1600 and sheet[:20].std() > 0, "a title above"
     factor = max(1, round(160 / shape[3]))
     assert 100 <= factor * shape[3] <= 250
@@ -184,7 +188,7 @@ def test_preview(shape, tmp_path):
 def test_a_preview_that_cannot_be_written(tmp_path):
     (tmp_path / "preview.png").mkdir()
     with pytest.raises(UserError, match="cannot write"):
-        pictures.preview(np.zeros((4, 1, 3, 5), np.float32), tmp_path / "preview.png", None, "")
+        latent_pictures.preview(np.zeros((4, 1, 3, 5), np.float32), tmp_path / "preview.png", None, "")
 
 
 def test_a_preview_imports_neither_matplotlib_nor_torch(tmp_path):
@@ -296,13 +300,13 @@ def test_dumps(tmp_path, monkeypatch):
     found = items(tmp_path)
     assert "step_001/norm_out" in found
     sheets = []
-    monkeypatch.setattr(pictures, "draw_sheet", lambda _, sheet: sheets.append(sheet))
-    monkeypatch.setattr(pictures, "draw_histograms", lambda _, histograms: sheets.append(len(histograms)))
+    monkeypatch.setattr(figure, "draw_sheet", lambda _, sheet: sheets.append(sheet))
+    monkeypatch.setattr(figure, "draw_histograms", lambda _, histograms: sheets.append(len(histograms)))
     pictures.plot(tmp_path / "x.png", [(tmp_path, found)])
     assert sheets[0] == 20 and len(sheets) == 7
     assert [sheet.title[5:8] for sheet in sheets[1:]] == ["000", "004", "008", "011", "015", "019"]
     latents = clean["step_019/pred_original_sample"][0].transpose(0, 1).numpy()
-    np.testing.assert_array_equal(sheets[-1].rows[""], pictures.latents_to_rgb(latents, None))
+    np.testing.assert_array_equal(sheets[-1].rows[""], latent_pictures.latents_to_rgb(latents, None))
     only = {name: item for name, item in found.items() if item.row is not None}
     with pytest.raises(UserError, match="nothing to plot"):
         pictures.plot(tmp_path / "x.png", [(tmp_path, only)])

@@ -7,7 +7,7 @@ import pytest
 from safetensors.torch import load_file
 
 import stage2_transformer
-import utils
+from cogvideox.defaults import PRESETS
 from tests import oracle
 from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, SIZE, STAGE1, STAGE2
 
@@ -47,7 +47,7 @@ def parsed(monkeypatch, *options: str) -> dict:
 
 def test_presets(monkeypatch):
     """Without one the defaults are those of the original project; an option wins over a preset, wherever it stands."""
-    seed, authors = utils.PRESETS["seed"], utils.PRESETS["authors"]
+    seed, authors = PRESETS["seed"], PRESETS["authors"]
     assert seed.keys() == authors.keys() and len(seed) == 5
     assert parsed(monkeypatch).items() >= seed.items()
     assert parsed(monkeypatch, "--preset", "authors").items() >= authors.items()
@@ -70,8 +70,8 @@ def test_contradictions_and_remarks(outputs, run_stage):
 
 def test_dynamic_guidance_is_a_number_for_every_timestep():
     """The power is of a negative base: a float's, not a fractional one's."""
-    plan = type("Plan", (), {"use_dynamic_cfg": True, "num_inference_steps": 50, "guidance_scale": 6.0})
-    from models.denoising import Plan
+    plan = type("DenoisingPlan", (), {"use_dynamic_cfg": True, "num_inference_steps": 50, "guidance_scale": 6.0})
+    from cogvideox.models.transformer.plan import DenoisingPlan
 
-    values = [Plan.guidance_at(plan, timestep) for timestep in range(1000)]
+    values = [DenoisingPlan.guidance_at(plan, timestep) for timestep in range(1000)]
     assert all(math.isfinite(value) and 1 <= value <= 7 for value in values), (min(values), max(values))

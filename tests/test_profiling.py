@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
-import profiling
-from compile_for_tpu.hlo_schedule import parse_instruction
-from console import Report, UserError
-from profiling import Profile
+from cogvideox.cli.report import Report
+from cogvideox.errors import UserError
+from cogvideox.hlo_schedule import parse_instruction
+from cogvideox.run import profiling
+from cogvideox.run.profiling import Profile
 from tests.helpers import LATENTS, SIZE, STAGE2, STAGE3, STAGE3_FLAX, values
 
 # --- Names -------------------------------------------------------------------------------------------------------

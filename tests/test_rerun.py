@@ -8,9 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from stage3_vae_decoder import video_writer
+from cogvideox.files.names import VIDEO_SUFFIXES
+from cogvideox.files.video_file import video_writer
 from tests.helpers import LATENTS, SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, contents, edit_latents, poison, values
-from utils import VIDEO_SUFFIXES
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
-from models.scheduler import AffineScheduler
+from cogvideox.models.transformer.scheduler import AffineScheduler
 from tools.make_tiny_model import SCHEDULER
 
 SHAPE = (1, 4, 3, 2, 2)

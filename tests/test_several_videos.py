@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-import hosts
-import videos
-from models import throughput
-from models.denoising import make_plan
+from cogvideox.files import videos
+from cogvideox.models.transformer import throughput
+from cogvideox.models.transformer.plan import make_denoising_plan
+from cogvideox.run import hosts
 from tests import oracle
 from tests.helpers import (
     CONFIG,
@@ -198,7 +198,7 @@ def test_videos_at_once(devices, number, guided, expected):
     chips = jax.devices()[:devices]
 
     def make(batch):
-        return make_plan(
+        return make_denoising_plan(
             transformer=json.loads(Path("configs/CogVideoX1.5-5B/transformer/config.json").read_text()),
             vae=json.loads(Path("configs/CogVideoX1.5-5B/vae/config.json").read_text()),
             scheduler=json.loads(Path("configs/CogVideoX1.5-5B/scheduler/scheduler_config.json").read_text()),

@@ -9,8 +9,10 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-import tensor_dump
-from models import denoising, step_cache
+from cogvideox.files import tensor_dump
+from cogvideox.files.step_polynomial import polynomial_of
+from cogvideox.models.transformer import step_cache
+from cogvideox.models.transformer.step import time_embeddings
 from tests import oracle
 from tests.helpers import EMBEDDINGS, LATENTS, SIZE, STAGE2
 from tools import fit_step_cache
@@ -47,10 +49,10 @@ def test_which_steps_are_skipped(model, request):
         theirs = module.time_embedding(module.time_proj(torch.tensor(timesteps)).double())
     plan = type("Plan", (), {"transformer": dict(module.config), "dtype": np.dtype(np.float32)})
     stored = {name: weight.float().numpy() for name, weight in module.state_dict().items()}
-    ours = denoising.time_embeddings(plan, timesteps, stored.__getitem__)
+    ours = time_embeddings(plan, timesteps, stored.__getitem__)
     error = np.abs(ours - theirs.numpy()).max() / theirs.abs().max()
     assert error < 1e-5, f"time embeddings differ by {error:.1e}"
-    assert len(step_cache.polynomial_of("zai-org/CogVideoX1.5-5B")) == 5
+    assert len(polynomial_of("zai-org/CogVideoX1.5-5B")) == 5
     polynomial, counts = [0.3, 1.0, 1e-6], set()
     most = step_cache.distance(ours[1:], ours[:-1])
     for threshold in most * np.array([0.0, 0.9, 1.7, 3.1, 9.3, 1e6]):
@@ -133,6 +135,6 @@ def test_fit(tmp_path, monkeypatch, capsys):
     dumps = [str(tmp_path / str(run)) for run in range(2)]
     monkeypatch.setattr("sys.argv", ["fit_step_cache", *dumps, "--model_id", str(tmp_path / "model"), "--degree", "2"])
     fit_step_cache.main()
-    fitted = step_cache.polynomial_of(str(tmp_path / "model"))
+    fitted = polynomial_of(str(tmp_path / "model"))
     np.testing.assert_allclose(fitted, known, atol=1e-4)
     assert "38 pairs of steps" in capsys.readouterr().out

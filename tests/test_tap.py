@@ -10,12 +10,13 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-from models import tap, transformer
-from models.attention import Attention, xla_attention
-from models.decoder import chunk_programs
-from models.sharding import Parallelism, make_mesh
-from models.spatial_split import choose_split
-from tensor_dump import merged, statistics_of
+from cogvideox.files.tensor_dump import merged, statistics_of
+from cogvideox.models.decoder.decoder import chunk_programs
+from cogvideox.models.decoder.spatial_split import choose_split
+from cogvideox.models.shared import tap
+from cogvideox.models.shared.sharding import Parallelism, make_mesh
+from cogvideox.models.transformer import transformer
+from cogvideox.models.transformer.attention import Attention, xla_attention
 from tests.test_decoders import both_decoders, make_vae
 from tests.test_transformer import SMALL, make_module, relative_error
 

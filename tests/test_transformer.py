@@ -10,9 +10,9 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-from models import transformer
-from models.attention import Attention, xla_attention
-from models.sharding import LAYOUTS, Parallelism, make_mesh, mesh_sizes, parameter_axes
+from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh, mesh_sizes, parameter_axes
+from cogvideox.models.transformer import transformer
+from cogvideox.models.transformer.attention import Attention, xla_attention
 from tests.helpers import ROOT
 
 MESHES = [(1, 1, 1), (2, 1, 4), (2, 2, 2), (1, 2, 4), (1, 8, 1), (1, 1, 8), (2, 4, 1)]

@@ -30,22 +30,25 @@ from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
-import checkpoint
-import lora
-import tensor_dump
-import utils
-from console import ArgumentParser, UserError, number, prepare_libraries, run
-from models import tap
-from models.decoder import chunk_sizes
-from models.denoising import Plan, make_plan
-from models.scheduler import make_scheduler
-from models.sizes import latent_size
-from models.transformer import stored_shapes
-from options import plan_errors, scheduler_config
-from reading import VideoConfig
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.cli.types import file_path, number
+from cogvideox.errors import UserError
+from cogvideox.files import checkpoint, lora, stage_files, tensor_dump
+from cogvideox.files.checkpoint import scheduler_config
+from cogvideox.files.names import EMBEDDINGS, LATENTS
+from cogvideox.files.schemas import VideoConfig
+from cogvideox.files.tensor_dump import Dump, Planned
+from cogvideox.models.decoder.decoder import chunk_sizes
+from cogvideox.models.shared import tap
+from cogvideox.models.shared.sizes import latent_size
+from cogvideox.models.transformer.plan import DenoisingPlan, make_denoising_plan
+from cogvideox.models.transformer.scheduler import make_scheduler
+from cogvideox.models.transformer.transformer import stored_shapes
+from cogvideox.run.accelerator import prepare_libraries
+from cogvideox.run.plans import plan_errors
 from stage2_transformer import check_embeddings
 from stage3_vae_decoder import check_shape
-from tensor_dump import Dump, Planned
 
 # The modules, as regular expressions, whose outputs the stages name too.
 IN_A_BLOCK = r"norm[12](\.linear)?|attn1\.(to_[qkv]|norm_[qk]|to_out\.0)|ff\.net\.[02]"
@@ -64,9 +67,9 @@ VALUES_AT_A_TIME = 2**24  # that statistics are computed of
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument("input_dir", type=utils.path, help="the folder with the files of the stages")
+    parser.add_argument("input_dir", type=file_path, help="the folder with the files of the stages")
     parser.add_argument("--stage", type=int, choices=(2, 3), default=2, help="2: the transformer; 3: the VAE's decoder")
-    parser.add_argument("--dump", type=utils.path, metavar="DIR", required=True, help="the folder for the dump")
+    parser.add_argument("--dump", type=file_path, metavar="DIR", required=True, help="the folder for the dump")
     parser.add_argument(
         "--dump_names",
         nargs="+",
@@ -87,7 +90,7 @@ def parse_arguments() -> argparse.Namespace:
         "--from_step", type=number(int, 0), metavar="STEP", help="begin here, with the latents of --latents"
     )
     parser.add_argument(
-        "--latents", type=utils.path, metavar="FILE", help="stage2_tensors.safetensors of a dump of stage 2"
+        "--latents", type=file_path, metavar="FILE", help="stage2_tensors.safetensors of a dump of stage 2"
     )
     return parser.parse_args()
 
@@ -132,9 +135,9 @@ class Start(NamedTuple):
 
 def dump_denoising(arguments: argparse.Namespace) -> Dump:
     """Run diffusers' pipeline up to the last wanted step, and return the finished dump."""
-    config = utils.read_config(arguments.input_dir, VideoConfig)
-    path = arguments.input_dir / utils.EMBEDDINGS
-    shapes = utils.tensor_shapes(path, 1, ("prompt_embeds", "negative_prompt_embeds"), config)
+    config = stage_files.read_config(arguments.input_dir, VideoConfig)
+    path = arguments.input_dir / EMBEDDINGS
+    shapes = stage_files.tensor_shapes(path, 1, ("prompt_embeds", "negative_prompt_embeds"), config)
     plan = denoising_plan(config, batch=shapes["prompt_embeds"][0])
     check_embeddings(shapes, plan.transformer, path)
     first = arguments.from_step or 0
@@ -161,13 +164,13 @@ def dump_denoising(arguments: argparse.Namespace) -> Dump:
     return recorder.dump
 
 
-def denoising_plan(config: Mapping, batch: int) -> Plan:
+def denoising_plan(config: Mapping, batch: int) -> DenoisingPlan:
     """Return the plan of stage 2, which checks the model and knows the shape of the latents."""
     model_id = config["model_id"]
     names = ("height", "width", "frames", "num_inference_steps", "guidance_scale")
     scheduler = {"_class_name": config["scheduler"], "timestep_spacing": config.get("timestep_spacing")}
     with plan_errors():
-        return make_plan(
+        return make_denoising_plan(
             transformer=checkpoint.read_config(model_id, "transformer"),
             vae=checkpoint.read_config(model_id, "vae"),
             scheduler=scheduler_config(model_id, {name: value for name, value in scheduler.items() if value}),
@@ -179,7 +182,7 @@ def denoising_plan(config: Mapping, batch: int) -> Plan:
         )
 
 
-def read_start(path: Path, step: int, plan: Plan, config: Mapping) -> Start:
+def read_start(path: Path, step: int, plan: DenoisingPlan, config: Mapping) -> Start:
     """Read what `step` starts from, out of the arrays that stage 2 dumped.
 
     Raises:
@@ -188,7 +191,7 @@ def read_start(path: Path, step: int, plan: Plan, config: Mapping) -> Start:
     names = [f"step_{step:03}/latents"]
     if plan.sampler.adds_noise and step:  # that scheduler uses its last estimate too
         names.append(f"step_{step - 1:03}/pred_original_sample")
-    utils.tensor_shapes(path, 2, (), config)
+    stage_files.tensor_shapes(path, 2, (), config)
     with safe_open(path, framework="pt") as file:
         missing = set(names) - set(file.keys())
         if missing:
@@ -202,7 +205,9 @@ def read_start(path: Path, step: int, plan: Plan, config: Mapping) -> Start:
     return Start(tensors[0], tensors[1] if len(tensors) > 1 else None)
 
 
-def planned_step(transformer: CogVideoXTransformer3DModel, plan: Plan, dtype: torch.dtype) -> dict[str, Planned]:
+def planned_step(
+    transformer: CogVideoXTransformer3DModel, plan: DenoisingPlan, dtype: torch.dtype
+) -> dict[str, Planned]:
     """Return shapes and dtypes of all that a step computes, found by a step without values."""
     planner = Planner()
     latents = torch.empty(plan.latent_shape, dtype=dtype, device="meta")
@@ -255,7 +260,7 @@ def follow_steps(
 def run_pipeline(
     pipeline: CogVideoXPipeline,
     embeddings: Mapping[str, torch.Tensor],
-    plan: Plan,
+    plan: DenoisingPlan,
     seed: int,
     dtype: torch.dtype,
     start: Start | None,
@@ -301,9 +306,9 @@ def of_tokens(name: str, output: torch.Tensor | tuple[torch.Tensor, ...]) -> tor
 
 def dump_decoding(arguments: argparse.Namespace) -> Dump:
     """Run diffusers' decoder up to the last wanted chunk, and return the finished dump."""
-    config = utils.read_config(arguments.input_dir, VideoConfig)
-    path = arguments.input_dir / utils.LATENTS
-    shape = utils.tensor_shapes(path, 2, ("latents",), config, finite=False)["latents"]
+    config = stage_files.read_config(arguments.input_dir, VideoConfig)
+    path = arguments.input_dir / LATENTS
+    shape = stage_files.tensor_shapes(path, 2, ("latents",), config, finite=False)["latents"]
     vae = checkpoint.read_config(config["model_id"], "vae")
     size = latent_size(vae, config["frames"], config["height"], config["width"])
     check_shape(shape, (1, vae["latent_channels"], *size), path)
@@ -447,7 +452,7 @@ class Planner:
         self.number = 0
 
     def __call__(self, name: str, tensor: torch.Tensor) -> None:
-        """Plan for a tensor."""
+        """DenoisingPlan for a tensor."""
         kept = Planned(tuple(tensor.shape), np.dtype(str(tensor.dtype).removeprefix("torch.")))
         self.planned.setdefault(self.number, {})[name] = kept
 
@@ -530,7 +535,7 @@ def open_recorder(
 ) -> Recorder:
     """Open the dump of a stage for the selected arrays; see `Dump` for what it raises."""
     arrays = {number: arrays for number, arrays in selected.items() if arrays}
-    metadata = utils.made_from(config, [name for name in config if name != "fps"])
+    metadata = stage_files.made_from(config, [name for name in config if name != "fps"])
     dump = Dump(arguments.dump, f"stage{arguments.stage}", unit, arrays, metadata)
     return Recorder(dump, selected, arguments.dump_stats)
 

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-import checkpoint
-import writing
-from console import ArgumentParser, number, prepare_libraries, run
-from pictures import MAP_FILE
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.cli.types import number
+from cogvideox.files import checkpoint, writing
+from cogvideox.files.latent_pictures import MAP_FILE
+from cogvideox.run.accelerator import prepare_libraries
 
 DIGITS = 5  # of the map's numbers, after the point
 

@@ -17,12 +17,14 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError
 
-import checkpoint
-import utils
-import writing
-from console import ArgumentParser, UserError, first_line, number, run
-from models import step_cache
-from reading import mapped_tensors
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.cli.types import file_path, number
+from cogvideox.errors import UserError, first_line
+from cogvideox.files import checkpoint, writing
+from cogvideox.files.step_polynomial import FILE
+from cogvideox.files.tensors import mapped_tensors
+from cogvideox.models.transformer import step_cache
 
 DUMP = "stage2_tensors.safetensors"
 EMBEDDING, OUTPUT = "time_embedding.linear_2", "noise_pred"
@@ -31,7 +33,7 @@ EMBEDDING, OUTPUT = "time_embedding.linear_2", "noise_pred"
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(__doc__.splitlines()[0])
-    parser.add_argument("dumps", type=utils.path, nargs="+", help="folders of --dump")
+    parser.add_argument("dumps", type=file_path, nargs="+", help="folders of --dump")
     parser.add_argument("--model_id", required=True, help="the model that made them, a folder")
     parser.add_argument("--degree", type=number(int, 1, 8), default=4, help="of the polynomial")
     return parser.parse_args()
@@ -40,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Fit the polynomial, write it, and say how well it fits."""
     arguments = parse_arguments()
-    path = checkpoint.model_folder(arguments.model_id, []) / "transformer" / step_cache.FILE
+    path = checkpoint.model_folder(arguments.model_id, []) / "transformer" / FILE
     writing.check_writable(path)
     pairs = np.concatenate([changes(folder / DUMP) for folder in arguments.dumps], axis=1)
     if pairs.shape[1] <= arguments.degree:

@@ -23,7 +23,10 @@ from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from console import ArgumentParser, number, prepare_libraries, run
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.cli.types import number
+from cogvideox.run.accelerator import prepare_libraries
 from tools import moving_shapes
 from tools.make_tiny_model import make_pipeline
 from tools.moving_shapes import FRAMES, SIZE, Caption

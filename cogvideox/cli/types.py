@@ -1,0 +1,70 @@
+"""Read an option's text as its value: functions for argparse's `type`."""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from cogvideox.defaults import MOST_LORA_SCALE
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
+    """Return an argparse type for a finite `kind` (int or float) from `least` to `most`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (least <= value <= most and math.isfinite(value)):
+            bound = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is not allowed: it must be {bound}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def utf8(text: str) -> str:
+    """Return `text`; an argparse type that rejects what the shell passed on but is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+    return text
+
+
+def file_path(text: str) -> Path:
+    """Return `text` as a path with ~ expanded; an argparse type that rejects an empty path."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text).expanduser()
+
+
+def png_path(text: str) -> Path:
+    """Return `text` as the path of a PNG file; an argparse type that accepts no other suffix."""
+    path = file_path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{path} is not the name of a picture; it must end in .png")
+    return path
+
+
+def interval(text: str) -> tuple[int, int]:
+    """Return two numbers "a,b" as a tuple; an argparse type."""
+    try:
+        first, last = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is no interval such as 3,30") from None
+    return first, last
+
+
+def lora_option(text: str) -> str:
+    """Return PATH[:scale] with an absolute path and a scale, 1.0 if there is none; an argparse type.
+
+    What exists as it stands is a path without a scale.
+    """
+    path, colon, scale = text.rpartition(":")
+    if not colon or "/" in scale or Path(text).expanduser().exists():
+        path, scale = text, "1"
+    try:
+        factor = number(float, -MOST_LORA_SCALE, MOST_LORA_SCALE)(scale)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"the scale of {text} is {scale!r}, no number") from None
+    return f"{file_path(path).absolute()}:{factor}"

@@ -1,0 +1,44 @@
+"""Defaults and bounds of the command-line options."""
+
+# Beyond these, options and configs are mistakes; they are refused before memory is taken for them.
+MOST_PIXELS = 16_384  # of a height or a width, the most that H.264 has
+MOST_FRAMES = 10_000
+MOST_FPS = 1_000
+MOST_GUIDANCE = 1_000.0
+MOST_LORA_SCALE = 1_000.0
+MOST_SEED = 2**64 - 1  # that torch takes
+
+
+# Defaults of the command-line options.
+MODEL_NAME = "zai-org/CogVideoX1.5-5B"
+WIDTH = 1360
+HEIGHT = 768
+FRAMES = 81
+FPS = 8
+NUM_STEPS = 10
+GUIDANCE_SCALE = 6.0
+SEED = 42
+WARMUP_STEPS = 2
+USE_DYNAMIC_CFG = False
+USE_DP = True
+LAYOUT = "tp"
+
+
+# What --preset sets, by option; each option wins over it. "seed" has the original project's settings, those of a draft;
+# "authors" has those of the model's authors (zai-org/CogVideo, inference/cli_demo.py).
+PRESETS: dict[str, dict[str, object]] = {
+    "seed": {
+        "num_inference_steps": NUM_STEPS,
+        "guidance_scale": GUIDANCE_SCALE,
+        "scheduler": None,  # the one that the model names
+        "use_dynamic_cfg": USE_DYNAMIC_CFG,
+        "fps": FPS,
+    },
+    "authors": {
+        "num_inference_steps": 50,
+        "guidance_scale": 6.0,
+        "scheduler": "dpm",
+        "use_dynamic_cfg": True,
+        "fps": 16,
+    },
+}

@@ -1,0 +1,36 @@
+"""Errors that the user can correct, and their text in one line."""
+
+LONGEST_LINE = 1200  # characters of an error
+
+
+class UserError(Exception):
+    """An error that the user can correct; `run` shows it as one line and ends with exit status 2."""
+
+
+def one_line(text: str) -> str:
+    """Return `text` as one line, with escapes for what cannot be printed, and without the middle of a long one."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= LONGEST_LINE else f"{shown[: LONGEST_LINE // 2]} ... {shown[-LONGEST_LINE // 2 :]}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's kind if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def error_message(stderr: str) -> str:
+    """Return the message of the one-line error that a program of ours printed last, for who shows it as its own."""
+    return stderr.strip().splitlines()[-1].split("error: ", 1)[-1]
+
+
+class PlanError(ValueError):
+    """A plan that cannot be carried out.
+
+    Args:
+        option: the wrong option, as the stages name it but without the dashes; None where the model itself is wrong.
+        message: what is wrong with its value, and which values work.
+    """
+
+    def __init__(self, option: str | None, message: str):
+        super().__init__(f"{option} {message}" if option else message)
+        self.option = option

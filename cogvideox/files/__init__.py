@@ -1,0 +1,1 @@
+"""What lies on disk: names, schemas, tensors, atomic writes, provenance, state, checkpoints, LoRAs, dumps."""

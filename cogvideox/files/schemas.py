@@ -1,0 +1,229 @@
+"""Read JSON files as the entries that a class names.
+
+Whatever a file holds, the result is valid or a `UserError` says in one line what is wrong.
+"""
+
+import re
+import reprlib
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cogvideox.defaults import MOST_FPS, MOST_FRAMES, MOST_GUIDANCE, MOST_PIXELS
+from cogvideox.errors import UserError
+
+# --- JSON --------------------------------------------------------------------------------------------------------
+
+Count = Annotated[int, Field(ge=1, le=2**20)]
+Positive = Annotated[float, Field(gt=0, le=1e6)]  # bounds leave NaN and infinity out
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Entries(BaseModel):
+    """Entries of a JSON object, with types and bounds; other entries are kept as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    remedy: ClassVar[str]  # what to do about a wrong entry
+
+
+class TextConfig(Entries):
+    """What stage 1 writes into generation_config.json."""
+
+    remedy = "run stage 1 again"
+    model_id: Annotated[str, Field(min_length=1)]
+    prompt: str
+    negative_prompt: str
+
+
+class VideoConfig(TextConfig):
+    """What generation_config.json has after stage 2."""
+
+    remedy = "run stage 2 again"
+    height: Annotated[int, Field(ge=1, le=MOST_PIXELS)]
+    width: Annotated[int, Field(ge=1, le=MOST_PIXELS)]
+    frames: Annotated[int, Field(ge=1, le=MOST_FRAMES)]
+    fps: Annotated[int, Field(ge=1, le=MOST_FPS)]
+    num_inference_steps: Count
+    guidance_scale: Annotated[float, Field(ge=0, le=MOST_GUIDANCE)]
+    seed: Annotated[int, Field(ge=0, lt=2**64)]
+    scheduler: str
+    # Files of version 0.1.0 and of the original project lack these.
+    timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None
+    use_dynamic_cfg: bool = False
+    skipped_steps: str = ""
+    guidance_interval: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
+    lora: list[str] = []  # files of earlier versions have no such entry
+
+
+class LoraConfig(Entries):
+    """What PEFT says of a LoRA: adapter_config.json, or an entry in the metadata of a file that diffusers wrote."""
+
+    remedy = "only a plain LoRA can be fused: correct --lora"
+    peft_type: Literal["LORA"] = "LORA"
+    r: Count
+    lora_alpha: Annotated[float, Field(ge=0, le=1e6)]
+    rank_pattern: dict[str, Count] = {}
+    alpha_pattern: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = {}
+    use_rslora: bool = False
+    init_lora_weights: bool | Literal["gaussian", "eva", "orthogonal"] | None = None  # others change the weights too
+    bias: Literal["none"] = "none"
+    fan_in_fan_out: Literal[False] | None = None
+    lora_bias: Literal[False] | None = None
+    use_dora: Literal[False] | None = None
+    modules_to_save: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_prefix(cls, entries: object) -> object:
+        if not isinstance(entries, dict):
+            return entries
+        return {name.removeprefix("transformer."): value for name, value in entries.items()}
+
+    @field_validator("rank_pattern", "alpha_pattern")
+    @classmethod
+    def _patterns(cls, pattern: dict[str, float]) -> dict[str, float]:
+        for key in pattern:
+            try:
+                re.compile(rf"(.*\.)?({key})$")  # as PEFT matches it
+            except re.error as error:
+                raise ValueError(f"{key!r} is no pattern: {error}") from error
+        return pattern
+
+
+class ModelConfig(Entries):
+    """The config of a component of a model; a component of another kind of model has other values."""
+
+    remedy = "this is not a CogVideoX 1.5 for text to video, or the file is damaged: correct --model_id"
+
+
+class Transformer(ModelConfig):
+    """transformer/config.json: temporal patches, rotary embedding, no image to begin with."""
+
+    num_layers: Count
+    num_attention_heads: Count
+    attention_head_dim: Annotated[int, Field(ge=16, le=1024, multiple_of=16)]  # the rotary embedding splits it
+    in_channels: Count
+    out_channels: Count
+    text_embed_dim: Count
+    time_embed_dim: Count
+    max_text_seq_length: Count
+    patch_size: Annotated[int, Field(ge=1, le=64)]
+    patch_size_t: Annotated[int, Field(ge=1, le=64)]
+    sample_height: Count
+    sample_width: Count
+    norm_eps: Positive
+    norm_elementwise_affine: bool
+    attention_bias: bool
+    flip_sin_to_cos: bool
+    freq_shift: Annotated[float, Field(ge=0, le=1)]
+    activation_fn: Literal["gelu-approximate"]
+    use_rotary_positional_embeddings: Literal[True]
+    use_learned_positional_embeddings: Literal[False] | None = None
+    ofs_embed_dim: None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.in_channels != self.out_channels:
+            raise ValueError(f"in_channels is {self.in_channels}, but out_channels is {self.out_channels}")
+        return self
+
+
+class Vae(ModelConfig):
+    """vae/config.json, as far as the decoder depends on it."""
+
+    block_out_channels: Annotated[list[Count], Field(min_length=1, max_length=8)]
+    latent_channels: Count
+    layers_per_block: Count
+    norm_num_groups: Count
+    norm_eps: Positive
+    out_channels: Literal[3]
+    scaling_factor: Positive
+    temporal_compression_ratio: Literal[1, 2, 4, 8]
+    act_fn: str
+    down_block_types: list[Literal["CogVideoXDownBlock3D"]] | None = None
+    up_block_types: list[Literal["CogVideoXUpBlock3D"]] | None = None
+    sample_height: Count = 480
+    sample_width: Count = 720
+    use_post_quant_conv: Literal[False] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        levels = len(self.block_out_channels)
+        if any(types is not None and len(types) != levels for types in (self.down_block_types, self.up_block_types)):
+            raise ValueError(f"there are {levels} block_out_channels, and another number of block types")
+        if any(channels % self.norm_num_groups for channels in self.block_out_channels):
+            raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide block_out_channels")
+        return self
+
+
+class Scheduler(ModelConfig):
+    """scheduler/scheduler_config.json; diffusers has defaults for all entries but the class."""
+
+    class_name: Annotated[str, Field(alias="_class_name")]
+    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)]
+    beta_start: Share = 0.00085
+    beta_end: Share = 0.012
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
+    rescale_betas_zero_snr: bool = False
+    set_alpha_to_one: bool = True
+    snr_shift_scale: Positive = 3.0
+    steps_offset: Annotated[int, Field(ge=0, le=1000)] = 0
+    trained_betas: Annotated[list[Share], Field(min_length=1)] | None = None
+
+
+class TextEncoder(ModelConfig):
+    """text_encoder/config.json, which transformers reads; what would make it take memory without bounds."""
+
+    d_model: Count
+    d_ff: Count
+    d_kv: Count
+    num_heads: Count
+    num_layers: Count
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)]
+
+
+COMPONENTS: dict[str, type[Entries]] = {
+    "transformer": Transformer,
+    "vae": Vae,
+    "scheduler": Scheduler,
+    "text_encoder": TextEncoder,
+}
+
+
+def read_json(path: Path, kind: type[Entries], missing: str, defaults: bool = False) -> dict:
+    """Return the entries of the JSON file `path`, which are those of `kind` and others.
+
+    Args:
+        path: the file.
+        kind: what it must hold.
+        missing: the error if there is no such file.
+        defaults: whether entries that are not there have their defaults in the result.
+
+    Raises:
+        UserError: there is no such file, it is not JSON, or an entry is missing or wrong.
+    """
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(missing)
+    return parse_json(path.read_bytes(), path, kind, defaults)
+
+
+def parse_json(text: str | bytes, path: Path, kind: type[Entries], defaults: bool = False) -> dict:
+    """Return the entries of a JSON text that the file `path` holds; see `read_json`."""
+    try:
+        return kind.model_validate_json(text).model_dump(by_alias=True, exclude_unset=not defaults)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        entry = ".".join(map(str, first["loc"]))
+        of_stage_1 = issubclass(kind, TextConfig) and (entry in TextConfig.model_fields or not entry)
+        remedy = TextConfig.remedy if of_stage_1 else kind.remedy
+        found = "" if first["type"] in ("missing", "json_invalid") else f", not {reprlib.repr(first['input'])}"
+        raise UserError(f"{path}: {f'{entry}: ' if entry else ''}{first['msg']}{found}; {remedy}") from error
+
+
+TEXT_ENTRIES = tuple(TextConfig.model_fields)
+VIDEO_ENTRIES = tuple(VideoConfig.model_fields)[len(TEXT_ENTRIES) :]
+# What latents are made from; no tensor depends on fps.
+LATENT_ENTRIES = [name for name in (*TEXT_ENTRIES, *VIDEO_ENTRIES) if name != "fps"]

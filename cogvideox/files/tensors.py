@@ -1,0 +1,107 @@
+"""Read safetensors files as the tensors that are expected.
+
+Whatever a file holds, the result is valid or a `UserError` says in one line what is wrong.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from cogvideox.errors import UserError, first_line
+
+# The dtypes that tensors may have, by their names in a safetensors file.
+DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+
+
+# --- Tensors -----------------------------------------------------------------------------------------------------
+
+
+def mapped_tensors(path: Path) -> dict[str, np.ndarray | str]:
+    """Map a safetensors file into memory, and return its tensors by name.
+
+    In the place of a tensor whose dtype is not in DTYPES there is the dtype's name.
+
+    Raises:
+        OSError, SafetensorError: there is no such file, or it is not a complete safetensors file.
+    """
+    safe_open(path, framework="np")  # checks header and length; its own arrays would be copies
+    with open(path, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start, size = file.tell(), path.stat().st_size
+        data = np.memmap(file, mode="r", offset=start) if size > start else np.empty(0, np.uint8)
+    header.pop("__metadata__", None)
+    return {
+        name: np.asarray(data[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).reshape(entry["shape"]))
+        if entry["dtype"] in DTYPES
+        else entry["dtype"]
+        for name, entry in header.items()
+    }
+
+
+def open_tensors(path: Path, remedy: str) -> dict[str, np.ndarray | str]:
+    """Return what `mapped_tensors` returns; raise UserError, with the remedy, if the file is missing or damaged."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist, or is no file; {remedy}")
+    try:
+        return mapped_tensors(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is not a complete safetensors file ({first_line(error)}); {remedy}") from error
+
+
+def read_tensors(
+    where: Path, expected: Mapping[str, tuple[int, ...] | None], remedy: str, only: str | None = None
+) -> dict[str, np.ndarray]:
+    """Map safetensors files into memory, and return the expected tensors by name, as read-only arrays.
+
+    The arrays are the files themselves: nothing is read before a value is used.
+
+    Args:
+        where: a file, or the folder of a model's component.
+        expected: the shape of each tensor by name; None for any that has elements.
+        remedy: what the user can do, for the errors.
+        only: if given, tensors whose name begins with it are there only if they are expected; "" means all tensors.
+
+    Raises:
+        UserError: a file is not complete, or tensors are missing, unexpected, of another shape or dtype.
+    """
+    found: dict[str, np.ndarray | str] = {}
+    for path in sorted(where.glob("*model*.safetensors")) if where.is_dir() else [where]:
+        found |= open_tensors(path, remedy)
+    integers = [name for name, tensor in found.items() if isinstance(tensor, str)]  # libraries would convert them
+    wrong = {name: fault for name in (*expected, *integers) if (fault := _fault(found.get(name), expected.get(name)))}
+    if only is not None:
+        wrong |= {name: "is unexpected" for name in found.keys() - expected.keys() if name.startswith(only)}
+    if wrong:
+        name = min(wrong)
+        raise UserError(f"{where}: {len(wrong)} tensors do not fit, {name} among them, which {wrong[name]}; {remedy}")
+    return {name: array for name in expected if isinstance(array := found[name], np.ndarray)}
+
+
+def _fault(tensor: np.ndarray | str | None, shape: tuple[int, ...] | None) -> str | None:
+    """Return what is wrong with a tensor of which `shape` is expected, or None."""
+    if tensor is None:
+        return "is missing"
+    if isinstance(tensor, str):
+        return f"has dtype {tensor}, not one of {', '.join(DTYPES)}"
+    if tensor.shape == shape or (shape is None and tensor.ndim and tensor.size):
+        return None
+    return f"has shape {list(tensor.shape)}" + (f", not {list(shape)}" if shape else "")
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Return whether a floating-point array has neither NaN nor infinity; as fast as memory, in any dtype."""
+    infinity = np.array(np.inf, array.dtype).view(f"u{array.dtype.itemsize}")
+    bits = array.view(infinity.dtype).ravel()
+    # All bits of the exponent are set in both; pieces of the array stay in the cache.
+    return all((bits[i : i + 2**17] & infinity).max() < infinity for i in range(0, bits.size, 2**17))
+
+
+def check_finite(tensors: Mapping[str, np.ndarray], where: Path, remedy: str) -> None:
+    """Raise UserError if one of `tensors`, read from `where`, has NaN or infinite values."""
+    for name, array in tensors.items():
+        if not is_finite(array):
+            raise UserError(f"{where}: {name} has NaN or infinite values; {remedy}")

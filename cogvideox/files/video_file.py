@@ -1,0 +1,87 @@
+"""Write and read encoded videos."""
+
+import contextlib
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogvideox.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+from collections.abc import Callable
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+def video_comment(path: Path) -> str:
+    """Return the comment in a video's metadata; {} if there is none, or if ffmpeg cannot read the video."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    command = [get_ffmpeg_exe(), "-v", "quiet", "-i", path, "-f", "ffmetadata", "-"]
+    process = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    lines = re.findall(r"^comment=(.*)$", process.stdout.decode(errors="replace"), re.M)
+    # ffmpeg puts a backslash before some characters.
+    return re.sub(r"\\(.)", r"\1", lines[0]) if lines else "{}"
+
+
+# --- Videos ------------------------------------------------------------------------------------------------------
+
+
+def read_video(path: Path) -> "np.ndarray":
+    """Read the frames of a video, uint8 [frames, height, width, 3]; raises UserError where it cannot be read."""
+    import imageio.v3 as imageio
+
+    try:
+        return imageio.imread(path)
+    except (OSError, ValueError, RuntimeError, StopIteration) as error:
+        raise UserError(f"cannot read the video {path}: {str(error).strip().splitlines()[0]}") from error
+
+
+def check_ffmpeg() -> None:
+    """Raise UserError if there is no ffmpeg that runs."""
+    import imageio_ffmpeg
+
+    try:
+        imageio_ffmpeg.get_ffmpeg_version()
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        raise UserError(f"ffmpeg, which encodes the video, does not run: {first_line(error)}; install it") from error
+
+
+@contextlib.contextmanager
+def video_writer(path: str, fps: int, comment: str = "") -> Iterator[Callable]:
+    """Yield a function that appends a frame, uint8 [height, width, 3], to the H.264 video `path`.
+
+    The comment comes into the metadata of the video.
+
+    Raises:
+        OSError: not all frames were written.
+    """
+    import imageio.v2 as imageio
+    from imageio_ffmpeg import count_frames_and_secs
+
+    appended = 0
+
+    def append(frame: "np.ndarray") -> None:
+        nonlocal appended
+        writer.append_data(frame)  # type: ignore[attr-defined]  # missing in imageio's stub
+        appended += 1
+
+    try:
+        # These are the settings of diffusers.utils.export_to_video, except macro_block_size, to multiples of which the
+        # size is rounded up: H.264 needs only even sizes, and ours are even.
+        settings: dict[str, Any] = {"quality": 5.0, "macro_block_size": 2, "ffmpeg_log_level": "quiet"}
+        metadata = ["-metadata", f"comment={comment}"]
+        with imageio.get_writer(path, format="FFMPEG", fps=fps, output_params=metadata, **settings) as writer:
+            yield append
+        # imageio does not check how ffmpeg ended: on a full disk, half a file may be left without an error.
+        written, _ = count_frames_and_secs(path)
+    except (OSError, RuntimeError):
+        written = 0
+    if written != appended or not appended:
+        raise OSError(f"the encoder wrote {written} of {appended} frames")

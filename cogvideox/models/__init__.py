@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: the transformer, the decoder, and what they share."""

@@ -1,0 +1,1 @@
+"""The VAE decoder, through TorchAx or in Flax: layers, the split in space, chunks in time."""

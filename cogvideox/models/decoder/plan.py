@@ -1,0 +1,123 @@
+"""The plan of a decode: everything that decides it, except weights and latents."""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cogvideox.errors import PlanError
+from cogvideox.models.decoder.decoder import Decoder, chunk_programs, chunk_sizes
+from cogvideox.models.decoder.spatial_split import Split, choose_split
+from cogvideox.models.decoder.vae_layers import ACTIVATIONS
+from cogvideox.models.shared import tap
+from cogvideox.models.shared.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
+
+DECODERS = ("torchax", "flax")  # of each there is a module vae_<name>.py with a function make_decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingPlan:
+    """Everything that decides a decode, except weights and latents.
+
+    Attributes:
+        vae: the model's config, as reading.py checks it.
+        decoder: which decoder, one of DECODERS.
+        height, width, frames: of the video, in pixels and frames.
+        dtype: of weights and latents.
+        split: of a frame over the devices.
+    """
+
+    vae: Mapping
+    decoder: str
+    height: int
+    width: int
+    frames: int
+    dtype: jnp.dtype
+    split: Split
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int, int]:
+        """[1, channels, frames, height, width] of the latents."""
+        return 1, self.vae["latent_channels"], *latent_size(self.vae, self.frames, self.height, self.width)
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """The devices in the order of the mesh."""
+        return self.split.mesh.devices.flatten().tolist()
+
+    @property
+    def runs(self) -> list[int]:
+        """How often each of `programs` runs."""
+        chunks = len(chunk_sizes(self.latent_shape[2]))
+        return [1] if chunks == 1 else [1, chunks - 1]
+
+    @property
+    def program_options(self) -> dict:
+        """Everything that the compiled programs depend on, except the config and the shapes of their arguments."""
+        return {"mesh": dict(self.split.mesh.shape), "strips": self.split.strips}
+
+    def make_decoder(self) -> Decoder:
+        """Make the decoder, without weights."""
+        return importlib.import_module(f"cogvideox.models.decoder.vae_{self.decoder}").make_decoder(self.vae)
+
+    def programs(self, decoder: Decoder, weights: Any, wanted: tap.Wanted | None = None) -> list[jax.stages.Traced]:
+        """Trace the programs; see `chunk_programs`."""
+        return chunk_programs(decoder, weights, self.latent_shape, self.split, wanted=wanted)
+
+    def abstract_weights(self, decoder: Decoder) -> Any:
+        """Return the decoder's weights as shapes on the devices, to compile without the weights."""
+        stored = {name: jax.ShapeDtypeStruct(shape, self.dtype) for name, shape in decoder.weight_shapes.items()}
+        return self.on_devices(jax.eval_shape(decoder.convert_weights, stored))
+
+    def on_devices(self, weights: Any) -> Any:
+        """Return the shapes and dtypes that a tree of weights has on the devices, where each has all of them."""
+        replicated = self.split.replicated
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), weights)
+
+
+def make_decoding_plan(
+    *,
+    vae: Mapping,
+    decoder: str,
+    devices: Sequence[jax.Device],
+    dtype: jax.typing.DTypeLike,
+    height: int,
+    width: int,
+    frames: int,
+    chip_rows: int | None = None,
+    strips: int | None = None,
+) -> DecodingPlan:
+    """Make the plan that the options ask for.
+
+    Args:
+        vae, decoder, dtype, height, width, frames: see `DecodingPlan`.
+        devices: that share each frame.
+        chip_rows, strips: see `choose_split`.
+
+    Raises:
+        PlanError: the model, the devices and the options do not fit together.
+    """
+    if decoder not in DECODERS:
+        raise PlanError("decoder", f"{decoder} is unknown; there are {', '.join(DECODERS)}")
+    if vae["act_fn"] not in ACTIVATIONS:
+        raise PlanError(None, f"the VAE's act_fn {vae['act_fn']} is unknown; there are {', '.join(ACTIVATIONS)}")
+    for name, size in (("height", height), ("width", width)):
+        check_multiple(name, size, spatial_compression_ratio(vae))
+    check_frames(vae, frames)
+    _, latent_height, latent_width = latent_size(vae, frames, height, width)
+    try:
+        split = choose_split(devices, latent_height, latent_width, chip_rows, strips)
+    except ValueError as error:
+        raise PlanError("chip_rows", str(error)) from error
+    return DecodingPlan(
+        vae=vae,
+        decoder=decoder,
+        height=height,
+        width=width,
+        frames=frames,
+        dtype=jnp.dtype(dtype),
+        split=split,
+    )

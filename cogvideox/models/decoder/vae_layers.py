@@ -1,0 +1,268 @@
+"""The layers of CogVideoX's VAE decoder on frames split in space, for both decoders; spatial_split.py has the layout.
+
+Each layer is exact: convolutions see the edges of neighbouring parts, and group norms the whole chunk. A norm is not
+computed in its own place but deferred to the next convolution: when that writes its padded input, it applies the norm
+and the activation, and adds the edges and the cache. Apart from the convolutions themselves, this is the only pass over
+the activations.
+
+Source: diffusers/models/autoencoders/autoencoder_kl_cogvideox.py and diffusers/models/upsampling.py.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from cogvideox.models.decoder.conv_input import conv_input, modulated, plain_conv_input
+from cogvideox.models.decoder.spatial_split import Split
+from cogvideox.models.shared import tap
+
+# Activations by the config's act_fn. The padding of a convolution is zero after them, so each must map zero to zero.
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+NORM_EPSILON = 1e-6
+LANES = 128  # channels that lie side by side in a TPU's registers
+COLUMNS = 8  # see _convolve_columns
+DIMENSIONS = ("DHWNC", "DHWIO", "DHWNC")
+
+
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """The array activation(values * scale + offset), which the next convolution computes.
+
+    Attributes:
+        values: [frames, height, width, strips, channels].
+        scale, offset: float32, of the latents' size in frames, height and width: each element applies to all the frames
+            and pixels that were made of its latent. None for 1 and 0.
+        activation: None for none.
+        moments: mean and mean square of each group of a norm, float32 [2, groups], which all chips have alike.
+    """
+
+    values: jax.Array
+    scale: jax.Array | None = None
+    offset: jax.Array | None = None
+    activation: Callable[[jax.Array], jax.Array] | None = None
+    moments: jax.Array | None = None
+
+    def with_activation(self, activation: Callable[[jax.Array], jax.Array]) -> "Deferred":
+        """Return the same with an activation."""
+        return dataclasses.replace(self, activation=activation, moments=None)
+
+    def compute(self) -> jax.Array:
+        """Compute the array, [frames, height, width, strips, channels]."""
+        return modulated(self.values, self.scale, self.offset, self.activation)
+
+
+def tap_output(name: str, output: "jax.Array | Deferred | tuple", split: Split) -> None:
+    """Tap the output of the decoder's module `name`, or the first of its outputs; see models/tap.py."""
+    x = output[0] if isinstance(output, tuple) else output
+
+    values = x.values if isinstance(x, Deferred) else x
+    bounds: tap.Bounds = {}
+    if not split.is_even:
+        scale = values.shape[1] // split.strip_height
+        bounds = {-2: (0, split.height * scale), -1: (0, split.width * scale)}
+
+    def image() -> jax.Array:
+        return split.image(x.compute() if isinstance(x, Deferred) else x)
+
+    if isinstance(x, Deferred) and x.moments is not None:
+        tap.tap(f"decoder.{name}.norm_layer.moments", x.moments, PartitionSpec(None, None))
+    tap.tap(f"decoder.{name}", image, split.pixels.spec, bounds)
+
+
+def spatial_norm(
+    x: jax.Array,
+    latents: jax.Array,
+    norm: tuple[jax.Array, jax.Array],
+    conv_y: tuple[jax.Array, jax.Array],
+    conv_b: tuple[jax.Array, jax.Array],
+    groups: int,
+    split: Split,
+) -> Deferred:
+    """Apply `CogVideoXSpatialNorm3D`: a group norm, scaled and shifted by pointwise convolutions of the latents.
+
+    Args:
+        x: [frames, height, width, strips, channels].
+        latents: [latent frames, strip height, strip width, strips, latent channels].
+        norm: scale and bias of the group norm, [channels].
+        conv_y, conv_b: weight [latent channels, channels] and bias [channels].
+        groups: of the group norm.
+        split: of the frame.
+    """
+    channels = x.shape[-1]
+    values = x.astype(jnp.float32)
+    count = x.shape[0] * split.height * split.width * (x.shape[1] // split.strip_height) ** 2 * (channels // groups)
+    if not split.is_even:
+        values = jnp.where(split.inside(x.shape), values, 0.0)
+    sums = jnp.stack([values.sum((0, 1, 2, 3)), (values * values).sum((0, 1, 2, 3))])
+    moments = split.sum(sums.reshape(2, groups, -1).sum(-1)) / count
+    mean, square = moments
+    factor = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + NORM_EPSILON)
+    weight, bias = (parameter.astype(jnp.float32) for parameter in norm)
+    factor = weight * jnp.repeat(factor, channels // groups)
+    shift = bias - jnp.repeat(mean, channels // groups) * factor
+
+    # Pointwise convolutions commute with the repetition of the latents over frames and pixels: convolve before it.
+    scale, offset = pointwise_conv(latents, *conv_y, jnp.float32), pointwise_conv(latents, *conv_b, jnp.float32)
+    scale, offset = scale * factor, scale * shift + offset
+    if not split.is_even:
+        scale, offset = (jnp.where(split.inside(scale.shape), value, 0.0) for value in (scale, offset))
+    return Deferred(x, scale, offset, moments=moments)
+
+
+def pointwise_conv(
+    x: jax.Array, weight: jax.Array, bias: jax.Array, dtype: jax.typing.DTypeLike | None = None
+) -> jax.Array:
+    """Apply a 1 x 1 x 1 convolution with weight [channels, out channels] and bias [out channels].
+
+    The result has `dtype`, by default that of x.
+    """
+    y = jnp.einsum("thwnc,cd->thwnd", x, weight, precision=precision(x), preferred_element_type=dtype or x.dtype)
+    return y + bias.astype(y.dtype)
+
+
+def shortcut(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """Apply `conv_shortcut` of `CogVideoXResnetBlock3D`, a pointwise convolution."""
+    # The barrier makes XLA fuse the addition after it, and the sums of the next norm, with the larger convolution.
+    return jax.lax.optimization_barrier(pointwise_conv(x, weight, bias))
+
+
+def causal_conv(
+    x: jax.Array | Deferred, weight: jax.Array, bias: jax.Array, cache: jax.Array | None, split: Split
+) -> tuple[jax.Array, jax.Array | None]:
+    """Apply `CogVideoXCausalConv3d`, which sees this frame and the two before it.
+
+    Args:
+        x: [frames, height, width, strips, channels]; an array that is not deferred is zero beyond the frame's edge.
+        weight: [3, 3, 3, channels, out channels].
+        bias: [out channels].
+        cache: the last two frames of the chunk before, as this function returned them; None for the first chunk, which
+            repeats its first frame.
+        split: of the frame.
+
+    Returns:
+        [frames, height, width, strips, out channels] and the next cache.
+    """
+    history, channels, out_channels = weight.shape[0] - 1, *weight.shape[3:]
+    x = x if isinstance(x, Deferred) else Deferred(x)
+    few_outputs = split.for_tpu and COLUMNS * out_channels <= LANES and x.values.shape[2] % COLUMNS == 0
+    packed = split.for_tpu and not few_outputs and channels == LANES
+    padded, cache = _padded_input(x, split, cache=cache, history=history, packed=packed)
+    if few_outputs:
+        return _convolve_columns(padded, weight, bias), cache
+    return _convolve(padded, _pack_columns(weight) if packed else weight, bias), cache
+
+
+def upsample(x: jax.Array, weight: jax.Array, bias: jax.Array, compress_time: bool, split: Split) -> jax.Array:
+    """Apply `CogVideoXUpsample3D`: double height and width, and with `compress_time` the frames, and convolve.
+
+    The first of an odd number of frames stays single, because the encoder did not compress it. The weight is
+    [3, 3, channels, channels], the bias [channels].
+    """
+    frames = len(x)
+    if compress_time and frames > 1:
+        frames = 2 * frames - frames % 2
+    padded, _ = _padded_input(_zero_outside(x, split), split, frames=frames, factor=2)
+    return _convolve(padded, weight[None], bias)
+
+
+def precision(x: jax.Array) -> jax.lax.Precision:
+    """Return the precision of products that x's dtype deserves; by default a TPU multiplies float32 in bfloat16."""
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def _zero_outside(x: jax.Array, split: Split) -> Deferred:
+    """Set x to zero beyond the frame's edge."""
+    if split.is_even:
+        return Deferred(x)
+    shape = (len(x), split.strip_height, split.strip_width, *x.shape[3:])
+    inside = split.inside(shape).astype(jnp.float32)
+    return Deferred(x, jnp.broadcast_to(inside, shape), jnp.zeros(shape, jnp.float32))
+
+
+def _padded_input(
+    x: Deferred,
+    split: Split,
+    cache: jax.Array | None = None,
+    history: int = 0,
+    frames: int | None = None,
+    factor: int = 1,
+    packed: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Compute x, padded with the edges of neighbouring parts and with the cache; arguments as in `conv_input`."""
+    whole, first, last = slice(None), slice(1), slice(-1, None)
+
+    def edge(rows=whole, columns=whole, strips=whole):
+        index = whole, rows, columns, strips
+        scale, offset = (value if value is None else value[index] for value in (x.scale, x.offset))
+        return modulated(x.values[index], scale, offset, x.activation)
+
+    rows, columns = split.neighbours(
+        edge(rows=first, strips=first), edge(rows=last, strips=last), edge(columns=first), edge(columns=last)
+    )
+    if factor > 1:
+        between = jnp.repeat(rows[:, :, 1:-1], factor, axis=2)
+        rows = jnp.concatenate([rows[:, :, :1], between, rows[:, :, -1:]], axis=2)
+        columns = jnp.repeat(columns, factor, axis=1)
+    function: Callable = plain_conv_input
+    if split.for_tpu:
+        function = functools.partial(conv_input, packed=packed, interpret=split.platform != "tpu")
+    return function(
+        x.values,
+        x.scale,
+        x.offset,
+        rows,
+        columns,
+        cache,
+        activation=x.activation,
+        history=history,
+        frames=frames or len(x.values),
+        factor=factor,
+    )
+
+
+def _convolve(padded: jax.Array, weight: jax.Array, bias: jax.Array, stride: int = 1) -> jax.Array:
+    """Convolve a padded input, with `stride` along the columns."""
+    y = jax.lax.conv_general_dilated(
+        padded, weight, (1, 1, stride), "VALID", dimension_numbers=DIMENSIONS, precision=precision(padded)
+    )
+    return y + bias
+
+
+def _pack_columns(weight: jax.Array) -> jax.Array:
+    """Make the weights for pairs of columns: [..., 3, channels, out] to [..., 2, 2 * channels, out].
+
+    With 128 channels a product fills half of the 256 rows of a TPU's MXU, and all of them with two columns at a time.
+    """
+    first, second, third = jnp.moveaxis(weight, 2, 0)
+    pairs = (first, second), (jnp.zeros_like(third), third)
+    return jnp.stack([jnp.concatenate(pair, axis=2) for pair in pairs], axis=2)
+
+
+def _convolve_columns(padded: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+    """Do `_convolve` for few output channels: a window computes COLUMNS columns, as so many times the channels.
+
+    A TPU takes as long for three output channels as for 128.
+    """
+    size, out_channels = weight.shape[2], weight.shape[4]
+    window = sum(
+        jnp.pad(
+            weight, ((0, 0), (0, 0), (i, COLUMNS - 1 - i), (0, 0), (i * out_channels, (COLUMNS - 1 - i) * out_channels))
+        )
+        for i in range(COLUMNS)
+    )
+    assert isinstance(window, jax.Array) and window.shape[2] == COLUMNS + size - 1
+    y = _convolve(padded, window, jnp.tile(bias, COLUMNS), stride=COLUMNS)
+    y = jax.lax.optimization_barrier(y)
+    frames, height, width, strips, _ = y.shape
+    y = jnp.moveaxis(y.reshape(frames, height, width, strips, COLUMNS, out_channels), 4, 3)
+    return y.reshape(frames, height, width * COLUMNS, strips, out_channels)

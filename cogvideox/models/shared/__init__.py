@@ -1,0 +1,1 @@
+"""What transformer and decoder share: sizes, sharding, taps, loading onto the chips."""

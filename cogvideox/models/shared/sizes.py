@@ -1,0 +1,35 @@
+"""Sizes of a video and of its latents, computed from the VAE's config."""
+
+from collections.abc import Mapping
+
+from cogvideox.errors import PlanError
+
+
+def spatial_compression_ratio(vae: Mapping) -> int:
+    """Return the pixels of the video per pixel of the latents, in height and in width."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def latent_size(vae: Mapping, frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """Return frames, height and width of the latents of a video of 4n + 1 frames."""
+    spatial = spatial_compression_ratio(vae)
+    return (frames - 1) // vae["temporal_compression_ratio"] + 1, height // spatial, width // spatial
+
+
+def check_multiple(option: str, size: int, multiple: int, most: int | None = None) -> None:
+    """Raise PlanError, naming the nearest size that works, unless `size` is a multiple of `multiple` up to `most`."""
+    if size % multiple == 0 and (most is None or size <= most):
+        return
+    nearest = max(round(size / multiple), 1) * multiple
+    limit = ""
+    if most is not None:
+        nearest, limit = min(nearest, most // multiple * multiple), f" up to {most}"
+    raise PlanError(option, f"{size} does not fit this model: a multiple of {multiple}{limit}, for example {nearest}")
+
+
+def check_frames(vae: Mapping, frames: int) -> None:
+    """Raise PlanError, naming the nearest numbers that work, unless `frames` is 4n + 1 (4 is the VAE's compression)."""
+    ratio = vae["temporal_compression_ratio"]
+    if (frames - 1) % ratio:
+        below = frames - (frames - 1) % ratio
+        raise PlanError("frames", f"{frames} is not {ratio}n + 1; the nearest are {below} and {below + ratio}")

@@ -1,0 +1,265 @@
+"""Attention implementations, of which stage 2 chooses one by its name in the table IMPLEMENTATIONS.
+
+Each is a function over the heads of one chip, called as `function(query, key, value, kv_length=..., **options)`. The
+arrays are [batch, heads, sequence, head_dim]; only the first `kv_length` keys count; the scale is head_dim ** -0.5. The
+function returns [batch, heads, sequence, head_dim]. The table says which other options it takes.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeGuard
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+import custom_splash_attention
+from cogvideox.errors import PlanError
+from cogvideox.models.shared import tap
+from cogvideox.models.shared.sharding import activation_spec
+
+
+def xla_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int, use_cudnn: bool = False
+) -> jax.Array:
+    """Compute plain softmax attention by XLA, which keeps the scores [batch, heads, sequence, sequence] in memory.
+
+    With `use_cudnn`, for NVIDIA GPUs, arrays of 16 bits take cuDNN's fused attention, which does not keep the scores.
+    """
+    fused = use_cudnn and query.dtype.itemsize == 2
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    lengths = jnp.full(query.shape[0], kv_length, jnp.int32) if kv_length < key.shape[1] else None
+    out = jax.nn.dot_product_attention(
+        query, key, value, key_value_seq_lengths=lengths, implementation="cudnn" if fused else "xla"
+    )
+    return jnp.swapaxes(out, 1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+    """Block sizes of JAX's Splash Attention; the defaults are those that the original project began with."""
+
+    block_q: int = 2048
+    block_kv: int = 1024
+    block_kv_compute: int = 512
+
+    def check(self, head_dim: int, itemsize: int) -> None:
+        """Raise ValueError, naming the nearest values that work, if the kernel cannot take these sizes."""
+        for field in dataclasses.fields(self):
+            size = getattr(self, field.name)
+            if size < 128 or size % 128:
+                raise ValueError(
+                    f"{field.name}={size} is not a multiple of 128; {max(round(size / 128), 1) * 128} works"
+                )
+        if self.block_kv % self.block_kv_compute:
+            raise ValueError(
+                f"block_kv_compute={self.block_kv_compute} does not divide block_kv={self.block_kv}; "
+                f"{math.gcd(self.block_kv_compute, self.block_kv)} does"
+            )
+        # Queries, keys, values, output and one block of float32 scores, the first four twice.
+        used = 4 * (self.block_q + self.block_kv) * head_dim * itemsize + 4 * self.block_q * self.block_kv_compute
+        if used > 64 * 2**20:
+            raise ValueError(
+                f"these block sizes need about {used / 2**20:.0f} MiB of VMEM, of 64; "
+                f"block_q={64 * 2**20 // (8 * self.block_kv_compute) // 128 * 128} works"
+            )
+
+
+def splash_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    kv_length: int,
+    block_sizes: BlockSizes | None = None,
+    k_smooth: bool = True,
+    interpret: bool = False,
+) -> jax.Array:
+    """Run JAX's Splash Attention for TPUs; the sequence is padded to whole blocks, and padded keys are masked.
+
+    With `k_smooth` the mean of the keys is subtracted first, which does not change the softmax.
+    """
+    block_sizes = block_sizes or BlockSizes()
+    if k_smooth:
+        key = key - key[:, :, :kv_length].mean(axis=2, keepdims=True, dtype=jnp.float32).astype(key.dtype)
+    batch, heads, length, head_dim = query.shape
+    whole = -(-length // 128) * 128
+    blocks = {field.name: min(getattr(block_sizes, field.name), whole) for field in dataclasses.fields(block_sizes)}
+    step = math.lcm(blocks["block_q"], blocks["block_kv"])
+    padded = -(-length // step) * step
+
+    def prepare(x: jax.Array) -> jax.Array:  # the kernel has no batch axis: batch and heads become one
+        return jnp.pad(x, ((0, 0), (0, 0), (0, padded - length), (0, 0))).reshape(-1, padded, head_dim)
+
+    mask = splash_attention_mask.MultiHeadMask(
+        [splash_attention_mask.FullMask((padded, padded)) for _ in range(batch * heads)]
+    )
+    kernel = splash_attention_kernel.make_splash_mha_single_device(
+        mask, block_sizes=splash_attention_kernel.BlockSizes(**blocks), interpret=interpret
+    )
+    # The segments keep padded keys out; by the compiler's schedule they cost 7 % (299 scores a cycle, not 320).
+    is_padding = (jnp.arange(padded) >= kv_length).astype(jnp.int32)
+    segments = splash_attention_kernel.SegmentIds(q=jnp.zeros(padded, jnp.int32), kv=is_padding)
+    out = kernel(prepare(query * head_dim**-0.5), prepare(key), prepare(value), segments)
+    return out.reshape(batch, heads, padded, head_dim)[:, :, :length]
+
+
+class Tiled(NamedTuple):
+    """An implementation from and to arrays [tiles, batch * heads, head_dim, 128].
+
+    Attributes:
+        function: the attention.
+        online_heads: see `Implementation`, bool [batch * heads].
+    """
+
+    function: Callable[..., jax.Array]
+    online_heads: Callable[..., jax.Array]
+
+
+class Implementation(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        function: see the top of this file.
+        block_sizes: the frozen dataclass of its block sizes, with a method `check(head_dim, itemsize)`; None where it
+            has none. A function with block sizes also takes `k_smooth` and `interpret`.
+        platform_options: options of the function by platform of the devices, for those that need some.
+        online_heads: `online_heads(query, key, kv_length=..., k_smooth=...)` tells which heads, bool [batch, heads],
+            take the slower of the function's two kernels; None where it has one.
+        tiled: the two functions from and to the kernel's own layout; None where it has none. With them, a TPU copies
+            nothing between projection and kernel.
+    """
+
+    function: Callable[..., jax.Array]
+    block_sizes: type | None = None
+    platform_options: Mapping[str, Mapping] = MappingProxyType({})
+    online_heads: Callable[..., jax.Array] | None = None
+    tiled: Tiled | None = None
+
+
+IMPLEMENTATIONS = {
+    "splash_exp2": Implementation(
+        custom_splash_attention.splash_attention,
+        custom_splash_attention.BlockSizes,
+        online_heads=custom_splash_attention.online_heads,
+        tiled=Tiled(custom_splash_attention.tiled_attention, custom_splash_attention.tiled_online_heads),
+    ),
+    "splash": Implementation(splash_attention, BlockSizes),
+    "xla": Implementation(xla_attention, platform_options={"gpu": {"use_cudnn": True}}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """One of IMPLEMENTATIONS with its options; call it as `attention(query, key, value, kv_length)`.
+
+    Attributes:
+        name: its key in IMPLEMENTATIONS.
+        platform: of the devices, "tpu", "cpu" or "gpu"; off a TPU the kernels run in Pallas' interpreter.
+        block_sizes: of the kernel, an object of the table's class; None for the kernel's own choice.
+        k_smooth: subtract the mean of the keys; see the kernels.
+    """
+
+    name: str
+    platform: str
+    block_sizes: Any = None
+    k_smooth: bool = True
+
+    @classmethod
+    def choose(
+        cls,
+        name: str | None,
+        platform: str,
+        block_sizes: Sequence[int] | None,
+        k_smooth: bool | None,
+        head_dim: int,
+        dtype: jax.typing.DTypeLike,
+    ) -> "Attention":
+        """Choose the implementation `name`, by default the best for the platform.
+
+        Args:
+            name: a key of IMPLEMENTATIONS.
+            platform: see `Attention`.
+            block_sizes: in the order of the fields of the implementation's class.
+            k_smooth: see `Attention`.
+            head_dim, dtype: of the arrays, which limit the block sizes.
+
+        None stands for the default of each option.
+
+        Raises:
+            PlanError: the name is unknown, or the kernel cannot take the block sizes; the message says what works.
+        """
+        kernel = "splash_exp2" if custom_splash_attention.USE_CUSTOM_ATTENTION else "splash"
+        name = name or (kernel if platform == "tpu" else "xla")
+        if name not in IMPLEMENTATIONS:
+            raise PlanError("attention", f"{name} is unknown; there are {', '.join(IMPLEMENTATIONS)}")
+        k_smooth = custom_splash_attention.USE_K_SMOOTH if k_smooth is None else k_smooth
+        if block_sizes is None:
+            return cls(name, platform, None, k_smooth)
+        kind = IMPLEMENTATIONS[name].block_sizes
+        if kind is None:
+            raise PlanError("block_sizes", f"attention {name} has no block sizes")
+        fields = [field.name for field in dataclasses.fields(kind)]
+        if len(block_sizes) != len(fields):
+            raise PlanError(
+                "block_sizes", f"{name} takes {len(fields)} block sizes, not {len(block_sizes)}: {', '.join(fields)}"
+            )
+        attention = cls(name, platform, kind(*block_sizes), k_smooth)
+        attention.check(head_dim, dtype)
+        return attention
+
+    def check(self, head_dim: int, dtype: jax.typing.DTypeLike) -> None:
+        """Raise PlanError if the kernel cannot take the block sizes for heads of this size and arrays of this dtype."""
+        if self.block_sizes is None:
+            return
+        try:
+            self.block_sizes.check(head_dim, jnp.dtype(dtype).itemsize)
+        except ValueError as error:
+            raise PlanError("block_sizes", str(error)) from error
+
+    @property
+    def is_kernel(self) -> bool:
+        """Whether it is a kernel with block sizes, which keeps no scores in memory."""
+        return IMPLEMENTATIONS[self.name].block_sizes is not None
+
+    @property
+    def interpret(self) -> bool:
+        """Whether kernels run in Pallas' interpreter."""
+        return self.platform != "tpu"
+
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int) -> jax.Array:
+        """Compute attention; see the top of this file."""
+        implementation = IMPLEMENTATIONS[self.name]
+        options = dict(implementation.platform_options.get(self.platform, {})) | self._kernel_options()
+        if implementation.online_heads:
+            which = functools.partial(
+                implementation.online_heads, query, key, kv_length=kv_length, k_smooth=self.k_smooth
+            )
+            tap.tap("online_heads", which, activation_spec("attended heads"))
+        return implementation.function(query, key, value, kv_length=kv_length, **options)
+
+    def tiled(self, queries: jax.Array, keys: jax.Array, values: jax.Array, kv_length: int) -> jax.Array:
+        """Compute attention of tiles [tiles, batch, heads, head_dim, 128]; only where `is_tiled`."""
+        tiled, shape = IMPLEMENTATIONS[self.name].tiled, queries.shape
+        assert tiled
+        queries, keys, values = (x.reshape(shape[0], -1, *shape[3:]) for x in (queries, keys, values))
+
+        def which() -> jax.Array:
+            found = tiled.online_heads(queries, keys, kv_length=kv_length, k_smooth=self.k_smooth)
+            return found.reshape(shape[1:3])
+
+        tap.tap("online_heads", which, activation_spec("attended heads"))
+        return tiled.function(queries, keys, values, kv_length=kv_length, **self._kernel_options()).reshape(shape)
+
+    def _kernel_options(self) -> dict[str, Any]:
+        """Return the options of a function that has block sizes."""
+        if not self.is_kernel:
+            return {}
+        return {"block_sizes": self.block_sizes, "k_smooth": self.k_smooth, "interpret": self.interpret}
+
+
+def is_tiled(attention: Callable) -> TypeGuard[Attention]:
+    """Tell whether `attention` is an `Attention` that takes tiles; see `Implementation`."""
+    return isinstance(attention, Attention) and IMPLEMENTATIONS[attention.name].tiled is not None

@@ -1,0 +1,162 @@
+"""The loop over the denoising steps."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cogvideox.models.shared.sharding import to_devices
+from cogvideox.models.transformer.plan import DenoisingPlan, StepKind
+from cogvideox.models.transformer.scheduler import AffineScheduler, make_scheduler
+from cogvideox.models.transformer.step import (
+    Condition,
+    State,
+    StepArguments,
+    StepInputs,
+    abstract_arguments,
+    state_shardings,
+)
+from cogvideox.models.transformer.transformer import (
+    rotary_embedding,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+# --- The loop ----------------------------------------------------------------------------------------------------
+
+
+class Denoising:
+    """A run of `plan`, which makes a batch of videos, before its loop.
+
+    Args:
+        plan: see `DenoisingPlan`.
+        parameters: see models/transformer.py.
+        prompt_embeds, negative_prompt_embeds: [batch, text tokens, text width], torch.
+        seeds: of the noise of each video, which is drawn as in `CogVideoXPipeline`, in the dtype of the embeddings.
+        skipped: the steps that leave out the blocks.
+
+    Attributes:
+        done: how many steps are done.
+    """
+
+    def __init__(
+        self,
+        plan: DenoisingPlan,
+        parameters: Mapping[str, jax.Array],
+        prompt_embeds: "torch.Tensor",
+        negative_prompt_embeds: "torch.Tensor",
+        seeds: Sequence[int],
+        skipped: Collection[int] = (),
+    ):
+        import torch
+        from diffusers.utils.torch_utils import randn_tensor
+
+        self.plan = plan
+        self.parameters = parameters
+        self.done = 0
+        self._kinds = plan.kinds(skipped)
+        self._resumed: State | None = None
+        self._replicated = plan.parallelism.sharding()
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._noise = randn_tensor(plan.latent_shape, generator=self._generators, dtype=prompt_embeds.dtype)
+        self._scheduler = AffineScheduler(make_scheduler(plan.scheduler), plan.num_inference_steps)
+        if plan.guided:
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
+        rotary = rotary_embedding(plan.transformer, plan.latent_shape)
+        self.condition = Condition(self._to_device(prompt_embeds, plan.dtype), to_devices(rotary, self._replicated))
+
+    def arguments(self) -> StepArguments:
+        """Return the arguments of the first step."""
+        inputs = self._inputs(0, self._copied_generators())
+        return StepArguments(self.parameters, self._start(), self.condition, inputs)
+
+    def warm_up(self, steps: int, programs: Mapping[StepKind, Callable]) -> None:
+        """Run the first step `steps` times, each time on the result before; draws nothing from the run's generators.
+
+        Then the first step of each other kind runs once, if any did.
+        """
+        others = sorted({self._kinds.index(kind) for kind in self._kinds} - {0})
+        indices = [0] * steps + others * bool(steps)
+        for _ in self._loop(programs, self._start(), indices, self._copied_generators()):
+            pass
+
+    def run(self, programs: Mapping[StepKind, Callable]) -> Iterator[State]:
+        """Yield the state after each step that is not done, with a program for each kind of them.
+
+        The next step donates the state: only the last one may be kept.
+        """
+        start = self._start() if self._resumed is None else self._resumed
+        for state in self._loop(programs, start, range(self.done, self.plan.num_inference_steps), self._generators):
+            self.done += 1
+            yield state
+
+    def saved(self, state: State) -> dict[str, np.ndarray]:
+        """Return all that a run of the same plan goes on from after `state`, the last one that `run` has yielded."""
+        is_needed = self.done < len(self._kinds) and self._kinds[self.done].short
+        needed = state if is_needed else state._replace(residual=None)  # it is large
+        arrays: dict[str, np.ndarray] = {
+            name: np.asarray(jax.device_get(array)) for name, array in needed._asdict().items() if array is not None
+        }
+        generators = np.stack([state.numpy() for state in self._generators_before_inputs])
+        return arrays | {"generators": generators, "done": np.asarray(self.done, np.int32)}
+
+    def resume(self, saved: Mapping[str, np.ndarray]) -> None:
+        """Go on from what `saved` has returned."""
+        import torch
+
+        self.done = int(saved["done"])
+        for generator, state in zip(self._generators, saved["generators"], strict=True):
+            generator.set_state(torch.from_numpy(state))
+        start, shardings = self._start()._asdict(), state_shardings(self.plan)._asdict()
+        arrays = {name: jax.device_put(saved[name], shardings[name]) for name in start if name in saved}
+        self._resumed = State(**(start | arrays))
+
+    def _loop(
+        self,
+        programs: Mapping[StepKind, Callable],
+        state: State,
+        indices: Sequence[int],
+        generators: "Sequence[torch.Generator]",
+    ) -> Iterator[State]:
+        """Run the steps `indices` from `state`, and yield the state after each."""
+        inputs = self._inputs(indices[0], generators) if indices else None
+        for n in range(len(indices)):
+            state = programs[self._kinds[indices[n]]](self.parameters, state, self.condition, inputs)
+            self._generators_before_inputs = [generator.get_state() for generator in generators]
+            if n + 1 < len(indices):
+                inputs = self._inputs(indices[n + 1], generators)  # on the host, while the device works
+            jax.block_until_ready(state)
+            yield state
+
+    def _start(self) -> State:
+        """Return the initial noise and an empty estimate, in new buffers each time, because a step donates them."""
+        empty = jax.tree.map(
+            lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding),
+            abstract_arguments(self.plan).state,
+        )
+        return empty._replace(latents=self._to_device(self._noise, self.plan.dtype))
+
+    def _copied_generators(self) -> "list[torch.Generator]":
+        """Return generators that draw what those of the run will draw."""
+        return [generator.clone_state() for generator in self._generators]
+
+    def _inputs(self, i: int, generators: "Sequence[torch.Generator]") -> StepInputs:
+        """Return the inputs of step `i`; draws the noise of each video from its generator."""
+        scheduler, plan = self._scheduler, self.plan
+        noise = scheduler.noise(i, plan.latent_shape, self._noise.dtype, generators)
+        scalars = (
+            jnp.int32(scheduler.timesteps[i]),
+            jnp.asarray(scheduler.coefficients[i]),
+            jnp.float32(plan.guidance_at(int(scheduler.timesteps[i]))),
+        )
+        timestep, coefficients, guidance_scale = to_devices(scalars, self._replicated)
+        noise_on_device = None if noise is None else self._to_device(noise, plan.dtype)
+        return StepInputs(timestep, coefficients, noise_on_device, guidance_scale)
+
+    def _to_device(self, tensor: "torch.Tensor", dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Copy a tensor to all devices as an array of `dtype`."""
+        return to_devices(jnp.from_dlpack(tensor.contiguous()).astype(dtype).copy(), self._replicated)

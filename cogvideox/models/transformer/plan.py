@@ -1,0 +1,241 @@
+"""The plan of a denoising run: everything that decides it, except weights, prompt and seed."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cogvideox.errors import PlanError
+from cogvideox.models.shared.sharding import LAYOUTS, MESH_AXES, Parallelism, make_mesh, mesh_sizes
+from cogvideox.models.shared.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
+from cogvideox.models.transformer.attention import Attention
+from cogvideox.models.transformer.scheduler import SAMPLERS, Sampler
+
+# --- The plan ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoisingPlan:
+    """Everything that decides a denoising run, except weights, prompt and seed.
+
+    Attributes:
+        transformer, vae, scheduler: the model's configs, as reading.py checks them.
+        height, width, frames: of the video, in pixels and frames.
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance; there is no guidance if it is at most 1.
+        use_dynamic_cfg: whether it changes from step to step; see `guidance_at`.
+        batch: videos at a time.
+        dtype: of weights, latents and embeddings.
+        parallelism: the mesh of devices, and the layout of the parameters on it.
+        attention: the implementation, with its options.
+        step_cache: whether full steps keep what the blocks add, for steps that leave them out.
+        guidance_interval: the first and the last step with guidance, counted from 0; None for all steps.
+    """
+
+    transformer: Mapping
+    vae: Mapping
+    scheduler: Mapping
+    height: int
+    width: int
+    frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    use_dynamic_cfg: bool
+    batch: int
+    dtype: jnp.dtype
+    parallelism: Parallelism
+    attention: Attention
+    step_cache: bool
+    guidance_interval: tuple[int, int] | None
+
+    @property
+    def guided(self) -> bool:
+        """Whether steps predict for the negative prompt too: all, or those of `guidance_interval`."""
+        return self.guidance_scale > 1.0
+
+    def kinds(self, skipped: Collection[int] = ()) -> "list[StepKind]":
+        """Return the kind of each step, of which `skipped` leave out the blocks."""
+        first, last = self.guidance_interval or (0, self.num_inference_steps)
+        steps = range(self.num_inference_steps)
+        return [StepKind(short=i in skipped, guided=self.guided and first <= i <= last) for i in steps]
+
+    def guidance_at(self, timestep: int) -> float:
+        """Return the guidance scale of a step; source: `use_dynamic_cfg` of `CogVideoXPipeline.__call__`."""
+        if not self.use_dynamic_cfg:
+            return self.guidance_scale
+        steps = self.num_inference_steps
+        return 1 + self.guidance_scale * (1 - math.cos(math.pi * ((steps - timestep) / steps) ** 5.0)) / 2
+
+    @property
+    def always_full(self) -> set[int]:
+        """The steps that must not leave out the blocks: the first, the last, and the first one with guidance."""
+        first_guided, _ = self.guidance_interval or (0, 0)
+        return {0, self.num_inference_steps - 1, first_guided}
+
+    @property
+    def prompts(self) -> int:
+        """Prompts for each video: with guidance the negative and the positive one."""
+        return 2 if self.guided else 1
+
+    @property
+    def sampler(self) -> Sampler:
+        """How the scheduler is called, and whether it adds noise."""
+        return SAMPLERS[self.scheduler["_class_name"]]
+
+    @property
+    def devices(self) -> list[jax.Device]:
+        """The devices in the order of the mesh."""
+        return self.parallelism.mesh.devices.flatten().tolist()
+
+    @property
+    def surplus_frames(self) -> int:
+        """Latent frames that are put in front to fill the temporal patch, and cut off again at the end."""
+        return -latent_size(self.vae, self.frames, self.height, self.width)[0] % self.transformer["patch_size_t"]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int, int]:
+        """[batch, frames, channels, height, width] of the latents, surplus frames included."""
+        frames, height, width = latent_size(self.vae, self.frames, self.height, self.width)
+        return self.batch, frames + self.surplus_frames, self.transformer["in_channels"], height, width
+
+    @property
+    def video_tokens(self) -> int:
+        """Tokens of one sample that stand for patches of the video."""
+        _, frames, _, height, width = self.latent_shape
+        patch = self.transformer["patch_size"]
+        return frames // self.transformer["patch_size_t"] * (height // patch) * (width // patch)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one sample, text and video together."""
+        return self.transformer["max_text_seq_length"] + self.video_tokens
+
+    def with_dtype(self, dtype: jax.typing.DTypeLike) -> "DenoisingPlan":
+        """Return the plan for weights of another dtype; raises PlanError if that does not fit the other options."""
+        self.attention.check(self.transformer["attention_head_dim"], dtype)
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+
+    @property
+    def program_options(self) -> dict:
+        """Everything that the compiled step depends on, except the configs and the shapes of its arguments."""
+        return {
+            "mesh": dict(self.parallelism.mesh.shape),
+            "layout": self.parallelism.layout,
+            "attention": self.attention.name,
+            "blocks": self.attention.block_sizes or "default",
+            "k_smooth": self.attention.k_smooth,
+        } | ({"step_cache": True} if self.step_cache else {})
+
+
+class StepKind(NamedTuple):
+    """What kind of step a program computes.
+
+    Attributes:
+        short: whether it leaves out the blocks, and adds the residual of the last full step instead.
+        guided: whether it predicts for the negative prompts too, or for the positive ones alone.
+    """
+
+    short: bool
+    guided: bool
+
+
+def make_denoising_plan(
+    *,
+    transformer: Mapping,
+    vae: Mapping,
+    scheduler: Mapping,
+    devices: Sequence[jax.Device],
+    platform: str,
+    height: int,
+    width: int,
+    frames: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+    use_dynamic_cfg: bool = False,
+    batch: int = 1,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    attention: str | None = None,
+    block_sizes: Sequence[int] | None = None,
+    use_k_smooth: bool | None = None,
+    use_dp: bool = True,
+    sp_num: int | None = None,
+    mesh_order: Sequence[str] = MESH_AXES,
+    layout: str = "tp",
+    step_cache: bool = False,
+    guidance_interval: tuple[int, int] | None = None,
+) -> DenoisingPlan:
+    """Make the plan that the options ask for, on `devices` of `platform` ("tpu", "cpu" or "gpu"); see `DenoisingPlan`.
+
+    Args:
+        attention, block_sizes, use_k_smooth: see `Attention.choose`.
+        use_dp, sp_num: see `mesh_sizes`.
+        mesh_order: order of the mesh's axes; along the last one devices are neighbours.
+        layout: of the parameters, a key of LAYOUTS.
+        step_cache, guidance_interval: see `DenoisingPlan`.
+
+    Raises:
+        PlanError: the model, the devices and the options do not fit together.
+    """
+    if sorted(mesh_order) != sorted(MESH_AXES):
+        raise PlanError("mesh_order", f"{','.join(mesh_order)} is not an order of {','.join(MESH_AXES)}")
+    if layout not in LAYOUTS:
+        raise PlanError("layout", f"{layout} is unknown; there are {', '.join(LAYOUTS)}")
+    # dp splits what all steps have: those without guidance have the positive prompts alone.
+    sequences = batch * (2 if guidance_scale > 1.0 and guidance_interval is None else 1)
+    sizes = mesh_sizes(len(devices), transformer["num_attention_heads"], sequences, use_dp, sp_num)
+    plan = DenoisingPlan(
+        transformer=transformer,
+        vae=vae,
+        scheduler=scheduler,
+        height=height,
+        width=width,
+        frames=frames,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        use_dynamic_cfg=use_dynamic_cfg,
+        batch=batch,
+        dtype=jnp.dtype(dtype),
+        parallelism=Parallelism(make_mesh(sizes, devices, mesh_order), layout),
+        attention=Attention.choose(
+            attention, platform, block_sizes, use_k_smooth, transformer["attention_head_dim"], dtype
+        ),
+        step_cache=step_cache,
+        guidance_interval=guidance_interval,
+    )
+    check_plan(plan)
+    return plan
+
+
+def check_plan(plan: DenoisingPlan) -> None:
+    """Raise PlanError, naming values that work, if the scheduler, the sizes or the number of steps cannot be run."""
+    spatial = spatial_compression_ratio(plan.vae)
+    multiple = spatial * plan.transformer["patch_size"]
+    for name in ("height", "width"):
+        check_multiple(name, getattr(plan, name), multiple, plan.transformer[f"sample_{name}"] * spatial)
+    check_frames(plan.vae, plan.frames)
+    if plan.use_dynamic_cfg and not plan.guided:
+        raise PlanError(
+            "use_dynamic_cfg",
+            f"changes the guidance, and with --guidance_scale {plan.guidance_scale:g} there is none; "
+            "add --no-use_dynamic_cfg",
+        )
+    first, last = plan.guidance_interval or (0, 0)
+    if plan.guidance_interval and not plan.guided:
+        raise PlanError(
+            "guidance_interval",
+            f"is an interval with guidance, and with --guidance_scale {plan.guidance_scale:g} "
+            "there is none; use one of the two",
+        )
+    if not first <= last < plan.num_inference_steps:
+        raise PlanError(
+            "guidance_interval", f"{first},{last} is no interval of the steps 0 to {plan.num_inference_steps - 1}"
+        )
+    if plan.scheduler["_class_name"] not in SAMPLERS:
+        name = plan.scheduler["_class_name"]
+        raise PlanError(None, f"scheduler {name} is not supported, only {' and '.join(SAMPLERS)}")
+    maximum = plan.scheduler["num_train_timesteps"]
+    if plan.num_inference_steps > maximum:
+        raise PlanError("num_inference_steps", f"can be at most {maximum} with this scheduler")

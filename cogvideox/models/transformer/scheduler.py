@@ -1,0 +1,118 @@
+"""The diffusers scheduler as numbers that a jitted step can take.
+
+Every step of the CogVideoX schedulers is affine in its three arrays: one 2 x 3 matrix of scalars, different at each
+step, maps (sample, model_output, old_pred_original_sample) to (prev_sample, pred_original_sample), and the stochastic
+DPM scheduler adds noise. Matrix and noise are found by calling the diffusers scheduler itself on unit vectors and on
+zeros. So its formulas, its options and its order of random draws are not written again here, and the program on the
+device has no branch on the timestep.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import SchedulerMixin
+
+
+class Sampler(NamedTuple):
+    """How a diffusers scheduler is called.
+
+    Attributes:
+        step: `step(scheduler, i, sample, model_output, old_pred_original_sample, generator)` of the i-th step, to
+            (prev_sample, pred_original_sample); affine in the three arrays.
+        adds_noise: whether a step draws noise from `generator` and adds it to prev_sample.
+    """
+
+    step: "Callable[..., tuple[torch.Tensor, torch.Tensor]]"
+    adds_noise: bool
+
+
+def _ddim_step(scheduler, i, sample, model_output, old_pred_original_sample, generator):
+    return scheduler.step(model_output, scheduler.timesteps[i], sample, return_dict=False)
+
+
+def _dpm_step(scheduler, i, sample, model_output, old_pred_original_sample, generator):
+    return scheduler.step(
+        model_output,
+        old_pred_original_sample if i else None,
+        scheduler.timesteps[i],
+        scheduler.timesteps[i - 1] if i else None,
+        sample,
+        generator=generator,
+        return_dict=False,
+    )
+
+
+# The schedulers that stage 2 can run, by the name of the diffusers class, as in a model's scheduler_config.json.
+SAMPLERS = {
+    "CogVideoXDDIMScheduler": Sampler(_ddim_step, adds_noise=False),
+    "CogVideoXDPMScheduler": Sampler(_dpm_step, adds_noise=True),
+}
+
+
+# What --scheduler changes in a model's scheduler_config.json. The model's authors run DPM with trailing timesteps.
+CHOICES = {
+    "ddim": {"_class_name": "CogVideoXDDIMScheduler"},
+    "dpm": {"_class_name": "CogVideoXDPMScheduler", "timestep_spacing": "trailing"},
+}
+
+
+def make_scheduler(config: Mapping) -> "SchedulerMixin":
+    """Make the diffusers scheduler of a `scheduler_config.json` that names one of SAMPLERS."""
+    import diffusers
+
+    scheduler = getattr(diffusers, config["_class_name"])
+    # `from_config` does the same, but first imports all other schedulers, to see which of them could take the config.
+    known = inspect.signature(scheduler).parameters
+    return scheduler(**{name: value for name, value in config.items() if name in known})
+
+
+class AffineScheduler:
+    """A diffusers CogVideoX scheduler with its timesteps set, as one affine map per step.
+
+    Args:
+        scheduler: an object of one of the classes in SAMPLERS.
+        num_inference_steps: number of denoising steps.
+
+    Attributes:
+        timesteps: int64 array [num_inference_steps], descending.
+        coefficients: float32 array [num_inference_steps, 2, 3]; rows (prev_sample, pred_original_sample), columns
+            (sample, model_output, old_pred_original_sample).
+    """
+
+    def __init__(self, scheduler: "SchedulerMixin", num_inference_steps: int):
+        scheduler.set_timesteps(num_inference_steps)
+        self._scheduler = scheduler
+        self._sampler = SAMPLERS[type(scheduler).__name__]
+        self.timesteps = scheduler.timesteps.numpy()
+        self.coefficients = np.stack([self._matrix(i) for i in range(num_inference_steps)]).astype(np.float32)
+
+    def noise(
+        self, step: int, shape: tuple[int, ...], dtype: "torch.dtype", generators: "Sequence[torch.Generator]"
+    ) -> "torch.Tensor | None":
+        """Return the scaled noise that step `step` adds to prev_sample; None if the scheduler adds no noise.
+
+        Draws for each sample of the batch from its generator exactly what `scheduler.step` draws.
+        """
+        if not self._sampler.adds_noise:
+            return None
+        import torch
+
+        zeros = torch.zeros(1, *shape[1:], dtype=dtype)
+        samples = [self._sampler.step(self._scheduler, step, zeros, zeros, zeros, one)[0] for one in generators]
+        return torch.cat(samples).to(dtype)
+
+    def _matrix(self, step: int) -> np.ndarray:
+        """Return the coefficients of step `step`, float64 [2, 3]."""
+        import torch
+
+        def evaluate(vector: list[float]) -> torch.Tensor:
+            arrays = torch.tensor(vector, dtype=torch.float64).split(1)
+            return torch.cat(self._sampler.step(self._scheduler, step, *arrays, torch.Generator().manual_seed(0)))
+
+        noise = evaluate([0.0, 0.0, 0.0])
+        return torch.stack([evaluate(unit) - noise for unit in np.eye(3).tolist()], dim=1).numpy()

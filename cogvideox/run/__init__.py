@@ -1,0 +1,1 @@
+"""One execution of a stage: hosts, plans from options, jobs, compilation, executables, profiles."""

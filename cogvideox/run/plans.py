@@ -1,0 +1,181 @@
+"""Make the plans of a denoising run and of a decode from options and a model's configs."""
+
+import argparse
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cogvideox.errors import PlanError, UserError, first_line
+from cogvideox.files import checkpoint, tensor_dump
+from cogvideox.files.step_polynomial import FILE as STEP_CACHE
+from cogvideox.files.step_polynomial import polynomial_of
+from cogvideox.models.transformer.scheduler import CHOICES
+
+if TYPE_CHECKING:
+    import jax
+    import numpy as np
+
+    from cogvideox.models.decoder.plan import DecodingPlan
+    from cogvideox.models.shared import tap
+    from cogvideox.models.transformer.plan import DenoisingPlan
+    from cogvideox.run import recorder
+
+
+def dump_wanted(arguments: argparse.Namespace) -> "tap.Wanted | None":
+    """Return what the options of `add_dump_options` ask the programs to return, or None without --dump.
+
+    Raises:
+        UserError: an option belongs to --dump, which is not there.
+    """
+    from cogvideox.models.shared import tap
+
+    if arguments.dump is None:
+        for name in ("dump_names", "dump_steps", "dump_stats", "dump_shards"):
+            if getattr(arguments, name):
+                raise UserError(f"--{name} belongs to --dump, which says where the files go")
+        return None
+    statistics = arguments.dump_stats or arguments.dump_shards
+    arrays = arguments.dump_names or ([] if statistics else ["*"])
+    return tap.Wanted(tuple(arrays), ("*",) if statistics else (), checksums=arguments.dump_shards)
+
+
+def dump_recorder(
+    arguments: argparse.Namespace,
+    stage: str,
+    unit: str,
+    made_from: Mapping[str, str],
+    mesh: "jax.sharding.Mesh",
+    programs: "Sequence[jax.stages.Traced]",
+) -> "recorder.Recorder | recorder.NoRecorder":
+    """Make what writes the files of --dump while programs run, one for each step; see `Recorder`."""
+    from cogvideox.run import recorder
+
+    if arguments.dump is None:
+        return recorder.NoRecorder()
+    chosen = tensor_dump.steps(arguments.dump_steps, len(programs))
+    return recorder.Recorder(arguments.dump, stage, unit, made_from, mesh, programs, chosen)
+
+
+def denoising_plan(
+    arguments: argparse.Namespace, model_id: str, devices: Sequence, platform: str, videos: int, **details: Any
+) -> "DenoisingPlan":
+    """Return the plan that the options of `add_denoising_options` ask for, with the configs of a model.
+
+    Args:
+        arguments: the parsed options.
+        model_id: the model whose configs are read.
+        devices: the jax devices to run on.
+        platform: "tpu", "cpu" or "gpu".
+        videos: how many there are to make; its batch is how many of them are made at a time.
+        details: other arguments of `denoising.make_plan`: dtype.
+
+    Raises:
+        UserError: the model, the devices and the options do not fit together.
+    """
+    from cogvideox.models.transformer import throughput
+    from cogvideox.models.transformer.plan import make_denoising_plan
+
+    given = {"mesh_order": arguments.mesh_order.split(",")} if arguments.mesh_order else {}
+    names = (
+        *("height", "width", "frames", "num_inference_steps", "guidance_scale", "guidance_interval"),
+        *("use_dynamic_cfg", "attention", "block_sizes", "use_k_smooth", "use_dp", "sp_num", "layout"),
+    )
+    with plan_errors():
+        make = functools.partial(
+            make_denoising_plan,
+            transformer=checkpoint.read_config(model_id, "transformer"),
+            vae=checkpoint.read_config(model_id, "vae"),
+            scheduler=checkpoint.scheduler_config(model_id, CHOICES.get(arguments.scheduler, {})),
+            devices=devices,
+            platform=platform,
+            step_cache=arguments.cache_threshold is not None or arguments.cache_schedule is not None,
+            **details,
+            **{name: getattr(arguments, name) for name in names},
+            **given,
+        )
+        if arguments.videos_at_once:
+            return make(batch=min(arguments.videos_at_once, videos))
+        return throughput.fastest(make, videos, len(devices))
+
+
+def skipped_steps(
+    arguments: argparse.Namespace, plan: "DenoisingPlan", model_id: str, read: "Callable[[str], np.ndarray]"
+) -> list[int]:
+    """Return the steps that --cache_schedule or --cache_threshold lets skip the blocks.
+
+    Raises:
+        UserError: the schedule names the first step or steps that are not there, or there is no polynomial.
+    """
+    steps = plan.num_inference_steps
+    if arguments.cache_schedule is not None:
+        found = tensor_dump.steps(arguments.cache_schedule, steps, "--cache_schedule")
+        if full := plan.always_full.intersection(found):
+            and_guided = ", and the first one with guidance," if plan.guidance_interval else ""
+            raise UserError(
+                f"--cache_schedule {arguments.cache_schedule} names step {min(full)}: the first and the last step"
+                f"{and_guided} are always full"
+            )
+        return found
+    if arguments.cache_threshold is None:
+        return []
+    from cogvideox.models.transformer import step_cache
+    from cogvideox.models.transformer.scheduler import AffineScheduler, make_scheduler
+    from cogvideox.models.transformer.step import time_embeddings
+
+    try:
+        polynomial = polynomial_of(model_id)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{STEP_CACHE} of {model_id} cannot be read: {first_line(error)}; make it again") from error
+    if polynomial is None:
+        raise UserError(
+            f"--cache_threshold needs a polynomial, and {model_id} has none: fit one with "
+            "python -m tools.fit_step_cache, or name the steps with --cache_schedule"
+        )
+    timesteps = AffineScheduler(make_scheduler(plan.scheduler), steps).timesteps
+    embeddings = time_embeddings(plan, timesteps, read)
+    skipped = step_cache.skipped_steps(embeddings, polynomial, arguments.cache_threshold)
+    return sorted(set(skipped) - plan.always_full)
+
+
+def decoding_plan(
+    arguments: argparse.Namespace, model_id: str, decoder: str, size: dict[str, int], devices: Sequence, dtype: Any
+) -> "DecodingPlan":
+    """Return the plan that the options of `add_decoding_options` ask for, with the VAE config of a model.
+
+    Args:
+        arguments: the parsed options.
+        model_id: the model whose config is read.
+        decoder: "torchax" or "flax".
+        size: "height" and "width" of the video in pixels, and its "frames".
+        devices: the jax devices to run on.
+        dtype: of weights and latents.
+
+    Raises:
+        UserError: the model, the devices and the options do not fit together.
+    """
+    from cogvideox.models.decoder.plan import make_decoding_plan
+
+    with plan_errors():
+        return make_decoding_plan(
+            vae=checkpoint.read_config(model_id, "vae"),
+            decoder=decoder,
+            devices=devices,
+            dtype=dtype,
+            chip_rows=arguments.chip_rows,
+            strips=arguments.strips,
+            **size,
+        )
+
+
+@contextlib.contextmanager
+def plan_errors() -> Iterator[None]:
+    """Turn errors that say why a plan cannot be carried out into a UserError that names the option."""
+    from cogvideox.models.shared.tap import NoSuchNameError
+
+    try:
+        yield
+    except PlanError as error:
+        raise UserError(f"--{error}" if error.option else str(error)) from error
+    except NoSuchNameError as error:
+        raise UserError(f"--dump_names: {str(error).splitlines()[0]}") from error
