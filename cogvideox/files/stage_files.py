@@ -101,3 +101,23 @@ def tensor_shapes(
     if Report.current and "made_from" not in metadata(path):
         Report.current.warn(f"{path} does not say what it was made from: whether it belongs to {CONFIG} is unknown")
     return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def check_embeddings(shapes: Mapping[str, tuple[int, ...]], transformer: Mapping, path: Path) -> None:
+    """Raise UserError unless the embeddings are of one prompt, with as many tokens and the width of the transformer."""
+    expected = (1, transformer["max_text_seq_length"], transformer["text_embed_dim"])
+    for name, shape in shapes.items():
+        if shape != expected:
+            raise UserError(
+                f"{path}: {name} has shape {list(shape)}, the transformer takes {list(expected)}: the embeddings were "
+                "made with another model; run stage 1 again"
+            )
+
+
+def check_latents_shape(shape: tuple[int, ...], expected: tuple[int, ...], path: Path) -> None:
+    """Raise UserError unless the latents have the shape that follows from the configs of the video and the VAE."""
+    if shape != expected:
+        raise UserError(
+            f"{path}: latents have shape {list(shape)}, but {CONFIG} and the VAE say {list(expected)}; "
+            "run stage 2 again"
+        )
