@@ -830,7 +830,7 @@ def as_markdown(content: Mapping) -> str:
 # --- The run -----------------------------------------------------------------------------------------------------
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.on_device")
     parser.add_argument("--quick", action="store_true", help="only the entries that matter most")
@@ -842,7 +842,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=file_path, default=STAGE_OUTPUTS / "on_device", help="folder for the results")
     parser.add_argument("--again", action="store_true", help="run what is done already again too")
     add_log_options(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def find_machine() -> Machine:
@@ -895,9 +895,9 @@ def run_entries(todo: Sequence[Entry], results: Results, quick: bool, seconds: f
             bar.update()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the entries, and say what they found."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     told = Report("on_device", arguments)
     prepare_libraries()
     machine = find_machine()

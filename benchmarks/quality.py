@@ -60,7 +60,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.quality")
     parser.add_argument("--model_id", default=str(ROOT / "tiny_model"), help="a model that train_tiny_model.py trained")
     parser.add_argument(
         "--captions", type=number(int, 1), default=26, help="captions of each kind, held out and trained on, at most"

@@ -20,7 +20,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -229,7 +229,7 @@ def save(results: dict) -> None:
     print(f"wrote {os.path.relpath(report.TABLES)} and {report.TABLES.stem}.png")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Predict the rows that the command line asks for, print them as a table and save them."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.reproduce_tables")
     parser.add_argument("--rows", nargs="+", default=["all"], help=f"rows to predict: {', '.join(ROWS)}, or all")
@@ -245,7 +245,7 @@ def main() -> None:
         default=True,
         help="predict the original's configurations; without it, what is saved of them stays",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     names = list(ROWS) if arguments.rows == ["all"] else arguments.rows
     if unknown := set(names) - ROWS.keys():
         raise UserError(f"--rows {min(unknown)} is unknown; known are {', '.join(ROWS)} and all")

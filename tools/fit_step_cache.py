@@ -12,6 +12,7 @@ transformer/step_cache.json in the model's folder, where --cache_threshold finds
 import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,18 +31,18 @@ DUMP = "stage2_tensors.safetensors"
 EMBEDDING, OUTPUT = "time_embedding.linear_2", "noise_pred"
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m tools.fit_step_cache")
     parser.add_argument("dumps", type=file_path, nargs="+", help="folders of --dump")
     parser.add_argument("--model_id", required=True, help="the model that made them, a folder")
     parser.add_argument("--degree", type=number(int, 1, 8), default=4, help="of the polynomial")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Fit the polynomial, write it, and say how well it fits."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     path = checkpoint.model_folder(arguments.model_id, []) / "transformer" / FILE
     writing.check_writable(path)
     pairs = np.concatenate([changes(folder / DUMP) for folder in arguments.dumps], axis=1)

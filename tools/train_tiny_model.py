@@ -72,9 +72,9 @@ PARTS = {
 }
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m tools.train_tiny_model")
     parser.add_argument("--output_dir", type=Path, default=Path("tiny_model"), help="where the model goes")
     parser.add_argument("--work_dir", type=Path, default=Path("training"), help="where the checkpoints go")
     parser.add_argument(
@@ -82,12 +82,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of data, weights and noise")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train all parts, and write the model in bfloat16 to --output_dir."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     prepare_libraries()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     start = arguments.work_dir / "untrained"
