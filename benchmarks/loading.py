@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,6 +34,9 @@ from cogvideox.files.names import VIDEO
 from cogvideox.files.tensors import DTYPES
 from cogvideox.run import decoding
 from cogvideox.run.accelerator import prepare_libraries
+
+if TYPE_CHECKING:
+    from transformers import T5Config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "CogVideoX1.5-5B"
@@ -89,7 +93,7 @@ def make_model(folder: Path, blocks: int, text_blocks: int) -> None:
     t5.save_pretrained(folder / "text_encoder")
 
 
-def text_encoder_shapes(config: "T5Config") -> dict[str, tuple[int, ...]]:  # noqa: F821  imported by make_model
+def text_encoder_shapes(config: "T5Config") -> dict[str, tuple[int, ...]]:
     """Return the shapes of a T5 encoder's tensors by name, the shared embedding once."""
     import torch
     from transformers import T5EncoderModel

@@ -159,11 +159,14 @@ class Machine:
         """Make the plan of a denoising; `options` are arguments of `denoising.make_plan` other than the defaults."""
         from cogvideox.models.transformer.plan import make_denoising_plan
 
-        defaults = {"transformer": self.transformer, "devices": self.devices, "platform": self.platform}
+        height, width, frames = video
+        defaults: dict = {"transformer": self.transformer, "devices": self.devices, "platform": self.platform}
         return make_denoising_plan(
             vae=self.vae,
             scheduler=checkpoint.read_config(str(BUILT_IN_MODEL), "scheduler", "scheduler_config.json"),
-            **dict(zip(("height", "width", "frames"), video, strict=True)),
+            height=height,
+            width=width,
+            frames=frames,
             num_inference_steps=1 + self.scale.repetitions,  # the first one is not timed
             guidance_scale=GUIDANCE_SCALE if guided else 1.0,
             **defaults | options,
@@ -175,8 +178,10 @@ class Machine:
         """Make the plan of a decode."""
         from cogvideox.models.decoder.plan import make_decoding_plan
 
-        sizes = dict(zip(("height", "width", "frames"), video, strict=True))
-        return make_decoding_plan(vae=self.vae, decoder=decoder, devices=devices, dtype=dtype, **sizes)
+        height, width, frames = video
+        return make_decoding_plan(
+            vae=self.vae, decoder=decoder, devices=devices, dtype=dtype, height=height, width=width, frames=frames
+        )
 
 
 # Generation of a TPU by jax's name for the kind of device.
@@ -298,7 +303,7 @@ def mesh_checks(machine: Machine) -> dict[str, list[Entry]]:
 def step_rows(machine: Machine) -> list[Entry]:
     """Return the rows of the tables for this slice; where there are none, every configuration of the tables."""
     rows = [row for row in json.loads(report.TABLES.read_text()).values() if row["topology"] == machine.topology]
-    found = []
+    found: list[Entry] = []
     for size, guided, minutes in STEPS:
         same = [row for row in rows if (tuple(row["size"]), row["guided"]) == (size, guided)]
         if rows and not same:
@@ -321,7 +326,7 @@ def decode_rows(machine: Machine) -> list[Entry]:
     for size, decoder, minutes in DECODES:
         video, labels = machine.scale.videos[size], [decoder] * (decoder != "torchax")
         expected = predicted("stage3", machine.topology, ["x".join(map(str, size)), *labels])
-        expected["original_seconds"] = ORIGINAL_DECODES.get((machine.topology, size, decoder))
+        expected["original_seconds"] = ORIGINAL_DECODES.get((str(machine.topology), size, decoder))
         name = f"decode, {' x '.join(map(str, video))}, {decoder}"
         found.append(Entry(name, "row", functools.partial(measure_decode, machine, video, decoder, expected), minutes))
     return found

@@ -185,8 +185,8 @@ def predict_original(row: Row, dump: Path) -> dict:
 
 def predict_ours(row: Row) -> dict:
     """Return the report of our own stage 2 in a row's size on its chips."""
-    options = dict(zip(("height", "width", "frames"), row.size, strict=True))
-    options |= {"topology": row.topology, "guidance_scale": 6 if row.guided else 1}
+    options: dict[str, object] = {"topology": row.topology, "guidance_scale": 6 if row.guided else 1}
+    options |= zip(("height", "width", "frames"), row.size, strict=True)
     command = ["stage2", *(f"--{name}={value}" for name, value in options.items())]
     return compiler.in_a_process("compile_for_tpu", command, row.topology, "our stage 2")
 
@@ -256,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(predict_original(ROWS[names[0]], dump)))
         return
 
-    ours = {} if arguments.ours else None
+    ours: dict | None = {} if arguments.ours else None
     saved = {} if arguments.original else read_saved()
     results = {name: predict_row(name, ours, saved.get(name)) for name in names}
     print(table(results))
@@ -287,8 +287,8 @@ def summary(results: dict) -> str:
     predicted, measured = (
         np.array([row[key] for row in results.values()]) for key in ("predicted_seconds", "measured")
     )
-    ranks = [values.argsort().argsort() for values in (predicted, measured)]
-    correlation = np.corrcoef(*ranks)[0, 1]
+    predicted_ranks, measured_ranks = (values.argsort().argsort() for values in (predicted, measured))
+    correlation = np.corrcoef(predicted_ranks, measured_ranks)[0, 1]
     ratios = measured / predicted
     factors = np.array([np.median(np.delete(ratios, i)) for i in range(len(ratios))])
     errors = [np.median(np.abs(factor * predicted / measured - 1)) for factor in (1, factors)]

@@ -270,7 +270,9 @@ def run_pipeline(
     if start is not None:
         latents = start.latents
 
-    def noise(shape: Sequence[int], generator: torch.Generator, device: torch.device, dtype: torch.dtype):
+    def noise(
+        shape: Sequence[int], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor:
         return randn_tensor(shape, generator=generator, device=device, dtype=drawn).to(dtype)
 
     device = pipeline._execution_device

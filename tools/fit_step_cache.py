@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs = np.concatenate([changes(folder / DUMP) for folder in arguments.dumps], axis=1)
     if pairs.shape[1] <= arguments.degree:
         raise UserError(f"{pairs.shape[1]} pairs of steps are too few for --degree {arguments.degree}; add runs")
-    polynomial = np.polyfit(*pairs, arguments.degree)
+    polynomial = np.polyfit(pairs[0], pairs[1], arguments.degree)
     with writing.replacing(path) as temporary:
         fitted_on = f"{pairs.shape[1]} pairs of steps of {len(arguments.dumps)} runs"
         entries = {"polynomial": polynomial.tolist(), "fitted_on": fitted_on}
@@ -70,9 +70,10 @@ def changes(path: Path) -> np.ndarray:
     found = []
     for name in (EMBEDDING, OUTPUT):
         of_steps = [tensors[key] for key in sorted(tensors) if key.endswith(f"/{name}")]
-        if len(of_steps) < 2 or any(isinstance(tensor, str) for tensor in of_steps):
+        arrays = [tensor for tensor in of_steps if not isinstance(tensor, str)]
+        if len(arrays) < max(2, len(of_steps)):
             raise UserError(f"{path} has {name} of {len(of_steps)} steps; use --dump_names {OUTPUT} {EMBEDDING}")
-        found.append([step_cache.distance(new, old) for old, new in itertools.pairwise(of_steps)])
+        found.append([step_cache.distance(new, old) for old, new in itertools.pairwise(arrays)])
     if len(found[0]) != len(found[1]):
         raise UserError(f"{path} has {EMBEDDING} and {OUTPUT} of different steps; use one run of stage 2")
     return np.array(found)
