@@ -59,9 +59,7 @@ class Caption(NamedTuple):
         return f"{article} {self.colour} {self.shape} moving {self.direction} on a {self.background} background"
 
 
-WORDS = tuple(
-    tuple(words) for words in (COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS)
-)  # as in a caption
+WORDS = tuple(tuple(words) for words in (COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS))  # as in a caption
 ALL = tuple(itertools.starmap(Caption, itertools.product(*WORDS)))
 CHANCE = {field: 1 / len(words) for field, words in zip(Caption._fields, WORDS, strict=True)}
 
