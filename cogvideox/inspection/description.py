@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-
 CHUNK = 2**20  # elements that are looked at together: few enough to stay in a processor's cache
 # What `sight` calls a video by, of 255.
 BLACK = 8  # the brightest value is at most this
