@@ -23,15 +23,15 @@ from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
 from cogvideox.cli.types import file_path, lora_option, number, preset
-from cogvideox.defaults import FPS, MOST_FPS, MOST_SEED, PRESETS, SEED, WARMUP_STEPS
+from cogvideox.defaults import MOST_FPS, MOST_SEED
 from cogvideox.files import lora, stage_files
-from cogvideox.files.names import CONFIG, EMBEDDINGS, PREVIEW, STAGE_OUTPUTS
 from cogvideox.files.schemas import LATENT_ENTRIES
 from cogvideox.run import accelerator, denoising, jobs
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
 from cogvideox.run.plans import check_dump, denoising_plan, dump_recorder
 from cogvideox.run.profiling import Profile
+from utils import CONFIG, EMBEDDINGS, FPS, PRESETS, PREVIEW, SEED, STAGE_OUTPUTS, WARMUP_STEPS
 
 PROGRAM = "stage2_transformer.py"
 
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Report("stage2", PROGRAM, arguments) as report, contextlib.ExitStack() as until_end:
         profile = Profile(arguments.profile, "step", report)
         videos = jobs.videos_to_denoise(arguments, output_dir, hosts)
-        loras = [lora.read(option) for option in arguments.lora]
+        loras = [lora.read_lora(option) for option in arguments.lora]
         lora_files = [file for one in loras for file in one.files]
         hosts.agree_on_files(lora_files)
         until_end.enter_context(hosts.claimed(output_dir, "stage2"))

@@ -23,13 +23,13 @@ from cogvideox.cli.report import Report
 from cogvideox.cli.types import file_path, number, video_path
 from cogvideox.defaults import MOST_FPS
 from cogvideox.files import stage_files
-from cogvideox.files.names import CONFIG, LATENTS, STAGE_OUTPUTS, VIDEO
 from cogvideox.files.video_file import check_ffmpeg
 from cogvideox.run import accelerator, decoding, jobs
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
 from cogvideox.run.plans import check_dump, decoding_plan
 from cogvideox.run.profiling import Profile
+from utils import CONFIG, LATENTS, STAGE_OUTPUTS, VIDEO
 
 PROGRAMS = {"torchax": "stage3_vae_decoder.py", "flax": "stage3_vae_decoder_flax.py"}  # by decoder
 

@@ -24,8 +24,6 @@ from cogvideox.models.transformer.scheduler import CHOICES
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `Report`, which are the same for all stages: how much is printed, and the log."""
-    from cogvideox.cli.types import file_path
-
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(
         "--verbose", action="store_true", help="also print versions, devices, plan, memory, and seconds of each step"
@@ -38,7 +36,7 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_force_option(parser: argparse.ArgumentParser) -> None:
-    """Add --force; see `refuse`."""
+    """Add --force; see `Report.refuse`."""
     parser.add_argument("--force", action="store_true", help="go on with files that do not belong together")
 
 
@@ -130,7 +128,7 @@ def add_attention_options(parser: argparse.ArgumentParser) -> None:
     """Add the choice of the attention implementation and its own options."""
     parser.add_argument(
         "--attention",
-        help="implementation of attention, a name in models/attention.py (default: splash_exp2 on a TPU, else xla)",
+        help="implementation of attention: splash_exp2, splash or xla (default: splash_exp2 on a TPU, else xla)",
     )
     parser.add_argument(
         "--block_sizes",

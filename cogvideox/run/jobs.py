@@ -128,7 +128,7 @@ class Task(NamedTuple):
     Attributes:
         video: which.
         config: the entries that generation_config.json has after stage 2.
-        inputs: see `provenance.describe`.
+        inputs: see `provenance.as_metadata`.
         fingerprint: all that the latents depend on, to the last bit, by names for people.
     """
 
@@ -152,7 +152,7 @@ class Task(NamedTuple):
         from safetensors.numpy import save_file
 
         metadata = stage_files.made_from(self.config, LATENT_ENTRIES) | {"fingerprint": json.dumps(self.fingerprint)}
-        metadata |= provenance.describe("stage2", self.inputs, arguments)
+        metadata |= provenance.as_metadata("stage2", self.inputs, arguments)
         with writing.committing(self.video.folder, "stage2") as new:
             save_file({"latents": np.ascontiguousarray(latents)}, new / LATENTS, metadata=metadata)
             stage_files.write_config(new, self.config)
