@@ -903,32 +903,33 @@ def run_entries(todo: Sequence[Entry], results: Results, quick: bool, seconds: f
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the entries, and say what they found."""
     arguments = parse_arguments(argv)
-    told = Report("on_device", arguments)
-    prepare_libraries()
-    machine = find_machine()
-    results = Results(arguments.output, made_with(machine), arguments.again)
-    writing.check_writable(results.json)
-    told.title(f"On {len(machine.devices)} x {machine.devices[0].device_kind}")
-    todo = entries(machine)
-    if not machine.scale.has_estimates:
-        told.say("there is no accelerator: everything runs on the CPU in small sizes")
-        todo = [dataclasses.replace(entry, minutes=0.0) for entry in todo]
-    minutes = arguments.minutes if arguments.minutes is not None else QUICK_MINUTES if arguments.quick else MINUTES
-    run_entries(todo, results, arguments.quick, 60 * minutes, told)
+    with Report("on_device", "on_device.py", arguments) as told:
+        prepare_libraries()
+        machine = find_machine()
+        results = Results(arguments.output, made_with(machine), arguments.again)
+        writing.check_writable(results.json)
+        told.title(f"On {len(machine.devices)} x {machine.devices[0].device_kind}")
+        todo = entries(machine)
+        if not machine.scale.has_estimates:
+            told.say("there is no accelerator: everything runs on the CPU in small sizes")
+            todo = [dataclasses.replace(entry, minutes=0.0) for entry in todo]
+        minutes = arguments.minutes if arguments.minutes is not None else QUICK_MINUTES if arguments.quick else MINUTES
+        run_entries(todo, results, arguments.quick, 60 * minutes, told)
 
-    found = {entry.name: results.entries[entry.name] for entry in todo}
-    for name, one in found.items():
-        told.add(name, text_of(one))
-    told.close(arguments.output)
-    told.say(f"wrote {results.json} and {results.markdown.name}")
-    if any(one["status"] == NO_TIME for one in found.values()):
-        told.say("for what had no time, run the same command again: what is done is kept")
-    if machine.platform != "cpu":
-        told.say(f"Please send us what you see: open an issue where you got this project, paste {results.markdown}")
-        told.say(f"into it and attach {results.json}.")
-    failed = [name for name, one in found.items() if one["status"] in FAILURES]
+        found = {entry.name: results.entries[entry.name] for entry in todo}
+        for name, one in found.items():
+            told.add(name, text_of(one))
+        told.close(arguments.output)
+        told.say(f"wrote {results.json} and {results.markdown.name}")
+        if any(one["status"] == NO_TIME for one in found.values()):
+            told.say("for what had no time, run the same command again: what is done is kept")
+        if machine.platform != "cpu":
+            told.say(f"Please send us what you see: open an issue where you got this project, paste {results.markdown}")
+            told.say(f"into it and attach {results.json}.")
+        failed = [name for name, one in found.items() if one["status"] in FAILURES]
+        if failed:
+            told.warn(f"{len(failed)} of {len(found)} entries failed: {'; '.join(failed)}")
     if failed:
-        told.warn(f"{len(failed)} of {len(found)} entries failed: {'; '.join(failed)}")
         sys.exit(1)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
@@ -39,7 +39,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe(stage: str, inputs: Mapping[str, str], arguments: Namespace) -> dict[str, str]:
+def as_metadata(stage: str, inputs: Mapping[str, str], arguments: Namespace) -> dict[str, str]:
     """Return the metadata that says how an output comes about, now: `provenance`, as JSON.
 
     Args:
@@ -72,8 +72,8 @@ def _plain(value: object) -> object:
     return value if isinstance(value, (int, float)) else str(value)
 
 
-def read(path: Path) -> dict:
-    """Return what `describe` has said of a safetensors file or a video; nothing if it does not say.
+def recorded(path: Path) -> dict:
+    """Return what `as_metadata` has said of a safetensors file or a video; nothing if it does not say.
 
     Raises:
         UserError: the file cannot be read.
@@ -93,7 +93,7 @@ def read(path: Path) -> dict:
 
 def stale_inputs(path: Path) -> Iterator[str]:
     """Yield the names of files beside `path`, and paths of others, that are not those which `path` was made from."""
-    inputs = read(path).get("inputs")
+    inputs = recorded(path).get("inputs")
     for name, known in (inputs if isinstance(inputs, dict) else {}).items():
         other = path.parent / name
         try:
@@ -104,8 +104,8 @@ def stale_inputs(path: Path) -> Iterator[str]:
             yield name
 
 
-def check_inputs(path: Path, force: bool) -> None:
-    """Check that an input of a stage was made from the files that there are now; with `force`, only warn."""
+def check_inputs(path: Path, refuse: Callable[[str], None]) -> None:
+    """Call `refuse` with what is wrong unless an input of a stage was made from the files that there are now."""
     for name in stale_inputs(path):
         which = f"{name} as it is now" if Path(name).is_absolute() else f"the {name} beside it"
-        stage_files.refuse(f"{path} was not made from {which}; run the stage that made it again", force)
+        refuse(f"{path} was not made from {which}; run the stage that made it again")

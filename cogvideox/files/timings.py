@@ -10,26 +10,25 @@ from typing import Any
 
 from cogvideox.errors import UserError
 from cogvideox.files import writing
+from cogvideox.files.names import TIMINGS
 
-FILE = "timings.json"
 
-
-def read(folder: Path) -> dict[str, dict]:
+def read_timings(folder: Path) -> dict[str, dict]:
     """Return the entries of timings.json in `folder` by stage; none where there is no such file.
 
     Raises:
-        ValueError: the file is not one that `write` wrote; the message says why.
+        ValueError: the file is not one that `write_timings` wrote; the message says why.
     """
     try:
-        entries = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        entries = json.loads((folder / TIMINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise ValueError(f"{folder / FILE} cannot be read ({error.strerror})") from error
+        raise ValueError(f"{folder / TIMINGS} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise ValueError(f"{folder / FILE} is not valid JSON ({error})") from error
+        raise ValueError(f"{folder / TIMINGS} is not valid JSON ({error})") from error
     if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
-        raise ValueError(f"{folder / FILE} holds something other than the timings of stages")
+        raise ValueError(f"{folder / TIMINGS} holds something other than the timings of stages")
     return entries
 
 
@@ -41,15 +40,15 @@ def _is_entry(entry: Any) -> bool:
     return all(isinstance(seconds, (int, float)) for seconds in [*entry["seconds"].values(), *entry["steps"]])
 
 
-def write(folder: Path, stage: str, entry: Mapping) -> str | None:
+def write_timings(folder: Path, stage: str, entry: Mapping) -> str | None:
     """Put the entry of a stage into timings.json in `folder`; return a warning if something is wrong with the file."""
     warning = None
     try:
-        entries = read(folder)
+        entries = read_timings(folder)
     except ValueError as error:
         warning, entries = f"{error}; it was replaced", {}
     try:
-        with writing.replacing(folder / FILE) as temporary:
+        with writing.replacing(folder / TIMINGS) as temporary:
             text = json.dumps(dict(sorted((entries | {stage: entry}).items())), indent=1, default=str)
             Path(temporary).write_text(text + "\n", encoding="utf-8")
     except UserError as error:

@@ -8,9 +8,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cogvideox.errors import UserError, first_line
-from cogvideox.files import schemas, stage_files, state, videos
-from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, VIDEO, VIDEO_SUFFIXES
-from cogvideox.files.provenance import read, stale_inputs
+from cogvideox.files import schemas, stage_files, videos
+from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, STATE, VIDEO, VIDEO_SUFFIXES
+from cogvideox.files.provenance import recorded, stale_inputs
 
 # The files of a run, each made from the one before, and the stages that make them.
 CHAIN = (
@@ -18,9 +18,6 @@ CHAIN = (
     ("stage2_transformer.py", LATENTS),
     ("stage3_vae_decoder.py", VIDEO),
 )
-
-
-# --- python utils.py status --------------------------------------------------------------------------------------
 
 
 def status(folder: Path) -> Iterator[str]:
@@ -76,12 +73,12 @@ def status_of_files(
         if fault is None and todo:
             fault = "is to be made again, after what comes before it"
         if fault is None:
-            yield f"{path}: made {read(path).get('time', 'at an unknown time')}"
+            yield f"{path}: made {recorded(path).get('time', 'at an unknown time')}"
         else:
             yield f"{path}: {fault}"
             todo = todo or script
-        if name == LATENTS and (folder / state.FILE).exists():
-            yield f"{folder / state.FILE}: an unfinished run, from which stage 2 goes on"
+        if name == LATENTS and (folder / STATE).exists():
+            yield f"{folder / STATE}: an unfinished run, from which stage 2 goes on"
     return todo
 
 
