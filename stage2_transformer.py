@@ -196,8 +196,8 @@ def main() -> None:
     report.title(f"Stage 2: transformer of {model_id}")
     cache = Cache(arguments.compilation_cache, report)
     with report.phase("load"):
+        from cogvideox.models.transformer.parameters import load_parameters, stored_shapes
         from cogvideox.models.transformer.step import abstract_arguments, make_step
-        from cogvideox.models.transformer.transformer import load_parameters, stored_shapes
 
         shapes_of_weights = stored_shapes(plan.transformer)
         for one in loras:

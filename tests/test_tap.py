@@ -17,6 +17,7 @@ from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import Parallelism, make_mesh
 from cogvideox.models.transformer import transformer
 from cogvideox.models.transformer.attention import Attention, xla_attention
+from cogvideox.models.transformer.parameters import load_parameters
 from tests.test_decoders import both_decoders, make_vae
 from tests.test_transformer import SMALL, make_module, relative_error
 
@@ -76,7 +77,7 @@ def make_transformer(module, mesh: tuple[int, int, int], attention=xla_attention
 
     latents, prompts = (jnp.asarray(tensor.numpy()) for tensor in transformer_inputs(config))
     stored = {name: weight.numpy() for name, weight in module.state_dict().items()}
-    parameters = transformer.load_parameters(stored.__getitem__, config, parallelism)
+    parameters = load_parameters(stored.__getitem__, config, parallelism)
     return (
         function,
         parallelism.mesh,

@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec
 
 from cogvideox.models.shared import tap
 from cogvideox.models.transformer.attention import is_tiled
+from cogvideox.models.transformer.parameters import abstract_parameters
 from cogvideox.models.transformer.plan import DenoisingPlan, StepKind
 from cogvideox.models.transformer.transformer import (
     HIDDEN_STATES,
-    abstract_parameters,
     hidden_states_shape,
     time_embedding,
     transformer,

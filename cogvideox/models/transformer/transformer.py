@@ -13,7 +13,7 @@ kernels of models/block_kernels.py; otherwise XLA compiles them.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -21,139 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from cogvideox.models.shared import sharding, tap
-from cogvideox.models.shared.loading import load_arrays
-from cogvideox.models.shared.sharding import Parallelism, activation_spec
+from cogvideox.models.shared import tap
+from cogvideox.models.shared.sharding import Parallelism, activation_spec, gather_at_use
 from cogvideox.models.transformer import block_kernels
 from cogvideox.models.transformer.attention import Attention, is_tiled
 from cogvideox.models.transformer.block_kernels import moments
+from cogvideox.models.transformer.parameters import BLOCK, parameter_spec
 
 QK_NORM_EPS = 1e-6  # CogVideoXBlock passes this to Attention; no config contains it
-ROTATED = ("attn1.to_q.", "attn1.to_k.", "attn1.norm_q.", "attn1.norm_k.")
 FEED_FORWARD_TOKENS = 2048  # tokens of a chip that go through the MLP at a time
 SEQUENCE_TILE = 16  # rows of a bfloat16 tile in a TPU's memory; each chip's share of the sequence is whole tiles
-KERNEL_WEIGHTS = (  # by which the kernels of models/block_kernels.py multiply
-    *(f"attn1.{name}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f"ff.{name}.weight" for name in ("net.0.proj", "net.2")),
-)
 HIDDEN_STATES = activation_spec("hidden states")
 PROJECTED_HEADS = activation_spec("projected heads")
 GATHERED = activation_spec("gathered heads")
 REPLICATED = PartitionSpec(None, None)
 TOKENS = 1  # the axis of the hidden states
-
-
-# --- Parameters --------------------------------------------------------------------------------------------------
-
-
-def parameter_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
-    """Return each parameter's shape by its name; the blocks' are stacked: "blocks.ff.net.2.bias" is [layers, out].
-
-    Source: the constructors of `CogVideoXTransformer3DModel` and `CogVideoXBlock`.
-    """
-    head_dim, time = config["attention_head_dim"], config["time_embed_dim"]
-    embed, patch = config["num_attention_heads"] * head_dim, config["patch_size"] ** 2 * config["patch_size_t"]
-
-    def linear(name: str, inputs: int, outputs: int, bias: bool = True) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
-
-    def norm(name: str, size: int, affine: bool = config["norm_elementwise_affine"]) -> dict[str, tuple[int, ...]]:
-        return {f"{name}.weight": (size,), f"{name}.bias": (size,)} if affine else {}
-
-    block = linear("ff.net.0.proj", embed, 4 * embed) | linear("ff.net.2", 4 * embed, embed)
-    for name in ("norm1", "norm2"):
-        block |= linear(f"{name}.linear", time, 6 * embed) | norm(f"{name}.norm", embed)
-    for name in ("to_q", "to_k", "to_v"):
-        block |= linear(f"attn1.{name}", embed, embed, config["attention_bias"])
-    for name in ("norm_q", "norm_k"):
-        block |= norm(f"attn1.{name}", head_dim, affine=True)
-    block |= linear("attn1.to_out.0", embed, embed)
-    return {f"blocks.{name}": (config["num_layers"], *shape) for name, shape in block.items()} | {
-        **linear("patch_embed.proj", config["in_channels"] * patch, embed),
-        **linear("patch_embed.text_proj", config["text_embed_dim"], embed),
-        **linear("time_embedding.linear_1", embed, time),
-        **linear("time_embedding.linear_2", time, time),
-        **norm("norm_final", embed),
-        **linear("norm_out.linear", time, 2 * embed),
-        **norm("norm_out.norm", embed),
-        **linear("proj_out", embed, config["out_channels"] * patch),
-    }
-
-
-def checkpoint_names(name: str, config: Mapping) -> list[str]:
-    """Return the checkpoint's names for a parameter: one for each layer if it is stacked."""
-    if not name.startswith("blocks."):
-        return [name]
-    return [f"transformer_blocks.{i}.{name.removeprefix('blocks.')}" for i in range(config["num_layers"])]
-
-
-def stored_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of the checkpoint by its name there."""
-    return {
-        stored: shape[1:] if name.startswith("blocks.") else shape
-        for name, shape in parameter_shapes(config).items()
-        for stored in checkpoint_names(name, config)
-    }
-
-
-def rotary_order(rows: int, config: Mapping) -> np.ndarray:
-    """Return the order of a q or k weight's rows in which the rotary pairs of a head are its two halves.
-
-    Scores do not change: q and k, their biases and norms are reordered alike.
-    """
-    return np.arange(rows).reshape(-1, config["attention_head_dim"] // 2, 2).swapaxes(1, 2).ravel()
-
-
-def load_parameters(
-    read: Callable[[str], np.ndarray],
-    config: Mapping,
-    parallelism: Parallelism,
-    changes: Sequence[Callable[[str, np.ndarray, tuple], None]] = (),
-) -> dict[str, jax.Array]:
-    """Load the parameters as sharded JAX arrays, of the stored dtypes.
-
-    Args:
-        read: `read(checkpoint name)` returns one stored tensor. It is called in several threads, and for each chip's
-            part again, so it should not copy.
-        config: `transformer/config.json`.
-        parallelism: the mesh, and the layout of the parameters on it.
-        changes: functions `change(checkpoint name, part, index)`, called one after the other for each part of a
-            stored tensor, which they change in place. The part is what the tensor has at `index`: rows (a slice or an
-            array of their numbers), and a slice of each other axis.
-    """
-
-    def fill(name: str, index: tuple[slice, ...], part: np.ndarray) -> None:
-        stacked = name.startswith("blocks.")
-        names = checkpoint_names(name, config)[index[0] if stacked else slice(None)]
-        rows, *columns = index[1:] if stacked else index
-        for layer, stored in zip(part if stacked else [part], names, strict=True):
-            weight = read(stored)[:, *columns]
-            order: slice | np.ndarray = rows
-            if any(rotated in name for rotated in ROTATED):
-                order = rotary_order(len(weight), config)[rows]
-                np.take(weight, order, axis=0, out=layer, mode="clip")
-            else:
-                layer[...] = weight[rows]
-            for change in changes:
-                change(stored, layer, (order, *columns))
-
-    wanted = {
-        name: array.update(dtype=read(checkpoint_names(name, config)[0]).dtype)
-        for name, array in abstract_parameters(config, jnp.bfloat16, parallelism).items()
-    }
-    return load_arrays(wanted, fill)
-
-
-def abstract_parameters(
-    config: Mapping, dtype: jax.typing.DTypeLike, parallelism: Parallelism
-) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return what `load_parameters` returns, as shapes, to compile without weights."""
-    return {
-        name: jax.ShapeDtypeStruct(
-            shape, dtype, sharding=sharding.parameter_sharding(name, parallelism.layout, parallelism.mesh)
-        )
-        for name, shape in parameter_shapes(config).items()
-    }
 
 
 def rotary_embedding(config: Mapping, latent_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -285,7 +167,7 @@ def transformer(
         ),
         mesh=parallelism.mesh,
         in_specs=(
-            {name: sharding.parameter_spec(name, parallelism.layout) for name in blocks},
+            {name: parameter_spec(name, parallelism.layout) for name in blocks},
             HIDDEN_STATES,
             activation_spec("time embedding"),
             (activation_spec("rotary embedding"),) * 2,
@@ -390,7 +272,8 @@ def run_blocks(
 
     blocks = {name.removeprefix("blocks."): array for name, array in blocks.items()}
     # Kernels read these in the stack of all blocks, unless the block has to gather them.
-    read = [name for name in KERNEL_WEIGHTS if is_tiled(attention) and not gathered_axes(name, parallelism)]
+    kernels = is_tiled(attention)
+    read = [name for name in blocks if kernels and BLOCK[name].read_in_stack and not gathered_axes(name, parallelism)]
     sliced = {name: array for name, array in blocks.items() if name not in read}
 
     def step(hidden, layer_and_parameters):
@@ -405,7 +288,7 @@ def run_blocks(
 
 def gathered_axes(name: str, parallelism: Parallelism) -> tuple[int, tuple[str, ...]] | None:
     """Return over what a block gathers its parameter `name`; see `sharding.gather_at_use`."""
-    return sharding.gather_at_use(f"blocks.{name}", parallelism.layout)
+    return gather_at_use(BLOCK[name].axes, parallelism.layout)
 
 
 def gather_share(name: str, array: jax.Array, parallelism: Parallelism) -> jax.Array:
