@@ -12,14 +12,15 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from jax.sharding import PartitionSpec
 
 from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh, mesh_sizes
-from cogvideox.models.transformer import transformer
 from cogvideox.models.transformer.attention import Attention, xla_attention
+from cogvideox.models.transformer.embeddings import rotary_embedding
 from cogvideox.models.transformer.parameters import (
     declaration,
     load_parameters,
     parameter_shapes,
     parameter_spec,
 )
+from cogvideox.models.transformer.transformer import transformer
 from tests.helpers import ROOT
 
 MESHES = [(1, 1, 1), (2, 1, 4), (2, 2, 2), (1, 2, 4), (1, 8, 1), (1, 1, 8), (2, 4, 1)]
@@ -55,15 +56,13 @@ def run_both(module, batch, mesh, layout="tp", dtype=torch.float32, attention=xl
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
     parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout)
     ours = jax.jit(
-        lambda *arguments: (
-            transformer.transformer(*arguments, config=config, parallelism=parallelism, attention=attention).output
-        )
+        lambda *arguments: transformer(*arguments, config=config, parallelism=parallelism, attention=attention).output
     )(
         load_parameters(stored.__getitem__, config, parallelism),
         to_numpy(latents),
         to_numpy(prompts),
         jnp.int32(37),
-        transformer.rotary_embedding(config, shape),
+        rotary_embedding(config, shape),
     )
     return theirs.numpy(), np.asarray(ours)
 

@@ -72,6 +72,9 @@ def activation_spec(name: str) -> PartitionSpec:
     return PartitionSpec(*(ACTIVATIONS.get(axis) for axis in ACTIVATION_AXES[name]))
 
 
+HIDDEN_STATES = activation_spec("hidden states")
+
+
 def mesh_axes(spec: PartitionSpec) -> list[tuple[str, ...]]:
     """Return the mesh axes that split each axis of an array, also where a spec names one or None."""
     return [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
