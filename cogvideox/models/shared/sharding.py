@@ -137,6 +137,34 @@ def to_devices(arrays: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(parts, arrays)
 
 
+def choose_parallelism(
+    devices: Sequence[jax.Device],
+    heads: int,
+    batch: int,
+    use_dp: bool,
+    sp_num: int | None,
+    mesh_order: Sequence[str],
+    layout: str,
+) -> Parallelism:
+    """Choose how the chips are used.
+
+    Args:
+        devices: the chips.
+        heads, batch, use_dp, sp_num: see `mesh_sizes`.
+        mesh_order: order of the mesh's axes; along the last one devices are neighbours.
+        layout: of the parameters, a key of LAYOUTS.
+
+    Raises:
+        PlanError: there is no such order or layout, or the devices or the heads do not divide.
+    """
+    if sorted(mesh_order) != sorted(MESH_AXES):
+        raise PlanError("mesh_order", f"{','.join(mesh_order)} is not an order of {','.join(MESH_AXES)}")
+    if layout not in LAYOUTS:
+        raise PlanError("layout", f"{layout} is unknown; there are {', '.join(LAYOUTS)}")
+    sizes = mesh_sizes(len(devices), heads, batch, use_dp, sp_num)
+    return Parallelism(make_mesh(sizes, devices, mesh_order), layout)
+
+
 def mesh_sizes(devices: int, heads: int, batch: int, use_dp: bool, sp_num: int | None = None) -> dict[str, int]:
     """Return the sizes of dp, sp and tp for a number of devices: dp splits the batch if it can, tp is what sp leaves.
 

@@ -134,10 +134,10 @@ def make_step(
         return State(prev_sample, pred_original_sample, finite_steps, residual)
 
     shardings = state_shardings(plan)
-    platform = plan.parallelism.mesh.devices.flat[0].platform
+    platform = plan.mesh.devices.flat[0].platform
     jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=COMPILER_OPTIONS.get(platform))
     if wanted:
-        collecting = tap.collecting(step, wanted, plan.parallelism.mesh)
+        collecting = tap.collecting(step, wanted, plan.mesh)
         return jit(collecting, out_shardings=(shardings, None))
     return jit(step, out_shardings=shardings)
 
