@@ -82,8 +82,7 @@ def transformer(
         # Text and padding are not rotated: their angle is 0.
         edges = ((text_length, padded - length), (0, 0))
         cos, sin = jnp.pad(rotary[0], edges, constant_values=1.0), jnp.pad(rotary[1], edges)
-        lengths = text_length, length
-        last = run_blocks(parameters, hidden, time, (cos, sin), *lengths, config, parallelism, attention)
+        last = run_blocks(parameters, hidden, time, (cos, sin), text_length, length, config, parallelism, attention)
     else:
         last = hidden + residual
     output = predict_patches(parameters, last, time, config, {-2: (text_length, length)})
