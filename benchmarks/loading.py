@@ -59,11 +59,11 @@ def make_model(folder: Path, blocks: int, text_blocks: int) -> None:
     from transformers import T5Config
 
     from cogvideox.models.decoder import vae_flax
-    from cogvideox.models.transformer import transformer
+    from cogvideox.models.transformer import parameters
 
     config = json.loads((CONFIGS / "transformer" / "config.json").read_text()) | {"num_layers": blocks}
     name = "diffusion_pytorch_model.safetensors"
-    write_weights(folder / "transformer" / name, transformer.stored_shapes(config))
+    write_weights(folder / "transformer" / name, parameters.stored_shapes(config))
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
 
     vae = json.loads((CONFIGS / "vae" / "config.json").read_text())
@@ -116,14 +116,14 @@ def prepare_transformer(folder: Path) -> Callable[[], object]:
     import jax
 
     from cogvideox.models.shared.sharding import Parallelism, make_mesh
-    from cogvideox.models.transformer import transformer
+    from cogvideox.models.transformer import parameters
 
     model, config = str(folder.parent), json.loads((folder / "config.json").read_text())
     parallelism = Parallelism(make_mesh({"dp": 1, "sp": 1, "tp": 1}, jax.devices()[:1]))
 
     def load() -> object:
-        read = checkpoint.tensor_reader(model, folder.name, transformer.stored_shapes(config))
-        return jax.block_until_ready(transformer.load_parameters(read, config, parallelism))
+        read = checkpoint.tensor_reader(model, folder.name, parameters.stored_shapes(config))
+        return jax.block_until_ready(parameters.load_parameters(read, config, parallelism))
 
     return load
 

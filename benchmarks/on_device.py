@@ -569,7 +569,7 @@ def step_on_cpu(machine: Machine, layers: int, guided: bool, dtype: str) -> "np.
 
 def parameter_shapes(plan: "DenoisingPlan") -> "Mapping[str, jax.ShapeDtypeStruct]":
     """Return the transformer's parameters as shapes with shardings."""
-    from cogvideox.models.transformer.transformer import abstract_parameters
+    from cogvideox.models.transformer.parameters import abstract_parameters
 
     return abstract_parameters(plan.transformer, plan.dtype, plan.parallelism)
 

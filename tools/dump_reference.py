@@ -42,9 +42,9 @@ from cogvideox.files.tensor_dump import Dump, Planned
 from cogvideox.models.decoder.decoder import chunk_sizes
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sizes import latent_size
+from cogvideox.models.transformer.parameters import stored_shapes
 from cogvideox.models.transformer.plan import DenoisingPlan, make_denoising_plan
 from cogvideox.models.transformer.scheduler import make_scheduler
-from cogvideox.models.transformer.transformer import stored_shapes
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.run.plans import plan_errors
 from stage2_transformer import check_embeddings
