@@ -19,10 +19,11 @@ demo: $(VENV)/installed  ## run the three stages on the tiny model, and say wher
 	$(RUN) stage3_vae_decoder.py --input_dir $(OUT)
 	@echo "The video is $(OUT)/output_video.mp4"
 
-lint: $(VENV)/installed-for-tests  ## check style (ruff), format (ruff) and types (mypy)
+lint: $(VENV)/installed-for-tests  ## check style and format (ruff), types (mypy), and who imports whom (import-linter)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/lint-imports --no-logo --no-cache
 
 test-fast: $(VENV)/installed-for-tests  ## run the quick tests: under two minutes on two cores
 	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile

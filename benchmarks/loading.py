@@ -11,7 +11,6 @@ Peak memory is that of the process. It counts the pages of files that the proces
 take back, and, because the devices are the CPU, also the loaded weights.
 """
 
-import argparse
 import json
 import os
 import random
@@ -21,16 +20,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
 from cogvideox.cli.types import file_path, number
 from cogvideox.files import checkpoint, writing
 from cogvideox.files.names import VIDEO
 from cogvideox.files.tensors import DTYPES
+from cogvideox.run import decoding
 from cogvideox.run.accelerator import prepare_libraries
+
+if TYPE_CHECKING:
+    from transformers import T5Config
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "CogVideoX1.5-5B"
@@ -87,7 +93,7 @@ def make_model(folder: Path, blocks: int, text_blocks: int) -> None:
     t5.save_pretrained(folder / "text_encoder")
 
 
-def text_encoder_shapes(config: "T5Config") -> dict[str, tuple[int, ...]]:  # noqa: F821  imported by make_model
+def text_encoder_shapes(config: "T5Config") -> dict[str, tuple[int, ...]]:
     """Return the shapes of a T5 encoder's tensors by name, the shared embedding once."""
     import torch
     from transformers import T5EncoderModel
@@ -132,7 +138,6 @@ def prepare_vae(folder: Path) -> Callable[[], object]:
     """Return a function that loads the VAE's decoder as stage 3 does, onto one device."""
     import jax
 
-    import stage3_vae_decoder
     from cogvideox.models.decoder.plan import make_decoding_plan
 
     size = {"height": 768, "width": 1360, "frames": 81}
@@ -141,8 +146,8 @@ def prepare_vae(folder: Path) -> Callable[[], object]:
     decoder = plan.make_decoder()
 
     def load() -> object:
-        files = stage3_vae_decoder.weight_files(decoder, str(folder.parent))
-        return jax.block_until_ready(stage3_vae_decoder.load_weights(files, plan.on_devices(files)))
+        files = decoding.weight_files(decoder, str(folder.parent))
+        return jax.block_until_ready(decoding.load_weights(files, plan.on_devices(files)))
 
     return load
 
@@ -260,15 +265,15 @@ def measure_starts(outputs: Path, repeats: int) -> dict[str, dict[str, float]]:
     return {name: {"first_line": first, "imports": imports} for name, (first, imports) in medians.items()}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and print two tables; write them as JSON where --output says."""
     positive = number(int, 1)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--blocks", type=positive, default=6, help="blocks of the transformer (default: 6)")
-    parser.add_argument("--text_blocks", type=positive, default=2, help="blocks of the text encoder (default: 2)")
-    parser.add_argument("--repeats", type=positive, default=5, help="runs, of which the median counts (default: 5)")
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.loading")
+    parser.add_argument("--blocks", type=positive, default=6, help="blocks of the transformer")
+    parser.add_argument("--text_blocks", type=positive, default=2, help="blocks of the text encoder")
+    parser.add_argument("--repeats", type=positive, default=5, help="runs, of which the median counts")
     parser.add_argument("--output", type=file_path, help="write the figures to this file, as JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.output:
         writing.check_writable(arguments.output)
     prepare_libraries()
@@ -293,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -21,7 +21,7 @@ benchmarks/softmax_attention/ of flywheel-tpu, tuned for each length.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,11 +159,11 @@ def predict(row: Row, dump: Path) -> dict:
     }
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the rows that are asked for, and replace them in the file of results."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.measured_kernels")
     parser.add_argument("--rows", nargs="+", default=[*ROWS], help=f"rows to predict, of {', '.join(ROWS)}")
-    names = parser.parse_args().rows
+    names = parser.parse_args(argv).rows
     if unknown := set(names) - ROWS.keys():
         raise UserError(f"--rows {min(unknown)} is unknown; known are {', '.join(ROWS)}")
     for name in names:

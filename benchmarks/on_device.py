@@ -159,11 +159,14 @@ class Machine:
         """Make the plan of a denoising; `options` are arguments of `denoising.make_plan` other than the defaults."""
         from cogvideox.models.transformer.plan import make_denoising_plan
 
-        defaults = {"transformer": self.transformer, "devices": self.devices, "platform": self.platform}
+        height, width, frames = video
+        defaults: dict = {"transformer": self.transformer, "devices": self.devices, "platform": self.platform}
         return make_denoising_plan(
             vae=self.vae,
             scheduler=checkpoint.read_config(str(BUILT_IN_MODEL), "scheduler", "scheduler_config.json"),
-            **dict(zip(("height", "width", "frames"), video, strict=True)),
+            height=height,
+            width=width,
+            frames=frames,
             num_inference_steps=1 + self.scale.repetitions,  # the first one is not timed
             guidance_scale=GUIDANCE_SCALE if guided else 1.0,
             **defaults | options,
@@ -175,8 +178,10 @@ class Machine:
         """Make the plan of a decode."""
         from cogvideox.models.decoder.plan import make_decoding_plan
 
-        sizes = dict(zip(("height", "width", "frames"), video, strict=True))
-        return make_decoding_plan(vae=self.vae, decoder=decoder, devices=devices, dtype=dtype, **sizes)
+        height, width, frames = video
+        return make_decoding_plan(
+            vae=self.vae, decoder=decoder, devices=devices, dtype=dtype, height=height, width=width, frames=frames
+        )
 
 
 # Generation of a TPU by jax's name for the kind of device.
@@ -298,7 +303,7 @@ def mesh_checks(machine: Machine) -> dict[str, list[Entry]]:
 def step_rows(machine: Machine) -> list[Entry]:
     """Return the rows of the tables for this slice; where there are none, every configuration of the tables."""
     rows = [row for row in json.loads(report.TABLES.read_text()).values() if row["topology"] == machine.topology]
-    found = []
+    found: list[Entry] = []
     for size, guided, minutes in STEPS:
         same = [row for row in rows if (tuple(row["size"]), row["guided"]) == (size, guided)]
         if rows and not same:
@@ -321,7 +326,7 @@ def decode_rows(machine: Machine) -> list[Entry]:
     for size, decoder, minutes in DECODES:
         video, labels = machine.scale.videos[size], [decoder] * (decoder != "torchax")
         expected = predicted("stage3", machine.topology, ["x".join(map(str, size)), *labels])
-        expected["original_seconds"] = ORIGINAL_DECODES.get((machine.topology, size, decoder))
+        expected["original_seconds"] = ORIGINAL_DECODES.get((str(machine.topology), size, decoder))
         name = f"decode, {' x '.join(map(str, video))}, {decoder}"
         found.append(Entry(name, "row", functools.partial(measure_decode, machine, video, decoder, expected), minutes))
     return found
@@ -830,7 +835,7 @@ def as_markdown(content: Mapping) -> str:
 # --- The run -----------------------------------------------------------------------------------------------------
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.on_device")
     parser.add_argument("--quick", action="store_true", help="only the entries that matter most")
@@ -842,7 +847,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=file_path, default=STAGE_OUTPUTS / "on_device", help="folder for the results")
     parser.add_argument("--again", action="store_true", help="run what is done already again too")
     add_log_options(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def find_machine() -> Machine:
@@ -895,10 +900,10 @@ def run_entries(todo: Sequence[Entry], results: Results, quick: bool, seconds: f
             bar.update()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the entries, and say what they found."""
-    arguments = parse_arguments()
-    told = Report("on_device", arguments)
+    arguments = parse_arguments(argv)
+    told = Report("on_device", "on_device.py", arguments)
     prepare_libraries()
     machine = find_machine()
     results = Results(arguments.output, made_with(machine), arguments.again)

@@ -12,30 +12,29 @@ untrained weights (a control that must fail), and chance. The results are a repo
 """
 
 import argparse
-import contextlib
-import functools
-import io
+import collections
 import itertools
 import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-import utils
-from cogvideox.cli import program
+from cogvideox.cli.options import add_denoising_options
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
-from cogvideox.cli.types import file_path, number
-from cogvideox.defaults import FPS, NUM_STEPS, SEED
-from cogvideox.errors import UserError, error_message
-from cogvideox.files import checkpoint, writing
+from cogvideox.cli.types import file_path, lora_option, number
+from cogvideox.defaults import FPS, NUM_STEPS, PRESETS, SEED
+from cogvideox.files import checkpoint, lora, videos, writing
+from cogvideox.files.names import EMBEDDINGS
+from cogvideox.run import accelerator, decoding, plans
 from cogvideox.run.accelerator import prepare_libraries
 from tools.moving_shapes import (
     CHANCE,
@@ -59,9 +58,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.quality")
     parser.add_argument("--model_id", default=str(ROOT / "tiny_model"), help="a model that train_tiny_model.py trained")
     parser.add_argument(
         "--captions", type=number(int, 1), default=26, help="captions of each kind, held out and trained on, at most"
@@ -92,27 +91,42 @@ def parse_arguments() -> argparse.Namespace:
         help="options of stage 2 beside those after --, in one string, for one more video of each case; repeatable",
     )
     parser.add_argument("stage2_options", nargs="*", help="options of our stage 2, after --")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def parse_stage2_options(arguments: argparse.Namespace, options: Sequence[str]) -> argparse.Namespace:
+    """Parse `options` as stage 2 would, after those that all videos have; only what decides the latents is known."""
+    parser = ArgumentParser(prog="stage2_transformer.py")
+    add_denoising_options(parser)
+    parser.add_argument("--preset", choices=PRESETS, default="seed")
+    parser.add_argument("--lora", type=lora_option, action="append", default=[])
+    ours = {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": arguments.num_inference_steps}
+    ours |= {"height": SIZE, "width": SIZE, "frames": FRAMES}
+    words = [*(f"--{name}={value}" for name, value in ours.items()), *options]
+    parser.set_defaults(**PRESETS[parser.parse_known_args(words)[0].preset])
+    return parser.parse_args(words)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Make the videos, score them, and write report and contact sheet."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
+    options = {
+        name: parse_stage2_options(arguments, [*arguments.stage2_options, *shlex.split(variant)])
+        for name, variant in (("ours", ""), *((variant, variant) for variant in arguments.variant))
+    }
     for path in filter(None, (arguments.output, arguments.sheet, arguments.animation)):
         writing.check_writable(path)
     prepare_libraries()
+    cases = choose_cases(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
-        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        cases = choose_cases(arguments)
-        videos = make_videos(arguments, cases, Path(folder))
-    report = judge(arguments, cases, videos)
+        made = make_videos(arguments, options, cases, Path(folder))
+    report = judge(arguments, cases, made)
     with writing.replacing(arguments.output) as temporary:
         Path(temporary).write_text(json.dumps(report, indent=2) + "\n")
     print(as_text(report))
     print(f"wrote {os.path.relpath(arguments.output)}")
     sources = ("ours", "diffusers", *arguments.variant)
-    shown = [case for case in zip(cases, *(videos[name] for name in sources), strict=True) if case[0].held_out]
+    shown = [case for case in zip(cases, *(made[name] for name in sources), strict=True) if case[0].held_out]
     with writing.replacing(arguments.sheet) as temporary:
         write_sheet(temporary, shown[:: arguments.videos])
     print(f"wrote {os.path.relpath(arguments.sheet)}")
@@ -141,8 +155,13 @@ def choose_cases(arguments: argparse.Namespace) -> list[Case]:
     return cases
 
 
-def make_videos(arguments: argparse.Namespace, cases: Sequence[Case], folder: Path) -> dict[str, list[np.ndarray]]:
-    """Return the videos of the cases by source, uint8 [frames, height, width, 3]; `folder` is for scratch files."""
+def make_videos(
+    arguments: argparse.Namespace, options: Mapping[str, argparse.Namespace], cases: Sequence[Case], folder: Path
+) -> dict[str, list[np.ndarray]]:
+    """Return the videos of the cases by source, uint8 [frames, height, width, 3]; `folder` is for scratch files.
+
+    `options` are those of stage 2 for each source that is ours.
+    """
     import torch
     from diffusers import CogVideoXPipeline
 
@@ -150,25 +169,22 @@ def make_videos(arguments: argparse.Namespace, cases: Sequence[Case], folder: Pa
     with checkpoint.load_errors(model):
         pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)
     control = untrained(pipeline)
-    ours = in_dtype(model, pipeline, getattr(torch, arguments.dtype), folder / "model")
+    ours = str(in_dtype(model, pipeline, getattr(torch, arguments.dtype), folder / "model"))
 
+    # That options do not fit the model or the devices is said before hours go into the others.
+    denoisers = {name: denoiser(ours, chosen) for name, chosen in options.items()}
+    decode = decoder(ours, arguments.dtype)
+    prompts = dict(zip(cases, embeddings(ours, cases, folder), strict=True))
     clips = [render(case.caption, np.random.default_rng(case.seed)) for case in cases]
     steps = arguments.num_inference_steps
-    stage2_options = ("--num_inference_steps", steps, *arguments.stage2_options)
-    options = {"ours": stage2_options} | {
-        variant: (*stage2_options, *shlex.split(variant)) for variant in arguments.variant
-    }
-    for chosen in options.values():  # that they are wrong is said before hours go into the others
-        run_stages(ours, cases[0], chosen, folder)
-    videos = {
-        name: one_by_one(name, functools.partial(run_stages, ours, stage2_options=chosen, folder=folder), cases)
-        for name, chosen in options.items()
-    }
     return {
         "true clips": clips,
         "through VAE": in_batches("VAE", lambda batch: reconstruct(pipeline.vae, batch), clips),
         "diffusers": in_batches("diffusers", lambda batch: generate(pipeline, batch, steps), cases),
-        **videos,
+        **{
+            name: one_by_one(name, lambda case, denoise=denoise: decode(denoise(prompts[case], case.seed)), cases)
+            for name, denoise in denoisers.items()
+        },
         "untrained": in_batches("untrained", lambda batch: generate(control, batch, steps), cases),
     }
 
@@ -210,13 +226,14 @@ def in_dtype(model: Path, pipeline: "CogVideoXPipeline", dtype: "torch.dtype", f
 def reconstruct(vae: "AutoencoderKLCogVideoX", clips: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Encode and decode clips, uint8 [frames, height, width, 3], by diffusers' VAE."""
     import torch
+    from diffusers.video_processor import VideoProcessor
 
     from tools.train_tiny_model import to_tensor
 
     with torch.no_grad():
         decoded = vae.decode(vae.encode(to_tensor(clips, "cpu")).latent_dist.mode()).sample
-    videos = [np.stack(utils.prepare_video_for_export(video[None])) for video in decoded]
-    return [np.round(video * 255).astype(np.uint8) for video in videos]
+    pixels = VideoProcessor().postprocess_video(decoded, output_type="np")
+    return list(np.round(pixels * 255).astype(np.uint8))
 
 
 def generate(pipeline: "CogVideoXPipeline", cases: Sequence[Case], steps: int) -> list[np.ndarray]:
@@ -237,44 +254,90 @@ def generate(pipeline: "CogVideoXPipeline", cases: Sequence[Case], steps: int) -
     return list(np.round(frames * 255).astype(np.uint8))
 
 
-def run_stages(model: Path, case: Case, stage2_options: Sequence[object], folder: Path) -> np.ndarray:
-    """Generate one video by our stages, one after the other in this process."""
-    from safetensors.numpy import load_file
-
-    import stage1_text_encoder
-    import stage2_transformer
-    import stage3_vae_decoder
-
-    outputs, frames = folder / "outputs", folder / "frames.safetensors"
-    sizes = ("--height", SIZE, "--width", SIZE, "--frames", FRAMES)
-    settings = ("--guidance_scale", GUIDANCE_SCALE, "--seed", case.seed, "--warmup_steps", 0, *stage2_options)
-    for stage, *options in (
-        (stage1_text_encoder, "--prompt", case.caption, "--model_id", model, "--output_dir", outputs),
-        (stage2_transformer, "--input_dir", outputs, *sizes, *settings),
-        (stage3_vae_decoder, "--input_dir", outputs, "--output_frames", frames),
-    ):
-        command_line, sys.argv = sys.argv, [stage.__name__, *map(str, options)]
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), program.at_end:
-                stage.main()
-        except SystemExit:  # a wrong option; the message is the last line
-            raise UserError(error_message(said.getvalue())) from None
-        finally:
-            sys.argv = command_line
-    return load_file(frames)["frames"]
+def embeddings(model: str, cases: Sequence[Case], folder: Path) -> list[Path]:
+    """Run stage 1, once for all captions, and return its file for each case."""
+    captions = list(dict.fromkeys(str(case.caption) for case in cases))
+    (folder / "captions.txt").write_text("\n".join(captions))
+    options = ("--prompt_file", folder / "captions.txt", "--model_id", model, "--output_dir", folder)
+    command = [sys.executable, "stage1_text_encoder.py", *map(str, options)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return [videos.of_prompt(folder, 1 + captions.index(str(case.caption))) / EMBEDDINGS for case in cases]
 
 
-def judge(arguments: argparse.Namespace, cases: Sequence[Case], videos: dict[str, list[np.ndarray]]) -> dict:
+def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], np.ndarray]:
+    """Return a function that makes latents as stage 2 does, [1, C, T, H, W], of a file of embeddings and a seed.
+
+    Raises:
+        UserError: the options do not fit the model or the devices.
+    """
+    from safetensors.torch import load_file
+
+    from cogvideox.models.transformer.denoising import Denoising
+    from cogvideox.models.transformer.parameters import load_parameters, stored_shapes
+    from cogvideox.models.transformer.step import abstract_arguments, make_step
+
+    devices = accelerator.devices()
+    plan = plans.denoising_plan(options, model, devices, devices[0].platform, videos=1)
+    shapes = stored_shapes(plan.transformer)
+    read = checkpoint.tensor_reader(model, "transformer", shapes)
+    loras = [lora.read_lora(option) for option in options.lora]
+    for one in loras:
+        one.check(shapes)
+    with plans.plan_errors():
+        plan = plan.with_dtype(read("proj_out.weight").dtype)
+        skipped = plans.skipped_steps(options, plan, model, read)
+        steps = {kind: make_step(plan, kind=kind) for kind in plan.kinds(skipped)}
+        programs = {kind: step.lower(*abstract_arguments(plan)).compile() for kind, step in steps.items()}
+    parameters = load_parameters(read, plan.transformer, plan.parallelism, [one.add for one in loras])
+
+    def denoise(file: Path, seed: int) -> np.ndarray:
+        prompts = load_file(file)
+        embeds = prompts["prompt_embeds"], prompts["negative_prompt_embeds"]
+        (state,) = collections.deque(Denoising(plan, parameters, *embeds, [seed], skipped).run(programs), maxlen=1)
+        return np.asarray(state.latents[:, plan.surplus_frames :]).swapaxes(1, 2)
+
+    return denoise
+
+
+def decoder(model: str, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that decodes latents [1, C, T, H, W] as stage 3 does, to uint8 [frames, height, width, 3]."""
+    import jax.numpy as jnp
+
+    from cogvideox.models.decoder.decoder import decode
+    from cogvideox.models.decoder.plan import make_decoding_plan
+
+    plan = make_decoding_plan(
+        vae=checkpoint.read_config(model, "vae"),
+        decoder="torchax",
+        devices=accelerator.devices(),
+        dtype=dtype,
+        height=SIZE,
+        width=SIZE,
+        frames=FRAMES,
+    )
+    vae = plan.make_decoder()
+    files = decoding.weight_files(vae, model)
+    abstract = plan.on_devices(files)
+    programs = [program.lower().compile() for program in plan.programs(vae, abstract)]
+    weights = decoding.load_weights(files, abstract)
+
+    def frames(latents: np.ndarray) -> np.ndarray:
+        scaled = np.asarray(jnp.asarray(latents, plan.dtype) / plan.vae["scaling_factor"])
+        return np.concatenate([*decode(programs, weights, scaled, plan.split)])
+
+    return frames
+
+
+def judge(arguments: argparse.Namespace, cases: Sequence[Case], made: dict[str, list[np.ndarray]]) -> dict:
     """Return the report: adherence, the share of the videos that show what the caption says, and PSNR in dB."""
 
     def adherence(source: str, of_held_out: bool) -> dict[str, float]:
-        pairs = zip(cases, videos[source], strict=True)
+        pairs = zip(cases, made[source], strict=True)
         scores = [agreement(case.caption, measure(video)) for case, video in pairs if case.held_out == of_held_out]
         return dict(zip(Caption._fields, np.mean(scores, axis=0).tolist(), strict=True))
 
     def psnr(source: str, reference: str) -> dict[str, float]:
-        pairs = zip(videos[source], videos[reference], strict=True)
+        pairs = zip(made[source], made[reference], strict=True)
         error = np.array([np.square(video.astype(float) - truth).mean() for video, truth in pairs])
         decibels = 10 * np.log10(255**2 / np.maximum(error, 1e-3))
         return {"least": decibels.min(), "median": float(np.median(decibels))}
@@ -283,7 +346,7 @@ def judge(arguments: argparse.Namespace, cases: Sequence[Case], videos: dict[str
     return {
         "settings": {name: getattr(arguments, name) for name in settings},
         "adherence": {
-            group: {source: adherence(source, group == "held out") for source in videos} | {"chance": CHANCE}
+            group: {source: adherence(source, group == "held out") for source in made} | {"chance": CHANCE}
             for group in ("held out", "trained on")
         },
         "psnr": {
@@ -330,8 +393,7 @@ def write_animation(path: str, shown: Sequence[tuple]) -> None:
         labelled([(case, ours[frame].repeat(3, axis=0).repeat(3, axis=1)) for case, ours, *_ in chosen], columns=4)
         for frame in range(FRAMES)
     ]
-    options = {"save_all": True, "append_images": pictures[1:], "duration": 1000 // FPS, "loop": 0}
-    pictures[0].save(path, quality=95, **options)
+    pictures[0].save(path, quality=95, save_all=True, append_images=pictures[1:], duration=1000 // FPS, loop=0)
 
 
 def labelled(pictures: Sequence[tuple[Case, np.ndarray]], columns: int) -> "Image.Image":

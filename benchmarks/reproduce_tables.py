@@ -20,7 +20,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -185,8 +185,8 @@ def predict_original(row: Row, dump: Path) -> dict:
 
 def predict_ours(row: Row) -> dict:
     """Return the report of our own stage 2 in a row's size on its chips."""
-    options = dict(zip(("height", "width", "frames"), row.size, strict=True))
-    options |= {"topology": row.topology, "guidance_scale": 6 if row.guided else 1}
+    options: dict[str, object] = {"topology": row.topology, "guidance_scale": 6 if row.guided else 1}
+    options |= zip(("height", "width", "frames"), row.size, strict=True)
     command = ["stage2", *(f"--{name}={value}" for name, value in options.items())]
     return compiler.in_a_process("compile_for_tpu", command, row.topology, "our stage 2")
 
@@ -229,7 +229,7 @@ def save(results: dict) -> None:
     print(f"wrote {os.path.relpath(report.TABLES)} and {report.TABLES.stem}.png")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Predict the rows that the command line asks for, print them as a table and save them."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.reproduce_tables")
     parser.add_argument("--rows", nargs="+", default=["all"], help=f"rows to predict: {', '.join(ROWS)}, or all")
@@ -245,7 +245,7 @@ def main() -> None:
         default=True,
         help="predict the original's configurations; without it, what is saved of them stays",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     names = list(ROWS) if arguments.rows == ["all"] else arguments.rows
     if unknown := set(names) - ROWS.keys():
         raise UserError(f"--rows {min(unknown)} is unknown; known are {', '.join(ROWS)} and all")
@@ -256,7 +256,7 @@ def main() -> None:
         print(json.dumps(predict_original(ROWS[names[0]], dump)))
         return
 
-    ours = {} if arguments.ours else None
+    ours: dict | None = {} if arguments.ours else None
     saved = {} if arguments.original else read_saved()
     results = {name: predict_row(name, ours, saved.get(name)) for name in names}
     print(table(results))
@@ -287,8 +287,8 @@ def summary(results: dict) -> str:
     predicted, measured = (
         np.array([row[key] for row in results.values()]) for key in ("predicted_seconds", "measured")
     )
-    ranks = [values.argsort().argsort() for values in (predicted, measured)]
-    correlation = np.corrcoef(*ranks)[0, 1]
+    predicted_ranks, measured_ranks = (values.argsort().argsort() for values in (predicted, measured))
+    correlation = np.corrcoef(predicted_ranks, measured_ranks)[0, 1]
     ratios = measured / predicted
     factors = np.array([np.median(np.delete(ratios, i)) for i in range(len(ratios))])
     errors = [np.median(np.abs(factor * predicted / measured - 1)) for factor in (1, factors)]

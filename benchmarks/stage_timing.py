@@ -7,12 +7,15 @@ computes in float32, our stages in the dtype of the model's files. On a laptop's
 of the time.
 """
 
-import argparse
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "A panda playing guitar in a bamboo forest"
@@ -37,15 +40,15 @@ def seconds(*command: object) -> float:
     return time.perf_counter() - start
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Time the pipeline and the stages, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.stage_timing")
     parser.add_argument("--model_id", default=str(ROOT / "tiny_model"), help="model to run (default: the tiny model)")
     parser.add_argument("--height", default="128", help="height of the video in pixels")
     parser.add_argument("--width", default="192", help="width of the video in pixels")
     parser.add_argument("--frames", default="17", help="frames of the video, of the form 4n + 1")
     parser.add_argument("--num_inference_steps", default="10", help="denoising steps")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     sizes = {name: value for name, value in vars(arguments).items() if name != "model_id"}
 
     with tempfile.TemporaryDirectory() as folder:
@@ -68,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

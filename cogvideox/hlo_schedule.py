@@ -52,10 +52,10 @@ class Instruction:
         match = re.search(r'"estimated_cycles":"(\d+)"', self.text)
         return int(match[1]) if match else None
 
-    def called(self, attribute: str) -> str | None:
-        """Return the computation that an attribute such as "calls" or "body" names, or None."""
+    def called(self, attribute: str) -> str:
+        """Return the computation that an attribute such as "calls" or "body" names, "" if it has no such attribute."""
         match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.text)
-        return match[1] if match else None
+        return match[1] if match else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +80,15 @@ class Program:
     @classmethod
     def parse(cls, text: str) -> "Program":
         """Parse `compiled.as_text()`; raises HloError if there is no entry computation."""
-        computations, entry, current = {}, None, None
-        lines = []
+        lines: list[str] = []
         for line in text.splitlines():  # the metadata of a Pallas kernel holds line breaks
             if lines and is_continuation(line):
                 lines[-1] += " " + line
             else:
                 lines.append(line)
+        computations: dict[str, list[Instruction]] = {}
+        entry: str | None = None
+        current: list[Instruction] | None = None
         for line in lines:
             if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
                 current = computations.setdefault(header[2], [])
@@ -126,16 +128,17 @@ class Program:
         test = self.computations[loop.called("condition")][-1]
         try:
             counter, bound = (condition[name] for name in test.operands)
-            if test.opcode != "compare" or "direction=LT" not in test.text or counter.opcode != "get-tuple-element":
+            place = re.search(r"index=(\d+)", counter.text) if counter.opcode == "get-tuple-element" else None
+            if test.opcode != "compare" or "direction=LT" not in test.text or place is None:
                 raise HloError
-            index = int(re.search(r"index=(\d+)", counter.text)[1])
+            index = int(place[1])
             start = constant(outside, outside[loop.operands[0]].operands[index])
             advanced = follow(body, self.computations[loop.called("body")][-1].operands[index])
             if advanced.opcode != "add":
                 raise HloError
             (step,) = (constant(body, name) for name in advanced.operands if is_constant(body, name))
             stop = constant(condition, bound.name)
-        except (HloError, KeyError, ValueError, IndexError, TypeError) as error:
+        except (HloError, KeyError, ValueError, IndexError) as error:
             raise HloError(f"the trip count of the loop {loop.name} cannot be read") from error
         return max(0, -((start - stop) // step))
 
@@ -177,7 +180,8 @@ def parse_frames(text: str) -> dict[str, str]:
         tables[title] = dict(line.split(" ", 1) for line in section[1].splitlines()) if section else {}
     frames = {}
     for frame, content in tables["StackFrames"].items():
-        location = tables["FileLocations"].get(re.search(r"file_location_id=(\d+)", content)[1], "")
+        number = re.search(r"file_location_id=(\d+)", content)
+        location = tables["FileLocations"].get(number[1], "") if number else ""
         file = re.search(r"file_name_id=(\d+)", location)
         line = re.search(r"\bline=(\d+)", location)
         if file and line:
@@ -285,7 +289,9 @@ class _Walk:
         """Return the costs of a computation that runs `times` times, in schedule order."""
         shapes = {instruction.name: instruction.shape for instruction in self.program.computations[name]}
         busy = 0.0  # seconds of the core so far, in one run of this computation
-        started = {}  # name of a collective's start -> (core seconds then, seconds that it takes)
+        started: dict[
+            str, tuple[float, float]
+        ] = {}  # name of a collective's start -> (core seconds then, seconds that it takes)
         found = []
         for instruction in self.program.computations[name]:
             inside = self.inside(instruction, name, times)

@@ -24,8 +24,8 @@ from cogvideox.run.accelerator import prepare_libraries
 from compile_for_tpu import compiler, programs, report, topologies
 
 
-def parse_arguments(command: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line, the program's name left out."""
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m compile_for_tpu")
     kinds = parser.add_subparsers(dest="what", required=True)
     for what, kind in programs.KINDS.items():
@@ -37,12 +37,12 @@ def parse_arguments(command: Sequence[str]) -> argparse.Namespace:
             "--output", type=file_path, help="file for the report, JSON (default: a name in benchmarks/results)"
         )
         kind.add_options(sub)
-    return parser.parse_args(command)
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Compile what the command line asks for, print the report and write it as JSON."""
-    command = sys.argv[1:]
+    command = sys.argv[1:] if argv is None else argv
     arguments = parse_arguments(command)
     topologies.check(arguments.topology)
     if dump := compiler.dump_folder():

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from cogvideox.errors import UserError, error_message
 from cogvideox.files import writing
@@ -89,7 +90,7 @@ def compile_and_report(
     from cogvideox.run import executable
 
     programs = trace(topologies.devices(topology))
-    report = {"what": what, "topology": topology}
+    report: dict[str, Any] = {"what": what, "topology": topology}
     if programs.model:
         report["model"] = programs.model
     report["options"] = {name: str(value) for name, value in programs.options.items()}
@@ -107,7 +108,8 @@ def compile_and_report(
         report |= prediction.predict(topology, dump, programs, compiled)
         report["floor"] = prediction.floor(topology, report)
     if save:
-        made_for = executable.description(programs.name, programs.devices, programs.traced, programs.executable_options)
+        options = dict(programs.executable_options)
+        made_for = executable.description(programs.name, programs.devices, programs.traced, options)
         with writing.replacing(save) as temporary:
             executable.save(temporary, compiled, made_for)
         report["saved"] = str(save)

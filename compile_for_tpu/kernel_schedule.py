@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.extend import core
 
 DELAY_SLOTS = 4  # bundles after a branch that run whether it is taken or not
 PIPELINE_STEPS = 2  # at most so many extra runs of the grid loop start and drain the pipeline of its DMA
@@ -101,17 +102,25 @@ def read_schedules(
     """
     schedules = {}
     for program in sorted(Path(folder).glob("*-final_bundles.txt*")):
-        number, name = re.match(r"(\d+)-(.*)-\d+-", program.name).groups()
-        grid = grids.get(re.sub(r"\.\d+$", "", name))
-        if grid is None or "schedule-analysis" in program.name:
+        parts = re.match(r"(\d+)-(.*)-\d+-", program.name)
+        if parts is None or "schedule-analysis" in program.name:
+            continue
+        number, name = parts.groups()
+        grid = grids.get(base_name(name))
+        if grid is None:
             continue
         usage = [*Path(folder).glob(f"{number}-*-final_hlo-static-per-bundle-utilization.txt*")]
         if not usage:
             raise ScheduleError(f"{name}: no *-final_hlo-static-per-bundle-utilization.txt in {folder}")
         schedules[name] = parse_schedule(name, tuple(grid), _text(program), _text(usage[0]), runs)
-    if missing := grids.keys() - {re.sub(r"\.\d+$", "", name) for name in schedules}:
+    if missing := grids.keys() - set(map(base_name, schedules)):
         raise ScheduleError(f"no schedule of {', '.join(sorted(missing))} kernel in {folder}")
     return schedules
+
+
+def base_name(name: str) -> str:
+    """Return a kernel's name without the number of its call: the compiler keeps one program for all calls."""
+    return re.sub(r"\.\d+$", "", name)
 
 
 def parse_schedule(
@@ -291,9 +300,10 @@ class _Scalars:
         if compare and index and (axis := self.axis(index[1])):
             shape = [-1 if other == axis else 1 for other in self.axes]
             return getattr(operator, compare[1])(np.arange(self.axes[axis]), int(index[2])).reshape(shape)
-        values = [self.predicate(operand) for operand in re.findall(r"%(p\w+)", operands)]
+        names = re.findall(r"%(p\w+)", operands)
+        values = [value for name in names if (value := self.predicate(name)) is not None]
         logic = {"por": np.logical_or, "pand": np.logical_and, "pnor": np.logical_or, "pnand": np.logical_and}
-        if any(value is None for value in values):
+        if len(values) < len(names):
             return None
         if operation in logic and len(values) == 2:
             value = logic[operation](*values)
@@ -306,18 +316,18 @@ class _Scalars:
         return None if value is None else float((value if negated else ~value).mean())
 
 
-def grids(jaxpr) -> dict[str, tuple[int, ...]]:
+def grids(jaxpr: "core.Jaxpr | core.ClosedJaxpr") -> dict[str, tuple[int, ...]]:
     """Return the grid of every Pallas kernel in a jaxpr, by its name in `pallas_call`."""
     return {equation.params["name"]: equation.params["grid_mapping"].grid for equation in _pallas(jaxpr)}
 
 
-def stated_bytes(jaxpr) -> dict[str, int]:
+def stated_bytes(jaxpr: "core.Jaxpr | core.ClosedJaxpr") -> dict[str, int]:
     """Return the bytes between HBM and VMEM of each Pallas kernel in a jaxpr that states its own cost, by its name."""
     estimates = ((equation.params["name"], equation.params["cost_estimate"]) for equation in _pallas(jaxpr))
     return {name: estimate.bytes_accessed for name, estimate in estimates if estimate}
 
 
-def _pallas(jaxpr) -> Iterator:
+def _pallas(jaxpr: "core.Jaxpr | core.ClosedJaxpr") -> Iterator:
     """Yield the pallas_call equations of a jaxpr and of those inside it."""
     import jax
 
@@ -327,7 +337,7 @@ def _pallas(jaxpr) -> Iterator:
         else:
             for value in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns")):
                 if hasattr(value, "eqns"):
-                    yield from _pallas(getattr(value, "jaxpr", value))
+                    yield from _pallas(value)
 
 
 def _text(path: Path) -> str:

@@ -6,13 +6,16 @@ model, not measured.
 
 import dataclasses
 import math
-import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cogvideox import hlo_schedule
 from compile_for_tpu import kernel_schedule, topologies
+
+if TYPE_CHECKING:
+    from jax.extend import core
 
 # Kernels that run only for heads with unusual scores; see custom_splash_attention.py. The prediction
 # assumes that a loop around one of them does not run.
@@ -67,15 +70,15 @@ def predict(topology: str, dump: Path, programs: Programs, compiled: Sequence) -
     kernels = _kernels(dump, programs.traced)
     # A kernel that states its own cost is no attention; if it takes long, it is among the slowest operations.
     stated = {name: size for p in programs.traced for name, size in kernel_schedule.stated_bytes(p.jaxpr).items()}
-    split = Counter(dict.fromkeys(hlo_schedule.CATEGORIES, 0.0))
-    operations = Counter()
+    split = dict.fromkeys(hlo_schedule.CATEGORIES, 0.0)
+    operations: dict[str, float] = defaultdict(float)
     for cost in _costs(topology, programs, compiled, kernels, stated):
         split[cost.category] += cost.seconds
         operations[f"{cost.category}: {cost.source} ({cost.name})"] += cost.seconds
     return {
         "predicted_seconds": sum(split.values()),
-        "split": dict(split),
-        "slowest": dict(operations.most_common(10)),
+        "split": split,
+        "slowest": dict(sorted(operations.items(), key=lambda item: -item[1])[:10]),
         "kernels": {
             name: {
                 "cycles": kernel.cycles,
@@ -83,17 +86,15 @@ def predict(topology: str, dump: Path, programs: Programs, compiled: Sequence) -
                 "units": {unit: kernel.utilization(unit) for unit in kernel.capacity},
             }
             for name, kernel in kernels.items()
-            if _base(name) not in stated
+            if kernel_schedule.base_name(name) not in stated
         },
     }
 
 
 def _kernels(dump: Path, traced: Sequence) -> dict[str, kernel_schedule.KernelSchedule]:
     """Read the schedules of the programs' Pallas kernels, except RARE_KERNELS."""
-    grids = {}
-    for program in traced:
-        grids |= kernel_schedule.grids(program.jaxpr)
-    grids = {name: grid for name, grid in grids.items() if name not in RARE_KERNELS}
+    found = (kernel_schedule.grids(program.jaxpr).items() for program in traced)
+    grids = {name: grid for of_program in found for name, grid in of_program if name not in RARE_KERNELS}
     return kernel_schedule.read_schedules(dump, grids) if grids else {}
 
 
@@ -110,8 +111,10 @@ def _costs(
         return topologies.collective_seconds(opcode, size, group, coordinates, chip.link_bandwidth)
 
     def kernel_seconds(name, size):  # by its schedule, or by its bytes between HBM and VMEM if they take longer
-        schedule = kernels.get(name) or next(k for other, k in kernels.items() if _base(other) == _base(name))
-        return max(schedule.cycles / chip.clock, stated.get(_base(name), size) / chip.hbm_bandwidth)
+        schedule = kernels.get(name) or next(
+            k for other, k in kernels.items() if kernel_schedule.base_name(other) == kernel_schedule.base_name(name)
+        )
+        return max(schedule.cycles / chip.clock, stated.get(kernel_schedule.base_name(name), size) / chip.hbm_bandwidth)
 
     costs = []
     for n, program in zip(programs.times, compiled, strict=True):
@@ -119,11 +122,6 @@ def _costs(
         found = hlo_schedule.costs(parsed, chip.clock, kernel_seconds, collective_seconds, RARE_KERNELS)
         costs += [cost for cost in found for _ in range(n)]
     return costs
-
-
-def _base(name: str) -> str:
-    """Return a kernel's name without the number of its call: the compiler keeps one program for all calls."""
-    return re.sub(r"\.\d+$", "", name)
 
 
 def floor(topology: str, report: Mapping) -> dict:
@@ -166,7 +164,7 @@ def out_of_memory(message: str, advice: str) -> dict:
     return {"peak": peak, "limit": limit, "fits": False, "line": line}
 
 
-def matrix_flops(jaxpr, devices: int) -> float:
+def matrix_flops(jaxpr: "core.Jaxpr | core.ClosedJaxpr", devices: int) -> float:
     """Return the FLOP of one device for the matrix products and convolutions of a jaxpr.
 
     Of its Pallas kernels, those count that state their own cost.
@@ -178,12 +176,12 @@ def matrix_flops(jaxpr, devices: int) -> float:
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted) / devices
+            left = _shape(equation.invars[0])
+            total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(left[i] for i in contracted) / devices
         elif name == "conv_general_dilated":
-            weight = equation.invars[1].aval.shape
+            weight = _shape(equation.invars[1])
             features = params["dimension_numbers"].rhs_spec[0]
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(weight) / weight[features] / devices
+            total += 2 * math.prod(_shape(equation.outvars[0])) * math.prod(weight) / weight[features] / devices
         elif name == "pallas_call":
             total += params["cost_estimate"].flops if params["cost_estimate"] else 0
         else:
@@ -191,7 +189,11 @@ def matrix_flops(jaxpr, devices: int) -> float:
             trips = params["length"] if name == "scan" else 1
             for value in params.values():
                 for item in value if isinstance(value, (tuple, list)) else [value]:
-                    inner = getattr(item, "jaxpr", item)
-                    if hasattr(inner, "eqns"):
-                        total += trips * matrix_flops(inner, inside)
+                    if hasattr(item, "eqns"):
+                        total += trips * matrix_flops(item, inside)
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    """Return the shape of a variable of a jaxpr."""
+    return variable.aval.shape

@@ -3,9 +3,8 @@
 import contextlib
 import dataclasses
 import importlib.util
-import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cogvideox.errors import UserError
 
@@ -45,7 +44,7 @@ CHIPS = {
 
 
 # Arguments of `jax.experimental.topologies.get_topology_desc`, by slice.
-TOPOLOGIES = {
+TOPOLOGIES: dict[str, tuple[str, dict[str, Any]] | None] = {
     "v6e-1": ("v6e:1x1", {"chips_per_host_bounds": [1, 1, 1]}),
     "v6e-4": ("v6e:2x2", {}),
     "v6e-8": ("v6e:2x4", {}),
@@ -77,7 +76,7 @@ def chip(topology: str) -> Chip:
     return CHIPS[topology.split("-")[0]]
 
 
-def compiler_environment(topology: str, dump: os.PathLike | None = None) -> dict[str, str]:
+def compiler_environment(topology: str, dump: str | None = None) -> dict[str, str]:
     """Return the environment variables of a process that compiles for a slice; they must be set before libtpu loads.
 
     Args:
@@ -107,9 +106,10 @@ def devices(topology: str) -> list:
     import jax
     from jax.experimental import topologies
 
-    if topology == "cpu":
+    arguments = TOPOLOGIES[topology]
+    if arguments is None:
         return jax.devices()
-    name, options = TOPOLOGIES[topology]
+    name, options = arguments
     return topologies.get_topology_desc(name, platform="tpu", **options).devices
 
 

@@ -205,8 +205,7 @@ def test_caution_is_what_the_tables_say(tmp_path):
 
 @pytest.mark.parametrize(("main", "command"), [(tool.main, "stage2 --topology v6e-1"), (reproduce_tables.main, "")])
 def test_without_libtpu(main, command, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["program", *command.split()])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"libtpu.*is not installed"):
-        main()
+        main(command.split())
     topologies.check("cpu")

@@ -4,7 +4,6 @@ import functools
 import itertools
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +52,11 @@ def make_files(model: Path, folder: Path, guided: bool = True, scheduler: type =
 
 
 @pytest.fixture
-def dump(monkeypatch):
+def dump():
     """Run the tool in this process, and return the folder of its dump."""
 
     def run(files: Path, name: str, *options) -> Path:
-        arguments = [files, "--dump", files / name, *options]
-        monkeypatch.setattr(sys, "argv", ["dump_reference.py", *map(str, arguments)])
-        dump_reference.main()
+        dump_reference.main([str(word) for word in (files, "--dump", files / name, *options)])
         return files / name
 
     return run

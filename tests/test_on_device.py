@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -36,9 +35,8 @@ def run(tmp_path, monkeypatch):
         chosen = [entry for entry in all_entries(machine) if entry.name.startswith(tuple(only))]
         monkeypatch.setattr(on_device, "entries", lambda machine: chosen if entries is None else entries)
         monkeypatch.setattr(on_device, "find_machine", lambda: machine)
-        monkeypatch.setattr(sys, "argv", ["on_device.py", "--output", str(tmp_path / "results"), *options])
         try:
-            on_device.main()
+            on_device.main(["--output", str(tmp_path / "results"), *options])
             status = 0
         except SystemExit as end:
             status = end.code

@@ -117,7 +117,7 @@ def test_wrong_options(options, words, outputs, run_stage):
     assert len(error.splitlines()) == 1 and all(word in error for word in words), error
 
 
-def test_fit(tmp_path, monkeypatch, capsys):
+def test_fit(tmp_path, capsys):
     """From dumps whose output changes as a known polynomial of how the time embedding changes."""
     known = [0.5, -0.2, 0.05]
     generator = np.random.default_rng(0)
@@ -133,8 +133,7 @@ def test_fit(tmp_path, monkeypatch, capsys):
         save_file(arrays, tmp_path / str(run) / "stage2_tensors.safetensors")
     (tmp_path / "model" / "transformer").mkdir(parents=True)
     dumps = [str(tmp_path / str(run)) for run in range(2)]
-    monkeypatch.setattr("sys.argv", ["fit_step_cache", *dumps, "--model_id", str(tmp_path / "model"), "--degree", "2"])
-    fit_step_cache.main()
+    fit_step_cache.main([*dumps, "--model_id", str(tmp_path / "model"), "--degree", "2"])
     fitted = polynomial_of(str(tmp_path / "model"))
     np.testing.assert_allclose(fitted, known, atol=1e-4)
     assert "38 pairs of steps" in capsys.readouterr().out

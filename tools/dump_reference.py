@@ -47,8 +47,6 @@ from cogvideox.models.transformer.plan import DenoisingPlan, make_denoising_plan
 from cogvideox.models.transformer.scheduler import make_scheduler
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.run.plans import plan_errors
-from stage2_transformer import check_embeddings
-from stage3_vae_decoder import check_shape
 
 # The modules, as regular expressions, whose outputs the stages name too.
 IN_A_BLOCK = r"norm[12](\.linear)?|attn1\.(to_[qkv]|norm_[qk]|to_out\.0)|ff\.net\.[02]"
@@ -64,9 +62,9 @@ WAITING_BYTES = 2**26  # of arrays that are written together
 VALUES_AT_A_TIME = 2**24  # that statistics are computed of
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m tools.dump_reference")
     parser.add_argument("input_dir", type=file_path, help="the folder with the files of the stages")
     parser.add_argument("--stage", type=int, choices=(2, 3), default=2, help="2: the transformer; 3: the VAE's decoder")
     parser.add_argument("--dump", type=file_path, metavar="DIR", required=True, help="the folder for the dump")
@@ -92,12 +90,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--latents", type=file_path, metavar="FILE", help="stage2_tensors.safetensors of a dump of stage 2"
     )
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Dump the reference of one stage."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU; use --device cpu")
     if (arguments.from_step is None) != (arguments.latents is None):
@@ -139,7 +137,7 @@ def dump_denoising(arguments: argparse.Namespace) -> Dump:
     path = arguments.input_dir / EMBEDDINGS
     shapes = stage_files.tensor_shapes(path, 1, ("prompt_embeds", "negative_prompt_embeds"), config)
     plan = denoising_plan(config, batch=shapes["prompt_embeds"][0])
-    check_embeddings(shapes, plan.transformer, path)
+    stage_files.check_embeddings(shapes, plan.transformer, path)
     first = arguments.from_step or 0
     steps = steps_from(first, arguments.dump_steps, plan.num_inference_steps)
     last = plan.num_inference_steps - 1 if arguments.dump_stats else steps[-1]
@@ -201,7 +199,7 @@ def read_start(path: Path, step: int, plan: DenoisingPlan, config: Mapping) -> S
             )
         tensors = [file.get_tensor(name) for name in names]
     for tensor in tensors:
-        check_shape(tuple(tensor.shape), plan.latent_shape, path)
+        stage_files.check_latents_shape(tuple(tensor.shape), plan.latent_shape, path)
     return Start(tensors[0], tensors[1] if len(tensors) > 1 else None)
 
 
@@ -272,7 +270,9 @@ def run_pipeline(
     if start is not None:
         latents = start.latents
 
-    def noise(shape: Sequence[int], generator: torch.Generator, device: torch.device, dtype: torch.dtype):
+    def noise(
+        shape: Sequence[int], generator: torch.Generator, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor:
         return randn_tensor(shape, generator=generator, device=device, dtype=drawn).to(dtype)
 
     device = pipeline._execution_device
@@ -311,7 +311,7 @@ def dump_decoding(arguments: argparse.Namespace) -> Dump:
     shape = stage_files.tensor_shapes(path, 2, ("latents",), config, finite=False)["latents"]
     vae = checkpoint.read_config(config["model_id"], "vae")
     size = latent_size(vae, config["frames"], config["height"], config["width"])
-    check_shape(shape, (1, vae["latent_channels"], *size), path)
+    stage_files.check_latents_shape(shape, (1, vae["latent_channels"], *size), path)
 
     dtype = getattr(torch, arguments.dtype)
     pipeline = make_pipeline(arguments, vae)

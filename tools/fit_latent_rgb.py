@@ -23,18 +23,18 @@ from cogvideox.run.accelerator import prepare_libraries
 DIGITS = 5  # of the map's numbers, after the point
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m tools.fit_latent_rgb")
     parser.add_argument("model", help="a model's folder, or its name on the Hugging Face Hub")
     parser.add_argument("--clips", type=number(int, 1), default=16, help="clips of moving shapes to fit on")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of the clips")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Fit the map, write it, and print how much of the colours' variance it explains."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     checkpoint.read_config(arguments.model, "vae")
     path = checkpoint.model_folder(arguments.model, ["vae/*"]) / "vae" / MAP_FILE
     writing.check_writable(path)

@@ -12,6 +12,7 @@ transformer/step_cache.json in the model's folder, where --cache_threshold finds
 import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,24 +31,24 @@ DUMP = "stage2_tensors.safetensors"
 EMBEDDING, OUTPUT = "time_embedding.linear_2", "noise_pred"
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m tools.fit_step_cache")
     parser.add_argument("dumps", type=file_path, nargs="+", help="folders of --dump")
     parser.add_argument("--model_id", required=True, help="the model that made them, a folder")
     parser.add_argument("--degree", type=number(int, 1, 8), default=4, help="of the polynomial")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Fit the polynomial, write it, and say how well it fits."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     path = checkpoint.model_folder(arguments.model_id, []) / "transformer" / FILE
     writing.check_writable(path)
     pairs = np.concatenate([changes(folder / DUMP) for folder in arguments.dumps], axis=1)
     if pairs.shape[1] <= arguments.degree:
         raise UserError(f"{pairs.shape[1]} pairs of steps are too few for --degree {arguments.degree}; add runs")
-    polynomial = np.polyfit(*pairs, arguments.degree)
+    polynomial = np.polyfit(pairs[0], pairs[1], arguments.degree)
     with writing.replacing(path) as temporary:
         fitted_on = f"{pairs.shape[1]} pairs of steps of {len(arguments.dumps)} runs"
         entries = {"polynomial": polynomial.tolist(), "fitted_on": fitted_on}
@@ -69,9 +70,10 @@ def changes(path: Path) -> np.ndarray:
     found = []
     for name in (EMBEDDING, OUTPUT):
         of_steps = [tensors[key] for key in sorted(tensors) if key.endswith(f"/{name}")]
-        if len(of_steps) < 2 or any(isinstance(tensor, str) for tensor in of_steps):
+        arrays = [tensor for tensor in of_steps if not isinstance(tensor, str)]
+        if len(arrays) < max(2, len(of_steps)):
             raise UserError(f"{path} has {name} of {len(of_steps)} steps; use --dump_names {OUTPUT} {EMBEDDING}")
-        found.append([step_cache.distance(new, old) for old, new in itertools.pairwise(of_steps)])
+        found.append([step_cache.distance(new, old) for old, new in itertools.pairwise(arrays)])
     if len(found[0]) != len(found[1]):
         raise UserError(f"{path} has {EMBEDDING} and {OUTPUT} of different steps; use one run of stage 2")
     return np.array(found)

@@ -7,7 +7,6 @@ Most tests run such a model, and the training of the tiny model starts from one 
     python -m tools.make_tiny_model --output_dir random_model
 """
 
-import argparse
 import io
 import json
 from collections.abc import Sequence
@@ -24,6 +23,10 @@ from diffusers import (
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from transformers.utils.logging import disable_progress_bar
+
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.cli.types import file_path
 
 TOKENIZER_TEXT = (
     "a panda playing guitar in a bamboo forest",
@@ -158,11 +161,11 @@ def make_pipeline(
     (folder / "tokenizer" / "tokenizer.json").unlink()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write a model to --output_dir, and print its size in MB."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output_dir", type=Path, default=Path("random_model"), help="where the model goes")
-    arguments = parser.parse_args()
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m tools.make_tiny_model")
+    parser.add_argument("--output_dir", type=file_path, default=Path("random_model"), help="where the model goes")
+    arguments = parser.parse_args(argv)
     disable_progress_bar()
     make_pipeline(arguments.output_dir)
     size = sum(file.stat().st_size for file in arguments.output_dir.rglob("*") if file.is_file())
@@ -170,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -59,20 +59,15 @@ class Caption(NamedTuple):
         return f"{article} {self.colour} {self.shape} moving {self.direction} on a {self.background} background"
 
 
-ALL = tuple(itertools.starmap(Caption, itertools.product(COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS)))
-
-
-CHANCE = {
-    field: 1 / len(values)
-    for field, values in zip(Caption._fields, (COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS), strict=True)
-}
+WORDS = tuple(tuple(words) for words in (COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS))  # as in a caption
+ALL = tuple(itertools.starmap(Caption, itertools.product(*WORDS)))
+CHANCE = {field: 1 / len(words) for field, words in zip(Caption._fields, WORDS, strict=True)}
 
 
 @functools.cache
 def held_out() -> tuple[Caption, ...]:
     """Return an eighth of all captions, never trained on; the others have every word and nearly every pair of words."""
-    sizes = [len(values) for values in (COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS)]
-    places = itertools.product(*map(range, sizes))
+    places = itertools.product(*(range(len(words)) for words in WORDS))
     return tuple(caption for caption, place in zip(ALL, places, strict=True) if np.dot(place, (1, 3, 5, 2)) % 8 == 0)
 
 
@@ -98,12 +93,13 @@ def render(
     def drawn(least: float, most: float) -> float:
         return (least + most) / 2 + variety * (most - least) * (generator.random() - 0.5)
 
+    colour, shape, direction, background = map(str, caption)
     radius = size * drawn(0.18, 0.24)
     margin = radius + 1
     travel = drawn(0.5, 0.8) * (size - 2 * margin)
     along = drawn(margin, size - margin - travel) + travel * np.linspace(0, 1, frames)
     across = drawn(margin, size - margin)
-    dx, dy = DIRECTIONS[caption.direction]
+    dx, dy = DIRECTIONS[direction]
     if dx + dy < 0:
         along = along[::-1]
     centre_x, centre_y = (along, np.full(frames, across)) if dx else (np.full(frames, across), along)
@@ -111,9 +107,9 @@ def render(
     pixel = np.arange(size) + 0.5
     x = pixel[None, None, :] - centre_x[:, None, None]
     y = pixel[None, :, None] - centre_y[:, None, None]
-    outside = radius * SHAPES[caption.shape].outside(x / radius, y / radius)
+    outside = radius * SHAPES[shape].outside(x / radius, y / radius)
     cover = np.clip(0.5 - outside, 0, 1)[..., None]  # share of each pixel that the shape covers: smooth edges
-    clip = cover * COLOURS[caption.colour] + (1 - cover) * BACKGROUNDS[caption.background]
+    clip = cover * COLOURS[colour] + (1 - cover) * BACKGROUNDS[background]
     return np.round(clip).astype(np.uint8)
 
 
@@ -154,7 +150,7 @@ def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> st
 def _shape(masks: np.ndarray) -> str | None:
     """Return the shape whose outline overlaps best with bool masks [frames, height, width], or None if none does."""
     overlaps = dict(zip(SHAPES, np.mean([_overlaps(mask) for mask in masks], axis=0), strict=True))
-    best = max(overlaps, key=overlaps.get)
+    best = max(overlaps, key=overlaps.__getitem__)
     return best if overlaps[best] > LEAST_OVERLAP else None
 
 

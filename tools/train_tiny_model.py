@@ -31,7 +31,7 @@ from tools import moving_shapes
 from tools.make_tiny_model import make_pipeline
 from tools.moving_shapes import FRAMES, SIZE, Caption
 
-MODEL = dict(
+MODEL: dict[str, Any] = dict(
     num_attention_heads=4,  # so that 2 or 4 chips can share them evenly
     attention_head_dim=48,
     num_layers=4,
@@ -72,9 +72,9 @@ PARTS = {
 }
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m tools.train_tiny_model")
     parser.add_argument("--output_dir", type=Path, default=Path("tiny_model"), help="where the model goes")
     parser.add_argument("--work_dir", type=Path, default=Path("training"), help="where the checkpoints go")
     parser.add_argument(
@@ -82,12 +82,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of data, weights and noise")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Train all parts, and write the model in bfloat16 to --output_dir."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     prepare_libraries()
     arguments.work_dir.mkdir(parents=True, exist_ok=True)
     start = arguments.work_dir / "untrained"
@@ -192,13 +192,14 @@ def encoded_clips(pipeline: CogVideoXPipeline, arguments: argparse.Namespace) ->
     if not path.exists():
         start = time.monotonic()
         generator = np.random.default_rng([arguments.seed, 2])
-        latents, prompts = [], []
+        encoded: list[torch.Tensor] = []
+        prompts: list[str] = []
         for _ in tqdm(range(share(CLIPS, arguments) // 10 + 1), desc="encoding", unit="batch"):
             clips, captions = random_clips(generator, 10, VARIETY)
             with torch.autocast(torch.device(arguments.device).type, torch.bfloat16):
-                latents.append(pipeline.vae.encode(to_tensor(clips, arguments.device)).latent_dist.mean.float().cpu())
+                encoded.append(pipeline.vae.encode(to_tensor(clips, arguments.device)).latent_dist.mean.float().cpu())
             prompts += map(str, captions)
-        torch.save((torch.cat(latents).permute(0, 2, 1, 3, 4), prompts), path)
+        torch.save((torch.cat(encoded).permute(0, 2, 1, 3, 4), prompts), path)
         print(f"encoding: {len(prompts)} clips in {time.monotonic() - start:.0f} s")
     latents, prompts = torch.load(path)
     factor = float(1 / latents.std())
@@ -285,6 +286,7 @@ class Optimization:
         """Clip the gradients, update the weights and their running mean, and remove the gradients."""
         torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
         for matrix, weight in zip(self._matrices, self._hidden, strict=True):
+            assert weight.grad is not None  # the loss depends on all of them
             matrix.grad = weight.grad.flatten(1)
         for stepper in self._steppers:
             stepper.step()
