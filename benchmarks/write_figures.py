@@ -230,6 +230,17 @@ def speed(heading: Sequence[str], labels: Sequence[str], small_decode: str) -> s
     return table(heading, cells)
 
 
+def on_gpu() -> str:
+    """Return the steps that benchmarks.on_device has measured on an NVIDIA H200."""
+    entries = result("on_device-nvidia-h200.json")["entries"]
+    rows = [
+        [name.removeprefix("step, "), f"{entry['seconds']:.2f} s", f"{entry['allotted_gib']:.1f} GiB"]
+        for name, entry in entries.items()
+        if name.startswith("step, ") and entry["status"] == "measured"
+    ]
+    return table(["size", "a step, measured, median of five", "memory"], sorted(rows))
+
+
 MEASURED_KERNELS = {
     "1": ("Flywheel 0.1.0", "v6e"),
     "2": ("Flywheel 0.1.0", "v6e"),
@@ -351,6 +362,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compile report": compile_report,
     "steps": steps,
     "measured kernels": measured_kernels,
+    "on an NVIDIA GPU": on_gpu,
     "quality": quality,
     "quality options": quality_options,
     "speed": lambda: speed(
