@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cogvideox.cli.parser import ArgumentParser
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     pass
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = ArgumentParser(__doc__.splitlines()[0])
     parser.add_argument("paths", type=file_path, nargs="+", help="safetensors files, videos, or folders of them")
@@ -45,12 +46,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument("--plot", type=png_path, help="also draw histograms and contact sheets to this PNG file")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print what is asked for; end with status 1 if two runs differ."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(argv)
     import torch
 
     torch.set_num_threads(1)  # a chunk is small, and its digest is computed beside it

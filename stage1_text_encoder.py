@@ -1,18 +1,17 @@
 """Run stage 1: encode the prompt with the model's T5 encoder, on the CPU.
 
 Writes stage1_embeddings.safetensors and generation_config.json (text entries only) to --output_dir. With --prompt_file
-each prompt has a folder of its own there; see videos.py.
+each prompt has a folder of its own there; see cogvideox/files/videos.py.
 """
 
 import argparse
-import functools
+import contextlib
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogvideox.cli import program
 from cogvideox.cli.options import add_log_options
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
@@ -30,12 +29,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import T5EncoderModel, T5Tokenizer
 
+PROGRAM = "stage1_text_encoder.py"
 ROWS = 128  # T5's embedding has a row for each token, and may have more up to a multiple of this
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser("Stage 1 of CogVideoX text to video: encode the prompt.")
+    parser = ArgumentParser("Stage 1 of CogVideoX text to video: encode the prompt.", prog=PROGRAM)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", type=utf8, help="what the video shows")
     prompt.add_argument("--prompt_file", type=file_path, help="a text file with a prompt on each line, for many videos")
@@ -45,65 +45,53 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model_id", type=utf8, default=MODEL_NAME, help="Hugging Face model id, or a folder")
     parser.add_argument("--output_dir", type=file_path, default=STAGE_OUTPUTS, help="where the files go")
     add_log_options(parser)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 class Prompt(NamedTuple):
-    """A prompt, the folder of its files, and where it comes from, in words."""
+    """A prompt, the folder of its files, where it comes from, in words, and whether it is a line of --prompt_file."""
 
     text: str
     folder: Path
     source: str
+    is_line: bool = False
 
 
-def main() -> None:
-    """Run stage 1."""
-    arguments = parse_arguments()
-    report = Report("stage1", arguments)
-    prompts = read_prompts(arguments)
-    videos.check_prompts(arguments.output_dir, [prompt.folder for prompt in prompts])
-    program.at_end.enter_context(writing.claimed(arguments.output_dir, "stage1"))
-    outputs = [prompt.folder / name for prompt in prompts for name in (EMBEDDINGS, CONFIG)]
-    inputs = [arguments.log_json, arguments.prompt_file]
-    there = [("--output_dir", path) for path in outputs if path.parent.is_dir()]
-    writing.check_outputs(there, inputs, arguments.model_id)
-    prepare_libraries()
-    model_id = checkpoint.resolve_model_id(arguments.model_id)
-    transformer = checkpoint.read_config(model_id, "transformer")
-    max_sequence_length = transformer["max_text_seq_length"]
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run stage 1 with these options, by default those of the command line."""
+    arguments = parse_arguments(argv)
+    output_dir = arguments.output_dir
+    with Report("stage1", PROGRAM, arguments) as report, contextlib.ExitStack() as until_end:
+        prompts = read_prompts(arguments)
+        videos.check_prompts(output_dir, [prompt.folder for prompt in prompts])
+        until_end.enter_context(writing.claimed(output_dir, "stage1"))
+        check_outputs(prompts, arguments)
+        prepare_libraries()
+        model_id = checkpoint.resolve_model_id(arguments.model_id)
+        transformer = checkpoint.read_config(model_id, "transformer")
 
-    report.title(f"Stage 1: text encoder of {model_id}")
-    with report.phase("load"):
-        tokenizer, encoder = load_text_encoder(model_id, transformer["text_embed_dim"])
-        report.say(f"loaded tokenizer and text encoder: {encoder.num_parameters():,} parameters, {encoder.dtype}")
+        report.title(f"Stage 1: text encoder of {model_id}")
+        with report.phase("load"):
+            tokenizer, encoder = load_text_encoder(model_id, transformer["text_embed_dim"])
+            report.say(f"loaded tokenizer and text encoder: {encoder.num_parameters():,} parameters, {encoder.dtype}")
+        length = transformer["max_text_seq_length"]
+        negative = Prompt(arguments.negative_prompt, output_dir, "--negative_prompt")
+        check_lengths(tokenizer, length, prompts, negative, report)
+        with report.phase("run"):
+            negative_prompt_embeds = encode(tokenizer, encoder, negative.text, length)
+            check_finite(negative_prompt_embeds, model_id)
+            for prompt in prompts:
+                prompt_embeds = encode(tokenizer, encoder, prompt.text, length)
+                check_finite(prompt_embeds, model_id)
+                config = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
+                tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+                with report.aside("save"):
+                    save(tensors, config, provenance.describe("stage1", {}, arguments), prompt.folder)
+                report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
 
-    negative = Prompt(arguments.negative_prompt, arguments.output_dir, "--negative_prompt")
-    for prompt in (*prompts, negative):
-        lost = text_beyond(tokenizer, prompt.text, max_sequence_length)
-        if lost:
-            fault = f"{prompt.source} is longer than {max_sequence_length} tokens; this is cut off: «{lost}»"
-            if arguments.prompt_file and prompt is not negative:  # nobody reads the warnings of a hundred prompts
-                raise UserError(f"{fault}; make it shorter")
-            report.warn(fault)
-
-    encode_text = functools.partial(encode, tokenizer, encoder, max_sequence_length=max_sequence_length)
-    with report.phase("run"):
-        negative_prompt_embeds = encode_text(negative.text)
-        check_finite(negative_prompt_embeds, model_id)
-        for prompt in prompts:
-            prompt_embeds = encode_text(prompt.text)
-            check_finite(prompt_embeds, model_id)
-            config = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
-            tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
-            with report.aside("save"):
-                save(tensors, config, provenance.describe("stage1", {}, arguments), prompt.folder)
-            report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
-
-    for name, tensor in tensors.items():
-        report.add_array(name, tensor)
-    report.close(
-        arguments.output_dir, shlex.join(["python", "stage2_transformer.py", "--input_dir", str(arguments.output_dir)])
-    )
+        for name, tensor in tensors.items():
+            report.add_array(name, tensor)
+        report.close(output_dir, shlex.join(["python", "stage2_transformer.py", "--input_dir", str(output_dir)]))
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
@@ -120,13 +108,37 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise UserError(f"--prompt_file {arguments.prompt_file} cannot be read: {reason}") from error
     prompts = [
-        Prompt(line.strip(), videos.of_prompt(arguments.output_dir, n), f"{arguments.prompt_file}, line {n},")
+        Prompt(
+            line.strip(), videos.of_prompt(arguments.output_dir, n), f"{arguments.prompt_file}, line {n},", is_line=True
+        )
         for n, line in enumerate(lines, 1)
         if line.strip()
     ]
     if not prompts:
         raise UserError(f"--prompt_file {arguments.prompt_file} has no prompt; write one on each line")
     return prompts
+
+
+def check_outputs(prompts: Sequence[Prompt], arguments: argparse.Namespace) -> None:
+    """Raise UserError if a file of the stage would replace an input or the log, or cannot be written."""
+    outputs = [prompt.folder / name for prompt in prompts for name in (EMBEDDINGS, CONFIG)]
+    there = [("--output_dir", path) for path in outputs if path.parent.is_dir()]
+    writing.check_outputs(there, [arguments.log_json, arguments.prompt_file], arguments.model_id)
+
+
+def check_lengths(
+    tokenizer: "T5Tokenizer", length: int, prompts: Sequence[Prompt], negative: Prompt, report: Report
+) -> None:
+    """Warn of a prompt that is longer than `length` tokens and will be cut off; raise UserError if it is one of many.
+
+    Nobody reads the warnings of a hundred prompts.
+    """
+    for prompt in (*prompts, negative):
+        if lost := text_beyond(tokenizer, prompt.text, length):
+            fault = f"{prompt.source} is longer than {length} tokens; this is cut off: «{lost}»"
+            if prompt.is_line:
+                raise UserError(f"{fault}; make it shorter")
+            report.warn(fault)
 
 
 def save(tensors: "Mapping[str, torch.Tensor]", config: Mapping, made: dict[str, str], folder: Path) -> None:

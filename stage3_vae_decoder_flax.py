@@ -3,7 +3,9 @@
 import functools
 
 from cogvideox.cli.program import run
-from stage3_vae_decoder import main
+from stage3_vae_decoder import main as main_of_a_decoder
+
+main = functools.partial(main_of_a_decoder, decoder="flax")
 
 if __name__ == "__main__":
-    run(functools.partial(main, decoder="flax"))
+    run(main)

@@ -1,18 +1,63 @@
-"""Define what the stages share: default options, and the files that pass between them.
+"""Define what the stages share: default options, and the files that pass between them; `utils.py status` lists them.
 
-Importing this module loads neither jax nor torch, so that a stage reports wrong arguments at once.
+What stands here is defined in the package cogvideox. Importing this module loads neither jax nor torch, so that a stage
+reports wrong arguments at once.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.types import file_path
-from cogvideox.files.names import STAGE_OUTPUTS
+from cogvideox.defaults import (
+    FPS,
+    FRAMES,
+    GUIDANCE_SCALE,
+    HEIGHT,
+    MODEL_NAME,
+    NUM_STEPS,
+    PRESETS,
+    SEED,
+    WARMUP_STEPS,
+    WIDTH,
+)
+from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, PREVIEW, STAGE_OUTPUTS, VIDEO, VIDEO_SUFFIXES
+from cogvideox.files.schemas import TextConfig, VideoConfig
+from cogvideox.files.stage_files import made_from, metadata, read_config, write_config
+from cogvideox.inspection.status import status
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+__all__ = [
+    "CONFIG",
+    "EMBEDDINGS",
+    "FPS",
+    "FRAMES",
+    "GUIDANCE_SCALE",
+    "HEIGHT",
+    "LATENTS",
+    "MODEL_NAME",
+    "NUM_STEPS",
+    "PRESETS",
+    "PREVIEW",
+    "SEED",
+    "STAGE_OUTPUTS",
+    "VIDEO",
+    "VIDEO_SUFFIXES",
+    "WARMUP_STEPS",
+    "WIDTH",
+    "TextConfig",
+    "VideoConfig",
+    "made_from",
+    "metadata",
+    "prepare_video_for_export",
+    "read_config",
+    "status",
+    "write_config",
+]
 
 
 def prepare_video_for_export(video: "np.ndarray | torch.Tensor") -> "list[np.ndarray]":
@@ -36,14 +81,12 @@ def prepare_video_for_export(video: "np.ndarray | torch.Tensor") -> "list[np.nda
     raise ValueError(f"expected uint8 [F, H, W, 3] or a tensor [1, 3, F, H, W], got {video.dtype} {list(video.shape)}")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print what a folder of outputs holds: `python utils.py status stage_outputs`."""
-    from cogvideox.inspection import status
-
     parser = ArgumentParser("Say what the files of a run were made from, which are stale, and what to run next.")
     parser.add_argument("command", choices=["status"])
     parser.add_argument("folder", type=file_path, nargs="?", default=STAGE_OUTPUTS, help="the stages' output folder")
-    for line in status.status(parser.parse_args().folder):
+    for line in status(parser.parse_args(argv).folder):
         print(line)
 
 

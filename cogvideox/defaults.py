@@ -8,7 +8,6 @@ MOST_GUIDANCE = 1_000.0
 MOST_LORA_SCALE = 1_000.0
 MOST_SEED = 2**64 - 1  # that torch takes
 
-
 # Defaults of the command-line options.
 MODEL_NAME = "zai-org/CogVideoX1.5-5B"
 WIDTH = 1360
@@ -23,11 +22,10 @@ USE_DYNAMIC_CFG = False
 USE_DP = True
 LAYOUT = "tp"
 
-
-# What --preset sets, by option; each option wins over it. "seed" has the original project's settings, those of a draft;
-# "authors" has those of the model's authors (zai-org/CogVideo, inference/cli_demo.py).
+# What --preset sets, by option; each option wins over it. "draft" has the original project's settings, "authors" those
+# of the model's authors (zai-org/CogVideo, inference/cli_demo.py).
 PRESETS: dict[str, dict[str, object]] = {
-    "seed": {
+    "draft": {
         "num_inference_steps": NUM_STEPS,
         "guidance_scale": GUIDANCE_SCALE,
         "scheduler": None,  # the one that the model names

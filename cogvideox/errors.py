@@ -1,10 +1,28 @@
 """Errors that the user can correct, and their text in one line."""
 
+import errno
+
 LONGEST_LINE = 1200  # characters of an error
+# What the system says where permission, space or another thing that is the user's to give is missing.
+REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+}
 
 
 class UserError(Exception):
     """An error that the user can correct; `run` shows it as one line and ends with exit status 2."""
+
+
+def as_user_error(error: BaseException) -> BaseException:
+    """Return a UserError for what the system refuses, wherever it comes up; any other error as it is."""
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return UserError(
+            f"{error.filename or 'stdout'}: {error.strerror}; allow it or make room, or choose another path"
+        )
+    if isinstance(error, MemoryError):
+        return UserError(f"this machine's memory is too small ({first_line(error)}); make a smaller video")
+    return error
 
 
 def one_line(text: str) -> str:

@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-
 CATEGORIES = ("Pallas kernels", "matrix products", "collectives", "layout copies", "elementwise and rest")
-
 
 DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 DTYPE_BYTES |= {"s64": 8, "u64": 8, "f64": 8}

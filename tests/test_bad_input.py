@@ -1,6 +1,6 @@
 """What is wrong from outside: one line on stderr that names it, exit status 2, no traceback, and no file touched.
 
-Nearly all cases run a stage's main in this process, as `console.run` does, because starting one takes seconds.
+Nearly all cases run a stage's main in this process, as `program.run` does, because starting one takes seconds.
 """
 
 import importlib
@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from cogvideox.cli import program, report
+from cogvideox.cli import program
 from cogvideox.errors import UserError
 from cogvideox.files import schemas, stage_files
 from cogvideox.files.names import VIDEO
@@ -516,13 +516,12 @@ def run_here(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
             STAGE1: ["--model_id", MODEL, "--output_dir", OUT, *(() if "--prompt" in arguments else ("--prompt", "x"))],
             STAGE2: ["--input_dir", OUT, *SIZE],
         }.get(script, ["--input_dir", OUT])
-        monkeypatch.setattr(sys, "argv", [script, *map(str, (*defaults, *arguments))])
-        monkeypatch.setattr(report.Report, "current", None)
         monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest has its own
         monkeypatch.setattr(os, "_exit", sys.exit)  # how a stage ends while it compiles
         status = 0
         try:
-            program.run(importlib.import_module(script.removesuffix(".py")).main)
+            main = importlib.import_module(script.removesuffix(".py")).main
+            program.run(main, [*map(str, (*defaults, *arguments))], script)
         except SystemExit as ended:
             status = ended.code
         return status, *capfd.readouterr()
@@ -796,14 +795,14 @@ def test_full_disk(script, outputs, random_model, tmp_path):
 
 INTERRUPTED = """
 import gc, time
-from console import run
+from cogvideox.cli.program import run
 
 def callback(phase, _):
     if phase == "start":
         print("collecting", flush=True)
         time.sleep(2)
 
-def main():
+def main(argv):
     gc.callbacks.append(callback)
     gc.collect()
     time.sleep(20)

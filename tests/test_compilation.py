@@ -100,13 +100,13 @@ def test_where_programs_are_kept(outputs, tmp_path):
     """An option wins over jax's variable, and that over the user's cache folder; "none" keeps nothing."""
     code = """
         import argparse, pathlib, sys
-        import compilation, console
-        console.prepare_libraries()
+        from cogvideox.cli.report import Report
+        from cogvideox.run import accelerator, compilation
+        accelerator.prepare_libraries()
         import jax
         chosen = pathlib.Path(sys.argv[1]) if len(sys.argv) > 1 else None
-        report = console.Report("stage", argparse.Namespace(quiet=1, verbose=0, log_json=None))
-        cache = compilation.Cache(chosen, report)
-        jax.jit(lambda x: x + 1)(1.0)
+        report = Report("stage", "program", argparse.Namespace(quiet=1, verbose=0, log_json=None))
+        with compilation.Cache(chosen, report) as cache: jax.jit(lambda x: x + 1)(1.0)
         print(cache.folder)
     """
     command = [sys.executable, "-c", "\n".join(line.strip() for line in code.splitlines())]
@@ -137,7 +137,8 @@ def test_the_key_of_a_kernel_is_the_same_everywhere(tmp_path):
         f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from console import ArgumentParser, prepare_libraries
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.run.accelerator import prepare_libraries
 prepare_libraries()
 import jax
 from jax._src import cache_key

@@ -217,7 +217,7 @@ def test_conv_input_kernel(source, frames, factor, scale, history, cached, dtype
 COMPILE_CONV_INPUT = """
 import functools, jax, jax.numpy as jnp
 from compile_for_tpu import topologies
-from models.conv_input import conv_input
+from cogvideox.models.decoder.conv_input import conv_input
 device = topologies.devices("v6e-1")[0]
 array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
     shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))

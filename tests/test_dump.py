@@ -94,11 +94,13 @@ def test_infinity_in_norm2_of_block_0(spoiled, run_stage):
 SPOIL = """
     import sys
     sys.path.insert(0, {root!r})
-    from console import prepare_libraries, run
+    from cogvideox.cli.program import run
+    from cogvideox.run.accelerator import prepare_libraries
     prepare_libraries()
     import jax
     import jax.numpy as jnp
-    from models import denoising, spatial_split
+    from cogvideox.models.decoder import spatial_split
+    from cogvideox.models.transformer import denoising
     {spoil}
     import {stage}
     run({stage}.main)

@@ -18,8 +18,8 @@ TOLERANCE = 1e-4  # of the latents' scale; the interval changes ten times as muc
     ("model", "devices", "preset", "interval", "skipped"),
     [
         ("random_model", 1, "authors", (2, 5), "1,3,6"),  # skipped before, in and after the interval
-        ("random_model", 4, "seed", (2, 5), "1,3,6"),
-        ("other_model", 1, "seed", (0, 3), None),
+        ("random_model", 4, "draft", (2, 5), "1,3,6"),
+        ("other_model", 1, "draft", (0, 3), None),
         ("other_model", 3, "authors", (3, 7), None),
     ],
 )

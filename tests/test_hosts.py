@@ -126,7 +126,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from models import loading, sharding
+from cogvideox.models.shared import loading, sharding
 jax.distributed.initialize(sys.argv[7], int(sys.argv[3]), int(sys.argv[5]))
 mesh = sharding.make_mesh({"dp": 2, "sp": 2, "tp": 2}, jax.devices())  # dp is one host or the other
 values = [np.random.default_rng(i).random((2048, 1024), np.float32) for i in range(3)]
@@ -248,13 +248,12 @@ def test_model_files_that_differ(tiny_copy, monkeypatch):
         values.append(value)
         return [values[0], value]
 
-    monkeypatch.setattr(hosts, "_exchange", both)
+    monkeypatch.setattr(hosts.Hosts, "_exchange", lambda self, name, value: both(name, value))
 
     def compare() -> None:
         values.clear()
         for folder in (ours, theirs):
-            monkeypatch.setattr(hosts.Run, "processes", 2)
-            hosts.agree_on_model(str(folder), "transformer", "scheduler")
+            hosts.Hosts(processes=2).agree_on_model(str(folder), "transformer", "scheduler")
 
     compare()
     for name, at in (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cogvideox.inspection.description import sight, statistics
+from cogvideox.inspection.description import appearance, statistics
 from cogvideox.inspection.items import execution_order, items
 
 TOOL = "inspect_tensors.py"
@@ -126,7 +126,7 @@ def test_videos(run_stage, tmp_path):
     gray = np.full_like(random, 128)
     frozen = np.repeat(random[:1], 6, axis=0)
     for frames, looks in ((random, "moving"), (gray, "plain: "), (gray // 40, "black"), (frozen, "frozen")):
-        assert sight(frames).startswith(looks)
+        assert appearance(frames).startswith(looks)
     imageio.imwrite(tmp_path / "a.mp4", random, fps=8)
     imageio.imwrite(tmp_path / "b.mp4", frozen, fps=8)
     printed = run_stage(TOOL, "a.mp4").stdout

@@ -184,7 +184,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, random_mo
 HOLD = """
 import sys, time
 sys.path.insert(0, {root!r})
-import writing
+from cogvideox.files import writing
 from pathlib import Path
 with writing.claimed(Path(sys.argv[1]), "stage2"):
     print("claimed", flush=True)

@@ -18,13 +18,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-import stage3_vae_decoder
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint
 from cogvideox.models.decoder.plan import DECODERS, make_decoding_plan
 from cogvideox.models.shared import loading
 from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh, parameter_sharding
 from cogvideox.models.transformer import transformer
+from cogvideox.run import decoding
 from compile_for_tpu import topologies
 from tests.helpers import CONFIG, EMBEDDINGS, ROOT, SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, needs_libtpu
 
@@ -153,8 +153,9 @@ def test_each_byte_is_read_once(shape, spec, further):
 COMPILE_GATHER = """
 import json, math, jax.numpy as jnp
 from compile_for_tpu import topologies
-from models import loading, transformer
-from models.sharding import LAYOUTS, Parallelism, make_mesh
+from cogvideox.models.shared import loading
+from cogvideox.models.transformer import transformer
+from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh
 config = json.load(open("configs/CogVideoX1.5-5B/transformer/config.json"))
 for layout in LAYOUTS:
     parallelism = Parallelism(make_mesh({"dp": 2, "sp": 2, "tp": 2}, topologies.devices("v6e-8")), layout)
@@ -224,8 +225,8 @@ def test_decoder_weights(decoder, devices, random_model):
         vae=config, decoder=decoder, devices=jax.devices()[:devices], dtype=jnp.float32, height=64, width=64, frames=9
     )
     vae = plan.make_decoder()
-    files = stage3_vae_decoder.weight_files(vae, str(random_model))
-    weights = stage3_vae_decoder.load_weights(files, plan.on_devices(files))
+    files = decoding.weight_files(vae, str(random_model))
+    weights = decoding.load_weights(files, plan.on_devices(files))
     theirs = AutoencoderKLCogVideoX.from_pretrained(random_model, subfolder="vae").decoder.state_dict()
     expected = vae.convert_weights({name: weight.numpy() for name, weight in theirs.items()})
     assert jax.tree.structure(weights) == jax.tree.structure(expected)
@@ -290,7 +291,8 @@ def test_truncated_file(weights_folder):
 
 def test_a_plan_needs_neither_torch_nor_diffusers():
     code = (
-        "import sys; from models import decoding, denoising, vae_flax; "
+        "import sys; from cogvideox.models.decoder import plan, vae_flax; "
+        "from cogvideox.models.transformer import plan, step; "
         "print(*{'torch', 'diffusers', 'transformers', 'torchax', 'scipy'} & sys.modules.keys())"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from cogvideox.cli import program
+from cogvideox.cli import report as report_module
 from cogvideox.cli.report import EventLog, Report, memory_of
 from cogvideox.files import timings
 from cogvideox.inspection import seconds
@@ -39,7 +40,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(program.time, "perf_counter", clock)
+    monkeypatch.setattr(report_module.time, "perf_counter", clock)
     return clock
 
 
@@ -59,7 +60,7 @@ def events(log: Path) -> list[dict]:
 
 def run_report(clock: Clock, folder: Path, **given) -> Report:
     """Let a report tell a run: 2 s of loading, steps of 1, 2 and 4 s with an aside of 10 s in the second."""
-    report = Report("stage2", options(seed=7, **given))
+    report = Report("stage2", "program", options(seed=7, **given))
     report.title("A run")
     with report.phase("load"):
         clock.wait(2)
@@ -137,8 +138,8 @@ def test_plan_and_memory_are_told(tmp_path, capsys):
     devices = [
         SimpleNamespace(id=i, device_kind="TPU v6 lite", coords=[i, 0, 0], memory_stats=lambda: stats) for i in (0, 1)
     ]
-    report = Report("stage3", options(verbose=True, log_json=tmp_path / "log.jsonl"))
-    report.plan(Plan(devices))
+    report = Report("stage3", "program", options(verbose=True, log_json=tmp_path / "log.jsonl"))
+    report.plan(Plan(devices), devices)
     with report.phase("load"):
         pass
     report.close(tmp_path)
@@ -245,9 +246,12 @@ def test_an_error_is_in_the_log(run_stage, tmp_path):
 
 
 def test_a_bug_is_in_the_log_with_its_traceback(tmp_path):
-    Report("stage1", options(log_json=tmp_path / "log.jsonl"))
+    def main(argv):
+        with Report("stage1", "program", options(log_json=tmp_path / "log.jsonl")):
+            1 / 0  # noqa: B018  a bug
+
     with pytest.raises(SystemExit) as ended:
-        program.run(lambda: 1 / 0)
+        program.run(main)
     assert ended.value.code == 1
     last = events(tmp_path / "log.jsonl")[-1]
     assert last["kind"] == "ZeroDivisionError" and "Traceback" in last["traceback"]

@@ -193,8 +193,8 @@ def test_a_preview_that_cannot_be_written(tmp_path):
 
 def test_a_preview_imports_neither_matplotlib_nor_torch(tmp_path):
     program = (
-        "import sys, numpy as np, pathlib, pictures; "
-        "pictures.preview(np.full((4, 2, 3, 5), np.nan), pathlib.Path('a.png'), None, 'a title' * 50); "
+        "import sys, numpy as np, pathlib; from cogvideox.files.latent_pictures import preview; "
+        "preview(np.full((4, 2, 3, 5), np.nan), pathlib.Path('a.png'), None, 'a title' * 50); "
         "assert not {'matplotlib', 'torch', 'jax'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, check=True)

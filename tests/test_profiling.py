@@ -153,7 +153,7 @@ def test_table_of_a_tpu():
 
 @pytest.fixture
 def report(tmp_path) -> Report:
-    return Report("stage2", argparse.Namespace(verbose=False, quiet=False, log_json=tmp_path / "log.jsonl"))
+    return Report("stage2", "program", argparse.Namespace(verbose=False, quiet=False, log_json=tmp_path / "log.jsonl"))
 
 
 @pytest.mark.parametrize(("calls", "traced"), [(1, [0]), (2, [1]), (3, [1, 2]), (9, [1, 2])])

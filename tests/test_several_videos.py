@@ -234,8 +234,7 @@ def test_other_hosts_get_the_files_of_all_folders(several, tmp_path, monkeypatch
     exchange = Exchange()
     monkeypatch.setattr(hosts, "_client", lambda: exchange)
     for process in (0, 1):
-        monkeypatch.setattr(hosts.Run, "process", process)
-        hosts._share_inputs(several, (CONFIG, LATENTS), tmp_path)
+        hosts.Hosts(process)._share_inputs(several, (CONFIG, LATENTS), tmp_path)
     copied = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     prompts = {f"{folder.partition('/')[0]}/{CONFIG}" for folder in FOLDERS}
     assert copied == prompts | {f"{folder}/{name}" for folder in FOLDERS for name in (CONFIG, LATENTS)}

@@ -1,80 +1,61 @@
 """Run a program's main function: errors of one line, exit statuses, an end that waits for nobody."""
 
-import contextlib
-import errno
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cogvideox.cli.report import Report
-from cogvideox.cli.signals import SIGNALS, Interruption
-from cogvideox.errors import UserError, first_line, one_line
-
-# What the system says where permission, space or another thing that is the user's to give is missing.
-REFUSALS = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
-    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
-}
-
+from cogvideox.cli.signals import Interruption
+from cogvideox.errors import UserError, as_user_error, one_line
 
 BACKGROUND = "background"  # the name of threads whose work is given up when the process ends
 
+# Hooks of rooms above this one. If one of the first kind is true, the process ends at once; those of the second kind
+# are called with an error that is no UserError, before its traceback is printed.
+ENDS_AT_ONCE: list[Callable[[], bool]] = []
+BEFORE_FAILURE: list[Callable[[Exception], None]] = []
 
-at_end = contextlib.ExitStack()  # what a program must undo at its end, in whatever way it ends
 
-
-def run(main: Callable[[], None]) -> None:
-    """Run `main`; turn UserError into one line and exit status 2, and one of SIGNALS into one line and status 128 + n.
+def run(
+    main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None, program: str | None = None
+) -> None:
+    """Run `main(argv)`; turn UserError into a line and exit status 2, and a signal into a line and status 128 + n.
 
     So it is with what the system refuses. Any other exception is a bug, and keeps its traceback, as all do with
-    --debug. The log of the stage's `Report` gets all of them. Threads named BACKGROUND do not delay the end.
-    """
-    from cogvideox.run import hosts
+    --debug. Threads named BACKGROUND do not delay the end.
 
+    Args:
+        main: takes the options, None for those of the command line.
+        argv: the options.
+        program: the name before the line of an error; by default that of the script that runs.
+    """
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what the terminal cannot show
-    for number in SIGNALS:
-        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):  # nohup and shells ignore some
-            signal.signal(number, Interruption.hear)
+    Interruption.install()
     try:
-        with _failures_logged(), _refusals(), at_end:
-            main()
-            sys.stdout.flush()
-    except UserError as error:
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        _exit(f"error: {error}", 2)
+        main(argv)
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever reads what is printed, such as `head`, has enough
         _stop_printing()
         _leave(128 + signal.SIGPIPE)
     except KeyboardInterrupt as interrupt:
         message = str(interrupt) or "interrupted; existing files are unchanged"
-        _exit(message, 128 + (Interruption.number or signal.SIGINT))
+        _exit(message, 128 + (Interruption.number or signal.SIGINT), program)
     except Exception as error:
-        hosts.outlive(error)
+        shown = as_user_error(error)
+        if isinstance(shown, UserError):
+            if isinstance(error, OSError) and error.filename is None:  # a file of ours has its name
+                _stop_printing()
+            if "--debug" in (sys.argv if argv is None else argv):
+                traceback.print_exc()
+            _exit(f"error: {shown}", 2, program)
+        for prepare in BEFORE_FAILURE:
+            prepare(error)
         traceback.print_exc()
         _leave(1)
-
-
-@contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Turn what the system refuses, wherever it comes up, into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in REFUSALS:
-            raise
-        if error.filename is None:  # a file of ours has its name: see writing.write_errors
-            _stop_printing()
-        raise UserError(
-            f"{error.filename or 'stdout'}: {error.strerror}; allow it or make room, or choose another path"
-        ) from error
-    except MemoryError as error:
-        raise UserError(f"this machine's memory is too small ({first_line(error)}); make a smaller video") from error
 
 
 def _stop_printing() -> None:
@@ -82,33 +63,19 @@ def _stop_printing() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-@contextlib.contextmanager
-def _failures_logged() -> Iterator[None]:
-    """Tell the current report, if there is one, what the body of a `with` statement raises."""
-    try:
-        yield
-    except BaseException as error:
-        if Report.current:
-            Report.current.failed(error)
-        raise
-
-
-def _exit(message: str, status: int) -> NoReturn:
+def _exit(message: str, status: int, program: str | None) -> NoReturn:
     """Print one line on stderr that begins with the program's name, and end the process."""
-    program = Path(sys.argv[0])
-    name = program.parent.name if program.name == "__main__.py" else program.name  # `python -m` runs a package
-    print(one_line(f"{name}: {message}"), file=sys.stderr)
+    if program is None:
+        script = Path(sys.argv[0])
+        program = script.parent.name if script.name == "__main__.py" else script.name  # `python -m` runs a package
+    print(one_line(f"{program}: {message}"), file=sys.stderr)
     _leave(status)
 
 
 def _leave(status: int) -> NoReturn:
-    """End the process; at once where an orderly end would crash, or wait.
-
-    A thread in the background, which may be compiling, would crash. Other processes of the run would be waited for.
-    """
-    from cogvideox.run import hosts
-
-    if hosts.are_many() or any(thread.name == BACKGROUND for thread in threading.enumerate()):
+    """End the process; at once where an orderly end would crash, as with a thread that compiles, or wait."""
+    is_busy = any(thread.name == BACKGROUND for thread in threading.enumerate())
+    if is_busy or any(condition() for condition in ENDS_AT_ONCE):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +21,8 @@ from typing import Any
 from tqdm import tqdm
 
 from cogvideox.cli.signals import Interruption
-from cogvideox.errors import UserError
+from cogvideox.errors import UserError, as_user_error
+from cogvideox.files import timings
 from cogvideox.versions import LIBRARIES, versions
 
 LOG_BEGINS = b'{"time": "'  # as each line of a log of events
@@ -71,8 +72,11 @@ def _begins(path: Path) -> bytes:
 class Report:
     """What a stage says: lines and a closing table for people, events for --log_json, timings beside its outputs.
 
+    It is a context manager: the log gets the error that ends the stage before its end.
+
     Args:
         stage: its key in timings.json, such as "stage2".
+        program: the name of the script.
         arguments: the parsed options, those of `add_log_options` among them.
 
     Attributes:
@@ -82,17 +86,16 @@ class Report:
         UserError: the file of --log_json cannot be opened.
     """
 
-    current: "Report | None" = None  # the one of this process, which `run` tells how the process ends
-
-    def __init__(self, stage: str, arguments: argparse.Namespace):
+    def __init__(self, stage: str, program: str, arguments: argparse.Namespace):
         self._stage, self._quiet, self._verbose = stage, arguments.quiet, arguments.verbose
+        self._force = getattr(arguments, "force", False)
         self._rows: list[tuple[str, object]] = []
         self._started, self._paused = time.perf_counter(), 0.0
         self._asides: dict[str, float] = {}
         self._devices: Sequence[Any] = ()
         self.counts: Counter[str] = Counter()
         self._timings: dict[str, Any] = {
-            "program": Path(sys.argv[0]).name,
+            "program": program,
             "options": vars(arguments),
             "versions": {"python": platform.python_version()} | versions(*LIBRARIES),
             "devices": None,
@@ -104,7 +107,17 @@ class Report:
         self.event("start", stage=stage, **{name: self._timings[name] for name in ("program", "options", "versions")})
         if self._quiet:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        Report.current = self
+
+    def __enter__(self) -> "Report":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        """Write to the log what ends the stage before its end."""
+        if error is not None:
+            shown = as_user_error(error)
+            bug = not isinstance(shown, (UserError, KeyboardInterrupt))
+            text = "".join(traceback.format_exception(error)) if bug else None
+            self.event("error", kind=type(shown).__name__, message=str(shown), traceback=text)
 
     def event(self, event: str, **fields: Any) -> None:
         """Write an event with these fields to the log."""
@@ -134,17 +147,21 @@ class Report:
         else:
             self._print(f"  WARNING: {line}")
 
+    def refuse(self, fault: str) -> None:
+        """Raise UserError because of files that do not belong together; with --force, only warn."""
+        if not self._force:
+            raise UserError(f"{fault}, or go on with --force")
+        self.warn(f"{fault}; --force goes on")
+
     def _print(self, text: str) -> None:
         """Print on stdout, unless --quiet is given; above the progress bar, if there is one."""
         if not self._quiet:
             with tqdm.external_write_mode():
                 print(text, flush=True)
 
-    def plan(self, plan: Any) -> None:
-        """Tell the plan of the run, a dataclass, and its devices, whose memory is told from now on."""
-        from cogvideox.run import hosts
-
-        self._devices = hosts.own(plan.devices)
+    def plan(self, plan: Any, own_devices: Sequence[Any]) -> None:
+        """Tell the plan of the run, a dataclass, and its devices; the memory of `own_devices` is told from now on."""
+        self._devices = own_devices
         self._timings["devices"] = f"{len(plan.devices)} x {plan.devices[0].device_kind}"
         places = [(device.id, device.device_kind, getattr(device, "coords", None)) for device in plan.devices]
         self.event("devices", devices=[dict(zip(("id", "kind", "coords"), place, strict=True)) for place in places])
@@ -219,14 +236,16 @@ class Report:
         """Add a row to the closing table."""
         self._rows.append((name, value))
 
+    def add_rows(self, rows: Iterable[tuple[str, object]]) -> None:
+        """Add rows to the closing table."""
+        self._rows += rows
+
     def add_array(self, name: str, array: Any) -> None:
         """Add a row with the shape and the dtype of an array or a torch tensor."""
         self.add(name, f"{list(array.shape)} {str(array.dtype).removeprefix('torch.')}")
 
     def close(self, folder: Path, next_command: str | None = None) -> None:
         """Write the timings to `folder`, print the table, and the command to run next if there is one."""
-        from cogvideox.files import timings
-
         if warning := timings.write(folder, self._stage, self._timings):
             self.warn(warning)
         for name, seconds in self._asides.items():
@@ -236,12 +255,6 @@ class Report:
         if next_command:
             self._print(f"\nNext: {next_command}")
         self.event("end", seconds=round(time.perf_counter() - self._started, 6), results=dict(self._rows))
-
-    def failed(self, error: BaseException) -> None:
-        """Write to the log what ended the stage before its end."""
-        bug = not isinstance(error, (UserError, KeyboardInterrupt))
-        trace = "".join(traceback.format_exception(error)) if bug else None
-        self.event("error", kind=type(error).__name__, message=str(error), traceback=trace)
 
 
 class Progress:

@@ -16,7 +16,15 @@ class Interruption:
     _held_back = False
 
     @classmethod
-    def hear(cls, number: int, frame: FrameType | None) -> None:
+    def install(cls) -> None:
+        """Let SIGNALS that this process does not ignore, as nohup and shells make it, raise KeyboardInterrupt."""
+        cls.number = None
+        for number in SIGNALS:
+            if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+                signal.signal(number, cls.receive)
+
+    @classmethod
+    def receive(cls, number: int, frame: FrameType | None) -> None:
         """Raise KeyboardInterrupt, unless it is held back; a signal handler.
 
         It is raised a little later while a callback of the garbage collector runs: Python prints and forgets what such
@@ -28,7 +36,7 @@ class Interruption:
         callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
         while frame:
             if frame.f_code in callbacks:
-                signal.signal(signal.SIGALRM, cls.hear)
+                signal.signal(signal.SIGALRM, cls.receive)
                 signal.setitimer(signal.ITIMER_REAL, 0.01)
                 return
             frame = frame.f_back

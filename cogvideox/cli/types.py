@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cogvideox.defaults import MOST_LORA_SCALE
+from cogvideox.files.names import VIDEO_SUFFIXES
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
@@ -46,6 +47,16 @@ def png_path(text: str) -> Path:
     return path
 
 
+def video_path(text: str) -> Path:
+    """Return `text` as the path of a video; an argparse type that accepts the suffixes of our containers only."""
+    path = file_path(text)
+    if path.suffix.lower() not in VIDEO_SUFFIXES:
+        raise argparse.ArgumentTypeError(
+            f"{path} is not the name of a video; it must end in {', '.join(VIDEO_SUFFIXES)}"
+        )
+    return path
+
+
 def interval(text: str) -> tuple[int, int]:
     """Return two numbers "a,b" as a tuple; an argparse type."""
     try:
@@ -53,6 +64,11 @@ def interval(text: str) -> tuple[int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text} is no interval such as 3,30") from None
     return first, last
+
+
+def preset(text: str) -> str:
+    """Return the name of a preset; an argparse type that takes the former name of the draft, too."""
+    return "draft" if text == "seed" else text
 
 
 def lora_option(text: str) -> str:

@@ -16,7 +16,6 @@ from cogvideox.files.tensors import check_finite, read_tensors
 if TYPE_CHECKING:
     import numpy as np
 
-
 REMEDY = "get the model again or correct --model_id"
 
 

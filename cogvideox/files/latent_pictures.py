@@ -13,7 +13,6 @@ from cogvideox.errors import UserError
 from cogvideox.files import writing
 
 # --- Colours of latents ------------------------------------------------------------------------------------------
-
 MAP_FILE = "latent_rgb.json"  # in the folder of a model's VAE; tools/fit_latent_rgb.py writes it
 NOT_FINITE = np.array([255, 0, 255], np.uint8)  # the colour of a latent that is NaN or infinite
 NOT_FINITE_TEXT = "magenta is NaN or Inf"

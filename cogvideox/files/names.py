@@ -1,14 +1,13 @@
-"""The names of the files that pass between the stages."""
+"""The names of the files of a run."""
 
 from pathlib import Path
 
-STAGE_OUTPUTS = Path("stage_outputs")
-
-
-# The files that pass between the stages, and the entries that each stage adds to the config.
+STAGE_OUTPUTS = Path("stage_outputs")  # the folder where they are, unless an option names another one
 CONFIG = "generation_config.json"
 EMBEDDINGS = "stage1_embeddings.safetensors"
 LATENTS = "stage2_latents.safetensors"
 PREVIEW = "stage2_preview.png"
+STATE = "stage2_state.safetensors"  # of an unfinished run
+TIMINGS = "timings.json"
 VIDEO = "output_video.mp4"
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")  # containers for H.264

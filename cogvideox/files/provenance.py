@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import JsonValue, TypeAdapter, ValidationError
@@ -104,8 +104,8 @@ def stale_inputs(path: Path) -> Iterator[str]:
             yield name
 
 
-def check_inputs(path: Path, force: bool) -> None:
-    """Check that an input of a stage was made from the files that there are now; with `force`, only warn."""
+def check_inputs(path: Path, refuse: Callable[[str], None]) -> None:
+    """Call `refuse` with what is wrong unless an input of a stage was made from the files that there are now."""
     for name in stale_inputs(path):
         which = f"{name} as it is now" if Path(name).is_absolute() else f"the {name} beside it"
-        stage_files.refuse(f"{path} was not made from {which}; run the stage that made it again", force)
+        refuse(f"{path} was not made from {which}; run the stage that made it again")

@@ -1,13 +1,13 @@
 """Read and write the files that pass between the stages, and check that they belong together."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import numpy as np
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from safetensors import safe_open
 
-from cogvideox.cli.report import Report
 from cogvideox.errors import UserError
 from cogvideox.files import writing
 from cogvideox.files.names import CONFIG
@@ -67,16 +67,23 @@ def difference(path: Path, config: Mapping) -> str | None:
     return None
 
 
-def refuse(fault: str, force: bool) -> None:
-    """Raise UserError because of files that do not belong together; with `force`, which --force asks for, only warn."""
-    if not force:
-        raise UserError(f"{fault}, or go on with --force")
-    if Report.current:
-        Report.current.warn(f"{fault}; --force goes on")
+def refuse(fault: str) -> None:
+    """Raise UserError because of files that do not belong together."""
+    raise UserError(fault)
+
+
+def ignore(warning: str) -> None:
+    """Do nothing with a warning."""
 
 
 def tensor_shapes(
-    path: Path, stage: int, names: Iterable[str], config: Mapping, finite: bool = True, force: bool = False
+    path: Path,
+    stage: int,
+    names: Iterable[str],
+    config: Mapping,
+    finite: bool = True,
+    refuse: Callable[[str], None] = refuse,
+    warn: Callable[[str], None] = ignore,
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors `names` of a stage's file, and check them and what the file was made from.
 
@@ -86,7 +93,8 @@ def tensor_shapes(
         names: of tensors.
         config: generation_config.json.
         finite: whether the values must be finite.
-        force: whether a file is taken that was made with other entries than `config`'s.
+        refuse: is called with what is wrong if the file was made with other entries than `config`'s.
+        warn: is called if the file does not say what it was made from.
 
     Raises:
         UserError: the file is missing or truncated, lacks a tensor, has one that is empty, not of floating point or
@@ -95,9 +103,48 @@ def tensor_shapes(
     remedy = f"run stage {stage} again"
     tensors = read_tensors(path, dict.fromkeys(names), remedy)
     if other := difference(path, config):
-        refuse(f"{path} {other}; {remedy}", force)
+        refuse(f"{path} {other}; {remedy}")
     if finite:
         check_finite(tensors, path, remedy)
-    if Report.current and "made_from" not in metadata(path):
-        Report.current.warn(f"{path} does not say what it was made from: whether it belongs to {CONFIG} is unknown")
+    if "made_from" not in metadata(path):
+        warn(f"{path} does not say what it was made from: whether it belongs to {CONFIG} is unknown")
     return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def check_embeddings(shapes: Mapping[str, tuple[int, ...]], transformer: Mapping, path: Path) -> None:
+    """Raise UserError unless the embeddings are of one prompt, with as many tokens and the width of the transformer."""
+    expected = (1, transformer["max_text_seq_length"], transformer["text_embed_dim"])
+    for name, shape in shapes.items():
+        if shape != expected:
+            raise UserError(
+                f"{path}: {name} has shape {list(shape)}, the transformer takes {list(expected)}: the embeddings were "
+                "made with another model; run stage 1 again"
+            )
+
+
+def check_latents_shape(shape: tuple[int, ...], expected: tuple[int, ...], path: Path) -> None:
+    """Raise UserError unless the latents have the shape that follows from the configs of the video and the VAE."""
+    if shape != expected:
+        raise UserError(
+            f"{path}: latents have shape {list(shape)}, but {CONFIG} and the VAE say {list(expected)}; "
+            "run stage 2 again"
+        )
+
+
+def read_latents(path: Path, allow_nan: bool) -> np.ndarray:
+    """Read the latents of a video, [1, C, T, H, W].
+
+    Raises:
+        UserError: they have NaN or infinite values, and not `allow_nan`; it says how many and in which frames.
+    """
+    from safetensors.numpy import load_file  # that of safetensors.flax imports flax
+
+    latents = load_file(path)["latents"]
+    bad = ~np.isfinite(latents.astype(np.float32))
+    if bad.any() and not allow_nan:
+        frames = ", ".join(str(frame) for frame in np.flatnonzero(bad.any(axis=(0, 1, 3, 4))))
+        raise UserError(
+            f"{path}: {bad.sum():,} of {bad.size:,} values are NaN or infinite, in latent frames {frames} of "
+            f"0 to {latents.shape[2] - 1}; run stage 2 again, or decode them anyway with --allow_nan"
+        )
+    return latents

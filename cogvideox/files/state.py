@@ -5,22 +5,14 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cogvideox.cli.report import Report
 from cogvideox.errors import UserError, first_line
 from cogvideox.files import writing
+from cogvideox.files.names import STATE
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from cogvideox.models.transformer.denoising import Denoising
-    from cogvideox.models.transformer.step import State
-
-
-FILE = "stage2_state.safetensors"
 SHARE = 0.02  # of a run's time that goes into keeping its state, if nothing else is asked for
 
 
@@ -29,22 +21,22 @@ class StateFile:
 
     Args:
         folder: of the file.
-        decides: everything that decides the result of the run, by name; another run does not go on from the file.
+        fingerprint: everything that the result of the run depends on, by name; another run does not go on from the
+            file.
         every: after how many steps the state is kept; 0 for never, None for as often as SHARE allows.
-        report: of the stage.
     """
 
-    def __init__(self, folder: Path, decides: Mapping[str, object], every: int | None, report: Report):
-        self.path = folder / FILE
-        self._decides = {name: str(value) for name, value in decides.items()}
-        self._every, self._report = every, report
+    def __init__(self, folder: Path, fingerprint: Mapping[str, object], every: int | None):
+        self.path = folder / STATE
+        self._fingerprint = {name: str(value) for name, value in fingerprint.items()}
+        self._every = every
         self._written, self._cost = time.perf_counter(), 0.0
 
-    def load(self, restart: bool) -> "dict[str, np.ndarray] | None":
+    def load(self, restart: bool) -> dict[str, np.ndarray] | None:
         """Return what `keep` has written last; None if there is no unfinished run, or if it is to start over.
 
         Raises:
-            UserError: the file is of a run that something else decides, or it cannot be read.
+            UserError: the file is of a run with another fingerprint, or it cannot be read.
         """
         if restart:
             with writing.write_errors(self.path):
@@ -54,9 +46,9 @@ class StateFile:
         remedy = "--restart starts over, without the steps that are done"
         try:
             with safe_open(self.path, framework="np") as file:
-                decided = json.loads((file.metadata() or {})["decides"])
-                for name in sorted(decided.keys() | self._decides):
-                    ours, theirs = self._decides.get(name), decided.get(name)
+                found = json.loads(fingerprint_of(file.metadata()) or "")
+                for name in sorted(found.keys() | self._fingerprint):
+                    ours, theirs = self._fingerprint.get(name), found.get(name)
                     if ours != theirs:
                         raise UserError(
                             f"{self.path} is of an unfinished run with {name} = {theirs}, this one has {ours}; {remedy}"
@@ -65,28 +57,28 @@ class StateFile:
         except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{self.path} cannot be read ({first_line(error)}); {remedy}") from error
 
-    def keep(self, denoising: "Denoising", state: "State", now: bool = False) -> None:
-        """Write the state after the last step if it is time, or if it must be now; then the disk has it on return."""
-        start = time.perf_counter()
+    def is_due(self, done: int, now: bool) -> bool:
+        """Return whether the state after `done` steps is to be kept, because it is time or because it must be now."""
         if now:
-            due = self._every != 0
-        elif self._every is None:
-            due = start - self._written >= self._cost / SHARE
-        else:
-            due = self._every > 0 and denoising.done % self._every == 0
-        if not due:
-            return
+            return self._every != 0
+        if self._every is None:
+            return time.perf_counter() - self._written >= self._cost / SHARE
+        return self._every > 0 and done % self._every == 0
+
+    def keep(self, arrays: Mapping[str, np.ndarray], now: bool) -> None:
+        """Write the state; if it must be now, the disk has it on return."""
         from safetensors.numpy import save_file
 
-        with self._report.aside("keeping the state"), writing.replacing(self.path) as temporary:
-            save_file(denoising.saved(state), temporary, metadata={"decides": json.dumps(self._decides)})
+        start = time.perf_counter()
+        with writing.replacing(self.path) as temporary:
+            save_file(dict(arrays), temporary, metadata={"fingerprint": json.dumps(self._fingerprint)})
             if now:
                 with open(temporary, "rb") as file:
                     os.fsync(file)
         self._written = time.perf_counter()
         self._cost = self._written - start
 
-    def farewell(self, done: int, steps: int) -> str:
+    def interruption_message(self, done: int, steps: int) -> str:
         """Say at the end of an interrupted run what is left of it."""
         kept = "; the same command goes on from there, --restart starts over" if self.path.exists() else ""
         return f"interrupted after step {done} of {steps}{kept}"
@@ -94,3 +86,9 @@ class StateFile:
     def remove(self) -> None:
         """Remove the file: the run is complete."""
         self.path.unlink(missing_ok=True)
+
+
+def fingerprint_of(metadata: Mapping[str, str] | None) -> str | None:
+    """Return the fingerprint in a file's metadata, which files of earlier versions call `decides`; None without one."""
+    found = metadata or {}
+    return found.get("fingerprint", found.get("decides"))

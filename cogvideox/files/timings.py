@@ -10,8 +10,7 @@ from typing import Any
 
 from cogvideox.errors import UserError
 from cogvideox.files import writing
-
-FILE = "timings.json"
+from cogvideox.files.names import TIMINGS
 
 
 def read(folder: Path) -> dict[str, dict]:
@@ -21,15 +20,15 @@ def read(folder: Path) -> dict[str, dict]:
         ValueError: the file is not one that `write` wrote; the message says why.
     """
     try:
-        entries = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        entries = json.loads((folder / TIMINGS).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
-        raise ValueError(f"{folder / FILE} cannot be read ({error.strerror})") from error
+        raise ValueError(f"{folder / TIMINGS} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise ValueError(f"{folder / FILE} is not valid JSON ({error})") from error
+        raise ValueError(f"{folder / TIMINGS} is not valid JSON ({error})") from error
     if not isinstance(entries, dict) or not all(map(_is_entry, entries.values())):
-        raise ValueError(f"{folder / FILE} holds something other than the timings of stages")
+        raise ValueError(f"{folder / TIMINGS} holds something other than the timings of stages")
     return entries
 
 
@@ -49,7 +48,7 @@ def write(folder: Path, stage: str, entry: Mapping) -> str | None:
     except ValueError as error:
         warning, entries = f"{error}; it was replaced", {}
     try:
-        with writing.replacing(folder / FILE) as temporary:
+        with writing.replacing(folder / TIMINGS) as temporary:
             text = json.dumps(dict(sorted((entries | {stage: entry}).items())), indent=1, default=str)
             Path(temporary).write_text(text + "\n", encoding="utf-8")
     except UserError as error:

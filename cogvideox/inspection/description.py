@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-
 CHUNK = 2**20  # elements that are looked at together: few enough to stay in a processor's cache
-# What `sight` calls a video by, of 255.
+# What `appearance` calls a video by, of 255.
 BLACK = 8  # the brightest value is at most this
 PLAIN = 2  # no frame's standard deviation is larger
 FROZEN = 0.05  # no frame differs more from the one before, on average
@@ -138,11 +137,11 @@ def describe_video(path: Path) -> dict:
         "width": frames.shape[2],
         "fps": imageio.immeta(path)["fps"],
         "brightness": [round(float(frame.mean()), 2) for frame in frames],
-        "looks": sight(frames),
+        "looks": appearance(frames),
     }
 
 
-def sight(frames: "np.ndarray") -> str:
+def appearance(frames: "np.ndarray") -> str:
     """Say what is plainly wrong with frames, uint8 [frames, height, width, 3], or "moving" if nothing is."""
     import numpy as np
 

@@ -14,10 +14,8 @@ if TYPE_CHECKING:
     import torch
     from safetensors import safe_open
 
-
 # Where a run's tensors and dumps come in the order of the stages; other tensors come before them, videos after them.
 ORDER = {"prompt_embeds": 0, "negative_prompt_embeds": 1, "stage2": 2, "latents": 3, "stage3": 4, "frames": 5}
-
 
 # The axis along which a tensor goes on, and what a step of it is called, by a pattern of its name and its dimensions.
 PROGRESS = (

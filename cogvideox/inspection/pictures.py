@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from cogvideox.inspection.items import Item
 
-
 MOST_HISTOGRAMS = 24
 MOST_SHEETS = 6
 LATENTS = ("latents", "pred_original_sample")  # names in stage 2's file and in its dumps

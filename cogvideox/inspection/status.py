@@ -8,8 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cogvideox.errors import UserError, first_line
-from cogvideox.files import schemas, stage_files, state, videos
-from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, VIDEO, VIDEO_SUFFIXES
+from cogvideox.files import schemas, stage_files, videos
+from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, STATE, VIDEO, VIDEO_SUFFIXES
 from cogvideox.files.provenance import read, stale_inputs
 
 # The files of a run, each made from the one before, and the stages that make them.
@@ -18,9 +18,6 @@ CHAIN = (
     ("stage2_transformer.py", LATENTS),
     ("stage3_vae_decoder.py", VIDEO),
 )
-
-
-# --- python utils.py status --------------------------------------------------------------------------------------
 
 
 def status(folder: Path) -> Iterator[str]:
@@ -80,8 +77,8 @@ def status_of_files(
         else:
             yield f"{path}: {fault}"
             todo = todo or script
-        if name == LATENTS and (folder / state.FILE).exists():
-            yield f"{folder / state.FILE}: an unfinished run, from which stage 2 goes on"
+        if name == LATENTS and (folder / STATE).exists():
+            yield f"{folder / STATE}: an unfinished run, from which stage 2 goes on"
     return todo
 
 

@@ -31,12 +31,12 @@ def prepare_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # jax, when ffmpeg starts; that is safe
 
 
-def devices() -> "list[jax.Device]":
+def devices(debug: bool) -> "list[jax.Device]":
     """Return jax's devices.
 
     Raises:
         UserError: the platform that JAX_PLATFORMS names is not there, or another process holds it. What the libraries
-            print of that, dozens of lines, only --debug shows.
+            print of that, dozens of lines, is shown with `debug`.
     """
     import jax
 
@@ -54,7 +54,7 @@ def devices() -> "list[jax.Device]":
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-            if "--debug" in sys.argv:
+            if debug:
                 printed.seek(0)
                 sys.stderr.write(printed.read().decode(errors="replace"))
 

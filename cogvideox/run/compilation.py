@@ -28,14 +28,11 @@ if TYPE_CHECKING:
     from cogvideox.models.decoder.plan import DecodingPlan
     from cogvideox.models.transformer.plan import DenoisingPlan
 
-
 NO_CACHE = Path("none")
-
 
 # Events of jax.monitoring. The first one is recorded for each program, also if it is found in the cache.
 OBTAINED = "/jax/core/compile/backend_compile_duration"
 FOUND = "/jax/compilation_cache/cache_hits"
-
 
 # What jax warns of when it cannot use the file of a program.
 TROUBLE = re.compile(
@@ -52,8 +49,8 @@ def default_folder() -> Path:
 class Cache:
     """jax's persistent compilation cache, switched on for this process. A fault of it is a warning, never an end.
 
-    From then on `report` counts all "programs" of this process, and how many were "loaded" from the cache instead of
-    compiled.
+    In the body of a `with` statement `report` counts all "programs" of this process, and how many of them were "loaded"
+    from the cache instead of compiled.
 
     Args:
         chosen: the folder, or NO_CACHE; None for that of jax's own settings, or else for the default one.
@@ -79,10 +76,24 @@ class Cache:
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-        self._show_warning, warnings.showwarning = warnings.showwarning, self._hear_warning
+    def __enter__(self) -> "Cache":
+        import jax
+
+        self._filters, self._show_warning = warnings.filters[:], warnings.showwarning
+        warnings.showwarning = self._take_warning
         warnings.filterwarnings("always", message="Error (reading|writing) persistent compilation cache entry")
-        jax.monitoring.register_event_listener(self._hear_event)
-        jax.monitoring.register_event_duration_secs_listener(self._hear_duration)
+        jax.monitoring.register_event_listener(self._count_found)
+        jax.monitoring.register_event_duration_secs_listener(self._count_obtained)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Listen no longer; jax goes on to keep programs."""
+        import jax
+
+        warnings.showwarning = self._show_warning
+        warnings.filters[:] = self._filters  # type: ignore[index]
+        jax.monitoring.unregister_event_listener(self._count_found)
+        jax.monitoring.unregister_event_duration_listener(self._count_obtained)
 
     def _prepare(self, folder: Path) -> bool:
         """Make the folder, and return whether files can be written there; without a folder the cache is off."""
@@ -102,18 +113,18 @@ class Cache:
         """How many programs this thread has found in the cache."""
         return getattr(self._here, "found", 0)
 
-    def _hear_event(self, event: str, **_: Any) -> None:
+    def _count_found(self, event: str, **_: Any) -> None:
         """Count a program that was found."""
         if event == FOUND:
             self._here.found = self.found_here + 1
             self._report.counts["loaded"] += 1
 
-    def _hear_duration(self, event: str, duration_secs: float, **_: Any) -> None:
+    def _count_obtained(self, event: str, duration_secs: float, **_: Any) -> None:
         """Count a program that was compiled or found."""
         if event == OBTAINED:
             self._report.counts["programs"] += 1
 
-    def _hear_warning(
+    def _take_warning(
         self, message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None
     ) -> None:
         """Say once what goes wrong with the cache, in one line, and remove the file; pass other warnings on."""

@@ -25,13 +25,11 @@ SOURCES = sorted([*ROOT.glob("cogvideox/models/**/*.py"), ROOT / "custom_splash_
 # Libraries whose code is in the programs, or compiles them.
 LIBRARIES = ("jax", "jaxlib", "libtpu", "diffusers", "torchax", "flax")
 
-
 # The parts of a jaxpr's text that name the mesh which was set while it was traced, and the hardware of its meshes. They
 # are left out of the digest: a stage sets no mesh, and the entry "devices" of the description names the hardware.
 MESH_CONTEXT = re.compile(
     r"context_mesh=\w+(?:\((?:[^()]|\([^()]*\))*\))?|, device_kind=[^,]*, num_cores=[^,]*, platform=\w+"
 )
-
 
 LONGEST_HEADER = 2**20  # bytes
 

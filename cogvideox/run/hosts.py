@@ -6,6 +6,7 @@ their number. With one process nothing here does anything. Importing this module
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,57 +18,140 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from cogvideox import versions
+from cogvideox.cli.program import BEFORE_FAILURE, ENDS_AT_ONCE
 from cogvideox.errors import UserError
-from cogvideox.files import checkpoint, videos
+from cogvideox.files import checkpoint, videos, writing
 from cogvideox.run import accelerator
-from cogvideox.versions import LIBRARIES
+from cogvideox.versions import LIBRARIES, versions
 
 HEARTBEAT_SECONDS = 20  # a process that is not heard of for so long counts as dead, and all others end
 GATHERING_SECONDS = 300  # in which all processes must have started
 WAITING_SECONDS = 24 * 3600  # for the others, whose downloads may take their time; the dead are noticed anyway
 PORT = 8482  # of process 0 on a TPU slice, where nobody names one; it is jax's choice too
 
-
 # Options in which the processes may differ; only process 0 prints and logs.
 OWN = ("coordinator_address", "process_id", "verbose", "quiet", "log_json")
-
 
 # Says of what slice a host is a part; the server of the metadata of a TPU VM, which no other machine has.
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
-
 FATAL = "Terminating process because the JAX distributed service detected fatal errors"
 
 
-class Run:
-    """This process' place in the run: its number, and how many there are."""
+@dataclasses.dataclass
+class Hosts:
+    """The processes of a run, and the place of this one among them; by default it is alone.
 
-    process = 0
-    processes = 1
-    agreements = 0  # how often `agree` was called, for the names of what is exchanged
+    Attributes:
+        process: the number of this process; process 0 writes the files.
+        processes: how many there are.
+        agreements: how often `agree` was called, for the names of what is exchanged.
+    """
+
+    process: int = 0
+    processes: int = 1
+    agreements: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the files: it is process 0, or the only one."""
+        return self.process == 0
+
+    @property
+    def are_many(self) -> bool:
+        """Whether several processes run this stage together."""
+        return self.processes > 1
+
+    def own(self, devices: Sequence[Any]) -> list[Any]:
+        """Return the jax devices of this process, the only ones that it can ask for their memory."""
+        return [device for device in devices if not self.are_many or device.process_index == self.process]
+
+    @contextlib.contextmanager
+    def claimed(self, folder: Path, stage: str) -> Iterator[None]:
+        """Keep `folder`, where process 0 writes, for this run; see `writing.claimed`."""
+        with writing.claimed(folder, stage) if self.is_first else contextlib.nullcontext():
+            yield
+
+    def agree(self, values: Mapping[str, str]) -> None:
+        """Compare what the processes have under each name; all of them must call this, in the same order.
+
+        Raises:
+            UserError: a process differs from process 0; the message names the first one and in what.
+        """
+        if not self.are_many:
+            return
+        self.agreements += 1
+        found = [json.loads(one) for one in self._exchange(f"agreement {self.agreements}", json.dumps(values).encode())]
+        for process, theirs in enumerate(found):
+            for name in dict.fromkeys([*found[0], *theirs]):
+                ours = found[0].get(name), theirs.get(name)
+                if ours[0] != ours[1]:
+                    shown = "" if any(value and len(value) == 64 for value in ours) else f": {ours[1]}, not {ours[0]}"
+                    self.end_together(
+                        f"process {process} differs from process 0 in {name}{shown}; start all of them alike"
+                    )
+
+    def agree_on_model(self, model_id: str, component: str, *others: str) -> None:
+        """Compare what each host reads of the model: headers of a component's weights, its config and those of others.
+
+        Raises:
+            UserError: see `agree`.
+        """
+        if not self.are_many:
+            return
+        folder = checkpoint.model_folder(model_id, [])
+        files = sorted((folder / component).glob("*.safetensors"))
+        for name in (component, *others):
+            files += sorted((folder / name).glob("*config.json"))
+        self.agree({f"the model's file {file.relative_to(folder)}": _digest(file) for file in files})
+
+    def agree_on_files(self, files: Sequence[Path]) -> None:
+        """Compare files that each host reads from its own disk, of weights headers and sizes; raises as `agree`."""
+        self.agree({str(file): _digest(file) for file in files})
+
+    def end_together(self, message: str) -> NoReturn:
+        """Part from the other processes, which all do the same now, and raise UserError, as if this one were alone."""
+        import jax
+
+        jax.distributed.shutdown()
+        self.processes = 1
+        raise UserError(message)
+
+    def wait_for_end(self, error: Exception) -> None:
+        """Wait so long that jax ends this process if the error came from the devices as another process has ended."""
+        if self.are_many and type(error).__name__ == "JaxRuntimeError":
+            time.sleep(HEARTBEAT_SECONDS + 10)
+
+    def _exchange(self, name: str, value: bytes) -> list[bytes]:
+        """Give all processes what each of them has; returns it in their order. It travels beside the devices."""
+        client = _client()
+        client.key_value_set_bytes(f"{name}/{self.process}", value)
+        keys = [f"{name}/{process}" for process in range(self.processes)]
+        return [client.blocking_key_value_get_bytes(key, 1000 * WAITING_SECONDS) for key in keys]
+
+    def _share_inputs(self, folder: Path, names: Sequence[str], copy: Path) -> None:
+        """Send the files that process 0 has in `folder` to all others, which write them to their folder `copy`."""
+        client, key = _client(), "inputs"
+        if self.is_first:
+            folders = dict.fromkeys([folder, *videos.prompts(folder), *videos.videos(folder)])
+            paths = [str((one / name).relative_to(folder)) for one in folders for name in names]
+            client.key_value_set(key, json.dumps(paths))
+        for name in json.loads(client.blocking_key_value_get(key, 1000 * WAITING_SECONDS)):
+            if self.is_first:
+                content = b""  # which is what process 0 says of a file that it cannot read
+                with contextlib.suppress(OSError):
+                    content = (folder / name).read_bytes()
+                client.key_value_set_bytes(f"input {name}", content)
+            elif content := client.blocking_key_value_get_bytes(f"input {name}", 1000 * WAITING_SECONDS):
+                (copy / name).parent.mkdir(parents=True, exist_ok=True)
+                (copy / name).write_bytes(content)
 
 
-def is_first() -> bool:
-    """Return whether this process writes the files: it is process 0, or the only one."""
-    return Run.process == 0
-
-
-def are_many() -> bool:
-    """Return whether several processes run this stage together."""
-    return Run.processes > 1
-
-
-def own(devices: Sequence[Any]) -> list[Any]:
-    """Return the jax devices of this process, the only ones that it can ask for their memory."""
-    return [device for device in devices if not are_many() or device.process_index == Run.process]
-
-
-def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
+def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> Hosts:
     """Join the other processes of the run, if there are any, and agree with them; the first thing that a stage does.
 
     In a process other than process 0 the options change: it is quiet and logs and profiles nothing, and --input_dir is
@@ -83,11 +167,13 @@ def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
     """
     place = _place(arguments)
     if place is None:
-        return
-    Run.process, Run.processes = place[2], place[1]
+        return Hosts()
+    hosts = Hosts(process=place[2], processes=place[1])
+    ENDS_AT_ONCE.append(lambda: hosts.are_many)  # an orderly end would wait for the other processes
+    BEFORE_FAILURE.append(hosts.wait_for_end)
     scratch = Path(tempfile.mkdtemp(prefix="cogvideox-"))
-    _start_relay(scratch)
-    if is_first() and not arguments.quiet:
+    _start_relay(hosts.process, scratch)
+    if hosts.is_first and not arguments.quiet:
         print(f"process 0 of {place[1]}, which waits for the others at {place[0]}", flush=True)
     accelerator.prepare_libraries()
     import jax
@@ -102,63 +188,20 @@ def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> None:
         raise UserError(
             f"cannot join the run at --coordinator_address {place[0]}: {reason}; try another port"
         ) from None
-    agree(
+    hosts.agree(
         {f"--{name}": str(value) for name, value in vars(arguments).items() if name not in OWN}
-        | {f"the version of {name}": version for name, version in versions.versions(*LIBRARIES).items()}
+        | {f"the version of {name}": version for name, version in versions(*LIBRARIES).items()}
         | {"the version of Python": sys.version.split()[0], "the files of this project": _sources()}
     )
-    _share_inputs(arguments.input_dir, inputs, scratch)
+    hosts._share_inputs(arguments.input_dir, inputs, scratch)
     if arguments.dump:
-        _end_together(f"--dump works with one process, not with {place[1]}; use one host, or drop --dump")
+        hosts.end_together(f"--dump works with one process, not with {place[1]}; use one host, or drop --dump")
     if arguments.executable:
-        agree({f"--executable {arguments.executable}": _digest(arguments.executable)})
-    if not is_first():
+        hosts.agree({f"--executable {arguments.executable}": _digest(arguments.executable)})
+    if not hosts.is_first:
         arguments.input_dir = scratch
         arguments.quiet, arguments.verbose, arguments.log_json, arguments.profile = True, False, None, None
-
-
-def agree(values: Mapping[str, str]) -> None:
-    """Compare what the processes have under each name; all of them must call this, in the same order.
-
-    Raises:
-        UserError: a process differs from process 0; the message names the first one and in what.
-    """
-    if not are_many():
-        return
-    Run.agreements += 1
-    found = [json.loads(value) for value in _exchange(f"agreement {Run.agreements}", json.dumps(values).encode())]
-    for process, theirs in enumerate(found):
-        for name in dict.fromkeys([*found[0], *theirs]):
-            ours = found[0].get(name), theirs.get(name)
-            if ours[0] != ours[1]:
-                shown = "" if any(value and len(value) == 64 for value in ours) else f": {ours[1]}, not {ours[0]}"
-                _end_together(f"process {process} differs from process 0 in {name}{shown}; start all of them alike")
-
-
-def agree_on_model(model_id: str, component: str, *others: str) -> None:
-    """Compare what each host reads of the model: headers of a component's weights, its config and those of others.
-
-    Raises:
-        UserError: see `agree`.
-    """
-    if not are_many():
-        return
-    folder = checkpoint.model_folder(model_id, [])
-    files = sorted((folder / component).glob("*.safetensors"))
-    for name in (component, *others):
-        files += sorted((folder / name).glob("*config.json"))
-    agree({f"the model's file {file.relative_to(folder)}": _digest(file) for file in files})
-
-
-def agree_on_files(files: Sequence[Path]) -> None:
-    """Compare files that each host reads from its own disk, of weights headers and sizes; raises as `agree` does."""
-    agree({str(file): _digest(file) for file in files})
-
-
-def outlive(error: Exception) -> None:
-    """Wait so long that jax ends this process if the error came from the devices because another process has ended."""
-    if are_many() and type(error).__name__ == "JaxRuntimeError":
-        time.sleep(HEARTBEAT_SECONDS + 10)
+    return hosts
 
 
 # --- Who is there ------------------------------------------------------------------------------------------------
@@ -209,37 +252,11 @@ def _metadata(name: str) -> str:
 # --- What passes between the processes ---------------------------------------------------------------------------
 
 
-def _exchange(name: str, value: bytes) -> list[bytes]:
-    """Give all processes what each of them has; returns it in their order. It travels beside the devices."""
-    client = _client()
-    client.key_value_set_bytes(f"{name}/{Run.process}", value)
-    keys = [f"{name}/{process}" for process in range(Run.processes)]
-    return [client.blocking_key_value_get_bytes(key, 1000 * WAITING_SECONDS) for key in keys]
-
-
 def _client() -> Any:
     """Return jax's connection to process 0, which jax has no public name for."""
     from jax._src import distributed
 
     return distributed.global_state.client
-
-
-def _share_inputs(folder: Path, names: Sequence[str], copy: Path) -> None:
-    """Send the files that process 0 has in `folder` to all others, which write them to their folder `copy`."""
-    client, key = _client(), "inputs"
-    if is_first():
-        folders = dict.fromkeys([folder, *videos.prompts(folder), *videos.videos(folder)])
-        paths = [str((one / name).relative_to(folder)) for one in folders for name in names]
-        client.key_value_set(key, json.dumps(paths))
-    for name in json.loads(client.blocking_key_value_get(key, 1000 * WAITING_SECONDS)):
-        if is_first():
-            content = b""  # which is what process 0 says of a file that it cannot read
-            with contextlib.suppress(OSError):
-                content = (folder / name).read_bytes()
-            client.key_value_set_bytes(f"input {name}", content)
-        elif content := client.blocking_key_value_get_bytes(f"input {name}", 1000 * WAITING_SECONDS):
-            (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            (copy / name).write_bytes(content)
 
 
 def _digest(file: Path) -> str:
@@ -264,23 +281,14 @@ def _sources() -> str:
 # --- The end -----------------------------------------------------------------------------------------------------
 
 
-def _end_together(message: str) -> NoReturn:
-    """Part from the other processes, which all do the same now, and raise UserError, as if this one were alone."""
-    import jax
-
-    jax.distributed.shutdown()
-    Run.processes = 1
-    raise UserError(message)
-
-
-def _start_relay(scratch: Path) -> None:
+def _start_relay(process: int, scratch: Path) -> None:
     """Let lines on stderr begin with the process' number, and jax's report that another one died be one line.
 
     A program that ends after this one reads what comes, because jax ends this one when another has died; it also
     removes the folder `scratch`. What libraries print on stdout is thrown away. Only process 0's own lines and its
     progress bar go where they always go.
     """
-    if is_first():
+    if process == 0:
         sys.stdout, sys.stderr = (_own_stream(stream) for stream in (sys.stdout, sys.stderr))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     reading, writing = os.pipe()
@@ -290,7 +298,7 @@ def _start_relay(scratch: Path) -> None:
                 signal.signal(ignored, signal.SIG_IGN)
             os.close(writing)
             with open(reading, errors="replace") as lines, open(2, "w", buffering=1, closefd=False) as out:
-                relay(lines, out, Run.process, Path(sys.argv[0]).name)
+                relay(lines, out, process, Path(sys.argv[0]).name)
         shutil.rmtree(scratch, ignore_errors=True)
         os._exit(0)
     os.close(reading)

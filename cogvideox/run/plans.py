@@ -40,6 +40,12 @@ def dump_wanted(arguments: argparse.Namespace) -> "tap.Wanted | None":
     return tap.Wanted(tuple(arrays), ("*",) if statistics else (), checksums=arguments.dump_shards)
 
 
+def check_dump(arguments: argparse.Namespace, steps: int) -> None:
+    """Raise UserError, before anything is loaded, if the options of --dump are wrong for a run of so many steps."""
+    dump_wanted(arguments)
+    tensor_dump.steps(arguments.dump_steps, steps)
+
+
 def dump_recorder(
     arguments: argparse.Namespace,
     stage: str,

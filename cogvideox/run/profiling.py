@@ -21,11 +21,9 @@ from cogvideox.hlo_schedule import HloError, Instruction, Program
 if TYPE_CHECKING:
     from jax.profiler import ProfileData, ProfilePlane
 
-
 ROWS = 10  # names in the table
 OUTSIDE = "outside of the modules"  # such as the guidance and the scheduler, or the loop over the blocks
 OTHER = "other programs"  # such as the conversion of a step's scalars
-
 
 # What jax puts between the names of scopes for its control flow; whatever else is no scope is no identifier.
 NOT_SCOPES = {"while", "body", "cond", "scan", "closed_call", "shard_map", "checkpoint", "pjit", "remat", "core_call"}

@@ -18,7 +18,6 @@ from cogvideox.errors import PlanError
 
 MESH_AXES = ("dp", "sp", "tp")
 
-
 # Every transformer parameter matches exactly one pattern. Names are those of the diffusers module, the blocks' stacked
 # along a leading axis; weights are [out, in] as in torch.
 PARAMETER_AXES = (
@@ -46,7 +45,6 @@ PARAMETER_AXES = (
     (r"proj_out\.bias", ("output",)),
 )
 
-
 # Activations inside the blocks. Between the matrix products sp and tp split the "tokens"; for the products the chips
 # along tp gather the tokens, and split the heads and the MLP instead.
 ACTIVATION_AXES = {
@@ -57,7 +55,6 @@ ACTIVATION_AXES = {
     "rotary embedding": ("gathered tokens", "rotary"),
     "time embedding": ("time",),
 }
-
 
 # Logical axis -> mesh axes; an axis that is not named is replicated. Every layout splits the activations in the same
 # way. In "fsdp" each chip stores an equal share of the weights, and each block gathers its weights over sp and dp when

@@ -1,0 +1,194 @@
+"""Run stage 3: the weights of a decoder, and one video after the other through its programs to the encoder."""
+
+import argparse
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cogvideox.cli.report import Progress, Report
+from cogvideox.files import checkpoint, provenance, stage_files, writing
+from cogvideox.files.schemas import LATENT_ENTRIES
+from cogvideox.files.video_file import video_writer
+from cogvideox.run.hosts import Hosts
+from cogvideox.run.jobs import Video
+from cogvideox.run.plans import dump_recorder, dump_wanted, plan_errors
+
+if TYPE_CHECKING:
+    import jax
+
+    from cogvideox.models.decoder.decoder import Decoder
+    from cogvideox.models.decoder.plan import DecodingPlan
+    from cogvideox.run.profiling import Profile
+    from cogvideox.run.recorder import NoRecorder, Recorder
+
+
+def weight_files(decoder: "Decoder", model_id: str) -> Any:
+    """Return the decoder's weights as the tree that its `decode_chunk` takes, mapped from files, not yet read.
+
+    Raises:
+        UserError: a file is missing or damaged, or does not have the decoder's weights.
+    """
+    shapes = {f"decoder.{name}": shape for name, shape in decoder.weight_shapes.items()}
+    read = checkpoint.tensor_reader(model_id, "vae", shapes)
+    return decoder.convert_weights({name: read(f"decoder.{name}") for name in decoder.weight_shapes})
+
+
+def trace_chunks(
+    arguments: argparse.Namespace, plan: "DecodingPlan", decoder: "Decoder", files: Any
+) -> "list[jax.stages.Traced]":
+    """Trace the programs of a decode with weights `files`.
+
+    Raises:
+        UserError: --dump_names names no module.
+    """
+    with plan_errors():
+        return plan.programs(decoder, plan.on_devices(files), dump_wanted(arguments))
+
+
+def recorder(
+    arguments: argparse.Namespace, video: Video, plan: "DecodingPlan", traced: "Sequence[jax.stages.Traced]"
+) -> "Recorder | NoRecorder":
+    """Make what writes the files of --dump, which takes a single video."""
+    made_from = stage_files.made_from(video.config, LATENT_ENTRIES)
+    runs = [program for program, n in zip(traced, plan.runs, strict=True) for _ in range(n)]
+    return dump_recorder(arguments, "stage3", "chunk", made_from, plan.split.mesh, runs)
+
+
+def load_weights(files: Any, abstract: Any, report: Report | None = None) -> Any:
+    """Load the decoder's weights onto the devices.
+
+    Args:
+        files: from `weight_files`.
+        abstract: a tree of the same structure with shapes, dtypes and shardings.
+        report: is told what was loaded.
+    """
+    import jax
+
+    from cogvideox.models.shared.loading import load_arrays
+
+    stored, tree = jax.tree.flatten(files)
+
+    def fill(i: int, index: tuple[slice, ...], part: np.ndarray) -> None:
+        part[...] = stored[i][index]
+
+    leaves = [*load_arrays(dict(enumerate(jax.tree.leaves(abstract))), fill).values()]
+    if report:
+        report.say(f"loaded decoder: {sum(leaf.size for leaf in leaves):,} parameters, {leaves[0].dtype}")
+    return jax.tree.unflatten(tree, leaves)
+
+
+def scaled(stored: np.ndarray, weights: Any, plan: "DecodingPlan") -> np.ndarray:
+    """Return stored latents as the decoder takes them: in the dtype of its weights, without the scaling factor."""
+    import jax
+
+    dtype = jax.tree.leaves(weights)[0].dtype
+    return np.asarray(jax.numpy.asarray(stored, dtype) / plan.vae["scaling_factor"])
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingRun:
+    """A run of stage 3 whose weights are on the devices."""
+
+    plan: "DecodingPlan"
+    weights: Any
+    arguments: argparse.Namespace
+    hosts: Hosts
+    report: Report
+
+    def warm_up(self, stored: np.ndarray, compiled: "Sequence[Callable]", recorder: "Recorder | NoRecorder") -> None:
+        """Run each program once, untimed, on stored latents, unless --no-warmup is given."""
+        from cogvideox.models.decoder.decoder import warm_up
+
+        if not self.arguments.warmup:
+            self.report.say("no warm-up: the seconds of the run hold what the first run of each program costs")
+            return
+        with self.report.phase("warm-up"):
+            latents = scaled(stored, self.weights, self.plan)
+            warm_up([*map(recorder.ignoring, compiled)], self.weights, latents, self.plan.split)
+
+    def decode_all(
+        self,
+        videos: Sequence[Video],
+        compiled: "Sequence[Callable]",
+        recorder: "Recorder | NoRecorder",
+        profile: "Profile",
+    ) -> np.ndarray:
+        """Decode all videos, and return the scaled latents of the last one, [1, C, T, H, W]."""
+        functions = [*map(recorder.recording, profile.traced(compiled, sum(self.plan.runs)))]
+        total = 0.0
+        for n, video in enumerate(videos, 1):
+            latents, seconds = self.decode(video, functions, f", video {n} of {len(videos)}" if n > 1 else "")
+            total += seconds
+        self.report.add("per frame", f"{total / len(videos) / self.plan.frames:.3f} s")
+        if len(videos) > 1:
+            self.report.add("run of all videos", f"{total:.2f} s")
+        return latents
+
+    def decode(self, video: Video, functions: Sequence[Callable], label: str = "") -> tuple[np.ndarray, float]:
+        """Decode latents and write the video, and its frames if asked for.
+
+        Args:
+            video: whose latents are read.
+            functions: the compiled programs, see `chunk_programs`.
+            label: the part of the phase's name after "run".
+
+        Returns:
+            The latents, scaled, [1, C, T, H, W], and the seconds of decoding and encoding.
+        """
+        from cogvideox.models.decoder.decoder import decode
+
+        latents = scaled(stage_files.read_latents(video.latents, allow_nan=True), self.weights, self.plan)
+        # What the video is made from is read before the timed run.
+        inputs = {provenance.known_as(video.latents, video.encoded.parent): provenance.digest(video.latents)}
+        made = provenance.describe("stage3", inputs, self.arguments)
+        frames_file, report = self.arguments.output_frames, self.report
+        fps = self.arguments.fps or video.config["fps"]
+        with (
+            report.phase(f"run, with encoding{label}", in_table=not label) as phase,
+            self.hosts.claimed(video.encoded.parent, "stage3"),
+            report.progress("decoding", "frame", self.plan.frames) as bar,
+        ):
+            chunks = decode(functions, self.weights, latents, self.plan.split)
+            if self.hosts.is_first:
+                frames = write_video(chunks, video.encoded, fps, made, bar, keep=frames_file is not None)
+            else:
+                collections.deque(chunks, maxlen=0)  # its share of each is decoded
+        if frames_file and self.hosts.is_first:
+            with report.phase("save frames"):
+                save_frames(frames, frames_file, stage_files.made_from(video.config, LATENT_ENTRIES) | made)
+        report.say(f"wrote {video.encoded}" + (f" and {frames_file}" if frames_file else ""))
+        return latents, phase.seconds
+
+
+def report_plan(plan: "DecodingPlan", arguments: argparse.Namespace, report: Report) -> None:
+    """Report the devices, and how a frame is split over them."""
+    report.say(f"devices: {len(plan.devices)} x {plan.devices[0].device_kind}")
+    reason = "as the options say" if arguments.chip_rows or arguments.strips else "the least work for each chip"
+    report.say(f"split: {plan.split}; {reason}; the split does not change the result")
+
+
+def write_video(
+    chunks: Iterable[np.ndarray], path: Path, fps: int, made: Mapping[str, str], bar: Progress, keep: bool
+) -> list[np.ndarray]:
+    """Encode each chunk, uint8 [frames, height, width, 3], as soon as it is decoded; return the chunks if `keep`."""
+    kept = []
+    with writing.replacing(path) as temporary, video_writer(temporary, fps, made["provenance"]) as append:
+        for frames in chunks:
+            for frame in frames:
+                append(frame)
+            bar.update(len(frames))
+            if keep:
+                kept.append(frames)
+    return kept
+
+
+def save_frames(chunks: Sequence[np.ndarray], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write the frames of all chunks as one tensor, uint8 [frames, height, width, 3], in a safetensors file."""
+    from safetensors.numpy import save_file
+
+    with writing.replacing(path) as temporary:
+        save_file({"frames": np.concatenate(chunks)}, temporary, metadata=dict(metadata))

@@ -1,0 +1,286 @@
+"""Run stage 2: weights and programs of the denoising steps, and the steps of one group of videos after the other."""
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from cogvideox.cli.report import Report
+from cogvideox.cli.signals import Interruption
+from cogvideox.defaults import PRESETS
+from cogvideox.files import checkpoint, tensor_dump
+from cogvideox.files.lora import Lora
+from cogvideox.files.names import CONFIG, PREVIEW
+from cogvideox.models.shared.sizes import spatial_compression_ratio
+from cogvideox.run.hosts import Hosts
+from cogvideox.run.jobs import Group
+from cogvideox.run.plans import dump_wanted, plan_errors, skipped_steps
+
+if TYPE_CHECKING:
+    import jax
+
+    from cogvideox.models.transformer.denoising import Denoising
+    from cogvideox.models.transformer.plan import DenoisingPlan, StepKind
+    from cogvideox.models.transformer.step import State
+    from cogvideox.run.profiling import Profile
+    from cogvideox.run.recorder import NoRecorder, Recorder
+
+
+def weight_reader(model_id: str, plan: "DenoisingPlan", loras: Sequence[Lora]) -> Callable[[str], np.ndarray]:
+    """Return a function that returns a weight of the transformer by its stored name, before LoRAs, mapped from files.
+
+    Raises:
+        UserError: a file is missing or damaged, or a LoRA does not fit the transformer.
+    """
+    from cogvideox.models.transformer.transformer import stored_shapes
+
+    shapes = stored_shapes(plan.transformer)
+    for one in loras:
+        one.check(shapes)
+    return checkpoint.tensor_reader(model_id, "transformer", shapes)
+
+
+def load_parameters(
+    read: Callable[[str], np.ndarray], plan: "DenoisingPlan", loras: Sequence[Lora], report: Report
+) -> "Mapping[str, jax.Array]":
+    """Load the weights onto the devices, with the LoRAs added."""
+    from cogvideox.models.transformer import transformer
+
+    parameters = transformer.load_parameters(read, plan.transformer, plan.parallelism, [one.add for one in loras])
+    report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
+    return parameters
+
+
+class Steps(NamedTuple):
+    """The steps of a run, and the programs that they are.
+
+    Attributes:
+        plan: with the dtype of the weights.
+        skipped: the steps that leave out the blocks.
+        kinds: the kind of each step.
+        traced: the program of each kind.
+    """
+
+    plan: "DenoisingPlan"
+    skipped: list[int]
+    kinds: "list[StepKind]"
+    traced: "Mapping[StepKind, jax.stages.Traced]"
+
+    @property
+    def programs(self) -> "list[jax.stages.Traced]":
+        """The program of each step."""
+        return [self.traced[kind] for kind in self.kinds]
+
+
+def trace_steps(
+    arguments: argparse.Namespace, plan: "DenoisingPlan", model_id: str, read: Callable[[str], np.ndarray]
+) -> Steps:
+    """Trace the programs of a run with the weights that `read` reads.
+
+    Raises:
+        UserError: the options do not fit the weights, or each other.
+    """
+    from cogvideox.models.transformer.step import abstract_arguments, make_step
+
+    wanted = dump_wanted(arguments)
+    with plan_errors():
+        plan = plan.with_dtype(read("proj_out.weight").dtype)
+        skipped = skipped_steps(arguments, plan, model_id, read)
+        kinds = plan.kinds(skipped)
+        traced = {kind: make_step(plan, wanted, kind).trace(*abstract_arguments(plan)) for kind in dict.fromkeys(kinds)}
+    return Steps(plan, skipped, kinds, traced)
+
+
+@dataclasses.dataclass(frozen=True)
+class DenoisingRun:
+    """A run of stage 2 whose weights are on the devices."""
+
+    steps: Steps
+    parameters: "Mapping[str, jax.Array]"
+    arguments: argparse.Namespace
+    hosts: Hosts
+    report: Report
+
+    def warm_up(self, first: "Denoising", compiled: "Sequence[Callable]", recorder: "Recorder | NoRecorder") -> None:
+        """Run steps before the first one, untimed, as --warmup_steps says."""
+        number = self.arguments.warmup_steps
+        if number == 0:
+            self.report.say("no warm-up: the seconds of the first step hold what the first run of a program costs")
+        with self.report.phase(f"warm-up ({number} steps)"):
+            programs = dict(zip(self.steps.traced, map(recorder.ignoring, compiled), strict=True))
+            first.warm_up(number, programs)
+
+    def make_all(
+        self,
+        groups: Sequence[Group],
+        first: "Denoising",
+        compiled: "Sequence[Callable]",
+        recorder: "Recorder | NoRecorder",
+        profile: "Profile",
+    ) -> np.ndarray:
+        """Run all groups, of which `first` is the first one's run, and return the latents of the last one."""
+        profiled = profile.traced(compiled, self.steps.plan.num_inference_steps - first.done)
+        programs = dict(zip(self.steps.traced, map(recorder.recording, profiled), strict=True))
+        latents, seconds, steps = self.make(groups[0], first, programs)
+        for n, group in enumerate(groups[1:], 2):
+            label = f", group {n} of {len(groups)}"
+            latents, more_seconds, more_steps = self.make(group, self.start(group), programs, label)
+            seconds, steps = seconds + more_seconds, steps + more_steps
+        self.report.add("per step", f"{seconds / steps:.3f} s")
+        if len(groups) > 1:
+            self.report.add("run of all groups", f"{seconds:.2f} s")
+        return latents
+
+    def start(self, group: Group) -> "Denoising":
+        """Return the run of a group before its first step, or before the one after those that are done."""
+        import torch
+        from safetensors.torch import load_file
+
+        from cogvideox.models.transformer.denoising import Denoising
+
+        plan = self.steps.plan
+        # The last group may have fewer videos; then its last one is made several times, and written once.
+        filled = [task.video for task in group.tasks + group.tasks[-1:] * (plan.batch - len(group.tasks))]
+        embeddings = [load_file(video.embeddings) for video in filled]
+        positive, negative = (
+            torch.cat([of_prompt[name] for of_prompt in embeddings])
+            for name in ("prompt_embeds", "negative_prompt_embeds")
+        )
+        seeds = [video.config["seed"] for video in filled]
+        denoising = Denoising(plan, self.parameters, positive, negative, seeds, self.steps.skipped)
+        if group.saved:
+            denoising.resume(group.saved)
+            self.report.say(
+                f"going on after step {denoising.done} of {plan.num_inference_steps}, from {group.state_file.path}"
+            )
+        return denoising
+
+    def make(
+        self, group: Group, denoising: "Denoising", programs: "Mapping[StepKind, Callable]", label: str = ""
+    ) -> tuple[np.ndarray, float, int]:
+        """Run the steps of a group and write its latents.
+
+        Returns:
+            The latents, [B, C, T, H, W], and the seconds and the number of the steps.
+        """
+        done, report = denoising.done, self.report
+        with Interruption.held_back(), contextlib.ExitStack() as claims:
+            for task in group.tasks:
+                claims.enter_context(self.hosts.claimed(task.video.folder, "stage2"))
+            with report.phase(f"run{label}", in_table=not label) as phase:
+                state = self.run_steps(group, denoising, programs)
+            self.warn_unless_finite(state)
+            with report.phase(f"save{label}", in_table=not label):
+                latents = self.save(group, state)
+        for task in group.tasks:
+            report.say(f"wrote {task.video.latents} and {CONFIG}")
+        return latents[: len(group.tasks)], phase.seconds, self.steps.plan.num_inference_steps - done
+
+    def run_steps(self, group: Group, denoising: "Denoising", programs: "Mapping[StepKind, Callable]") -> "State":
+        """Run the steps that are not done; keep the state, and draw previews, as the options say."""
+        steps, state_file, every = self.steps.plan.num_inference_steps, group.state_file, self.arguments.preview_every
+        with self.report.progress("denoising", "step", steps, denoising.done) as bar:
+            for state in denoising.run(programs):
+                bar.update()
+                is_interrupted = Interruption.number is not None
+                if every and bar.n % every == 0:
+                    with self.report.aside("previews"):
+                        self.draw_previews(group, state, bar.n)
+                if bar.n < steps and state_file.is_due(bar.n, now=is_interrupted):
+                    with self.report.aside("keeping the state"):
+                        state_file.keep(denoising.saved(state), now=is_interrupted)
+                if is_interrupted and bar.n < steps:
+                    raise KeyboardInterrupt(state_file.interruption_message(bar.n, steps))
+        return state
+
+    def warn_unless_finite(self, state: "State") -> None:
+        """Warn if the latents were not finite after some step."""
+        finite, steps = int(state.finite_steps), self.steps.plan.num_inference_steps
+        if finite < steps:
+            self.report.warn(
+                f"the latents are NaN or infinite from step {finite + 1} of {steps} on; stage 3 refuses them without "
+                "--allow_nan. Weights, --guidance_scale or the dtype may be the cause; --dump_stats says where it "
+                "begins"
+            )
+
+    def draw_previews(self, group: Group, state: "State", n: int) -> None:
+        """Draw the noise-free latents that a step, the n-th, predicts for each video."""
+        from cogvideox.files import latent_pictures
+
+        plan = self.steps.plan
+        predicted = np.asarray(state.pred_original_sample[:, plan.surplus_frames :]).swapaxes(1, 2)
+        for task, latents in zip(group.tasks, predicted, strict=False):  # a group may be filled up
+            title = f"step {n} of {plan.num_inference_steps}, the video that it predicts: {task.config['prompt']}"
+            if self.hosts.is_first:
+                mapping = latent_pictures.fitted_map(task.config["model_id"])
+                latent_pictures.preview(latents, task.video.folder / PREVIEW, mapping, title)
+
+    def save(self, group: Group, state: "State") -> np.ndarray:
+        """Write the latents of a group, without surplus frames, and return them, [B, C, T, H, W]."""
+        import jax
+
+        latents = np.asarray(jax.numpy.swapaxes(state.latents[:, self.steps.plan.surplus_frames :], 1, 2))
+        if self.hosts.is_first:
+            for i, task in enumerate(group.tasks):
+                task.save(latents[i : i + 1], self.arguments)
+            group.state_file.remove()
+        return latents
+
+
+# --- What is said before the run ---------------------------------------------------------------------------------
+
+
+def report_plan(steps: Steps, loras: Sequence[Lora], arguments: argparse.Namespace, report: Report) -> None:
+    """Report the devices, the mesh, attention, guidance and scheduler of the plan, and which of them are defaults."""
+    plan = steps.plan
+    devices = plan.parallelism.mesh.devices
+    report.say(f"devices: {devices.size} x {devices.flat[0].device_kind}")
+    if devices.size > 1:
+        default = "sp has all chips that dp leaves, which moves the fewest bytes"
+        reason = "as --sp_num says" if arguments.sp_num else default
+        mesh = dict(plan.parallelism.mesh.shape)
+        report.say(f"mesh: {mesh}, {reason}; {plan.parallelism.layout} layout of the parameters")
+    by = "chosen" if arguments.attention else f"the default on a {plan.attention.platform}"
+    blocks = plan.attention.block_sizes or "the kernel's own choice"
+    report.say(f"attention: {plan.attention.name}, {by}" + (f"; blocks: {blocks}" if plan.attention.is_kernel else ""))
+    if plan.guided:
+        kind = ", dynamic" if plan.use_dynamic_cfg else ""
+        only = " in steps {} to {} alone".format(*plan.guidance_interval) if plan.guidance_interval else ""
+        report.say(f"guidance scale {plan.guidance_scale:g}{kind}{only}: negative and positive prompt in one batch")
+    else:
+        dp = ", dp is 1" if arguments.use_dp and devices.size > 1 else ""
+        report.say(f"guidance scale {plan.guidance_scale:g}: no guidance, the positive prompt alone{dp}")
+    scheduler, spacing = (plan.scheduler.get(name) for name in ("_class_name", "timestep_spacing"))
+    report.say(f"scheduler: {scheduler}, {spacing} timesteps, {plan.num_inference_steps} steps")
+    if all(getattr(arguments, name) == value for name, value in PRESETS["draft"].items()):
+        report.say("these are the settings of a draft; --preset authors sets those of the model's authors")
+    for line in (*untrained(plan), *(one.summary for one in loras)):
+        report.say(line)
+    if plan.step_cache:
+        report_step_cache(steps, report)
+
+
+def report_step_cache(steps: Steps, report: Report) -> None:
+    """Report which steps skip the blocks, and what the residual that they take over needs of a chip."""
+    from cogvideox.models.transformer.step import residual_bytes
+
+    skipped, number, size = steps.skipped, steps.plan.num_inference_steps, residual_bytes(steps.plan) / 2**30
+    which = f": {tensor_dump.as_text(skipped)}" if skipped else ""
+    report.say(
+        f"step cache: {len(skipped)} of {number} steps skip the blocks{which}; it takes {size:.2f} GiB of a chip"
+    )
+    factor = number / (number - len(skipped))
+    report.add("step cache", f"{len(skipped)} of {number} steps skipped, {factor:.2f} x fewer blocks to run")
+
+
+def untrained(plan: "DenoisingPlan") -> Iterator[str]:
+    """Say what the model was not trained on, by its config and by its authors: it runs, but may look worse."""
+    scale = spatial_compression_ratio(plan.vae)
+    height, width = (plan.transformer[f"sample_{name}"] * scale for name in ("height", "width"))
+    if (plan.height, plan.width) != (height, width):
+        yield f"the model's config names {height} x {width}; {plan.height} x {plan.width} may look worse"
+    if (plan.frames - 1) % 16:
+        yield f"CogVideoX 1.5 was trained on 16n + 1 frames, 81 and 161; {plan.frames} may look worse"

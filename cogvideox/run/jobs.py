@@ -1,0 +1,290 @@
+"""The videos of a run: where their files are, what is written with each, and which of them are made at a time.
+
+The folders of several videos are those of `cogvideox.files.videos`; a single one is a run of one video.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from safetensors import SafetensorError
+
+from cogvideox.cli.report import Report
+from cogvideox.defaults import MOST_SEED
+from cogvideox.errors import UserError
+from cogvideox.files import checkpoint, provenance, stage_files, tensor_dump, videos, writing
+from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, TIMINGS, VIDEO
+from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES, VIDEO_ENTRIES, TextConfig, VideoConfig
+from cogvideox.files.state import StateFile, fingerprint_of
+from cogvideox.run.hosts import Hosts
+from cogvideox.versions import versions
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cogvideox.models.transformer.plan import DenoisingPlan
+
+SIZE = ("height", "width", "frames")
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video to make.
+
+    Attributes:
+        folder: of its own files.
+        config: the entries of generation_config.json that are known when the stage begins.
+        prompt_folder: of stage 1's files, if it is another one.
+        output: the file of the encoded video, if it is another one than `folder` / VIDEO.
+    """
+
+    folder: Path
+    config: Mapping
+    prompt_folder: Path | None = None
+    output: Path | None = None
+
+    @property
+    def embeddings(self) -> Path:
+        """The file of its prompt's embeddings."""
+        return (self.prompt_folder or self.folder) / EMBEDDINGS
+
+    @property
+    def latents(self) -> Path:
+        """The file of its latents."""
+        return self.folder / LATENTS
+
+    @property
+    def encoded(self) -> Path:
+        """The file of the encoded video."""
+        return self.output or self.folder / VIDEO
+
+
+def check_model(found: Sequence[Video], model_id: str | None) -> str:
+    """Return the model that the stages before used for all videos; raise UserError unless it is one, and `model_id`."""
+    used = checkpoint.same_model(model_id, found[0].config["model_id"])
+    for video in found:
+        if video.config["model_id"] != used:
+            where = video.prompt_folder or video.folder
+            raise UserError(f"{where} was made with model '{video.config['model_id']}', not '{used}'")
+    return used
+
+
+# --- Stage 2 -----------------------------------------------------------------------------------------------------
+
+
+def videos_to_denoise(arguments: argparse.Namespace, output_dir: Path, hosts: Hosts) -> list[Video]:
+    """Return the videos to make: of each prompt in --input_dir as many as --num_videos_per_prompt says.
+
+    Raises:
+        UserError: stage 1's files are missing or wrong, or other videos are in the way.
+    """
+    seeds = range(arguments.seed, arguments.seed + arguments.num_videos_per_prompt)
+    if seeds[-1] > MOST_SEED:
+        raise UserError(f"--seed {arguments.seed} and those after it for --num_videos_per_prompt exceed {MOST_SEED}")
+    found = []
+    for source in videos.prompts(arguments.input_dir):
+        text = stage_files.read_config(source, TextConfig)
+        folder = output_dir / source.relative_to(arguments.input_dir)
+        folders = [videos.of_seed(folder, seed) for seed in seeds] if len(seeds) > 1 else [folder]
+        if hosts.is_first:
+            videos.check_videos(folder, folders)
+        found += [Video(own, text | {"seed": seed}, source) for own, seed in zip(folders, seeds, strict=True)]
+    if arguments.dump and len(found) > 1:
+        raise UserError(f"--dump takes one video, and there are {len(found)}; give the --input_dir of one prompt")
+    return found
+
+
+def check_files_to_denoise(
+    found: Sequence[Video], arguments: argparse.Namespace, lora_files: Sequence[Path], hosts: Hosts, report: Report
+) -> tuple[str, dict[Path, dict[str, tuple[int, ...]]]]:
+    """Check the files of the videos.
+
+    Returns:
+        The model that stage 1 used, and the shapes of the embeddings, by name, in each of its files.
+
+    Raises:
+        UserError: a file is wrong or would replace another one.
+    """
+    names = ("prompt_embeds", "negative_prompt_embeds")
+    configs = {video.embeddings: video.config for video in found}
+    shapes = {
+        path: stage_files.tensor_shapes(path, 1, names, config, refuse=report.refuse, warn=report.warn)
+        for path, config in configs.items()
+    }
+    model_id = check_model(found, arguments.model_id)
+    outputs = [video.folder / name for video in found for name in (LATENTS, CONFIG)]
+    inputs = [*shapes, *lora_files, arguments.executable, arguments.log_json]
+    there = [("--output_dir", path) for path in outputs if hosts.is_first and path.parent.is_dir()]
+    writing.check_outputs(there, inputs, model_id)
+    return model_id, shapes
+
+
+class Task(NamedTuple):
+    """What is written with a video's latents.
+
+    Attributes:
+        video: which.
+        config: the entries that generation_config.json has after stage 2.
+        inputs: see `provenance.describe`.
+        fingerprint: all that the latents depend on, to the last bit, by names for people.
+    """
+
+    video: Video
+    config: Mapping
+    inputs: Mapping[str, str]
+    fingerprint: dict[str, str]
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the latents that this task would write are there."""
+        try:
+            found = fingerprint_of(stage_files.metadata(self.video.latents))
+            return json.loads(found or "{}") == self.fingerprint
+        except (OSError, SafetensorError, ValueError):
+            return False
+
+    def save(self, latents: "np.ndarray", arguments: argparse.Namespace) -> None:
+        """Write the latents [1, C, T, H, W] and the config to the folder of the video."""
+        import numpy as np
+        from safetensors.numpy import save_file
+
+        metadata = stage_files.made_from(self.config, LATENT_ENTRIES) | {"fingerprint": json.dumps(self.fingerprint)}
+        metadata |= provenance.describe("stage2", self.inputs, arguments)
+        with writing.committing(self.video.folder, "stage2") as new:
+            save_file({"latents": np.ascontiguousarray(latents)}, new / LATENTS, metadata=metadata)
+            stage_files.write_config(new, self.config)
+
+
+def tasks_of(
+    found: Sequence[Video],
+    arguments: argparse.Namespace,
+    plan: "DenoisingPlan",
+    skipped: Sequence[int],
+    lora_files: Sequence[Path],
+) -> list[Task]:
+    """Return the tasks of the videos; each file that they are made from is read once."""
+    digests = {path: provenance.file_digest(path) for path in lora_files}
+    digests |= {path: provenance.digest(path) for path in {video.embeddings: None for video in found}}
+    of_plan = {
+        "scheduler": plan.scheduler["_class_name"],
+        "timestep_spacing": plan.scheduler.get("timestep_spacing"),
+        "skipped_steps": tensor_dump.as_text(skipped),
+    }
+    of_run = {"dtype": plan.dtype, "devices": f"{len(plan.devices)} x {plan.devices[0].device_kind}"}
+
+    def task(video: Video) -> Task:
+        known = of_plan | {"seed": video.config["seed"]}
+        config = {name: video.config[name] for name in TEXT_ENTRIES}
+        config |= {name: known.get(name, getattr(arguments, name, None)) for name in VIDEO_ENTRIES}
+        inputs = {provenance.known_as(video.embeddings, video.folder): digests[video.embeddings]}
+        inputs |= {str(path): digests[path] for path in lora_files}
+        made_from = {name: config.get(name) for name in LATENT_ENTRIES}
+        fingerprint = made_from | plan.program_options | of_run | inputs
+        fingerprint |= versions("jax", "jaxlib", "libtpu", "torch")
+        return Task(video, config, inputs, {name: str(value) for name, value in fingerprint.items()})
+
+    return [task(video) for video in found]
+
+
+class Group(NamedTuple):
+    """Tasks that are done at a time, the file that keeps their state, and what that has of an unfinished run."""
+
+    tasks: list[Task]
+    state_file: StateFile
+    saved: "Mapping[str, np.ndarray] | None"
+
+
+def groups_of(
+    tasks: list[Task], plan: "DenoisingPlan", arguments: argparse.Namespace, hosts: Hosts, report: Report
+) -> list[Group]:
+    """Divide the tasks into groups that are done at a time, without those of several that are finished already."""
+    keeps_state = not arguments.dump and not hosts.are_many
+    todo = tasks
+    if len(tasks) > 1:
+        report.say(f"{len(tasks)} videos, {plan.batch} at a time: {reason_for_batch(plan, arguments)}")
+        if keeps_state and not arguments.restart:
+            todo = [task for task in tasks if not task.is_finished]
+    if len(todo) < len(tasks):
+        report.say(f"already finished: {len(tasks) - len(todo)} of {len(tasks)} videos; --restart makes them again")
+    groups = []
+    for i in range(0, len(todo), plan.batch):
+        group = todo[i : i + plan.batch]
+        fingerprint = group[0].fingerprint.copy()
+        for task in group[1:]:
+            fingerprint |= {f"{name} of {task.video.folder}": value for name, value in task.fingerprint.items()}
+        state_file = StateFile(group[0].video.folder, fingerprint, arguments.checkpoint_every if keeps_state else 0)
+        groups.append(Group(group, state_file, state_file.load(arguments.restart) if keeps_state else None))
+    return groups
+
+
+def reason_for_batch(plan: "DenoisingPlan", arguments: argparse.Namespace) -> str:
+    """Say why a group has as many videos as it has."""
+    if arguments.videos_at_once:
+        return "as --videos_at_once says"
+    if plan.batch == 1:
+        return "more would not make more of them an hour"
+    return f"dp {plan.parallelism.mesh.shape['dp']} makes the most of them an hour, by prediction"
+
+
+# --- Stage 3 -----------------------------------------------------------------------------------------------------
+
+
+def videos_to_decode(arguments: argparse.Namespace) -> list[Video]:
+    """Return the videos whose latents are in --input_dir, or in folders there.
+
+    Raises:
+        UserError: a config is missing or wrong, or the options are for a single video, or sizes differ.
+    """
+    folders = videos.videos(arguments.input_dir)
+    for option in ("output_video", "output_frames", "dump"):
+        if len(folders) > 1 and getattr(arguments, option):
+            raise UserError(
+                f"--{option} is for one video, and {arguments.input_dir} has {len(folders)}; give the folder of one as "
+                "--input_dir"
+            )
+    found = [
+        Video(folder, stage_files.read_config(folder, VideoConfig), output=arguments.output_video) for folder in folders
+    ]
+    for video in found[1:]:
+        for name in (*SIZE, "model_id"):
+            ours, first = video.config[name], found[0].config[name]
+            if ours != first:
+                raise UserError(
+                    f"{video.folder} has {name} {ours}, and {found[0].folder} has {first}; decode each alone, with its "
+                    "folder as --input_dir"
+                )
+    return found
+
+
+def decoding_folder(found: Sequence[Video], arguments: argparse.Namespace) -> Path:
+    """Return the folder of the only video's output, or the one around those of all."""
+    return found[0].encoded.parent if len(found) == 1 else arguments.input_dir
+
+
+def check_files_to_decode(
+    found: Sequence[Video], arguments: argparse.Namespace, hosts: Hosts, report: Report
+) -> tuple[str, dict[Path, tuple[int, ...]]]:
+    """Check the files of the videos.
+
+    Returns:
+        The model that the stages before used, and the shapes of the latents in each of their files.
+
+    Raises:
+        UserError: a file is wrong or would replace another one.
+    """
+    shapes = {}
+    for video in found:
+        shapes[video.latents] = stage_files.tensor_shapes(
+            video.latents, 2, ("latents",), video.config, finite=False, refuse=report.refuse, warn=report.warn
+        )["latents"]
+        provenance.check_inputs(video.latents, report.refuse)
+    model_id = check_model(found, arguments.model_id)
+    options = [("--output_video", video.encoded) for video in found] + [("--output_frames", arguments.output_frames)]
+    configs = [video.folder / CONFIG for video in found]
+    timings = decoding_folder(found, arguments) / TIMINGS
+    inputs = [*shapes, *configs, timings, arguments.executable, arguments.log_json]
+    writing.check_outputs(options if hosts.is_first else [], inputs, model_id)
+    return model_id, shapes
