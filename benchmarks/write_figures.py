@@ -1,4 +1,4 @@
-"""Write the figures of README and docs from the reports in benchmarks/results/.
+"""Write the figures of README and docs from the reports in benchmarks/results/, and the list of the package's files.
 
     python -m benchmarks.write_figures
     python -m benchmarks.write_figures --check
@@ -14,9 +14,11 @@ computed from several entries. Whole tables stand between comments too, named by
     | ... |
     <!-- / -->
 
-What was measured by others and is in none of the files is in the tables here, with its source on the page.
+What was measured by others and is in none of the files is in the tables here, with its source on the page. The list of
+files in docs/architecture.md is made of the first sentences of the modules.
 """
 
+import ast
 import difflib
 import functools
 import json
@@ -325,6 +327,26 @@ def quality_options() -> str:
     return table(["option", "blocks run in", "adherence, the worst attribute", "PSNR, median", "least"], rows)
 
 
+# --- The package's files -------------------------------------------------------------------------------------------
+
+
+def files(folder: str) -> str:
+    """Return the modules of a folder of the package, each with the first sentence that it says of itself."""
+    rows = []
+    for path in sorted((ROOT / "cogvideox" / folder).glob("*.py")):
+        if path.name != "__init__.py":
+            sentence = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()[0]
+            rows.append([f"`{path.name}`", sentence])
+    return table(["file", "what it does"], rows)
+
+
+def folders() -> list[str]:
+    """Return the folders of the package that have modules, the innermost ones too, relative to it."""
+    package = ROOT / "cogvideox"
+    inside = {path.parent.relative_to(package) for path in package.rglob("*.py") if path.name != "__init__.py"}
+    return sorted(str(folder) for folder in inside)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "useful scores at 25,826": lambda: f"{kernel('kernel-v6e-1-25826.json')['useful_scores_per_cycle']:.0f}",
     "useful scores at 45,106": lambda: f"{kernel(GUIDED)['useful_scores_per_cycle']:.0f}",
@@ -356,6 +378,8 @@ def compile_seconds() -> list[float]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    f"files of {folder}": functools.partial(files, folder) for folder in folders()
+} | {
     "memory": memory,
     "decoder": decoder,
     "several hosts": several_hosts,
@@ -410,9 +434,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             with writing.replacing(path) as temporary:
                 Path(temporary).write_text(new, encoding="utf-8")
     if stale and arguments.check:
-        raise UserError(f"figures of {', '.join(stale)} are not those of benchmarks/results/; run this without --check")
+        raise UserError(f"figures in {', '.join(stale)} or lists of files there are stale; run this without --check")
     if not stale:
-        print("every figure is as in benchmarks/results/")
+        print("every figure is as in benchmarks/results/, and every list of files as the package")
 
 
 if __name__ == "__main__":
