@@ -330,21 +330,21 @@ def quality_options() -> str:
 # --- The package's files -------------------------------------------------------------------------------------------
 
 
-def files(folder: str) -> str:
-    """Return the modules of a folder of the package, each with the first sentence that it says of itself."""
-    rows = []
-    for path in sorted((ROOT / "cogvideox" / folder).glob("*.py")):
-        if path.name != "__init__.py":
-            sentence = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).splitlines()[0]
-            rows.append([f"`{path.name}`", sentence])
-    return table(["file", "what it does"], rows)
+def package_files() -> str:
+    """Return the modules of each folder of the package, each with the first line that it says of itself."""
+    package, parts = ROOT / "cogvideox", []
+    for folder in sorted({path.parent for path in package.rglob("*.py")}):
+        modules = [path for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+        if modules:
+            rows = [[f"`{path.name}`", first_line(path)] for path in modules]
+            heading = f"### {folder.relative_to(ROOT)}/\n\n{first_line(folder / '__init__.py')}\n\n"
+            parts.append(heading + table(["file", "what it does"], rows))
+    return "\n\n".join(parts)
 
 
-def folders() -> list[str]:
-    """Return the folders of the package that have modules, the innermost ones too, relative to it."""
-    package = ROOT / "cogvideox"
-    inside = {path.parent.relative_to(package) for path in package.rglob("*.py") if path.name != "__init__.py"}
-    return sorted(str(folder) for folder in inside)
+def first_line(path: Path) -> str:
+    """Return the first line of a module's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
 
 
 FIGURES: dict[str, Callable[[], str]] = {
@@ -378,8 +378,7 @@ def compile_seconds() -> list[float]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    f"files of {folder}": functools.partial(files, folder) for folder in folders()
-} | {
+    "package files": package_files,
     "memory": memory,
     "decoder": decoder,
     "several hosts": several_hosts,
