@@ -17,13 +17,12 @@ from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
 from cogvideox.cli.types import file_path, utf8
-from cogvideox.defaults import MODEL_NAME
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
-from cogvideox.files.names import CONFIG, EMBEDDINGS, STAGE_OUTPUTS
 from cogvideox.files.schemas import TEXT_ENTRIES
 from cogvideox.files.tensors import read_tensors
 from cogvideox.run.accelerator import prepare_libraries
+from utils import CONFIG, EMBEDDINGS, MODEL_NAME, STAGE_OUTPUTS
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 config = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
                 tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
                 with report.aside("save"):
-                    save(tensors, config, provenance.describe("stage1", {}, arguments), prompt.folder)
+                    save(tensors, config, provenance.as_metadata("stage1", {}, arguments), prompt.folder)
                 report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
 
         for name, tensor in tensors.items():

@@ -23,15 +23,14 @@ from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
 from cogvideox.cli.types import file_path, lora_option, number, preset
-from cogvideox.defaults import FPS, MOST_FPS, MOST_SEED, PRESETS, SEED, WARMUP_STEPS
-from cogvideox.files import lora, stage_files
-from cogvideox.files.names import CONFIG, EMBEDDINGS, PREVIEW, STAGE_OUTPUTS
-from cogvideox.files.schemas import LATENT_ENTRIES
+from cogvideox.defaults import MOST_FPS, MOST_SEED
+from cogvideox.files import lora
 from cogvideox.run import accelerator, denoising, jobs
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
-from cogvideox.run.plans import check_dump, denoising_plan, dump_recorder
+from cogvideox.run.plans import check_dump, denoising_plan
 from cogvideox.run.profiling import Profile
+from utils import CONFIG, EMBEDDINGS, FPS, PRESETS, PREVIEW, SEED, STAGE_OUTPUTS, WARMUP_STEPS
 
 PROGRAM = "stage2_transformer.py"
 
@@ -44,6 +43,19 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_force_option(parser)
     parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
     add_denoising_options(parser)
+    add_video_options(parser)
+    add_run_options(parser)
+    add_dump_options(parser, "step")
+    add_profile_option(parser, "step")
+    add_host_options(parser)
+    add_log_options(parser)
+    given, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**PRESETS[given.preset])
+    return parser.parse_args(argv)
+
+
+def add_video_options(parser: argparse.ArgumentParser) -> None:
+    """Add what decides the videos beside the options of a denoising step."""
     parser.add_argument(
         "--preset",
         type=preset,
@@ -69,6 +81,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="videos of each prompt, from the seeds --seed to --seed + N - 1, each in a folder of its own",
     )
     parser.add_argument("--fps", type=number(int, 1, MOST_FPS), default=FPS, help="frames per second, for stage 3")
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """Add how the steps are run, which changes no video."""
     parser.add_argument(
         "--warmup_steps",
         type=number(int, 0, 1000),
@@ -91,13 +107,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--restart", action="store_true", help="start over, without the steps that an unfinished run has done"
     )
-    add_dump_options(parser, "step")
-    add_profile_option(parser, "step")
-    add_host_options(parser)
-    add_log_options(parser)
-    given, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[given.preset])
-    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -108,17 +117,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Report("stage2", PROGRAM, arguments) as report, contextlib.ExitStack() as until_end:
         profile = Profile(arguments.profile, "step", report)
         videos = jobs.videos_to_denoise(arguments, output_dir, hosts)
-        loras = [lora.read(option) for option in arguments.lora]
-        lora_files = [file for one in loras for file in one.files]
-        hosts.agree_on_files(lora_files)
+        loras = [lora.read_lora(option) for option in arguments.lora]
+        hosts.agree_on_files([file for one in loras for file in one.files])
         until_end.enter_context(hosts.claimed(output_dir, "stage2"))
-        model_id, shapes = jobs.check_files_to_denoise(videos, arguments, lora_files, hosts, report)
+        model_id, shapes = jobs.check_files_to_denoise(videos, arguments, loras, hosts, report)
 
         accelerator.prepare_libraries()
         devices = accelerator.devices(arguments.debug)
         plan = denoising_plan(arguments, model_id, devices, devices[0].platform, len(videos))
-        for path, of_file in shapes.items():
-            stage_files.check_embeddings(of_file, plan.transformer, path)
+        jobs.check_embeddings(shapes, plan)
         check_dump(arguments, plan.num_inference_steps)
 
         report.title(f"Stage 2: transformer of {model_id}")
@@ -127,15 +134,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             read = denoising.weight_reader(model_id, plan, loras)
             hosts.agree_on_model(model_id, "transformer", "vae", "scheduler")
             steps = denoising.trace_steps(arguments, plan, model_id, read)
-            report.plan(steps.plan, hosts.own(steps.plan.devices))
-            denoising.report_plan(steps, loras, arguments, report)
-            tasks = jobs.tasks_of(videos, arguments, steps.plan, steps.skipped, lora_files)
+            denoising.report_plan(steps, loras, arguments, hosts, report)
+            tasks = jobs.tasks_of(videos, arguments, steps.plan, steps.skipped, loras)
             groups = jobs.groups_of(tasks, steps.plan, arguments, hosts, report)
             if not groups:
                 return
-            made_from = stage_files.made_from(tasks[0].config, LATENT_ENTRIES)  # only a single video is dumped
-            mesh = steps.plan.parallelism.mesh
-            recorder = dump_recorder(arguments, "stage2", "step", made_from, mesh, steps.programs)
+            recorder = denoising.recorder(arguments, tasks[0], steps)
             compiling = Compiling(arguments, "denoising step", steps.plan, [*steps.traced.values()], cache, report)
             parameters = denoising.load_parameters(read, steps.plan, loras, report)
             run_of_groups = denoising.DenoisingRun(steps, parameters, arguments, hosts, report)

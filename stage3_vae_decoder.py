@@ -23,13 +23,13 @@ from cogvideox.cli.report import Report
 from cogvideox.cli.types import file_path, number, video_path
 from cogvideox.defaults import MOST_FPS
 from cogvideox.files import stage_files
-from cogvideox.files.names import CONFIG, LATENTS, STAGE_OUTPUTS, VIDEO
 from cogvideox.files.video_file import check_ffmpeg
 from cogvideox.run import accelerator, decoding, jobs
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
 from cogvideox.run.plans import check_dump, decoding_plan
 from cogvideox.run.profiling import Profile
+from utils import CONFIG, LATENTS, STAGE_OUTPUTS, VIDEO
 
 PROGRAMS = {"torchax": "stage3_vae_decoder.py", "flax": "stage3_vae_decoder_flax.py"}  # by decoder
 
@@ -78,10 +78,7 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
         stored = stage_files.read_latents(videos[0].latents, arguments.allow_nan)
         size = {name: videos[0].config[name] for name in jobs.SIZE}
         plan = decoding_plan(arguments, model_id, decoder, size, devices, stored.dtype)
-        for path, shape in shapes.items():
-            stage_files.check_latents_shape(shape, plan.latent_shape, path)
-        for video in videos[1:]:  # before hours go into the others
-            stage_files.read_latents(video.latents, arguments.allow_nan)
+        jobs.check_latents(videos, shapes, plan, arguments)
         check_dump(arguments, sum(plan.runs))
 
         report.title(f"Stage 3: {decoder} VAE decoder of {model_id}")
@@ -104,8 +101,7 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
 
         profile.show()
         report.add_array("latents", latents)
-        fps = arguments.fps or videos[-1].config["fps"]
-        report.add("video", f"{plan.frames} frames, {plan.width} x {plan.height}, {fps} frames per second")
+        report.add("video", decoding.video_row(videos[-1], plan, arguments))
         report.add_rows(recorder.summary())
         if hosts.is_first:
             report.close(output_dir)

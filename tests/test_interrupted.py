@@ -284,9 +284,9 @@ def chain(tmp_path) -> Path:
     config |= video | {"scheduler": "s", "fps": 8}
     arguments = argparse.Namespace(seed=1)
     stage_files.write_config(tmp_path, config)
-    texts = stage_files.made_from(config, TEXT_ENTRIES) | provenance.describe("stage1", {}, arguments)
+    texts = stage_files.made_from(config, TEXT_ENTRIES) | provenance.as_metadata("stage1", {}, arguments)
     save_file({"prompt_embeds": np.ones((1, 2, 3), np.float32)}, tmp_path / EMBEDDINGS, texts)
-    made = provenance.describe("stage2", {EMBEDDINGS: provenance.digest(tmp_path / EMBEDDINGS)}, arguments)
+    made = provenance.as_metadata("stage2", {EMBEDDINGS: provenance.digest(tmp_path / EMBEDDINGS)}, arguments)
     save_file(
         {"latents": np.ones((1, 1, 1, 2, 2), np.float32)},
         tmp_path / LATENTS,
@@ -294,7 +294,9 @@ def chain(tmp_path) -> Path:
     )
     from cogvideox.files.video_file import video_writer
 
-    comment = provenance.describe("stage3", {LATENTS: provenance.digest(tmp_path / LATENTS)}, arguments)["provenance"]
+    comment = provenance.as_metadata("stage3", {LATENTS: provenance.digest(tmp_path / LATENTS)}, arguments)[
+        "provenance"
+    ]
     with video_writer(str(tmp_path / VIDEO), 8, comment) as append:
         append(np.zeros((16, 16, 3), np.uint8))
     return tmp_path

@@ -92,7 +92,7 @@ def test_seconds_of_phases_and_steps(clock, tmp_path, capsys):
     assert steps == [(1, 3, 1), (2, 3, 2), (3, 3, 4)]
     assert told[0]["stage"] == "stage2" and told[0]["options"]["seed"] == 7 and "jax" in told[0]["versions"]
     assert told[-1]["seconds"] == 19 and told[-1]["results"]["load"] == "2.00 s"
-    entry = timings.read(tmp_path)["stage2"]
+    entry = timings.read_timings(tmp_path)["stage2"]
     assert entry["seconds"] == ends and entry["steps"] == [1, 2, 4] and entry["profiled"] == [2]
     printed = capsys.readouterr().out
     assert printed.startswith("A run\n  WARNING: odd\n") and printed.endswith("\nNext: python next.py\n"), printed
@@ -150,7 +150,7 @@ def test_plan_and_memory_are_told(tmp_path, capsys):
     assert told["devices"]["devices"][1] == {"id": 1, "kind": "TPU v6 lite", "coords": [1, 0, 0]}
     assert told["plan"]["layout"] == "fsdp"
     assert told["phase_end"]["memory"][1] == {"device": 1, "in use": 2**30, "peak": 2**31, "of": 2**35}
-    assert timings.read(tmp_path)["stage3"]["devices"] == "2 x TPU v6 lite"
+    assert timings.read_timings(tmp_path)["stage3"]["devices"] == "2 x TPU v6 lite"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no device that is always full")
@@ -167,10 +167,10 @@ ENTRY = {"devices": None, "versions": {"jax": "1"}, "seconds": {"load": 2.0}, "s
 
 
 def test_stages_share_the_file_and_replace_their_own(tmp_path):
-    assert timings.write(tmp_path, "stage2", ENTRY) is None
-    assert timings.write(tmp_path, "stage1", ENTRY | {"steps": []}) is None
-    assert timings.write(tmp_path, "stage2", ENTRY | {"seconds": {"load": 3.0}}) is None
-    read = timings.read(tmp_path)
+    assert timings.write_timings(tmp_path, "stage2", ENTRY) is None
+    assert timings.write_timings(tmp_path, "stage1", ENTRY | {"steps": []}) is None
+    assert timings.write_timings(tmp_path, "stage2", ENTRY | {"seconds": {"load": 3.0}}) is None
+    read = timings.read_timings(tmp_path)
     assert list(read) == ["stage1", "stage2"]
     assert read["stage2"]["seconds"] == {"load": 3.0} and read["stage1"]["seconds"] == {"load": 2.0}
     assert [file.name for file in tmp_path.iterdir()] == ["timings.json"]
@@ -192,24 +192,26 @@ def test_what_is_no_file_of_ours_is_replaced(content, reason, tmp_path):
     file = tmp_path / timings.FILE
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=reason):
-        timings.read(tmp_path)
+        timings.read_timings(tmp_path)
     assert next(seconds.lines(tmp_path)).startswith("WARNING")
-    warning = timings.write(tmp_path, "stage2", ENTRY)
+    warning = timings.write_timings(tmp_path, "stage2", ENTRY)
     assert reason in warning and "replaced" in warning
-    assert timings.read(tmp_path) == {"stage2": ENTRY}
+    assert timings.read_timings(tmp_path) == {"stage2": ENTRY}
 
 
 def test_timings_that_cannot_be_written_are_a_warning(tmp_path):
     (tmp_path / timings.FILE).mkdir()
-    assert "cannot write" in timings.write(tmp_path, "stage2", ENTRY)
+    assert "cannot write" in timings.write_timings(tmp_path, "stage2", ENTRY)
 
 
 def test_lines_for_people(tmp_path):
     """The median and the slowest are of the steps that no profiler slowed down."""
     assert list(seconds.lines(tmp_path)) == []
-    timings.write(tmp_path / "a", "stage2", ENTRY)
-    timings.write(tmp_path / "b", "stage2", ENTRY | {"seconds": {"load": 8.0, "save": 1.0}, "versions": {"jax": "2"}})
-    timings.write(tmp_path / "b", "stage3", ENTRY | {"devices": "8 x TPU v6 lite", "steps": []})
+    timings.write_timings(tmp_path / "a", "stage2", ENTRY)
+    timings.write_timings(
+        tmp_path / "b", "stage2", ENTRY | {"seconds": {"load": 8.0, "save": 1.0}, "versions": {"jax": "2"}}
+    )
+    timings.write_timings(tmp_path / "b", "stage3", ENTRY | {"devices": "8 x TPU v6 lite", "steps": []})
     rows = [line.split() for line in seconds.lines(tmp_path / "a")]
     assert ["load", "2.000"] in rows and ["a", "step,", "median", "2.000"] in rows, rows
     assert ["a", "step,", "slowest", "3.000"] in rows, rows
@@ -300,7 +302,7 @@ def test_log_of_three_stages(quiet_run):
 
 @pytest.mark.slow
 def test_timings_of_three_stages(quiet_run):
-    read = timings.read(quiet_run.folder)
+    read = timings.read_timings(quiet_run.folder)
     assert list(read) == ["stage1", "stage2", "stage3"]
     for stage, entry in read.items():
         told = quiet_run.events[next(i for i, e in enumerate(quiet_run.events) if e.get("stage") == stage) :]
@@ -313,7 +315,7 @@ def test_timings_of_three_stages(quiet_run):
 @pytest.mark.slow
 def test_inspect_shows_timings_and_does_not_judge_them(quiet_run, run_stage, tmp_path):
     other = Path(shutil.copytree(quiet_run.folder, tmp_path / "other"))
-    timings.write(other, "stage2", timings.read(other)["stage2"] | {"steps": [1e6]})
+    timings.write_timings(other, "stage2", timings.read_timings(other)["stage2"] | {"steps": [1e6]})
     assert "a step, median" in run_stage("inspect_tensors.py", other).stdout
     process = run_stage("inspect_tensors.py", quiet_run.folder, "--compare", other)
     assert process.stdout.rstrip().splitlines()[-1].startswith("nothing differs"), process.stdout

@@ -69,7 +69,7 @@ def parameters(module: CogVideoXTransformer3DModel, loras=(), mesh=(1, 1, 1), la
     """Return a torch module's weights as stage 2 loads them, in float32."""
     stored = {name: np.asarray(jnp.from_dlpack(x.detach())) for name, x in module.state_dict().items()}
     config = dict(module.config)
-    changes = [lora.read(lora_option(f"{path}:{scale}")) for path, scale in loras]
+    changes = [lora.read_lora(lora_option(f"{path}:{scale}")) for path, scale in loras]
     for one in changes:
         one.check(transformer.stored_shapes(config))
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
@@ -236,7 +236,7 @@ def refusal(path: Path, model: Path) -> str:
     """Return why a LoRA is refused; it must be one line that names the file."""
     shapes = transformer.stored_shapes(json.loads((model / "transformer" / "config.json").read_text()))
     with pytest.raises(UserError) as caught:
-        lora.read(lora_option(str(path))).check(shapes)
+        lora.read_lora(lora_option(str(path))).check(shapes)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value), caught.value
     return str(caught.value)
 
@@ -293,7 +293,7 @@ def test_latents_and_provenance(outputs, random_model, loras, run_stage, tmp_pat
     config = json.loads((outputs / CONFIG).read_text())
     assert config["lora"] == [f"{path}:{scale}" for path, scale in zip(paths, SCALES, strict=True)]
     files = {str(path / FILE) for path in paths}
-    assert provenance.read(outputs / LATENTS)["inputs"].keys() == files | {EMBEDDINGS}
+    assert provenance.recorded(outputs / LATENTS)["inputs"].keys() == files | {EMBEDDINGS}
     provenance.check_inputs(outputs / LATENTS, force=False)
     edit_config(outputs, lora=[])
     fault = status.fault_of(outputs / LATENTS, stage_files.read_config(outputs, VideoConfig))

@@ -151,7 +151,7 @@ def dump_denoising(arguments: argparse.Namespace) -> Dump:
     selected = select(arguments, dict.fromkeys(steps, planned_step(transformer, plan, dtype)))
     blocks = {f"transformer_blocks.{i}": block for i, block in enumerate(transformer.transformer_blocks)}
     others = {name: part for name, part in transformer.named_children() if name != "transformer_blocks"}
-    loras = [lora.read(option) for option in config.get("lora", [])]
+    loras = [lora.read_lora(option) for option in config.get("lora", [])]
     for one in loras:
         one.check(stored_shapes(plan.transformer))
     stream_weights(blocks | others, config["model_id"], "transformer", dtype, arguments.device, loras)

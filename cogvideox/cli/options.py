@@ -24,8 +24,6 @@ from cogvideox.models.transformer.scheduler import CHOICES
 
 def add_log_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of `Report`, which are the same for all stages: how much is printed, and the log."""
-    from cogvideox.cli.types import file_path
-
     amount = parser.add_mutually_exclusive_group()
     amount.add_argument(
         "--verbose", action="store_true", help="also print versions, devices, plan, memory, and seconds of each step"
@@ -38,7 +36,7 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_force_option(parser: argparse.ArgumentParser) -> None:
-    """Add --force; see `refuse`."""
+    """Add --force; see `Report.refuse`."""
     parser.add_argument("--force", action="store_true", help="go on with files that do not belong together")
 
 
@@ -57,8 +55,7 @@ def add_size_options(parser: argparse.ArgumentParser) -> None:
 
 def add_denoising_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding."""
-    positive, yes_no = number(int, 1), argparse.BooleanOptionalAction
-    parser.add_argument("--num_inference_steps", type=positive, default=NUM_STEPS, help="denoising steps")
+    parser.add_argument("--num_inference_steps", type=number(int, 1), default=NUM_STEPS, help="denoising steps")
     add_size_options(parser)
     parser.add_argument(
         "--guidance_scale",
@@ -74,7 +71,7 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--use_dynamic_cfg",
-        action=yes_no,
+        action=argparse.BooleanOptionalAction,
         default=USE_DYNAMIC_CFG,
         help="let the guidance scale change from step to step, as in CogVideoXPipeline",
     )
@@ -83,9 +80,17 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
         choices=CHOICES,
         help="ddim, or dpm with trailing timesteps (default: the scheduler that the model names)",
     )
+    add_parallelism_options(parser)
+    add_step_cache_options(parser)
+    add_attention_options(parser)  # last, because the names of reports list the options in this order
+
+
+def add_parallelism_options(parser: argparse.ArgumentParser) -> None:
+    """Add how the chips share a denoising step."""
+    positive = number(int, 1)
     parser.add_argument(
         "--use_dp",
-        action=yes_no,
+        action=argparse.BooleanOptionalAction,
         default=USE_DP,
         help="use data parallelism (dp): split videos, and the two prompts of guidance, over the chips",
     )
@@ -113,6 +118,10 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh_order", help="order of the mesh axes; chips along the last one are neighbours (default: dp,sp,tp)"
     )
+
+
+def add_step_cache_options(parser: argparse.ArgumentParser) -> None:
+    """Add which steps skip the blocks."""
     cache = parser.add_mutually_exclusive_group()
     cache.add_argument(
         "--cache_threshold",
@@ -123,14 +132,13 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
     cache.add_argument(
         "--cache_schedule", metavar="NUMBERS", help="skip the blocks in these steps, such as 2,4-6 (default: in none)"
     )
-    add_attention_options(parser)  # last, because the names of reports list the options in this order
 
 
 def add_attention_options(parser: argparse.ArgumentParser) -> None:
     """Add the choice of the attention implementation and its own options."""
     parser.add_argument(
         "--attention",
-        help="implementation of attention, a name in models/attention.py (default: splash_exp2 on a TPU, else xla)",
+        help="implementation of attention: splash_exp2, splash or xla (default: splash_exp2 on a TPU, else xla)",
     )
     parser.add_argument(
         "--block_sizes",

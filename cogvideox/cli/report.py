@@ -246,7 +246,7 @@ class Report:
 
     def close(self, folder: Path, next_command: str | None = None) -> None:
         """Write the timings to `folder`, print the table, and the command to run next if there is one."""
-        if warning := timings.write(folder, self._stage, self._timings):
+        if warning := timings.write_timings(folder, self._stage, self._timings):
             self.warn(warning)
         for name, seconds in self._asides.items():
             self.add(name, f"{seconds:.2f} s, not part of the seconds above")

@@ -82,7 +82,7 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return (path, path.with_name(PEFT_CONFIG)) if path.name == PEFT else (path,)
 
 
-def read(text: str) -> Lora:
+def read_lora(text: str) -> Lora:
     """Read the LoRA that an lora_option of the form that `lora_option` returns names.
 
     Raises:

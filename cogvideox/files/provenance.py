@@ -39,7 +39,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe(stage: str, inputs: Mapping[str, str], arguments: Namespace) -> dict[str, str]:
+def as_metadata(stage: str, inputs: Mapping[str, str], arguments: Namespace) -> dict[str, str]:
     """Return the metadata that says how an output comes about, now: `provenance`, as JSON.
 
     Args:
@@ -72,8 +72,8 @@ def _plain(value: object) -> object:
     return value if isinstance(value, (int, float)) else str(value)
 
 
-def read(path: Path) -> dict:
-    """Return what `describe` has said of a safetensors file or a video; nothing if it does not say.
+def recorded(path: Path) -> dict:
+    """Return what `as_metadata` has said of a safetensors file or a video; nothing if it does not say.
 
     Raises:
         UserError: the file cannot be read.
@@ -93,7 +93,7 @@ def read(path: Path) -> dict:
 
 def stale_inputs(path: Path) -> Iterator[str]:
     """Yield the names of files beside `path`, and paths of others, that are not those which `path` was made from."""
-    inputs = read(path).get("inputs")
+    inputs = recorded(path).get("inputs")
     for name, known in (inputs if isinstance(inputs, dict) else {}).items():
         other = path.parent / name
         try:

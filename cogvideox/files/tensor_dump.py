@@ -121,7 +121,7 @@ class Dump:
         stage: "stage2" or "stage3".
         unit: what the numbers given to `add` count: "step" or "chunk".
         planned: for each number whose arrays are dumped, the arrays by name, in the order of execution.
-        metadata: what the tensors were made from, see `utils.made_from`.
+        metadata: what the tensors were made from, see `stage_files.made_from`.
 
     Raises:
         UserError: the disk has no room for the planned arrays, or a file cannot be written; an earlier dump is kept.

@@ -13,11 +13,11 @@ from cogvideox.files import writing
 from cogvideox.files.names import TIMINGS
 
 
-def read(folder: Path) -> dict[str, dict]:
+def read_timings(folder: Path) -> dict[str, dict]:
     """Return the entries of timings.json in `folder` by stage; none where there is no such file.
 
     Raises:
-        ValueError: the file is not one that `write` wrote; the message says why.
+        ValueError: the file is not one that `write_timings` wrote; the message says why.
     """
     try:
         entries = json.loads((folder / TIMINGS).read_text(encoding="utf-8"))
@@ -40,11 +40,11 @@ def _is_entry(entry: Any) -> bool:
     return all(isinstance(seconds, (int, float)) for seconds in [*entry["seconds"].values(), *entry["steps"]])
 
 
-def write(folder: Path, stage: str, entry: Mapping) -> str | None:
+def write_timings(folder: Path, stage: str, entry: Mapping) -> str | None:
     """Put the entry of a stage into timings.json in `folder`; return a warning if something is wrong with the file."""
     warning = None
     try:
-        entries = read(folder)
+        entries = read_timings(folder)
     except ValueError as error:
         warning, entries = f"{error}; it was replaced", {}
     try:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cogvideox.files.timings import read
+from cogvideox.files.timings import read_timings
 
 
 def lines(folder: Path, other: Path | None = None) -> Iterator[str]:
@@ -12,7 +12,7 @@ def lines(folder: Path, other: Path | None = None) -> Iterator[str]:
     runs = []
     for path in filter(None, (folder, other)):
         try:
-            runs.append(read(path))
+            runs.append(read_timings(path))
         except ValueError as error:
             yield f"WARNING: {error}"
             runs.append({})

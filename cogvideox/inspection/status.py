@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from cogvideox.errors import UserError, first_line
 from cogvideox.files import schemas, stage_files, videos
 from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, STATE, VIDEO, VIDEO_SUFFIXES
-from cogvideox.files.provenance import read, stale_inputs
+from cogvideox.files.provenance import recorded, stale_inputs
 
 # The files of a run, each made from the one before, and the stages that make them.
 CHAIN = (
@@ -73,7 +73,7 @@ def status_of_files(
         if fault is None and todo:
             fault = "is to be made again, after what comes before it"
         if fault is None:
-            yield f"{path}: made {read(path).get('time', 'at an unknown time')}"
+            yield f"{path}: made {recorded(path).get('time', 'at an unknown time')}"
         else:
             yield f"{path}: {fault}"
             todo = todo or script

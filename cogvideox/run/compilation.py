@@ -154,7 +154,7 @@ class Cache:
 class Compiling:
     """Obtains programs, compiled or from --executable, in threads, while the stage loads its weights.
 
-    The threads do not keep the process from ending, because a compilation cannot be interrupted; see `console.run`.
+    The threads do not keep the process from ending, because a compilation cannot be interrupted; see `program.run`.
 
     Args:
         arguments: with the options of `add_compilation_options`.

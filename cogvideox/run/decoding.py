@@ -144,9 +144,9 @@ class DecodingRun:
         latents = scaled(stage_files.read_latents(video.latents, allow_nan=True), self.weights, self.plan)
         # What the video is made from is read before the timed run.
         inputs = {provenance.known_as(video.latents, video.encoded.parent): provenance.digest(video.latents)}
-        made = provenance.describe("stage3", inputs, self.arguments)
+        made = provenance.as_metadata("stage3", inputs, self.arguments)
         frames_file, report = self.arguments.output_frames, self.report
-        fps = self.arguments.fps or video.config["fps"]
+        fps = frames_per_second(video, self.arguments)
         with (
             report.phase(f"run, with encoding{label}", in_table=not label) as phase,
             self.hosts.claimed(video.encoded.parent, "stage3"),
@@ -169,6 +169,17 @@ def report_plan(plan: "DecodingPlan", arguments: argparse.Namespace, report: Rep
     report.say(f"devices: {len(plan.devices)} x {plan.devices[0].device_kind}")
     reason = "as the options say" if arguments.chip_rows or arguments.strips else "the least work for each chip"
     report.say(f"split: {plan.split}; {reason}; the split does not change the result")
+
+
+def frames_per_second(video: Video, arguments: argparse.Namespace) -> int:
+    """Return the frame rate: the option's, or else that which stage 2 was told."""
+    return arguments.fps or video.config["fps"]
+
+
+def video_row(video: Video, plan: "DecodingPlan", arguments: argparse.Namespace) -> str:
+    """Return what the closing table says of a video."""
+    size = f"{plan.frames} frames, {plan.width} x {plan.height}"
+    return f"{size}, {frames_per_second(video, arguments)} frames per second"
 
 
 def write_video(

@@ -11,13 +11,14 @@ import numpy as np
 from cogvideox.cli.report import Report
 from cogvideox.cli.signals import Interruption
 from cogvideox.defaults import PRESETS
-from cogvideox.files import checkpoint, tensor_dump
+from cogvideox.files import checkpoint, stage_files, tensor_dump
 from cogvideox.files.lora import Lora
 from cogvideox.files.names import CONFIG, PREVIEW
+from cogvideox.files.schemas import LATENT_ENTRIES
 from cogvideox.models.shared.sizes import spatial_compression_ratio
 from cogvideox.run.hosts import Hosts
-from cogvideox.run.jobs import Group
-from cogvideox.run.plans import dump_wanted, plan_errors, skipped_steps
+from cogvideox.run.jobs import Group, Task
+from cogvideox.run.plans import dump_recorder, dump_wanted, plan_errors, skipped_steps
 
 if TYPE_CHECKING:
     import jax
@@ -92,6 +93,12 @@ def trace_steps(
         kinds = plan.kinds(skipped)
         traced = {kind: make_step(plan, wanted, kind).trace(*abstract_arguments(plan)) for kind in dict.fromkeys(kinds)}
     return Steps(plan, skipped, kinds, traced)
+
+
+def recorder(arguments: argparse.Namespace, task: Task, steps: Steps) -> "Recorder | NoRecorder":
+    """Make what writes the files of --dump, which takes a single video."""
+    made_from = stage_files.made_from(task.config, LATENT_ENTRIES)
+    return dump_recorder(arguments, "stage2", "step", made_from, steps.plan.parallelism.mesh, steps.programs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,9 +240,12 @@ class DenoisingRun:
 # --- What is said before the run ---------------------------------------------------------------------------------
 
 
-def report_plan(steps: Steps, loras: Sequence[Lora], arguments: argparse.Namespace, report: Report) -> None:
+def report_plan(
+    steps: Steps, loras: Sequence[Lora], arguments: argparse.Namespace, hosts: Hosts, report: Report
+) -> None:
     """Report the devices, the mesh, attention, guidance and scheduler of the plan, and which of them are defaults."""
     plan = steps.plan
+    report.plan(plan, hosts.own(plan.devices))
     devices = plan.parallelism.mesh.devices
     report.say(f"devices: {devices.size} x {devices.flat[0].device_kind}")
     if devices.size > 1:

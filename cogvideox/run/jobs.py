@@ -16,6 +16,7 @@ from cogvideox.cli.report import Report
 from cogvideox.defaults import MOST_SEED
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, provenance, stage_files, tensor_dump, videos, writing
+from cogvideox.files.lora import Lora
 from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, TIMINGS, VIDEO
 from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES, VIDEO_ENTRIES, TextConfig, VideoConfig
 from cogvideox.files.state import StateFile, fingerprint_of
@@ -25,6 +26,7 @@ from cogvideox.versions import versions
 if TYPE_CHECKING:
     import numpy as np
 
+    from cogvideox.models.decoder.plan import DecodingPlan
     from cogvideox.models.transformer.plan import DenoisingPlan
 
 SIZE = ("height", "width", "frames")
@@ -98,7 +100,7 @@ def videos_to_denoise(arguments: argparse.Namespace, output_dir: Path, hosts: Ho
 
 
 def check_files_to_denoise(
-    found: Sequence[Video], arguments: argparse.Namespace, lora_files: Sequence[Path], hosts: Hosts, report: Report
+    found: Sequence[Video], arguments: argparse.Namespace, loras: Sequence[Lora], hosts: Hosts, report: Report
 ) -> tuple[str, dict[Path, dict[str, tuple[int, ...]]]]:
     """Check the files of the videos.
 
@@ -116,10 +118,17 @@ def check_files_to_denoise(
     }
     model_id = check_model(found, arguments.model_id)
     outputs = [video.folder / name for video in found for name in (LATENTS, CONFIG)]
+    lora_files = [file for one in loras for file in one.files]
     inputs = [*shapes, *lora_files, arguments.executable, arguments.log_json]
     there = [("--output_dir", path) for path in outputs if hosts.is_first and path.parent.is_dir()]
     writing.check_outputs(there, inputs, model_id)
     return model_id, shapes
+
+
+def check_embeddings(shapes: Mapping[Path, Mapping[str, tuple[int, ...]]], plan: "DenoisingPlan") -> None:
+    """Raise UserError unless the transformer of the plan takes embeddings of these shapes, by file and name."""
+    for path, of_file in shapes.items():
+        stage_files.check_embeddings(of_file, plan.transformer, path)
 
 
 class Task(NamedTuple):
@@ -128,7 +137,7 @@ class Task(NamedTuple):
     Attributes:
         video: which.
         config: the entries that generation_config.json has after stage 2.
-        inputs: see `provenance.describe`.
+        inputs: see `provenance.as_metadata`.
         fingerprint: all that the latents depend on, to the last bit, by names for people.
     """
 
@@ -152,7 +161,7 @@ class Task(NamedTuple):
         from safetensors.numpy import save_file
 
         metadata = stage_files.made_from(self.config, LATENT_ENTRIES) | {"fingerprint": json.dumps(self.fingerprint)}
-        metadata |= provenance.describe("stage2", self.inputs, arguments)
+        metadata |= provenance.as_metadata("stage2", self.inputs, arguments)
         with writing.committing(self.video.folder, "stage2") as new:
             save_file({"latents": np.ascontiguousarray(latents)}, new / LATENTS, metadata=metadata)
             stage_files.write_config(new, self.config)
@@ -163,9 +172,10 @@ def tasks_of(
     arguments: argparse.Namespace,
     plan: "DenoisingPlan",
     skipped: Sequence[int],
-    lora_files: Sequence[Path],
+    loras: Sequence[Lora],
 ) -> list[Task]:
     """Return the tasks of the videos; each file that they are made from is read once."""
+    lora_files = [file for one in loras for file in one.files]
     digests = {path: provenance.file_digest(path) for path in lora_files}
     digests |= {path: provenance.digest(path) for path in {video.embeddings: None for video in found}}
     of_plan = {
@@ -288,3 +298,16 @@ def check_files_to_decode(
     inputs = [*shapes, *configs, timings, arguments.executable, arguments.log_json]
     writing.check_outputs(options if hosts.is_first else [], inputs, model_id)
     return model_id, shapes
+
+
+def check_latents(
+    found: Sequence[Video],
+    shapes: Mapping[Path, tuple[int, ...]],
+    plan: "DecodingPlan",
+    arguments: argparse.Namespace,
+) -> None:
+    """Raise UserError unless all latents fit the plan and are finite, before hours go into the first of them."""
+    for path, shape in shapes.items():
+        stage_files.check_latents_shape(shape, plan.latent_shape, path)
+    for video in found[1:]:
+        stage_files.read_latents(video.latents, arguments.allow_nan)

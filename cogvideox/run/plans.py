@@ -74,7 +74,7 @@ def denoising_plan(
         devices: the jax devices to run on.
         platform: "tpu", "cpu" or "gpu".
         videos: how many there are to make; its batch is how many of them are made at a time.
-        details: other arguments of `denoising.make_plan`: dtype.
+        details: other arguments of `make_denoising_plan`: dtype.
 
     Raises:
         UserError: the model, the devices and the options do not fit together.

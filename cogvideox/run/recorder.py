@@ -1,4 +1,4 @@
-"""Record what programs collect through models/tap.py: write it to a dump, and say what it shows."""
+"""Record what programs collect through cogvideox/models/shared/tap.py: write it to a dump, and say what it shows."""
 
 import json
 from collections import Counter
@@ -14,7 +14,7 @@ from cogvideox.files.tensor_dump import Dump, Planned, chip_places, in_words, me
 from cogvideox.models.shared.sharding import mesh_axes
 from cogvideox.models.shared.tap import CHECKSUMS, Collected, Tapped
 
-ONLINE_HEADS = ".attn1.online_heads"  # of a block, see models/attention.py
+ONLINE_HEADS = ".attn1.online_heads"  # of a block, see cogvideox/models/transformer/attention.py
 
 
 class Recorder:
