@@ -118,7 +118,7 @@ def module_of(words: list[str]) -> tuple[str, list[str]] | None:
 
 
 def made_small(module: str, arguments: list[str]) -> list[str]:
-    """Return the arguments of a stage with a small model and video in the place of the published model and its video."""
+    """Return the arguments of a stage, where they are for the published model or its size with small ones instead."""
     options = dict(itertools.pairwise(arguments))
     if f"{module}.py" == STAGE1 and "--model_id" not in options:
         return [*arguments, "--model_id", MODEL]
@@ -365,6 +365,7 @@ def test_options_page_says_what_help_says(script):
     assert options_in("\n".join(rows)) == options_of(script.removesuffix(".py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*PAGES, CHINESE])
 def test_options_that_a_page_names_exist(name):
     """Options of other people's programs stand only in the commands that cannot run."""
