@@ -398,7 +398,7 @@ TABLES: dict[str, Callable[[], str]] = {
         [
             "a step, 768 x 1360 x 81, guidance",
             "a step, 640 x 1280 x 61, no guidance",
-            "the same (an NVIDIA H200 took 2.02 s there)",
+            "the same; they measured 2.02 s on an NVIDIA H200",
             "decoding all frames, 640 x 1280 x 61",
         ],
         "2.4 s, probably at this size",
@@ -408,7 +408,7 @@ TABLES: dict[str, Callable[[], str]] = {
         [
             "每步，768 x 1360 x 81，使用引导",
             "每步，640 x 1280 x 61，不用引导",
-            "同上（原作者用 NVIDIA H200 测得 2.02 s）",
+            "同上；其作者在 NVIDIA H200 上测得 2.02 s",
             "解码全部帧，640 x 1280 x 61",
         ],
         "2.4 s，很可能是在这个尺寸下测得",

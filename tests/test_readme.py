@@ -39,7 +39,7 @@ STAGES = (STAGE1, STAGE2, STAGE3, STAGE3_FLAX)
 # Commands that cannot run here, as expressions that match all of a command, and why.
 CANNOT_RUN = {
     r"make( PYTHON=\S+)? (test|test-fast|lint)": "runs the tests, this one among them, or what they run beside it",
-    r"git clone .*|cd cogvideox": "needs the network, and goes into what it brought",
+    r"git clone .*|cd cogvideox-tpu": "needs the network, and goes into what it brought",
     r"(\S*pip|\S*python[\d.]* -m (pip|uv)) .*": "installs packages from the network",
     r"gcloud .*": "needs a TPU VM",
     r"\S*python -m benchmarks\.reproduce_tables.*": "compiles the full-size model many times, for more than an hour",
