@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 return
             recorder = denoising.recorder(arguments, tasks[0], steps)
             compiling = Compiling(arguments, "denoising step", steps.plan, [*steps.traced.values()], cache, report)
-            parameters = denoising.load_parameters(read, steps.plan, loras, report)
+            parameters = denoising.load_weights(read, steps.plan, loras, report)
             run_of_groups = denoising.DenoisingRun(steps, parameters, arguments, hosts, report)
             first = run_of_groups.start(groups[0])
         with report.phase("compile") as compile_phase:

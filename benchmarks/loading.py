@@ -30,16 +30,15 @@ from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.types import file_path, number
 from cogvideox.files import checkpoint, writing
-from cogvideox.files.names import VIDEO
+from cogvideox.files.names import ROOT, VIDEO
 from cogvideox.files.tensors import DTYPES
 from cogvideox.run import decoding
 from cogvideox.run.accelerator import prepare_libraries
+from compile_for_tpu.programs import BUILT_IN_MODEL
 
 if TYPE_CHECKING:
     from transformers import T5Config
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs" / "CogVideoX1.5-5B"
 TINY_MODEL = ROOT / "tiny_model"
 PROMPT = "a red circle moving left on a white background"
 BFLOAT16 = DTYPES["BF16"]
@@ -65,14 +64,14 @@ def make_model(folder: Path, blocks: int, text_blocks: int) -> None:
     from transformers import T5Config
 
     from cogvideox.models.decoder import vae_flax
-    from cogvideox.models.transformer import transformer
+    from cogvideox.models.transformer import parameters
 
-    config = json.loads((CONFIGS / "transformer" / "config.json").read_text()) | {"num_layers": blocks}
+    config = checkpoint.read_config(BUILT_IN_MODEL, "transformer") | {"num_layers": blocks}
     name = "diffusion_pytorch_model.safetensors"
-    write_weights(folder / "transformer" / name, transformer.stored_shapes(config))
+    write_weights(folder / "transformer" / name, parameters.stored_shapes(config))
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
 
-    vae = json.loads((CONFIGS / "vae" / "config.json").read_text())
+    vae = checkpoint.read_config(BUILT_IN_MODEL, "vae")
     shapes = {f"decoder.{name}": shape for name, shape in vae_flax.make_decoder(vae).weight_shapes.items()}
     write_weights(folder / "vae" / name, shapes)
     (folder / "vae" / "config.json").write_text(json.dumps(vae))
@@ -122,14 +121,14 @@ def prepare_transformer(folder: Path) -> Callable[[], object]:
     import jax
 
     from cogvideox.models.shared.sharding import Parallelism, make_mesh
-    from cogvideox.models.transformer import transformer
+    from cogvideox.models.transformer import parameters
 
     model, config = str(folder.parent), json.loads((folder / "config.json").read_text())
     parallelism = Parallelism(make_mesh({"dp": 1, "sp": 1, "tp": 1}, jax.devices()[:1]))
 
     def load() -> object:
-        read = checkpoint.tensor_reader(model, folder.name, transformer.stored_shapes(config))
-        return jax.block_until_ready(transformer.load_parameters(read, config, parallelism))
+        read = checkpoint.tensor_reader(model, folder.name, parameters.stored_shapes(config))
+        return jax.block_until_ready(parameters.load_parameters(read, config, parallelism))
 
     return load
 

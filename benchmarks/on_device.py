@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 MINUTES, QUICK_MINUTES = 30.0, 5.0
 PROMPT_SEED, LATENT_SEED, WEIGHT_SEED = 0, 1, 2
 GUIDANCE_SCALE = 6.0
-GIB = 2**30
 
 # --- Sizes -------------------------------------------------------------------------------------------------------
 
@@ -148,22 +147,22 @@ class Machine:
     @functools.cached_property
     def transformer(self) -> dict:
         """The transformer's config."""
-        return checkpoint.read_config(str(BUILT_IN_MODEL), "transformer") | dict(self.scale.transformer)
+        return checkpoint.read_config(BUILT_IN_MODEL, "transformer") | dict(self.scale.transformer)
 
     @functools.cached_property
     def vae(self) -> dict:
         """The VAE's config."""
-        return checkpoint.read_config(str(BUILT_IN_MODEL), "vae") | dict(self.scale.vae)
+        return checkpoint.read_config(BUILT_IN_MODEL, "vae") | dict(self.scale.vae)
 
     def denoising_plan(self, video: tuple[int, int, int], guided: bool, **options: Any) -> "DenoisingPlan":
-        """Make the plan of a denoising; `options` are arguments of `denoising.make_plan` other than the defaults."""
+        """Make the plan of a denoising; `options` are arguments of `make_denoising_plan` other than the defaults."""
         from cogvideox.models.transformer.plan import make_denoising_plan
 
         height, width, frames = video
         defaults: dict = {"transformer": self.transformer, "devices": self.devices, "platform": self.platform}
         return make_denoising_plan(
             vae=self.vae,
-            scheduler=checkpoint.read_config(str(BUILT_IN_MODEL), "scheduler", "scheduler_config.json"),
+            scheduler=checkpoint.read_config(BUILT_IN_MODEL, "scheduler", "scheduler_config.json"),
             height=height,
             width=width,
             frames=frames,
@@ -557,7 +556,7 @@ def check_step(machine: Machine, devices: "Sequence[jax.Device]", layers: int, g
 
 
 def few_blocks(machine: Machine, layers: int, guided: bool, **options: Any) -> "np.ndarray":
-    """Run the first step of a model of few blocks with drawn weights; `options` are those of `make_plan`."""
+    """Run the first step of a model of few blocks with drawn weights; `options` are those of `make_denoising_plan`."""
     config = machine.transformer | {"num_layers": layers}
     plan = machine.denoising_plan(machine.scale.checked_video, guided, transformer=config, **options)
     return one_step(plan, draw_weights(parameter_shapes(plan)))
@@ -574,7 +573,7 @@ def step_on_cpu(machine: Machine, layers: int, guided: bool, dtype: str) -> "np.
 
 def parameter_shapes(plan: "DenoisingPlan") -> "Mapping[str, jax.ShapeDtypeStruct]":
     """Return the transformer's parameters as shapes with shardings."""
-    from cogvideox.models.transformer.transformer import abstract_parameters
+    from cogvideox.models.transformer.parameters import abstract_parameters
 
     return abstract_parameters(plan.transformer, plan.dtype, plan.parallelism)
 
@@ -653,7 +652,7 @@ class MemoryUse:
         self._before = self._most("peak")
 
     def _most(self, what: str) -> float | None:
-        sizes = [told[what] / GIB for told in memory_of(self._devices) if what in told]
+        sizes = [told[what] / prediction.GIB for told in memory_of(self._devices) if what in told]
         return max(sizes) if sizes else None
 
     def so_far(self, programs: "Sequence[jax.stages.Compiled]") -> dict:

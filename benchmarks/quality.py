@@ -33,9 +33,10 @@ from cogvideox.cli.program import run
 from cogvideox.cli.types import file_path, lora_option, number, preset
 from cogvideox.defaults import FPS, NUM_STEPS, PRESETS, SEED
 from cogvideox.files import checkpoint, lora, videos, writing
-from cogvideox.files.names import EMBEDDINGS
+from cogvideox.files.names import EMBEDDINGS, ROOT
 from cogvideox.run import accelerator, decoding, denoising, plans
 from cogvideox.run.accelerator import prepare_libraries
+from compile_for_tpu.report import RESULTS
 from tools.moving_shapes import (
     CHANCE,
     FRAMES,
@@ -53,9 +54,6 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
     from PIL import Image
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -273,8 +271,8 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     from safetensors.torch import load_file
 
     from cogvideox.models.transformer.denoising import Denoising
+    from cogvideox.models.transformer.parameters import load_parameters
     from cogvideox.models.transformer.step import abstract_arguments, make_step
-    from cogvideox.models.transformer.transformer import load_parameters
 
     devices = accelerator.devices(debug=False)
     plan = plans.denoising_plan(options, model, devices, devices[0].platform, videos=1)

@@ -94,7 +94,7 @@ def trace_original_block(row: Row, devices: list) -> prediction.Programs:
     from cogvideox.models.decoder.torch_function import jax_function
     from cogvideox.models.shared import sharding
 
-    config = checkpoint.read_config(str(programs.BUILT_IN_MODEL), "transformer")
+    config = checkpoint.read_config(programs.BUILT_IN_MODEL, "transformer")
     sizes = {"dp": row.dp, "sp": 1, "tp": len(devices) // row.dp}
     mesh = sharding.make_mesh(sizes, devices, row.mesh_order)
     text, heads, head_dim = config["max_text_seq_length"], config["num_attention_heads"], config["attention_head_dim"]

@@ -45,10 +45,11 @@ class PlanError(ValueError):
     """A plan that cannot be carried out.
 
     Args:
-        option: the wrong option, as the stages name it but without the dashes; None where the model itself is wrong.
-        message: what is wrong with its value, and which values work.
+        field: the field of the plan whose value is wrong; None where the model itself is wrong.
+        message: what is wrong with the value, and which values work.
+        other: another field that the message names.
     """
 
-    def __init__(self, option: str | None, message: str):
-        super().__init__(f"{option} {message}" if option else message)
-        self.option = option
+    def __init__(self, field: str | None, message: str, other: str | None = None):
+        super().__init__(f"{field} {message}" if field else message)
+        self.field, self.other = field, other

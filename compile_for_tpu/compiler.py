@@ -12,10 +12,10 @@ from typing import Any
 
 from cogvideox.errors import UserError, error_message
 from cogvideox.files import writing
+from cogvideox.files.names import ROOT
 from cogvideox.versions import versions
 from compile_for_tpu import prediction, topologies
 
-ROOT = Path(__file__).resolve().parent.parent
 DUMP = "COMPILE_FOR_TPU_DUMP"  # names the folder of the compiler's dumps, in the process that compiles
 
 

@@ -17,8 +17,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from cogvideox.errors import UserError
-from cogvideox.files import provenance, stage_files, state, writing
-from cogvideox.files.names import VIDEO
+from cogvideox.files import provenance, stage_files, writing
+from cogvideox.files.names import STATE, VIDEO
 from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES
 from cogvideox.inspection import status
 from cogvideox.models.transformer import denoising
@@ -88,7 +88,7 @@ def kill_and_run_again(outputs: Path, script: str, moments: list[float], seed: i
         assert status in (0, -number, 128 + number), f"{where}: exit {status}\n{errors}"
         assert "Traceback" not in errors, f"{where}\n{errors}"
         if status == 128 + number:
-            left = {file for file in set(contents(outputs)) - files if file != state.FILE}
+            left = {file for file in set(contents(outputs)) - files if file != STATE}
             assert not left, f"{where}: {left}"
         for found, kept in zip(tensors(outputs / name).values(), before.values(), strict=True):
             assert torch.equal(found, kept), f"{where}: half a file"
@@ -113,21 +113,21 @@ def test_an_unfinished_run_goes_on(outputs, run_stage):
     with subprocess.Popen(
         stage_command(STAGE2, *run), env=stage_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     ) as process:
-        while not (outputs / state.FILE).exists():
+        while not (outputs / STATE).exists():
             time.sleep(0.02)
             assert process.poll() is None, process.stderr.read().decode()
         process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=30)[1].decode()
     assert process.returncode == 128 + signal.SIGTERM, errors
     last = errors.strip().splitlines()[-1]
-    done = int(load_file(outputs / state.FILE)["done"])
+    done = int(load_file(outputs / STATE)["done"])
     assert f"interrupted after step {done} of 1000; the same command goes on from there" in last, errors
 
     error = run_stage(STAGE2, *run, "--seed", 7, status=2).stderr
     assert "seed = 42, this one has 7; --restart starts over" in error, error
     assert "an unfinished run" in run_stage("utils.py", "status", outputs).stdout
     run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--restart")
-    assert not (outputs / state.FILE).exists()
+    assert not (outputs / STATE).exists()
 
 
 @pytest.mark.parametrize("skipped", [[], [1, 2]], ids=["all steps", "two skipped"])

@@ -22,8 +22,8 @@ from cogvideox.errors import UserError
 from cogvideox.files import checkpoint
 from cogvideox.models.decoder.plan import DECODERS, make_decoding_plan
 from cogvideox.models.shared import loading
-from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh, parameter_sharding
-from cogvideox.models.transformer import transformer
+from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh
+from cogvideox.models.transformer import parameters
 from cogvideox.run import decoding
 from compile_for_tpu import topologies
 from tests.helpers import CONFIG, EMBEDDINGS, ROOT, SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, needs_libtpu
@@ -43,7 +43,7 @@ def test_shapes_are_those_of_diffusers(config):
     with torch.device("meta"):
         module = CogVideoXTransformer3DModel.from_config(config)
     theirs = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
-    assert transformer.stored_shapes(config) == theirs
+    assert parameters.stored_shapes(config) == theirs
 
 
 @pytest.fixture
@@ -105,16 +105,16 @@ def assert_same_bits(array: jax.Array, expected: np.ndarray, what: str) -> None:
 )
 def test_parameters(config, mesh, dtype, layout, scatter, monkeypatch):
     monkeypatch.setattr(loading, "SMALL", 0)
-    monkeypatch.setattr(transformer, "load_arrays", functools.partial(loading.load_arrays, scatter=scatter))
+    monkeypatch.setattr(parameters, "load_arrays", functools.partial(loading.load_arrays, scatter=scatter))
     random = np.random.default_rng(0)
-    shapes = transformer.stored_shapes(config)
+    shapes = parameters.stored_shapes(config)
     stored = {name: random_bits(shape, np.dtype(dtype), random) for name, shape in shapes.items()}
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
     parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout)
-    parameters = transformer.load_parameters(stored.__getitem__, config, parallelism)
-    assert parameters.keys() == transformer.parameter_shapes(config).keys()
-    for name, array in parameters.items():
-        assert array.sharding == parameter_sharding(name, layout, parallelism.mesh), name
+    loaded = parameters.load_parameters(stored.__getitem__, config, parallelism)
+    assert loaded.keys() == parameters.parameter_shapes(config).keys()
+    for name, array in loaded.items():
+        assert array.sharding == parallelism.sharding(*parameters.parameter_spec(name, layout)), name
         assert_same_bits(array, expected_parameter(name, stored, config), name)
 
 
@@ -154,12 +154,12 @@ COMPILE_GATHER = """
 import json, math, jax.numpy as jnp
 from compile_for_tpu import topologies
 from cogvideox.models.shared import loading
-from cogvideox.models.transformer import transformer
 from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh
+from cogvideox.models.transformer.parameters import abstract_parameters
 config = json.load(open("configs/CogVideoX1.5-5B/transformer/config.json"))
 for layout in LAYOUTS:
     parallelism = Parallelism(make_mesh({"dp": 2, "sp": 2, "tp": 2}, topologies.devices("v6e-8")), layout)
-    wanted = transformer.abstract_parameters(config, jnp.bfloat16, parallelism)
+    wanted = abstract_parameters(config, jnp.bfloat16, parallelism)
     scatters = {name: scatter for name, array in wanted.items() if (scatter := loading.scatter_of(array))}
     with topologies.compiling_for(parallelism.mesh):
         used = loading.compile_gather(wanted, scatters).memory_analysis()
@@ -292,7 +292,7 @@ def test_truncated_file(weights_folder):
 def test_a_plan_needs_neither_torch_nor_diffusers():
     code = (
         "import sys; from cogvideox.models.decoder import plan, vae_flax; "
-        "from cogvideox.models.transformer import plan, step; "
+        "from cogvideox.models.transformer import denoising; "
         "print(*{'torch', 'diffusers', 'transformers', 'torchax', 'scipy'} & sys.modules.keys())"
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

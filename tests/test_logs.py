@@ -18,6 +18,7 @@ from cogvideox.cli import program
 from cogvideox.cli import report as report_module
 from cogvideox.cli.report import EventLog, Report, memory_of
 from cogvideox.files import timings
+from cogvideox.files.names import TIMINGS
 from cogvideox.inspection import seconds
 from tests.helpers import LATENTS, SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, stage_command, stage_environment
 
@@ -189,7 +190,7 @@ def test_stages_share_the_file_and_replace_their_own(tmp_path):
     ],
 )
 def test_what_is_no_file_of_ours_is_replaced(content, reason, tmp_path):
-    file = tmp_path / timings.FILE
+    file = tmp_path / TIMINGS
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=reason):
         timings.read_timings(tmp_path)
@@ -200,7 +201,7 @@ def test_what_is_no_file_of_ours_is_replaced(content, reason, tmp_path):
 
 
 def test_timings_that_cannot_be_written_are_a_warning(tmp_path):
-    (tmp_path / timings.FILE).mkdir()
+    (tmp_path / TIMINGS).mkdir()
     assert "cannot write" in timings.write_timings(tmp_path, "stage2", ENTRY)
 
 
@@ -325,7 +326,7 @@ def test_inspect_shows_timings_and_does_not_judge_them(quiet_run, run_stage, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_stage_leaves_what_happened(kill, outputs, tmp_path):
-    log, before = tmp_path / "log.jsonl", (outputs / timings.FILE).read_bytes()
+    log, before = tmp_path / "log.jsonl", (outputs / TIMINGS).read_bytes()
     process = subprocess.Popen(
         stage_command(STAGE2, "--input_dir", outputs, *SIZE[:-1], 1000, "--quiet", "--log_json", log),
         env=stage_environment(),
@@ -342,4 +343,4 @@ def test_a_killed_stage_leaves_what_happened(kill, outputs, tmp_path):
     assert "end" not in {event["event"] for event in told}
     last = ("step", "aside") if kill == signal.SIGKILL else ("error",)  # a step, or its state that was kept
     assert told[-1]["event"] in last, told[-1]
-    assert (outputs / timings.FILE).read_bytes() == before
+    assert (outputs / TIMINGS).read_bytes() == before

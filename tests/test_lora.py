@@ -22,7 +22,7 @@ from cogvideox.files import lora, provenance, stage_files
 from cogvideox.files.schemas import VideoConfig
 from cogvideox.inspection import status
 from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh
-from cogvideox.models.transformer import transformer
+from cogvideox.models.transformer.parameters import load_parameters, stored_shapes
 from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, SIZE, STAGE2, edit_config
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_out", "norm1.linear", "text_proj"]
@@ -71,10 +71,10 @@ def parameters(module: CogVideoXTransformer3DModel, loras=(), mesh=(1, 1, 1), la
     config = dict(module.config)
     changes = [lora.read_lora(lora_option(f"{path}:{scale}")) for path, scale in loras]
     for one in changes:
-        one.check(transformer.stored_shapes(config))
+        one.check(stored_shapes(config))
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
     parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout)
-    loaded = transformer.load_parameters(stored.__getitem__, config, parallelism, [one.add for one in changes])
+    loaded = load_parameters(stored.__getitem__, config, parallelism, [one.add for one in changes])
     return {name: np.asarray(array, np.float32) for name, array in loaded.items()}
 
 
@@ -234,7 +234,7 @@ FAULTS = {
 
 def refusal(path: Path, model: Path) -> str:
     """Return why a LoRA is refused; it must be one line that names the file."""
-    shapes = transformer.stored_shapes(json.loads((model / "transformer" / "config.json").read_text()))
+    shapes = stored_shapes(json.loads((model / "transformer" / "config.json").read_text()))
     with pytest.raises(UserError) as caught:
         lora.read_lora(lora_option(str(path))).check(shapes)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value), caught.value

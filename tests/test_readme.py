@@ -1,11 +1,16 @@
-"""The READMEs' commands are run, and the options that the pages name are those that the programs have.
+"""README and docs say what is so: their commands run, and options, figures, links and paths are those of the project.
 
-Commands stand in fenced blocks marked bash, one a line, and python blocks beside them. They run in a copy of the
-checkout, in the order of the page, with a model and a video as small as a test allows.
+Commands stand in fenced blocks marked bash, one a line, and python blocks beside them. Those of a page run in a copy of
+the checkout, in their order, with models and videos as small as a test allows. The project's programs run in this
+process, because starting one takes longer than what it does here.
 """
 
+import contextlib
 import functools
+import importlib
+import io
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -13,52 +18,56 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from tests.helpers import HAS_LIBTPU, ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, run_command, stage_command
+from benchmarks import write_figures
+from cogvideox.run import accelerator
+from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, run_command
 
-READMES = ("README.md", "README.zh-CN.md")
+ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
+PAGES = (
+    ENGLISH,
+    "CONTRIBUTING.md",
+    "tiny_model/README.md",
+    *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
+)
 OPTIONS_PAGE = "docs/options.md"
 STAGES = (STAGE1, STAGE2, STAGE3, STAGE3_FLAX)
-COMPILE_TOOL = "compile_for_tpu"
 
 # Commands that cannot run here, as expressions that match all of a command, and why.
 CANNOT_RUN = {
     r"make( PYTHON=\S+)? (test|test-fast|lint)": "runs the tests, this one among them, or what they run beside it",
-    r"make PYTHON=\S+ .*": "asks for a Python that may not be here",
-    r"git clone .*": "needs the network",
-    r"(\S*pip|\S*python[\d.]* -m pip|\S*uv|\S*python[\d.]* -m uv) .*": "installs packages from the network",
-    r"\S*python[\d.]* -m venv .*": "makes an environment, in the place of the tests' own",
-    r"(sudo|gcloud|ssh|scp|curl|wget) .*": "changes this machine, or needs another one",
-    r"(hf|huggingface-cli) .*": "downloads the published model",
-    r"python -m benchmarks\.reproduce_tables.*": "compiles the full-size model many times, for more than an hour",
+    r"git clone .*|cd cogvideox-tpu": "needs the network, and goes into what it brought",
+    r"(\S*pip|\S*python[\d.]* -m (pip|uv)) .*": "installs packages from the network",
+    r"gcloud .*": "needs a TPU VM",
+    r"\S*python -m benchmarks\.reproduce_tables.*": "compiles the full-size model many times, for more than an hour",
+    r"\S*python -m benchmarks\.measured_kernels": "needs other projects' packages, of other versions",
 }
 
-MODEL = "random_model"  # as wide as eight chips need, and in the place of the published one
-SMALL_VIDEO = {"--height": 64, "--width": 96, "--frames": 17, "--num_inference_steps": 4}  # at most
-VIDEO_DEFAULTS = {"--height": 768, "--width": 1360, "--frames": 81, "--num_inference_steps": 10}
-
-# Commands that run, as expressions found at their start. What is added to them comes after their own options: a model
-# where they name none or the published one, a video of at most SMALL_VIDEO, and the options that stand here.
-PROGRAM = r"(\w+=\S+ )*(\.venv/bin/)?python "
-RUN = {
-    r"make( help| clean| demo.*)?$": [],
-    r"(source|export|cd|ls|cat) ": [],
-    PROGRAM + r"stage1_text_encoder\.py ": ["model"],
-    PROGRAM + r"stage2_transformer\.py": ["video"],
-    PROGRAM + r"stage3_vae_decoder(_flax)?\.py": [],
-    PROGRAM + r"-m compile_for_tpu stage2": ["model", "video"],
-    PROGRAM + r"-m compile_for_tpu stage3": ["model", "video"],
-    PROGRAM + r"-m compile_for_tpu kernel": [],
-    PROGRAM + r"-m benchmarks\.quality": ["--captions", "1", "--videos", "1"],
-    PROGRAM + r"-m benchmarks\.stage_timing": ["video"],
-    PROGRAM + r"-m benchmarks\.on_device": ["--minutes", "0.3"],
-    PROGRAM + r"-m tools\.make_tiny_model": [],
-    PROGRAM + r"-m tools\.train_tiny_model": ["--effort", "0.002", "--device", "cpu"],
-    PROGRAM + r"-c ": [],
-    PROGRAM + r"\S+\.py --help$": [],
+# Commands that take so long, or need several processes, that another test has them, with checks of its own.
+RUN_ELSEWHERE = {
+    r"\S*python -m compile_for_tpu stage2 .*--save.*": "test_compile_for_tpu.py::test_executable_round_trip",
+    r"\S*python -m compile_for_tpu stage2 .*": "test_compile_for_tpu.py::test_stage2_of_the_tiny_model",
+    r"\S*python -m compile_for_tpu stage3 .*": "test_compile_for_tpu.py::test_decoder_round_trip",
+    r"\S*python -m compile_for_tpu kernel .*": "test_compile_for_tpu.py::test_kernel",
+    r"\S*python -m benchmarks\.on_device": "test_on_device.py::test_everything_runs",
+    r"\S*python -m benchmarks\.quality.*": "test_tiny_model.py::test_quality_of_a_few_captions",
+    r"\S*python -m tools\.train.*": "test_train_tiny_model.py::test_all_parts_and_the_folder_that_comes_out",
+    r"python stage2_transformer\.py --num_processes .*": "test_hosts.py::test_latents_of_several_processes",
 }
+
+# What a page's reader has before its first command.
+BEFORE = {
+    "docs/options.md": ["printf 'a red circle\\n\\na blue square\\n' > prompts.txt"],
+    "docs/files.md": ["python stage1_text_encoder.py --model_id tiny_model --prompt 'a red circle'"],
+}
+
+MODEL = "random_model"  # in the place of the published one
+VIDEO_DEFAULTS = {"--height": 768, "--width": 1360, "--frames": 81}
+SMALL_VIDEO = {"--height": "32", "--width": "48", "--frames": "9", "--num_inference_steps": "2"}  # in its place
+STATUS = {"--compare": (0, 1)}  # exit statuses other than 0 that an option allows: 1 says that two runs differ
 
 
 def page(name: str) -> str:
@@ -72,105 +81,245 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
         yield match[1], match[2]
 
 
-def commands(text: str) -> list[str]:
-    """Return the commands of a page in order: the lines of bash blocks without comments, and whole python blocks."""
+def without_blocks(text: str) -> str:
+    """Return a page without its fenced blocks."""
+    return re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[tuple[str, str]]:
+    """Return ("bash", command) and ("python", block) of a page in order; comments are left out of the former."""
     found = []
     for language, block in blocks(text):
         if language == "python":
-            found.append(shlex.join([".venv/bin/python", "-c", block]))
+            found.append((language, block))
         elif language == "bash":
             for line in block.replace("\\\n", " ").splitlines():
                 command = re.sub(r"\s+# .*|^#.*", "", line).strip()
-                found += [part.strip() for part in command.split(" && ") if part]
+                found += [(language, part.strip()) for part in command.split(" && ") if part]
     return found
 
 
-def reason_not_to_run(command: str) -> str | None:
-    """Return why a command cannot run here, or None."""
-    return next((reason for pattern, reason in CANNOT_RUN.items() if re.fullmatch(pattern, command)), None)
+def entry(table: dict[str, str], command: str) -> str | None:
+    """Return the entry of the first expression that matches all of a command, or None."""
+    return next((value for pattern, value in table.items() if re.fullmatch(pattern, command)), None)
 
 
-def made_small(command: str) -> str:
-    """Return a command with the options added that RUN asks for; a command that is not in RUN fails the test."""
-    additions = [added for pattern, added in RUN.items() if re.match(pattern, command)]
-    assert additions, f"'{command}' is neither in RUN nor in CANNOT_RUN"
-    own = shlex.split(command)
-    options = dict(itertools.pairwise(own))
-    added = []
-    for addition in additions[0]:
-        if addition == "model":
-            added += [] if "tiny_model" in options.get("--model_id", "") else ["--model_id", MODEL]
-        elif addition == "video":
-            sizes = {name: int(options.get(name, default)) for name, default in VIDEO_DEFAULTS.items()}
-            for name, most in SMALL_VIDEO.items():
-                has_steps = "compile_for_tpu" not in command or name != "--num_inference_steps"
-                added += [name, str(most)] if has_steps and sizes[name] > most else []
-        else:
-            added.append(addition)
-    if not added:
-        return command
-    rest = own.index("--") if "--" in own else len(own)
-    return shlex.join([*own[:rest], *added, *own[rest:]])
+def is_run(language: str, command: str) -> bool:
+    """Whether a command runs here."""
+    return language == "python" or not (entry(CANNOT_RUN, command) or entry(RUN_ELSEWHERE, command))
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Path:
-    """Make a copy of the checkout, with this process' environment as its .venv and a small model."""
-    from tools.make_tiny_model import make_pipeline
+def module_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """Return the module of the project that a command line runs, and its arguments; None for other commands."""
+    if not re.fullmatch(r"(\.venv/bin/)?python", words[0]):
+        return None
+    module, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1].removesuffix(".py"), words[2:])
+    return module, arguments
 
-    folder = tmp_path_factory.mktemp("scratch") / "checkout"
+
+def made_small(module: str, arguments: list[str]) -> list[str]:
+    """Return the arguments of a stage, where they are for the published model or its size with small ones instead."""
+    options = dict(itertools.pairwise(arguments))
+    if f"{module}.py" == STAGE1 and "--model_id" not in options:
+        return [*arguments, "--model_id", MODEL]
+    if f"{module}.py" == STAGE2 and all(int(options.get(name, n)) == n for name, n in VIDEO_DEFAULTS.items()):
+        return [*arguments, *itertools.chain(*SMALL_VIDEO.items())]
+    return arguments
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch, random_model) -> Path:
+    """Make a copy of the checkout, with this process' environment as its .venv, and go there."""
+    folder = tmp_path / "checkout"
     left_out = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "stage_outputs", "training")
     shutil.copytree(ROOT, folder, ignore=left_out)
-    (folder / "stage_outputs").mkdir()
+    (folder / MODEL).symlink_to(random_model)
     (folder / ".venv").mkdir()
-    for entry in Path(sys.prefix).iterdir():
-        (folder / ".venv" / entry.name).symlink_to(entry)
+    for path in Path(sys.prefix).iterdir():
+        (folder / ".venv" / path.name).symlink_to(path)
     for marker in ("installed", "installed-for-tests"):  # so that make finds nothing to install
         (folder / ".venv" / marker).unlink(missing_ok=True)
         (folder / ".venv" / marker).touch()
-    make_pipeline(folder / MODEL, num_attention_heads=8)
+    monkeypatch.chdir(folder)
     return folder
 
 
+def run_in_this_process(module: str, arguments: list[str]) -> int:
+    """Run a program of the project as if it had been started where there is one device; returns its exit status."""
+    found = accelerator.devices
+    with (
+        mock.patch.object(sys, "argv", [f"{module}.py", *arguments]),
+        mock.patch.object(accelerator, "devices", lambda *debug: found(*debug)[:1]),
+    ):
+        try:
+            importlib.import_module(module).main()
+        except SystemExit as end:
+            return int(end.code or 0)
+    return 0
+
+
+def run_line(command: str) -> None:
+    """Run a command of a bash block; of `make demo` the lines that it would run."""
+    if command.startswith("make demo"):
+        recipe = run_command([*shlex.split(command), "--dry-run"], check=True).stdout
+        for line in recipe.splitlines():
+            run_line(line)
+        return
+    words = shlex.split(command)
+    program = module_of(words)
+    if program is None:
+        process = run_command(["bash", "-ec", command])
+        assert process.returncode == 0, f"{command}\n{process.stdout}\n{process.stderr}"
+        return
+    module, arguments = program
+    allowed = next((statuses for option, statuses in STATUS.items() if option in arguments), (0,))
+    status = run_in_this_process(module, made_small(module, arguments))
+    assert status in allowed, f"{command} ended with {status}"
+
+
 @pytest.mark.slow
-def test_every_command_runs(checkout):
-    """In one folder, as a person would go through the pages; what stands on both is run once."""
-    environment = {"HOME": str(checkout), "HF_HUB_OFFLINE": "1"}
-    seen = []
-    for name in READMES:
-        session = []  # lines that change the shell that later commands run in
-        for command in commands(page(name)):
-            without_compiler = COMPILE_TOOL in command and not HAS_LIBTPU
-            if reason_not_to_run(command) or without_compiler or command in seen:
-                continue
-            small = made_small(command)
-            lines = "\n".join([*session, small])
-            process = run_command(["bash", "-ec", lines], cwd=checkout, env=environment)
-            assert process.returncode == 0, f"{name}: {command}\nas {small}\n{process.stdout}\n{process.stderr}"
-            if re.match("(source|export|cd) ", command):
-                session.append(command)
-            else:
-                seen.append(command)
-    for script in (STAGE1, STAGE2, STAGE3):
-        assert any(script in command for command in seen), f"no command of the READMEs runs {script}"
-    assert any(command.startswith("make demo") for command in seen)
+@pytest.mark.parametrize("name", [name for name in PAGES if any(is_run(*command) for command in commands(page(name)))])
+def test_every_command_runs(name, checkout):
+    """In a folder, as a person would go through the page."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    names: dict[str, object] = {"__name__": "__main__"}
+    for language, command in [*(("bash", line) for line in BEFORE.get(name, [])), *commands(page(name))]:
+        if not is_run(language, command):
+            continue
+        if language == "python":
+            exec(compile(command, name, "exec"), names)
+        else:
+            run_line(command)
 
 
-@pytest.mark.parametrize("name", READMES)
-def test_every_command_is_known(name):
-    """Each is in one of the two lists, and none hides outside of the blocks that are run."""
-    text = page(name)
-    assert any(not reason_not_to_run(command) for command in commands(text))
-    for command in commands(text):
-        assert reason_not_to_run(command) or made_small(command)
+def test_what_does_not_run_here():
+    """Every line of the two lists is needed, and a test that has a command is there."""
+    lines = [command for name in PAGES for language, command in commands(page(name)) if language == "bash"]
+    for pattern in (*CANNOT_RUN, *RUN_ELSEWHERE):
+        assert any(re.fullmatch(pattern, line) for line in lines), f"no page has a command like {pattern}"
+    for place in RUN_ELSEWHERE.values():
+        file, _, test = place.partition("::")
+        assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), place
+    for script in (STAGE1, STAGE2, STAGE3, "make demo", "inspect_tensors.py", "tools.dump_reference"):
+        assert any(script in line and is_run("bash", line) for line in lines), f"no command of the pages runs {script}"
+
+
+@pytest.mark.parametrize("name", [*PAGES, CHINESE])
+def test_no_command_hides(name):
+    """None stands outside of the blocks that are run."""
     starts = r"^\s*(\$ |make |python |python3 |pip |git |\.venv/)"
-    for language, block in blocks(text):
+    for language, block in blocks(page(name)):
         if language not in ("bash", "python"):
-            assert not re.search(starts, block, re.MULTILINE), (
-                f"{name} has a command in a block of {language}:\n{block}"
-            )
-    outside = re.sub(r"^ *```.*?^ *```$", "", text, flags=re.MULTILINE | re.DOTALL)
-    assert not (line := re.search(r"^ {4,}(\$|make|python3?|pip|git) .*", outside, re.MULTILINE)), f"{name}: {line[0]}"
+            assert not re.search(starts, block, re.MULTILINE), f"{name}: a command in a block of {language}:\n{block}"
+    indented = re.search(r"^ {4,}(\$|make|python3?|pip|git|import|from) .*", without_blocks(page(name)), re.MULTILINE)
+    assert not indented, f"{name}: {indented}"
+
+
+def test_the_readmes_have_the_same_commands_and_figures():
+    """And at most 130 lines, and the same sections, images and links to other pages."""
+    english, chinese = page(ENGLISH), page(CHINESE)
+    assert commands(english) == commands(chinese)
+    for pattern in (r"<!-- figure: .*? -->", r"^#+ ", r"\]\(([^)#]+)[^)]*\)", r"^\|[ |-]*\|$", r"`[^`\n]+`"):
+        found = [sorted(re.findall(pattern, text, re.MULTILINE)) for text in (english, chinese)]
+        found = [[item for item in items if not item.startswith("README")] for items in found]
+        assert found[0] == found[1], pattern
+    for name, text in ((ENGLISH, english), (CHINESE, chinese)):
+        assert len(text.splitlines()) <= 130, f"{name} has {len(text.splitlines())} lines"
+
+
+# --- Figures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", write_figures.pages(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_figures_are_those_of_the_results(path):
+    """`python -m benchmarks.write_figures` would change nothing."""
+    text = path.read_text(encoding="utf-8")
+    assert write_figures.with_figures(text) == text, "run: python -m benchmarks.write_figures"
+    # Markdown takes a line that begins with a comment for HTML, and ends the paragraph there.
+    assert not re.search(r"^ *<!-- figure", text, re.MULTILINE), path.name
+    assert len(re.findall("<!-- (?:figure|table): ", text)) == text.count("<!-- / -->"), (
+        f"{path.name}: a comment is open"
+    )
+
+
+def test_a_figure_that_differs_is_written(tmp_path):
+    """Also in a table; an unknown one is an error of one line."""
+    text = "a <!-- figure: tables.json 5/measured .2f -->9<!-- / --> s\n<!-- table: speed -->\nold\n<!-- / -->\n"
+    new = write_figures.with_figures(text)
+    assert new.startswith("a <!-- figure: tables.json 5/measured .2f -->2.31<!-- / --> s\n<!-- table: speed -->\n| ")
+    assert "old" not in new and new.endswith(" |\n<!-- / -->\n") and write_figures.with_figures(new) == new
+    for wrong in ("tables.json 5/nothing .2f", "tables.json 5 .2f", "nothing.json 5 .2f", "nothing"):
+        with pytest.raises(write_figures.UserError):
+            write_figures.figure(wrong)
+
+
+def test_no_predicted_figure_stands_alone():
+    """Seconds, GiB and scores of ours that are written somewhere are written everywhere; only logs have old ones."""
+    rows = write_figures.result("tables.json").values()
+    steps = {f"{row['ours_seconds']:.{digits}f}" for row in rows for digits in (2, 3)}
+    scores = {write_figures.FIGURES[f"useful scores at {tokens}"]() for tokens in ("25,826", "45,106")}
+    for path in write_figures.pages():
+        if path.name in ("CHANGELOG.md", "speed-log.md"):
+            continue
+        text = write_figures.BLOCK.sub("", write_figures.INLINE.sub("", path.read_text(encoding="utf-8")))
+        found = re.findall(rf"(?<![\d.])(?:(?:{'|'.join(steps)}) s|(?:{'|'.join(scores)}))(?![\d.])", text)
+        assert not found, f"{path.name}: {found} without comments around"
+
+
+# --- Links and paths ---------------------------------------------------------------------------------------------
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", [*PAGES, CHINESE, "CHANGELOG.md", "configs/CogVideoX1.5-5B/README.md"])
+def test_links_lead_somewhere(name):
+    text = without_blocks(page(name))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("https:", "http:")):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (ROOT / name).parent / file if file else ROOT / name
+        assert path.exists(), f"{name} links to {target}"
+        assert not anchor or anchor in anchors(path.read_text(encoding="utf-8")), f"{name} links to {target}"
+
+
+@pytest.mark.parametrize("name", [*PAGES, CHINESE])
+def test_paths_exist(name):
+    """Python files and folders that a page names; those of models and of other projects have other endings."""
+    files = {str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in path.parts}
+    names = {Path(file).name for file in files}
+    for path in re.findall(r"`([\w./-]+\.py)`", page(name)):
+        assert path in files or path in names, f"{name} names {path}"
+    for folder in re.findall(
+        r"`((?:cogvideox|tests|tools|benchmarks|docs|configs|compile_for_tpu)/[\w./-]*/)`", page(name)
+    ):
+        assert (ROOT / folder).is_dir(), f"{name} names {folder}"
+
+
+# What other programs say; the other messages on the page are ours.
+FOREIGN = ("uv", "pip", "libtpu", "jax", "No module named pip", "No space left on device")
+
+
+def test_messages_exist():
+    """Those that the page on troubleshooting names, without the parts that differ from time to time."""
+    sources = "".join(
+        path.read_text() for path in [ROOT / "Makefile", *ROOT.glob("*.py"), *ROOT.glob("cogvideox/**/*.py")]
+    )
+    rows = re.findall(r"^\| (.+?) \|", page("docs/troubleshooting.md"), re.MULTILINE)
+    messages = [message for row in rows for message in re.findall("`([^`]+)`", row) if message not in FOREIGN]
+    assert len(messages) > 8
+    for message in messages:
+        pieces = [
+            piece.strip(" ,=") for piece in re.split(r"\.\.\.|\d+(?:\.\d+)?|stage2|tpu\b|prompt|seed|cpu", message)
+        ]
+        assert any(len(piece) > 6 and piece in sources for piece in pieces), f"no program says '{message}'"
+
+
+# --- Options -----------------------------------------------------------------------------------------------------
 
 
 def options_in(text: str) -> set[str]:
@@ -179,17 +328,17 @@ def options_in(text: str) -> set[str]:
 
 
 @functools.cache
-def options_of(program: str, *subcommand: str) -> set[str]:
+def options_of(module: str, *subcommand: str) -> set[str]:
     """Return the names of all options that the help of a program has."""
-    process = run_command(stage_command(program, *subcommand, "--help"), cwd=ROOT, check=True)
-    return options_in(process.stdout) - {"--help"}
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert run_in_this_process(module, [*subcommand, "--help"]) == 0
+    return options_in(printed.getvalue()) - {"--help"}
 
 
 def programs() -> Iterator[tuple[str, ...]]:
-    """Yield the command line of each program of the project."""
-    yield from ((stage,) for stage in STAGES)
-    yield ("inspect_tensors.py",)
-    yield from ((COMPILE_TOOL, what) for what in ("stage2", "stage3", "kernel"))
+    """Yield the module of each program of the project, and its subcommand."""
+    yield from ((script.removesuffix(".py"),) for script in (*STAGES, "inspect_tensors.py"))
+    yield from (("compile_for_tpu.__main__", what) for what in ("stage2", "stage3", "kernel"))
     for folder in ("benchmarks", "tools"):
         for file in sorted((ROOT / folder).glob("*.py")):
             if '__name__ == "__main__"' in file.read_text():
@@ -213,17 +362,17 @@ def test_options_page_says_what_help_says(script):
     section = sections(page(OPTIONS_PAGE)).get(script)
     assert section, f"{OPTIONS_PAGE} has no heading that names {script}"
     rows = re.findall(r"^\|([^|]*--[^|]*)\|", section, re.MULTILINE)
-    assert options_in("\n".join(rows)) == options_of(script)
+    assert options_in("\n".join(rows)) == options_of(script.removesuffix(".py"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*READMES, OPTIONS_PAGE])
+@pytest.mark.parametrize("name", [*PAGES, CHINESE])
 def test_options_that_a_page_names_exist(name):
     """Options of other people's programs stand only in the commands that cannot run."""
     text = page(name)
     for _, block in blocks(text):
         for line in block.splitlines():
-            if reason_not_to_run(re.sub(r"\s+# .*", "", line).strip()):
+            if entry(CANNOT_RUN, re.sub(r"\s+# .*", "", line).strip()):
                 text = text.replace(line, "")
     known = set().union(*(options_of(*program) for program in programs()), {"--help"})
     assert len(known) > 30

@@ -15,8 +15,11 @@ from cogvideox.models.decoder.decoder import chunk_programs
 from cogvideox.models.decoder.spatial_split import choose_split
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import Parallelism, make_mesh
-from cogvideox.models.transformer import transformer
+from cogvideox.models.transformer import block
 from cogvideox.models.transformer.attention import Attention, xla_attention
+from cogvideox.models.transformer.embeddings import rotary_embedding
+from cogvideox.models.transformer.parameters import load_parameters
+from cogvideox.models.transformer.transformer import transformer
 from tests.test_decoders import both_decoders, make_vae
 from tests.test_transformer import SMALL, make_module, relative_error
 
@@ -72,15 +75,15 @@ def make_transformer(module, mesh: tuple[int, int, int], attention=xla_attention
 
     def function(*arguments):
         options = {"config": config, "parallelism": parallelism, "attention": attention}
-        return transformer.transformer(*arguments, **options).output
+        return transformer(*arguments, **options).output
 
     latents, prompts = (jnp.asarray(tensor.numpy()) for tensor in transformer_inputs(config))
     stored = {name: weight.numpy() for name, weight in module.state_dict().items()}
-    parameters = transformer.load_parameters(stored.__getitem__, config, parallelism)
+    parameters = load_parameters(stored.__getitem__, config, parallelism)
     return (
         function,
         parallelism.mesh,
-        (parameters, latents, prompts, jnp.int32(37), transformer.rotary_embedding(config, SHAPE)),
+        (parameters, latents, prompts, jnp.int32(37), rotary_embedding(config, SHAPE)),
     )
 
 
@@ -93,7 +96,7 @@ def make_transformer(module, mesh: tuple[int, int, int], attention=xla_attention
     ids=lambda value: str(value) if isinstance(value, tuple) else getattr(value, "name", "xla"),
 )
 def test_transformer_modules_match_diffusers(mesh, attention, monkeypatch):
-    monkeypatch.setattr(transformer, "FEED_FORWARD_TOKENS", 32)  # so that the MLP runs on several pieces
+    monkeypatch.setattr(block, "FEED_FORWARD_TOKENS", 32)  # so that the MLP runs on several pieces
     module = make_module(SMALL)
     function, devices, arguments = make_transformer(module, mesh, attention)
     prediction, collected = jax.jit(tap.collecting(function, EVERYTHING, devices))(*arguments)

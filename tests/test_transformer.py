@@ -9,10 +9,18 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from jax.sharding import PartitionSpec
 
-from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh, mesh_sizes, parameter_axes
-from cogvideox.models.transformer import transformer
+from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh, mesh_sizes
 from cogvideox.models.transformer.attention import Attention, xla_attention
+from cogvideox.models.transformer.embeddings import rotary_embedding
+from cogvideox.models.transformer.parameters import (
+    declaration,
+    load_parameters,
+    parameter_shapes,
+    parameter_spec,
+)
+from cogvideox.models.transformer.transformer import transformer
 from tests.helpers import ROOT
 
 MESHES = [(1, 1, 1), (2, 1, 4), (2, 2, 2), (1, 2, 4), (1, 8, 1), (1, 1, 8), (2, 4, 1)]
@@ -48,15 +56,13 @@ def run_both(module, batch, mesh, layout="tp", dtype=torch.float32, attention=xl
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
     parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout)
     ours = jax.jit(
-        lambda *arguments: (
-            transformer.transformer(*arguments, config=config, parallelism=parallelism, attention=attention).output
-        )
+        lambda *arguments: transformer(*arguments, config=config, parallelism=parallelism, attention=attention).output
     )(
-        transformer.load_parameters(stored.__getitem__, config, parallelism),
+        load_parameters(stored.__getitem__, config, parallelism),
         to_numpy(latents),
         to_numpy(prompts),
         jnp.int32(37),
-        transformer.rotary_embedding(config, shape),
+        rotary_embedding(config, shape),
     )
     return theirs.numpy(), np.asarray(ours)
 
@@ -124,10 +130,23 @@ def test_kernels_match_xla(name):
 
 def test_every_parameter_of_the_5b_model_has_one_rule():
     config = ROOT / "configs" / "CogVideoX1.5-5B" / "transformer" / "config.json"
-    shapes = transformer.parameter_shapes(json.loads(config.read_text()))
+    shapes = parameter_shapes(json.loads(config.read_text()))
     for name, shape in shapes.items():
-        assert len(parameter_axes(name)) == len(shape), name
+        assert len(declaration(name).axes) == len(shape), name
     assert sum(map(np.prod, shapes.values())) == pytest.approx(5.57e9, rel=1e-3)
+    assert declaration("blocks.ff.net.0.proj.bias").axes == ("layers", "mlp")
+    with pytest.raises(ValueError, match=r"parameter blocks\.attn2\.to_q\.weight"):
+        declaration("blocks.attn2.to_q.weight")
+
+
+@pytest.mark.parametrize(("layout", "chips"), [("tp", ("tp",)), ("fsdp", ("tp", "sp", "dp"))])
+def test_only_heads_and_mlp_are_split(layout, chips):
+    """In 5B: the rows of what makes heads and MLP, the columns of what reads them, and nothing else."""
+    config = ROOT / "configs" / "CogVideoX1.5-5B" / "transformer" / "config.json"
+    rows, columns = ("to_q.", "to_k.", "to_v.", "net.0.proj."), ("to_out.0.weight", "net.2.weight")
+    for name, shape in parameter_shapes(json.loads(config.read_text())).items():
+        axis = 1 if any(part in name for part in rows) else 2 if any(part in name for part in columns) else None
+        assert parameter_spec(name, layout) == PartitionSpec(*(chips if i == axis else None for i in range(len(shape))))
 
 
 @pytest.mark.parametrize(

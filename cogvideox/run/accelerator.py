@@ -31,7 +31,7 @@ def prepare_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"os\.fork\(\) was called")  # jax, when ffmpeg starts; that is safe
 
 
-def devices(debug: bool) -> "list[jax.Device]":
+def devices(debug: bool = False) -> "list[jax.Device]":
     """Return jax's devices.
 
     Raises:

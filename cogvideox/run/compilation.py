@@ -178,7 +178,7 @@ class Compiling:
         report: Report,
     ):
         self._what, self._cache, self._report = what, cache, report
-        self._advice = "make a smaller video" if getattr(plan, "batch", 1) == 1 else "make fewer --videos_at_once"
+        self._advice = "make a smaller video" if plan.batch == 1 else "make fewer --videos_at_once"
         self._start = self._end = time.perf_counter()
         self._found: list[bool] = []
         self._programs = self._from_file(arguments.executable, plan, traced) if arguments.executable else None

@@ -36,7 +36,7 @@ def weight_reader(model_id: str, plan: "DenoisingPlan", loras: Sequence[Lora]) -
     Raises:
         UserError: a file is missing or damaged, or a LoRA does not fit the transformer.
     """
-    from cogvideox.models.transformer.transformer import stored_shapes
+    from cogvideox.models.transformer.parameters import stored_shapes
 
     shapes = stored_shapes(plan.transformer)
     for one in loras:
@@ -44,13 +44,13 @@ def weight_reader(model_id: str, plan: "DenoisingPlan", loras: Sequence[Lora]) -
     return checkpoint.tensor_reader(model_id, "transformer", shapes)
 
 
-def load_parameters(
+def load_weights(
     read: Callable[[str], np.ndarray], plan: "DenoisingPlan", loras: Sequence[Lora], report: Report
 ) -> "Mapping[str, jax.Array]":
     """Load the weights onto the devices, with the LoRAs added."""
-    from cogvideox.models.transformer import transformer
+    from cogvideox.models.transformer.parameters import load_parameters
 
-    parameters = transformer.load_parameters(read, plan.transformer, plan.parallelism, [one.add for one in loras])
+    parameters = load_parameters(read, plan.transformer, plan.parallelism, [one.add for one in loras])
     report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
     return parameters
 

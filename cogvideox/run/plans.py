@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from cogvideox.models.transformer.plan import DenoisingPlan
     from cogvideox.run import recorder
 
+# What else the command line can say about a wrong field of a plan.
+REMEDIES = {"use_dynamic_cfg": "add --no-use_dynamic_cfg"}
+
 
 def dump_wanted(arguments: argparse.Namespace) -> "tap.Wanted | None":
     """Return what the options of `add_dump_options` ask the programs to return, or None without --dump.
@@ -176,12 +179,16 @@ def decoding_plan(
 
 @contextlib.contextmanager
 def plan_errors() -> Iterator[None]:
-    """Turn errors that say why a plan cannot be carried out into a UserError that names the option."""
+    """Turn errors that say why a plan cannot be carried out into a UserError that names the options."""
     from cogvideox.models.shared.tap import NoSuchNameError
 
     try:
         yield
     except PlanError as error:
-        raise UserError(f"--{error}" if error.option else str(error)) from error
+        message = f"--{error}" if error.field else str(error)
+        if error.other:
+            message = message.replace(error.other, f"--{error.other}")
+        remedy = REMEDIES.get(error.field or "")
+        raise UserError(f"{message}; {remedy}" if remedy else message) from error
     except NoSuchNameError as error:
         raise UserError(f"--dump_names: {str(error).splitlines()[0]}") from error

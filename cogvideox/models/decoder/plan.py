@@ -7,46 +7,41 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from cogvideox.errors import PlanError
 from cogvideox.models.decoder.decoder import Decoder, chunk_programs, chunk_sizes
 from cogvideox.models.decoder.spatial_split import Split, choose_split
 from cogvideox.models.decoder.vae_layers import ACTIVATIONS
 from cogvideox.models.shared import tap
+from cogvideox.models.shared.plan import Plan
 from cogvideox.models.shared.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
 
 DECODERS = ("torchax", "flax")  # of each there is a module vae_<name>.py with a function make_decoder
 
 
-@dataclasses.dataclass(frozen=True)
-class DecodingPlan:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodingPlan(Plan):
     """Everything that decides a decode, except weights and latents.
 
     Attributes:
-        vae: the model's config, as reading.py checks it.
+        vae, height, width, frames, batch, dtype: see `Plan`; videos are decoded one at a time.
         decoder: which decoder, one of DECODERS.
-        height, width, frames: of the video, in pixels and frames.
-        dtype: of weights and latents.
         split: of a frame over the devices.
     """
 
-    vae: Mapping
     decoder: str
-    height: int
-    width: int
-    frames: int
-    dtype: jnp.dtype
     split: Split
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:
         """[1, channels, frames, height, width] of the latents."""
-        return 1, self.vae["latent_channels"], *latent_size(self.vae, self.frames, self.height, self.width)
+        return self.batch, self.vae["latent_channels"], *self.latent_size
 
     @property
-    def devices(self) -> list[jax.Device]:
-        """The devices in the order of the mesh."""
-        return self.split.mesh.devices.flatten().tolist()
+    def mesh(self) -> Mesh:
+        """The mesh of devices, as many as the split has parts."""
+        return self.split.mesh
 
     @property
     def runs(self) -> list[int]:
@@ -57,7 +52,7 @@ class DecodingPlan:
     @property
     def program_options(self) -> dict:
         """Everything that the compiled programs depend on, except the config and the shapes of their arguments."""
-        return {"mesh": dict(self.split.mesh.shape), "strips": self.split.strips}
+        return {"mesh": dict(self.mesh.shape), "strips": self.split.strips}
 
     def make_decoder(self) -> Decoder:
         """Make the decoder, without weights."""

@@ -1,4 +1,7 @@
-"""Where arrays live on the dp/sp/tp mesh: tables of logical axes, and for each layout a map from those to mesh axes.
+"""Where arrays live on the dp/sp/tp mesh: for each layout a map from logical axes to mesh axes.
+
+The declarations of the parameters (models/transformer/parameters.py) and ACTIVATION_AXES say what the axes of an array
+stand for.
 
 dp splits the batch (the two prompts of classifier-free guidance), sp the sequence, tp the attention heads and the MLP.
 Between the matrix products the hidden states are split over the sequence by sp and tp together.
@@ -6,7 +9,6 @@ Between the matrix products the hidden states are split over the sequence by sp 
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,33 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cogvideox.errors import PlanError
 
 MESH_AXES = ("dp", "sp", "tp")
-
-# Every transformer parameter matches exactly one pattern. Names are those of the diffusers module, the blocks' stacked
-# along a leading axis; weights are [out, in] as in torch.
-PARAMETER_AXES = (
-    (r"blocks\.attn1\.to_[qkv]\.weight", ("layers", "heads", "embed")),
-    (r"blocks\.attn1\.to_[qkv]\.bias", ("layers", "heads")),
-    (r"blocks\.attn1\.norm_[qk]\.(weight|bias)", ("layers", "head_dim")),
-    (r"blocks\.attn1\.to_out\.0\.weight", ("layers", "embed", "heads")),
-    (r"blocks\.attn1\.to_out\.0\.bias", ("layers", "embed")),
-    (r"blocks\.ff\.net\.0\.proj\.weight", ("layers", "mlp", "embed")),
-    (r"blocks\.ff\.net\.0\.proj\.bias", ("layers", "mlp")),
-    (r"blocks\.ff\.net\.2\.weight", ("layers", "embed", "mlp")),
-    (r"blocks\.ff\.net\.2\.bias", ("layers", "embed")),
-    (r"blocks\.norm[12]\.linear\.weight", ("layers", "modulation", "time")),
-    (r"blocks\.norm[12]\.linear\.bias", ("layers", "modulation")),
-    (r"blocks\.norm[12]\.norm\.(weight|bias)", ("layers", "embed")),
-    (r"patch_embed\.(proj|text_proj)\.weight", ("embed", "input")),
-    (r"patch_embed\.(proj|text_proj)\.bias", ("embed",)),
-    (r"time_embedding\.linear_[12]\.weight", ("time", "time_input")),
-    (r"time_embedding\.linear_[12]\.bias", ("time",)),
-    (r"norm_final\.(weight|bias)", ("embed",)),
-    (r"norm_out\.linear\.weight", ("modulation", "time")),
-    (r"norm_out\.linear\.bias", ("modulation",)),
-    (r"norm_out\.norm\.(weight|bias)", ("embed",)),
-    (r"proj_out\.weight", ("output", "embed")),
-    (r"proj_out\.bias", ("output",)),
-)
 
 # Activations inside the blocks. Between the matrix products sp and tp split the "tokens"; for the products the chips
 # along tp gather the tokens, and split the heads and the MLP instead.
@@ -85,22 +60,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device], order: Se
     return Mesh(np.asarray(devices).reshape([sizes[axis] for axis in order]), tuple(order))
 
 
-def parameter_axes(name: str) -> tuple[str, ...]:
-    """Return the logical axes of a transformer parameter; raises ValueError unless exactly one pattern matches it."""
-    matches = [axes for pattern, axes in PARAMETER_AXES if re.fullmatch(pattern, name)]
-    if len(matches) != 1:
-        raise ValueError(f"{len(matches)} sharding rules match the parameter {name}")
-    return matches[0]
-
-
-def parameter_spec(name: str, layout: str) -> PartitionSpec:
-    """Return the mesh axes of each axis of the parameter `name` in one of LAYOUTS."""
-    return PartitionSpec(*(LAYOUTS[layout].get(axis) for axis in parameter_axes(name)))
-
-
-def parameter_sharding(name: str, layout: str, mesh: Mesh) -> NamedSharding:
-    """Return how the parameter `name` is split over `mesh` in one of LAYOUTS."""
-    return NamedSharding(mesh, parameter_spec(name, layout))
+def layout_spec(axes: Sequence[str], layout: str) -> PartitionSpec:
+    """Return the mesh axes that split each of a parameter's logical axes in one of LAYOUTS."""
+    return PartitionSpec(*(LAYOUTS[layout].get(axis) for axis in axes))
 
 
 def activation_spec(name: str) -> PartitionSpec:
@@ -108,23 +70,28 @@ def activation_spec(name: str) -> PartitionSpec:
     return PartitionSpec(*(ACTIVATIONS.get(axis) for axis in ACTIVATION_AXES[name]))
 
 
+HIDDEN_STATES = activation_spec("hidden states")
+
+
 def mesh_axes(spec: PartitionSpec) -> list[tuple[str, ...]]:
     """Return the mesh axes that split each axis of an array, also where a spec names one or None."""
     return [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
 
 
-def gather_at_use(name: str, layout: str) -> tuple[int, tuple[str, ...]] | None:
-    """Return (axis, mesh axes) over which a block gathers its share of `name` before use; None where it need not.
+def gather_at_use(axes: Sequence[str], layout: str) -> tuple[int, tuple[str, ...]] | None:
+    """Return (axis, mesh axes) over which a block gathers its share of a weight before use; None where it need not.
 
-    The share is that of one block, so the axis of the layers is not counted.
+    Args:
+        axes: the logical axes of one block's weight, so without "layers".
+        layout: one of LAYOUTS.
     """
     shares = [
         (axis, tuple(mesh_axis for mesh_axis in LAYOUTS[layout].get(logical, ()) if mesh_axis != "tp"))
-        for axis, logical in enumerate(parameter_axes(name)[1:])
+        for axis, logical in enumerate(axes)
     ]
     split = [share for share in shares if share[1]]
     if len(split) > 1:
-        raise ValueError(f"layout {layout} lets sp and dp split {len(split)} axes of {name}; a block gathers one")
+        raise ValueError(f"layout {layout} lets sp and dp split {len(split)} axes of {axes}; a block gathers one")
     return split[0] if split else None
 
 
@@ -166,6 +133,34 @@ def to_devices(arrays: Any, sharding: NamedSharding) -> Any:
         return jax.make_array_from_single_device_arrays(array.shape, sharding, copies)
 
     return jax.tree.map(parts, arrays)
+
+
+def choose_parallelism(
+    devices: Sequence[jax.Device],
+    heads: int,
+    batch: int,
+    use_dp: bool,
+    sp_num: int | None,
+    mesh_order: Sequence[str],
+    layout: str,
+) -> Parallelism:
+    """Choose how the chips are used.
+
+    Args:
+        devices: the chips.
+        heads, batch, use_dp, sp_num: see `mesh_sizes`.
+        mesh_order: order of the mesh's axes; along the last one devices are neighbours.
+        layout: of the parameters, a key of LAYOUTS.
+
+    Raises:
+        PlanError: there is no such order or layout, or the devices or the heads do not divide.
+    """
+    if sorted(mesh_order) != sorted(MESH_AXES):
+        raise PlanError("mesh_order", f"{','.join(mesh_order)} is not an order of {','.join(MESH_AXES)}")
+    if layout not in LAYOUTS:
+        raise PlanError("layout", f"{layout} is unknown; there are {', '.join(LAYOUTS)}")
+    sizes = mesh_sizes(len(devices), heads, batch, use_dp, sp_num)
+    return Parallelism(make_mesh(sizes, devices, mesh_order), layout)
 
 
 def mesh_sizes(devices: int, heads: int, batch: int, use_dp: bool, sp_num: int | None = None) -> dict[str, int]:

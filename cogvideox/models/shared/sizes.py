@@ -16,7 +16,7 @@ def latent_size(vae: Mapping, frames: int, height: int, width: int) -> tuple[int
     return (frames - 1) // vae["temporal_compression_ratio"] + 1, height // spatial, width // spatial
 
 
-def check_multiple(option: str, size: int, multiple: int, most: int | None = None) -> None:
+def check_multiple(field: str, size: int, multiple: int, most: int | None = None) -> None:
     """Raise PlanError, naming the nearest size that works, unless `size` is a multiple of `multiple` up to `most`."""
     if size % multiple == 0 and (most is None or size <= most):
         return
@@ -24,7 +24,7 @@ def check_multiple(option: str, size: int, multiple: int, most: int | None = Non
     limit = ""
     if most is not None:
         nearest, limit = min(nearest, most // multiple * multiple), f" up to {most}"
-    raise PlanError(option, f"{size} does not fit this model: a multiple of {multiple}{limit}, for example {nearest}")
+    raise PlanError(field, f"{size} does not fit this model: a multiple of {multiple}{limit}, for example {nearest}")
 
 
 def check_frames(vae: Mapping, frames: int) -> None:

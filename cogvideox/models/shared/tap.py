@@ -194,7 +194,7 @@ def sums(share: jax.Array, real: jax.Array, copies: int, checksum: bool = False)
         shows in all but the count.
 
     Padding counts as zero for the least and the largest value: one operation on each value instead of three. The whole
-    is to cost a few percent of the program (python -m compile_for_tpu stage2 --dump_stats).
+    is to cost a few percent of the program, as compile_for_tpu predicts.
     """
     x = jnp.where(real, share.astype(jnp.float32), 0.0)
     count = real.sum() * (x.size // real.size)

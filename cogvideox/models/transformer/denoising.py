@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cogvideox.models.shared.sharding import to_devices
+from cogvideox.models.transformer.embeddings import rotary_embedding
 from cogvideox.models.transformer.plan import DenoisingPlan, StepKind
 from cogvideox.models.transformer.scheduler import AffineScheduler, make_scheduler
 from cogvideox.models.transformer.step import (
@@ -18,15 +19,9 @@ from cogvideox.models.transformer.step import (
     abstract_arguments,
     state_shardings,
 )
-from cogvideox.models.transformer.transformer import (
-    rotary_embedding,
-)
 
 if TYPE_CHECKING:
     import torch
-
-
-# --- The loop ----------------------------------------------------------------------------------------------------
 
 
 class Denoising:
@@ -34,7 +29,7 @@ class Denoising:
 
     Args:
         plan: see `DenoisingPlan`.
-        parameters: see models/transformer.py.
+        parameters: see `load_parameters`.
         prompt_embeds, negative_prompt_embeds: [batch, text tokens, text width], torch.
         seeds: of the noise of each video, which is drawn as in `CogVideoXPipeline`, in the dtype of the embeddings.
         skipped: the steps that leave out the blocks.

@@ -7,28 +7,26 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from cogvideox.errors import PlanError
-from cogvideox.models.shared.sharding import LAYOUTS, MESH_AXES, Parallelism, make_mesh, mesh_sizes
-from cogvideox.models.shared.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
+from cogvideox.models.shared.plan import Plan
+from cogvideox.models.shared.sharding import MESH_AXES, Parallelism, choose_parallelism
+from cogvideox.models.shared.sizes import check_frames, check_multiple, spatial_compression_ratio
 from cogvideox.models.transformer.attention import Attention
 from cogvideox.models.transformer.scheduler import SAMPLERS, Sampler
 
-# --- The plan ----------------------------------------------------------------------------------------------------
 
-
-@dataclasses.dataclass(frozen=True)
-class DenoisingPlan:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenoisingPlan(Plan):
     """Everything that decides a denoising run, except weights, prompt and seed.
 
     Attributes:
-        transformer, vae, scheduler: the model's configs, as reading.py checks them.
-        height, width, frames: of the video, in pixels and frames.
+        vae, height, width, frames, batch, dtype: see `Plan`.
+        transformer, scheduler: the model's other configs, checked.
         num_inference_steps: denoising steps.
         guidance_scale: of classifier-free guidance; there is no guidance if it is at most 1.
         use_dynamic_cfg: whether it changes from step to step; see `guidance_at`.
-        batch: videos at a time.
-        dtype: of weights, latents and embeddings.
         parallelism: the mesh of devices, and the layout of the parameters on it.
         attention: the implementation, with its options.
         step_cache: whether full steps keep what the blocks add, for steps that leave them out.
@@ -36,16 +34,10 @@ class DenoisingPlan:
     """
 
     transformer: Mapping
-    vae: Mapping
     scheduler: Mapping
-    height: int
-    width: int
-    frames: int
     num_inference_steps: int
     guidance_scale: float
     use_dynamic_cfg: bool
-    batch: int
-    dtype: jnp.dtype
     parallelism: Parallelism
     attention: Attention
     step_cache: bool
@@ -86,19 +78,19 @@ class DenoisingPlan:
         return SAMPLERS[self.scheduler["_class_name"]]
 
     @property
-    def devices(self) -> list[jax.Device]:
-        """The devices in the order of the mesh."""
-        return self.parallelism.mesh.devices.flatten().tolist()
+    def mesh(self) -> Mesh:
+        """The mesh of devices, with the axes dp, sp and tp."""
+        return self.parallelism.mesh
 
     @property
     def surplus_frames(self) -> int:
         """Latent frames that are put in front to fill the temporal patch, and cut off again at the end."""
-        return -latent_size(self.vae, self.frames, self.height, self.width)[0] % self.transformer["patch_size_t"]
+        return -self.latent_size[0] % self.transformer["patch_size_t"]
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:
         """[batch, frames, channels, height, width] of the latents, surplus frames included."""
-        frames, height, width = latent_size(self.vae, self.frames, self.height, self.width)
+        frames, height, width = self.latent_size
         return self.batch, frames + self.surplus_frames, self.transformer["in_channels"], height, width
 
     @property
@@ -122,7 +114,7 @@ class DenoisingPlan:
     def program_options(self) -> dict:
         """Everything that the compiled step depends on, except the configs and the shapes of its arguments."""
         return {
-            "mesh": dict(self.parallelism.mesh.shape),
+            "mesh": dict(self.mesh.shape),
             "layout": self.parallelism.layout,
             "attention": self.attention.name,
             "blocks": self.attention.block_sizes or "default",
@@ -171,21 +163,15 @@ def make_denoising_plan(
 
     Args:
         attention, block_sizes, use_k_smooth: see `Attention.choose`.
-        use_dp, sp_num: see `mesh_sizes`.
-        mesh_order: order of the mesh's axes; along the last one devices are neighbours.
-        layout: of the parameters, a key of LAYOUTS.
+        use_dp, sp_num, mesh_order, layout: see `choose_parallelism`.
         step_cache, guidance_interval: see `DenoisingPlan`.
 
     Raises:
         PlanError: the model, the devices and the options do not fit together.
     """
-    if sorted(mesh_order) != sorted(MESH_AXES):
-        raise PlanError("mesh_order", f"{','.join(mesh_order)} is not an order of {','.join(MESH_AXES)}")
-    if layout not in LAYOUTS:
-        raise PlanError("layout", f"{layout} is unknown; there are {', '.join(LAYOUTS)}")
     # dp splits what all steps have: those without guidance have the positive prompts alone.
     sequences = batch * (2 if guidance_scale > 1.0 and guidance_interval is None else 1)
-    sizes = mesh_sizes(len(devices), transformer["num_attention_heads"], sequences, use_dp, sp_num)
+    heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
     plan = DenoisingPlan(
         transformer=transformer,
         vae=vae,
@@ -198,10 +184,8 @@ def make_denoising_plan(
         use_dynamic_cfg=use_dynamic_cfg,
         batch=batch,
         dtype=jnp.dtype(dtype),
-        parallelism=Parallelism(make_mesh(sizes, devices, mesh_order), layout),
-        attention=Attention.choose(
-            attention, platform, block_sizes, use_k_smooth, transformer["attention_head_dim"], dtype
-        ),
+        parallelism=choose_parallelism(devices, heads, sequences, use_dp, sp_num, mesh_order, layout),
+        attention=Attention.choose(attention, platform, block_sizes, use_k_smooth, head_dim, dtype),
         step_cache=step_cache,
         guidance_interval=guidance_interval,
     )
@@ -216,26 +200,25 @@ def check_plan(plan: DenoisingPlan) -> None:
     for name in ("height", "width"):
         check_multiple(name, getattr(plan, name), multiple, plan.transformer[f"sample_{name}"] * spatial)
     check_frames(plan.vae, plan.frames)
-    if plan.use_dynamic_cfg and not plan.guided:
-        raise PlanError(
-            "use_dynamic_cfg",
-            f"changes the guidance, and with --guidance_scale {plan.guidance_scale:g} there is none; "
-            "add --no-use_dynamic_cfg",
-        )
-    first, last = plan.guidance_interval or (0, 0)
-    if plan.guidance_interval and not plan.guided:
-        raise PlanError(
-            "guidance_interval",
-            f"is an interval with guidance, and with --guidance_scale {plan.guidance_scale:g} "
-            "there is none; use one of the two",
-        )
-    if not first <= last < plan.num_inference_steps:
-        raise PlanError(
-            "guidance_interval", f"{first},{last} is no interval of the steps 0 to {plan.num_inference_steps - 1}"
-        )
+    check_guidance(plan)
     if plan.scheduler["_class_name"] not in SAMPLERS:
         name = plan.scheduler["_class_name"]
         raise PlanError(None, f"scheduler {name} is not supported, only {' and '.join(SAMPLERS)}")
     maximum = plan.scheduler["num_train_timesteps"]
     if plan.num_inference_steps > maximum:
         raise PlanError("num_inference_steps", f"can be at most {maximum} with this scheduler")
+
+
+def check_guidance(plan: DenoisingPlan) -> None:
+    """Raise PlanError if the settings of guidance contradict each other, or the interval is none of the steps."""
+    scale, there_is_none = "guidance_scale", f"and with guidance_scale {plan.guidance_scale:g} there is none"
+    if plan.use_dynamic_cfg and not plan.guided:
+        raise PlanError("use_dynamic_cfg", f"changes the guidance, {there_is_none}", scale)
+    if plan.guidance_interval and not plan.guided:
+        message = f"is an interval with guidance, {there_is_none}; use one of the two"
+        raise PlanError("guidance_interval", message, scale)
+    first, last = plan.guidance_interval or (0, 0)
+    if not first <= last < plan.num_inference_steps:
+        raise PlanError(
+            "guidance_interval", f"{first},{last} is no interval of the steps 0 to {plan.num_inference_steps - 1}"
+        )

@@ -9,6 +9,7 @@ device has no branch on the timestep.
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -19,16 +20,20 @@ if TYPE_CHECKING:
 
 
 class Sampler(NamedTuple):
-    """How a diffusers scheduler is called.
+    """How a diffusers scheduler is called, and how it is chosen in the place of the model's own.
 
     Attributes:
+        choice: the name by which it is chosen.
         step: `step(scheduler, i, sample, model_output, old_pred_original_sample, generator)` of the i-th step, to
             (prev_sample, pred_original_sample); affine in the three arrays.
         adds_noise: whether a step draws noise from `generator` and adds it to prev_sample.
+        settings: what the choice changes in the model's scheduler_config.json, beside the class.
     """
 
+    choice: str
     step: "Callable[..., tuple[torch.Tensor, torch.Tensor]]"
     adds_noise: bool
+    settings: Mapping = MappingProxyType({})
 
 
 def _ddim_step(scheduler, i, sample, model_output, old_pred_original_sample, generator):
@@ -49,16 +54,13 @@ def _dpm_step(scheduler, i, sample, model_output, old_pred_original_sample, gene
 
 # The schedulers that stage 2 can run, by the name of the diffusers class, as in a model's scheduler_config.json.
 SAMPLERS = {
-    "CogVideoXDDIMScheduler": Sampler(_ddim_step, adds_noise=False),
-    "CogVideoXDPMScheduler": Sampler(_dpm_step, adds_noise=True),
+    "CogVideoXDDIMScheduler": Sampler("ddim", _ddim_step, adds_noise=False),
+    # The model's authors run DPM with trailing timesteps.
+    "CogVideoXDPMScheduler": Sampler("dpm", _dpm_step, adds_noise=True, settings={"timestep_spacing": "trailing"}),
 }
 
-
-# What --scheduler changes in a model's scheduler_config.json. The model's authors run DPM with trailing timesteps.
-CHOICES = {
-    "ddim": {"_class_name": "CogVideoXDDIMScheduler"},
-    "dpm": {"_class_name": "CogVideoXDPMScheduler", "timestep_spacing": "trailing"},
-}
+# What each choice changes in a model's scheduler_config.json.
+CHOICES = {sampler.choice: {"_class_name": name, **sampler.settings} for name, sampler in SAMPLERS.items()}
 
 
 def make_scheduler(config: Mapping) -> "SchedulerMixin":

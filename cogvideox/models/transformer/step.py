@@ -11,22 +11,15 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from cogvideox.models.shared import tap
-from cogvideox.models.transformer.attention import is_tiled
+from cogvideox.models.shared.sharding import HIDDEN_STATES
+from cogvideox.models.transformer.embeddings import time_embedding
+from cogvideox.models.transformer.parameters import abstract_parameters
 from cogvideox.models.transformer.plan import DenoisingPlan, StepKind
-from cogvideox.models.transformer.transformer import (
-    HIDDEN_STATES,
-    abstract_parameters,
-    hidden_states_shape,
-    time_embedding,
-    transformer,
-)
+from cogvideox.models.transformer.transformer import hidden_states_shape, transformer
 
 # By platform. On a TPU the exchange of tokens for heads then goes on beside other work.
 COMPILER_OPTIONS = {"tpu": {"xla_tpu_enable_async_all_to_all": True}}
 WHOLE_LATENTS = PartitionSpec(*[None] * 5)  # every chip has all of them
-
-
-# --- A step ------------------------------------------------------------------------------------------------------
 
 
 class State(NamedTuple):
@@ -141,10 +134,10 @@ def make_step(
         return State(prev_sample, pred_original_sample, finite_steps, residual)
 
     shardings = state_shardings(plan)
-    platform = plan.parallelism.mesh.devices.flat[0].platform
+    platform = plan.mesh.devices.flat[0].platform
     jit = functools.partial(jax.jit, donate_argnums=1, compiler_options=COMPILER_OPTIONS.get(platform))
     if wanted:
-        collecting = tap.collecting(step, wanted, plan.parallelism.mesh)
+        collecting = tap.collecting(step, wanted, plan.mesh)
         return jit(collecting, out_shardings=(shardings, None))
     return jit(step, out_shardings=shardings)
 
@@ -168,8 +161,8 @@ def abstract_arguments(plan: DenoisingPlan) -> StepArguments:
     rotary = array((plan.video_tokens, config["attention_head_dim"] // 2))
     residual: Any = None
     if plan.step_cache:
-        prompts, tiled = plan.batch * plan.prompts, is_tiled(plan.attention)
-        shape = hidden_states_shape(prompts, plan.tokens, config, plan.parallelism, tiled)
+        prompts = plan.batch * plan.prompts
+        shape = hidden_states_shape(prompts, plan.tokens, config, plan.parallelism, plan.attention)
         residual = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=state_shardings(plan).residual)
     return StepArguments(
         abstract_parameters(config, plan.dtype, plan.parallelism),

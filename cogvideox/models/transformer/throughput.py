@@ -46,7 +46,7 @@ def step_seconds(plan: DenoisingPlan) -> float:
     In each block all chips that share a sample exchange query, key, value and output: over sp from shares of the
     sequence to shares of the heads and back, over tp twice a gather and twice a sum of the hidden states.
     """
-    config, mesh = plan.transformer, plan.parallelism.mesh
+    config, mesh = plan.transformer, plan.mesh
     dp, sp, tp = (mesh.shape[axis] for axis in ("dp", "sp", "tp"))
     width = config["num_attention_heads"] * config["attention_head_dim"]
     samples = plan.batch * plan.prompts

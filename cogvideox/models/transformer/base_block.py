@@ -1,0 +1,81 @@
+"""What both blocks of the transformer have: their arguments, the modulation, and the gated residual."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from cogvideox.models.shared import tap
+from cogvideox.models.shared.sharding import HIDDEN_STATES, Parallelism
+from cogvideox.models.transformer import taps
+from cogvideox.models.transformer.layers import linear
+
+SEQUENCE_TILE = 16  # rows of a bfloat16 tile in a TPU's memory; each chip's share of the sequence is whole tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseBlock:
+    """One transformer block on one chip; call it on hidden states [batch / dp, sequence / (sp * tp), embed].
+
+    Attributes:
+        parameters: of this block, by names without "blocks.", split over tp. With `reads_stacks`, those that are
+            declared `read_in_stack` may be a `kernels.Weight`.
+        time: silu of the time embedding, [time_embed_dim].
+        rotary: cosines and sines of the chip's gathered tokens, [sequence / sp, head_dim / 2] each.
+        is_text: which of the chip's own tokens are text, bool [sequence / (sp * tp), 1].
+        length: tokens of the whole sequence that are not padding.
+        config: `transformer/config.json`.
+        parallelism: see `Parallelism`.
+        attention: `attention(query, key, value, kv_length)`; see models/transformer/attention.py.
+    """
+
+    gathered_multiple: ClassVar[int] = 1  # of which each chip's tokens, gathered over tp, are a multiple
+    reads_stacks: ClassVar[bool] = False  # whether it reads weights in the stack of all blocks
+
+    parameters: Mapping[str, Any]
+    time: jax.Array
+    rotary: tuple[jax.Array, jax.Array]
+    is_text: jax.Array
+    length: int
+    config: Mapping
+    parallelism: Parallelism
+    attention: Callable
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Apply the block."""
+        raise NotImplementedError
+
+    @property
+    def heads(self) -> int:
+        """Attention heads that this chip projects to."""
+        return self.config["num_attention_heads"] // self.parallelism.tp
+
+    @property
+    def bounds(self) -> tap.Bounds:
+        """Bounds of the tokens that are not padding, for taps."""
+        return {-2: (0, self.length)}
+
+    def modulation(self, name: str) -> jax.Array:
+        """Compute what the time embedding makes of the norm `name`: shifts, scales and gates, float32 [3, 2, embed].
+
+        Of each the first row is for text, the second for video.
+        """
+        modulation = linear(self.time, self.parameters, f"{name}.linear")
+        taps.tap_vector("linear", modulation)
+        return jnp.flip(modulation.reshape(2, 3, -1), 0).swapaxes(0, 1)
+
+    def gated_residual(
+        self, hidden: jax.Array, partial_sum: jax.Array, name: str, gates: jax.Array, is_text: jax.Array
+    ) -> jax.Array:
+        """Compute hidden + gate * (sum of `partial_sum` over tp + bias of module `name`) for some of the tokens."""
+        x = jax.lax.psum_scatter(partial_sum.astype(hidden.dtype), "tp", scatter_dimension=1, tiled=True)
+        x = self.with_bias(x, name)
+        tap.tap(name.partition(".")[2], x, HIDDEN_STATES, self.bounds)
+        return (hidden.astype(jnp.float32) + jnp.where(is_text, gates[0], gates[1]) * x).astype(hidden.dtype)
+
+    def with_bias(self, x: jax.Array, name: str) -> jax.Array:
+        """Add the bias of module `name`, if it has one, in float32."""
+        x = x.astype(jnp.float32)
+        return x + self.parameters[f"{name}.bias"].astype(jnp.float32) if f"{name}.bias" in self.parameters else x

@@ -1,0 +1,137 @@
+"""The kernel that projects tokens to heads, for queries, keys and values."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from cogvideox.models.transformer.kernels.common import (
+    LANES,
+    PRODUCT_TILES,
+    ROWS,
+    TOKENS,
+    Weight,
+    call,
+    fitting,
+    matmul,
+)
+from cogvideox.models.transformer.layers import moments
+
+
+class QKNorm(NamedTuple):
+    """Layer norm over head_dim and rotary embedding, pairs in two halves.
+
+    Attributes:
+        weight, bias: of the norm, [head_dim].
+        eps: of the norm.
+        cos, sin: float32 [tokens, head_dim / 2].
+    """
+
+    weight: jax.Array
+    bias: jax.Array
+    eps: float
+    cos: jax.Array
+    sin: jax.Array
+
+
+def to_heads(
+    x: jax.Array,
+    weight: Weight,
+    bias: jax.Array | None,
+    heads: int,
+    sp: int,
+    norm: QKNorm | None,
+    interpret: bool,
+) -> jax.Array:
+    """Project x [batch, tokens, embed] to heads, and normalise and rotate them if there is a `norm`.
+
+    Args:
+        x: tokens are whole tiles.
+        weight: of heads * head_dim outputs.
+        bias: [heads * head_dim] or None.
+        heads: of this chip before the exchange.
+        sp: chips that share them after the exchange.
+        norm: for queries and keys.
+        interpret: run in Pallas' interpreter.
+
+    Returns:
+        [sp, tiles, batch, heads / sp, head_dim, 128], of the dtype of x.
+    """
+    batch, tokens, embed = x.shape
+    head_dim, tiles, own = weight.outputs // heads, tokens // LANES, heads // sp
+    chips, block_heads = head_blocks(sp, own, fitting(ROWS, x.dtype) // head_dim)
+    block_tiles, groups = min(TOKENS // LANES, tiles), own // block_heads
+    rows = chips * block_heads * head_dim
+    bias = jnp.zeros(weight.outputs, jnp.float32) if bias is None else bias.astype(jnp.float32)
+    arrays, specs = [bias[:, None]], [pl.BlockSpec((rows, 1), lambda n, b, t, scalars: (n, 0))]
+    if norm:
+        column = pl.BlockSpec((head_dim, 1), lambda n, b, t, scalars: (0, 0))
+        rotary = pl.BlockSpec((head_dim // 2, block_tiles * LANES), lambda n, b, t, scalars: (0, t))
+        arrays += [norm.weight.astype(jnp.float32)[:, None], norm.bias.astype(jnp.float32)[:, None]]
+        arrays += [norm.cos.T, norm.sin.T]
+        specs += [column, column, rotary, rotary]
+    x_spec = pl.BlockSpec((1, block_tiles * LANES, embed), lambda n, b, t, scalars: (b, t, 0))
+    return call(
+        functools.partial(_to_heads, eps=norm.eps if norm else None, interpret=interpret),
+        "to_heads",
+        (jnp.int32(0), weight.layer),
+        [x, weight.stack, *arrays],
+        grid=(sp // chips * groups, batch, pl.cdiv(tiles, block_tiles)),
+        in_specs=[x_spec, weight.spec(rows), *specs],
+        out_specs=pl.BlockSpec(
+            (chips, block_tiles, 1, block_heads, head_dim, LANES),
+            lambda n, b, t, scalars: (n // groups, t, b, n % groups, 0, 0),
+        ),
+        out_shape=jax.ShapeDtypeStruct((sp, tiles, batch, own, head_dim, LANES), x.dtype),
+        products=x.size * weight.outputs,
+        moved=x.size * (sp // chips * groups) + weight.size + batch * tokens * weight.outputs,
+        interpret=interpret,
+    )
+
+
+def head_blocks(sp: int, own: int, most: int) -> tuple[int, int]:
+    """Choose how many of the sp chips, and how many of the `own` heads of each, a block has: `most` heads or one."""
+    block_heads = max(n for n in range(1, own + 1) if own % n == 0 and n <= max(most, 1))
+    chips = max(n for n in range(1, sp + 1) if sp % n == 0 and (n == 1 or n * own <= most))
+    return chips, block_heads
+
+
+def _to_heads(_, x_ref, weight_ref, bias_ref, *refs, eps, interpret):
+    """Project a block of tokens, two tiles at a time; while one pair is finished, the MXU can begin with the next."""
+    out_ref = refs[-1]
+    chips, tiles, _, heads, head_dim, _ = out_ref.shape
+
+    def product(first, count):
+        x = x_ref[0, pl.ds(first * LANES, count * LANES), :]
+        return matmul(weight_ref[...], x, ((1,), (1,)), interpret) + bias_ref[...]
+
+    def finish(y, first, count):
+        y = y.reshape(-1, head_dim, count * LANES)
+        if eps is not None:
+            columns = pl.ds(first * LANES, count * LANES)
+            weight_ref, bias_ref, cos_ref, sin_ref = refs[:-1]
+            y = _normalized_and_rotated(
+                y, weight_ref[...], bias_ref[...], eps, cos_ref[:, columns], sin_ref[:, columns]
+            )
+        y = y.astype(out_ref.dtype).reshape(chips, heads, head_dim, count * LANES)
+        for tile in range(count):
+            out_ref[:, first + tile, 0] = y[..., tile * LANES : (tile + 1) * LANES]
+
+    pending = None
+    for first in range(0, tiles, PRODUCT_TILES):
+        count = min(PRODUCT_TILES, tiles - first)
+        y = product(first, count)
+        if pending:
+            finish(*pending)
+        pending = y, first, count
+    finish(*pending)
+
+
+def _normalized_and_rotated(y, weight, bias, eps, cos, sin):
+    """Apply layer norm and rotary embedding to float32 [heads, head_dim, tokens], over the second axis."""
+    mean, scale = moments(y, eps, axis=1)
+    y = (y - mean) * scale * weight + bias
+    first, second = jnp.split(y, 2, axis=1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)

@@ -1,0 +1,165 @@
+"""The kernels of a block's other products, with what comes after them: the output projection, and the MLP's two."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from cogvideox.models.transformer.kernels.common import (
+    LANES,
+    PRODUCT_TILES,
+    ROWS,
+    TOKENS,
+    Weight,
+    block_of_outputs,
+    call,
+    fitting,
+    matmul,
+    text_or_video,
+)
+
+TOKEN_VALUES, WEIGHT_VALUES = 3 * 2**20, 9 * 2**20  # values in a block of tokens and of a weight at most, in bfloat16
+
+
+class Gelu(NamedTuple):
+    """The activation after a product: gelu(product + bias).
+
+    Attributes:
+        bias: [outputs] or None.
+    """
+
+    bias: jax.Array | None
+
+
+class Residual(NamedTuple):
+    """What a projection is added to: hidden + gate * (projection + bias).
+
+    Attributes:
+        hidden: [batch, tokens, embed].
+        bias: [embed] or None.
+        gates: of text and of video, float32 [2, embed].
+        text_tokens: how many of the tokens, from the first on, are text, int32 scalar.
+    """
+
+    hidden: jax.Array
+    bias: jax.Array | None
+    gates: jax.Array
+    text_tokens: jax.Array
+
+
+def from_heads(x: jax.Array, weight: Weight, residual: Residual | None, interpret: bool) -> jax.Array:
+    """Multiply heads by the weight of the output projection, and add the result to a `residual` if there is one.
+
+    Args:
+        x: [sp, tiles, batch, heads / sp, head_dim, 128].
+        weight: of embed outputs and heads * head_dim inputs.
+        residual: where this chip has all heads; None for its part of the product alone.
+        interpret: run in Pallas' interpreter.
+
+    Returns:
+        [batch, tokens, embed] of the dtype of x.
+    """
+    sp, tiles, batch, own, head_dim, _ = x.shape
+    embed, block_tiles = weight.outputs, min(TOKENS // LANES, tiles)
+    columns = block_of_outputs(embed, fitting(ROWS, x.dtype))
+    tokens_spec = pl.BlockSpec((1, block_tiles * LANES, columns), lambda n, b, t, scalars: (b, t, n))
+    text_tokens, arrays, specs = _epilogue(residual, tokens_spec, columns, embed)
+    x_spec = pl.BlockSpec((sp, block_tiles, 1, own, head_dim, LANES), lambda n, b, t, scalars: (0, t, b, 0, 0, 0))
+    return call(
+        functools.partial(_from_heads, interpret=interpret),
+        "from_heads",
+        (text_tokens, weight.layer),
+        [x, weight.stack, *arrays],
+        grid=(embed // columns, batch, pl.cdiv(tiles, block_tiles)),
+        in_specs=[x_spec, weight.spec(columns), *specs],
+        out_specs=tokens_spec,
+        out_shape=jax.ShapeDtypeStruct((batch, tiles * LANES, embed), x.dtype),
+        products=x.size * embed,
+        moved=x.size * (embed // columns) + weight.size + 2 * batch * tiles * LANES * embed,
+        interpret=interpret,
+    )
+
+
+def _from_heads(scalars_ref, x_ref, weight_ref, *refs, interpret):
+    """Project a block of tokens, two tiles at a time, to columns, and turn them into rows."""
+    tiles, out_ref, start = x_ref.shape[1], refs[-1], pl.program_id(2) * x_ref.shape[1] * LANES
+    for first in range(0, tiles, PRODUCT_TILES):
+        count = min(PRODUCT_TILES, tiles - first)
+        rows = pl.ds(first * LANES, count * LANES)
+        x = [x_ref[:, tile, 0].reshape(-1, LANES) for tile in range(first, first + count)]
+        y = matmul(weight_ref[...], jnp.concatenate(x, axis=1), ((1,), (0,)), interpret).T
+        out_ref[0, rows] = _finished(y, refs[:-1], rows, start + first * LANES, scalars_ref[0]).astype(out_ref.dtype)
+
+
+def dense(x: jax.Array, weight: Weight, after: Residual | Gelu | None, interpret: bool) -> jax.Array:
+    """Multiply x [batch, tokens, inputs] by a weight.
+
+    Args:
+        x: of the dtype of the weight.
+        weight: of as many inputs.
+        after: what is done to the product; None for a chip's part of the product alone.
+        interpret: run in Pallas' interpreter.
+
+    Returns:
+        [batch, tokens, outputs] of the dtype of x.
+    """
+    batch, tokens, inputs = x.shape
+    outputs = weight.outputs
+    block = min(TOKENS, max(fitting(TOKEN_VALUES, x.dtype) // inputs // LANES, 1) * LANES, tokens)
+    columns = block_of_outputs(outputs, min(fitting(ROWS, x.dtype), fitting(WEIGHT_VALUES, x.dtype) // inputs))
+    out_spec = pl.BlockSpec((1, block, columns), lambda n, b, t, scalars: (b, t, n))
+    text_tokens, arrays, specs = _epilogue(after, out_spec, columns, outputs)
+    return call(
+        functools.partial(_dense, interpret=interpret),
+        "dense_gelu" if isinstance(after, Gelu) else "dense",
+        (text_tokens, weight.layer),
+        [x, weight.stack, *arrays],
+        grid=(outputs // columns, batch, pl.cdiv(tokens, block)),
+        in_specs=[
+            pl.BlockSpec((1, block, inputs), lambda n, b, t, scalars: (b, t, 0)),
+            weight.spec(columns),
+            *specs,
+        ],
+        out_specs=out_spec,
+        out_shape=jax.ShapeDtypeStruct((batch, tokens, outputs), x.dtype),
+        products=x.size * outputs,
+        moved=x.size * (outputs // columns) + weight.size + 2 * batch * tokens * outputs,
+        interpret=interpret,
+    )
+
+
+def _dense(scalars_ref, x_ref, weight_ref, *refs, interpret):
+    """Multiply a block of tokens by a block of the weight."""
+    start = pl.program_id(2) * x_ref.shape[1]
+    y = matmul(x_ref[0], weight_ref[...], ((1,), (1,)), interpret)
+    refs[-1][0] = _finished(y, refs[:-1], slice(None), start, scalars_ref[0]).astype(refs[-1].dtype)
+
+
+def _epilogue(
+    after: Residual | Gelu | None, tokens_spec: pl.BlockSpec, columns: int, outputs: int
+) -> tuple[jax.Array, list[jax.Array], list[pl.BlockSpec]]:
+    """Return the number of text tokens, and the arrays and specs that `_finished` needs after a product."""
+
+    def table(rows: int) -> pl.BlockSpec:
+        return pl.BlockSpec((rows, columns), lambda n, b, t, scalars: (0, n))
+
+    if after is None:
+        return jnp.int32(0), [], []
+    bias = jnp.zeros((1, outputs), jnp.float32) if after.bias is None else after.bias.astype(jnp.float32)[None]
+    if isinstance(after, Gelu):
+        return jnp.int32(0), [bias], [table(1)]
+    return after.text_tokens, [bias, after.hidden, after.gates], [table(1), tokens_spec, table(2)]
+
+
+def _finished(y, refs, rows, start, text_tokens):
+    """Do to a product y [tokens, outputs] what comes after it; `refs` are blocks of the arrays of `_epilogue`."""
+    if not refs:
+        return y
+    bias_ref, *residual_refs = refs
+    if not residual_refs:
+        return jax.nn.gelu(y + bias_ref[...], approximate=True)
+    hidden_ref, gates_ref = residual_refs
+    y = y.astype(hidden_ref.dtype).astype(jnp.float32) + bias_ref[...]
+    return hidden_ref[0, rows].astype(jnp.float32) + text_or_video(gates_ref, start, len(y), text_tokens) * y

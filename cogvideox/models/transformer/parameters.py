@@ -1,0 +1,202 @@
+"""The transformer's parameters, each declared once, and how they come from a checkpoint onto the chips.
+
+Names are those of the diffusers module, but the blocks' parameters are stacked along a leading axis: in the place of
+"transformer_blocks.0.ff.net.2.bias" and so on there is one "blocks.ff.net.2.bias". Weights are [out, in] as in torch.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cogvideox.models.shared.loading import load_arrays
+from cogvideox.models.shared.sharding import Parallelism, layout_spec
+
+# --- Declarations ------------------------------------------------------------------------------------------------
+
+
+class Parameter(NamedTuple):
+    """The declaration of a parameter.
+
+    Attributes:
+        axes: what each of its axes stands for. That gives the sizes (`axis_sizes`), and the mesh axes that split them
+            (LAYOUTS in models/shared/sharding.py).
+        only_with: the entry of the config without which the model has no such parameter; None if every model has it.
+        rotary: whether its rows are reordered, so that the rotary pairs of a head are its two halves.
+        read_in_stack: whether the block of kernels reads it in the stack of all blocks, not in a copy of its layer.
+    """
+
+    axes: tuple[str, ...]
+    only_with: str | None = None
+    rotary: bool = False
+    read_in_stack: bool = False
+
+
+def _linear(
+    name: str, outputs: str, inputs: str, bias_only_with: str | None = None, rotary: bool = False, kernel: bool = False
+) -> dict[str, Parameter]:
+    """Declare a linear layer; `kernel` says whether the block of kernels multiplies by its weight."""
+    return {
+        f"{name}.weight": Parameter((outputs, inputs), None, rotary, read_in_stack=kernel),
+        f"{name}.bias": Parameter((outputs,), bias_only_with, rotary),
+    }
+
+
+def _norm(name: str, axis: str, only_with: str | None = None, rotary: bool = False) -> dict[str, Parameter]:
+    """Declare a layer norm."""
+    return {f"{name}.{kind}": Parameter((axis,), only_with, rotary) for kind in ("weight", "bias")}
+
+
+# Source: the constructor of `CogVideoXBlock`.
+BLOCK = {
+    **_linear("norm1.linear", "modulation", "time"),
+    **_norm("norm1.norm", "embed", only_with="norm_elementwise_affine"),
+    **_linear("attn1.to_q", "heads", "embed", bias_only_with="attention_bias", rotary=True, kernel=True),
+    **_linear("attn1.to_k", "heads", "embed", bias_only_with="attention_bias", rotary=True, kernel=True),
+    **_linear("attn1.to_v", "heads", "embed", bias_only_with="attention_bias", kernel=True),
+    **_norm("attn1.norm_q", "head_dim", rotary=True),
+    **_norm("attn1.norm_k", "head_dim", rotary=True),
+    **_linear("attn1.to_out.0", "embed", "heads", kernel=True),
+    **_linear("norm2.linear", "modulation", "time"),
+    **_norm("norm2.norm", "embed", only_with="norm_elementwise_affine"),
+    **_linear("ff.net.0.proj", "mlp", "embed", kernel=True),
+    **_linear("ff.net.2", "embed", "mlp", kernel=True),
+}
+
+# Source: the constructor of `CogVideoXTransformer3DModel`.
+PARAMETERS = {
+    **_linear("patch_embed.proj", "embed", "patch"),
+    **_linear("patch_embed.text_proj", "embed", "text"),
+    **_linear("time_embedding.linear_1", "inner time", "frequencies"),
+    **_linear("time_embedding.linear_2", "time", "inner time"),
+    **{f"blocks.{name}": declared._replace(axes=("layers", *declared.axes)) for name, declared in BLOCK.items()},
+    **_norm("norm_final", "embed", only_with="norm_elementwise_affine"),
+    **_linear("norm_out.linear", "last modulation", "time"),
+    **_norm("norm_out.norm", "embed", only_with="norm_elementwise_affine"),
+    **_linear("proj_out", "predicted patch", "embed"),
+}
+
+
+def axis_sizes(config: Mapping) -> dict[str, int]:
+    """Return the size of each logical axis of the parameters."""
+    embed = config["num_attention_heads"] * config["attention_head_dim"]
+    patch = config["patch_size"] ** 2 * config["patch_size_t"]
+    return {
+        "layers": config["num_layers"],
+        "embed": embed,
+        "heads": embed,  # all of them, one after the other
+        "head_dim": config["attention_head_dim"],
+        "mlp": 4 * embed,
+        "modulation": 6 * embed,  # shift, scale and gate, for video and for text
+        "last modulation": 2 * embed,  # shift and scale
+        "frequencies": embed,
+        "inner time": config["time_embed_dim"],
+        "time": config["time_embed_dim"],
+        "text": config["text_embed_dim"],
+        "patch": config["in_channels"] * patch,
+        "predicted patch": config["out_channels"] * patch,
+    }
+
+
+def declaration(name: str) -> Parameter:
+    """Return the declaration of the parameter `name`; raises ValueError if there is none."""
+    if name not in PARAMETERS:
+        raise ValueError(f"no declaration of the parameter {name} in PARAMETERS")
+    return PARAMETERS[name]
+
+
+def parameter_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each parameter of a model by its name."""
+    sizes = axis_sizes(config)
+    return {
+        name: tuple(sizes[axis] for axis in declared.axes)
+        for name, declared in PARAMETERS.items()
+        if declared.only_with is None or config[declared.only_with]
+    }
+
+
+def parameter_spec(name: str, layout: str) -> PartitionSpec:
+    """Return the mesh axes of each axis of the parameter `name` in one of LAYOUTS."""
+    return layout_spec(declaration(name).axes, layout)
+
+
+def abstract_parameters(
+    config: Mapping, dtype: jax.typing.DTypeLike, parallelism: Parallelism
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return what `load_parameters` returns, as shapes, to compile without weights."""
+    return {
+        name: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=NamedSharding(parallelism.mesh, parameter_spec(name, parallelism.layout))
+        )
+        for name, shape in parameter_shapes(config).items()
+    }
+
+
+# --- Loading -----------------------------------------------------------------------------------------------------
+
+
+def checkpoint_names(name: str, config: Mapping) -> list[str]:
+    """Return the checkpoint's names for a parameter: one for each layer if it is stacked."""
+    if not name.startswith("blocks."):
+        return [name]
+    return [f"transformer_blocks.{i}.{name.removeprefix('blocks.')}" for i in range(config["num_layers"])]
+
+
+def stored_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of the checkpoint by its name there."""
+    return {
+        stored: shape[1:] if name.startswith("blocks.") else shape
+        for name, shape in parameter_shapes(config).items()
+        for stored in checkpoint_names(name, config)
+    }
+
+
+def rotary_order(rows: int, config: Mapping) -> np.ndarray:
+    """Return the order of a q or k weight's rows in which the rotary pairs of a head are its two halves.
+
+    Scores do not change: q and k, their biases and norms are reordered alike.
+    """
+    return np.arange(rows).reshape(-1, config["attention_head_dim"] // 2, 2).swapaxes(1, 2).ravel()
+
+
+def load_parameters(
+    read: Callable[[str], np.ndarray],
+    config: Mapping,
+    parallelism: Parallelism,
+    changes: Sequence[Callable[[str, np.ndarray, tuple], None]] = (),
+) -> dict[str, jax.Array]:
+    """Load the parameters as sharded JAX arrays, of the stored dtypes.
+
+    Args:
+        read: `read(checkpoint name)` returns one stored tensor. It is called in several threads, and for each chip's
+            part again, so it should not copy.
+        config: `transformer/config.json`.
+        parallelism: the mesh, and the layout of the parameters on it.
+        changes: functions `change(checkpoint name, part, index)`, called one after the other for each part of a
+            stored tensor, which they change in place. The part is what the tensor has at `index`: rows (a slice or an
+            array of their numbers), and a slice of each other axis.
+    """
+
+    def fill(name: str, index: tuple[slice, ...], part: np.ndarray) -> None:
+        stacked = name.startswith("blocks.")
+        names = checkpoint_names(name, config)[index[0] if stacked else slice(None)]
+        rows, *columns = index[1:] if stacked else index
+        for layer, stored in zip(part if stacked else [part], names, strict=True):
+            weight = read(stored)[:, *columns]
+            order: slice | np.ndarray = rows
+            if PARAMETERS[name].rotary:
+                order = rotary_order(len(weight), config)[rows]
+                np.take(weight, order, axis=0, out=layer, mode="clip")
+            else:
+                layer[...] = weight[rows]
+            for change in changes:
+                change(stored, layer, (order, *columns))
+
+    wanted = {
+        name: array.update(dtype=read(checkpoint_names(name, config)[0]).dtype)
+        for name, array in abstract_parameters(config, jnp.bfloat16, parallelism).items()
+    }
+    return load_arrays(wanted, fill)
