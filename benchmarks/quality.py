@@ -274,7 +274,7 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     from cogvideox.models.transformer.parameters import load_parameters
     from cogvideox.models.transformer.step import abstract_arguments, make_step
 
-    devices = accelerator.devices(debug=False)
+    devices = accelerator.devices()
     plan = plans.denoising_plan(options, model, devices, devices[0].platform, videos=1)
     loras = [lora.read_lora(option) for option in options.lora]
     read = denoising.weight_reader(model, plan, loras)
@@ -302,7 +302,7 @@ def decoder(model: str, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
     plan = make_decoding_plan(
         vae=checkpoint.read_config(model, "vae"),
         decoder="torchax",
-        devices=accelerator.devices(debug=False),
+        devices=accelerator.devices(),
         dtype=dtype,
         height=SIZE,
         width=SIZE,
