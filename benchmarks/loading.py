@@ -30,16 +30,15 @@ from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.types import file_path, number
 from cogvideox.files import checkpoint, writing
-from cogvideox.files.names import VIDEO
+from cogvideox.files.names import ROOT, VIDEO
 from cogvideox.files.tensors import DTYPES
 from cogvideox.run import decoding
 from cogvideox.run.accelerator import prepare_libraries
+from compile_for_tpu.programs import BUILT_IN_MODEL
 
 if TYPE_CHECKING:
     from transformers import T5Config
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs" / "CogVideoX1.5-5B"
 TINY_MODEL = ROOT / "tiny_model"
 PROMPT = "a red circle moving left on a white background"
 BFLOAT16 = DTYPES["BF16"]
@@ -67,12 +66,12 @@ def make_model(folder: Path, blocks: int, text_blocks: int) -> None:
     from cogvideox.models.decoder import vae_flax
     from cogvideox.models.transformer import parameters
 
-    config = json.loads((CONFIGS / "transformer" / "config.json").read_text()) | {"num_layers": blocks}
+    config = checkpoint.read_config(BUILT_IN_MODEL, "transformer") | {"num_layers": blocks}
     name = "diffusion_pytorch_model.safetensors"
     write_weights(folder / "transformer" / name, parameters.stored_shapes(config))
     (folder / "transformer" / "config.json").write_text(json.dumps(config))
 
-    vae = json.loads((CONFIGS / "vae" / "config.json").read_text())
+    vae = checkpoint.read_config(BUILT_IN_MODEL, "vae")
     shapes = {f"decoder.{name}": shape for name, shape in vae_flax.make_decoder(vae).weight_shapes.items()}
     write_weights(folder / "vae" / name, shapes)
     (folder / "vae" / "config.json").write_text(json.dumps(vae))

@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 MINUTES, QUICK_MINUTES = 30.0, 5.0
 PROMPT_SEED, LATENT_SEED, WEIGHT_SEED = 0, 1, 2
 GUIDANCE_SCALE = 6.0
-GIB = 2**30
 
 # --- Sizes -------------------------------------------------------------------------------------------------------
 
@@ -148,22 +147,22 @@ class Machine:
     @functools.cached_property
     def transformer(self) -> dict:
         """The transformer's config."""
-        return checkpoint.read_config(str(BUILT_IN_MODEL), "transformer") | dict(self.scale.transformer)
+        return checkpoint.read_config(BUILT_IN_MODEL, "transformer") | dict(self.scale.transformer)
 
     @functools.cached_property
     def vae(self) -> dict:
         """The VAE's config."""
-        return checkpoint.read_config(str(BUILT_IN_MODEL), "vae") | dict(self.scale.vae)
+        return checkpoint.read_config(BUILT_IN_MODEL, "vae") | dict(self.scale.vae)
 
     def denoising_plan(self, video: tuple[int, int, int], guided: bool, **options: Any) -> "DenoisingPlan":
-        """Make the plan of a denoising; `options` are arguments of `denoising.make_plan` other than the defaults."""
+        """Make the plan of a denoising; `options` are arguments of `make_denoising_plan` other than the defaults."""
         from cogvideox.models.transformer.plan import make_denoising_plan
 
         height, width, frames = video
         defaults: dict = {"transformer": self.transformer, "devices": self.devices, "platform": self.platform}
         return make_denoising_plan(
             vae=self.vae,
-            scheduler=checkpoint.read_config(str(BUILT_IN_MODEL), "scheduler", "scheduler_config.json"),
+            scheduler=checkpoint.read_config(BUILT_IN_MODEL, "scheduler", "scheduler_config.json"),
             height=height,
             width=width,
             frames=frames,
@@ -557,7 +556,7 @@ def check_step(machine: Machine, devices: "Sequence[jax.Device]", layers: int, g
 
 
 def few_blocks(machine: Machine, layers: int, guided: bool, **options: Any) -> "np.ndarray":
-    """Run the first step of a model of few blocks with drawn weights; `options` are those of `make_plan`."""
+    """Run the first step of a model of few blocks with drawn weights; `options` are those of `make_denoising_plan`."""
     config = machine.transformer | {"num_layers": layers}
     plan = machine.denoising_plan(machine.scale.checked_video, guided, transformer=config, **options)
     return one_step(plan, draw_weights(parameter_shapes(plan)))
@@ -653,7 +652,7 @@ class MemoryUse:
         self._before = self._most("peak")
 
     def _most(self, what: str) -> float | None:
-        sizes = [told[what] / GIB for told in memory_of(self._devices) if what in told]
+        sizes = [told[what] / prediction.GIB for told in memory_of(self._devices) if what in told]
         return max(sizes) if sizes else None
 
     def so_far(self, programs: "Sequence[jax.stages.Compiled]") -> dict:
@@ -903,32 +902,33 @@ def run_entries(todo: Sequence[Entry], results: Results, quick: bool, seconds: f
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the entries, and say what they found."""
     arguments = parse_arguments(argv)
-    told = Report("on_device", "on_device.py", arguments)
-    prepare_libraries()
-    machine = find_machine()
-    results = Results(arguments.output, made_with(machine), arguments.again)
-    writing.check_writable(results.json)
-    told.title(f"On {len(machine.devices)} x {machine.devices[0].device_kind}")
-    todo = entries(machine)
-    if not machine.scale.has_estimates:
-        told.say("there is no accelerator: everything runs on the CPU in small sizes")
-        todo = [dataclasses.replace(entry, minutes=0.0) for entry in todo]
-    minutes = arguments.minutes if arguments.minutes is not None else QUICK_MINUTES if arguments.quick else MINUTES
-    run_entries(todo, results, arguments.quick, 60 * minutes, told)
+    with Report("on_device", "on_device.py", arguments) as told:
+        prepare_libraries()
+        machine = find_machine()
+        results = Results(arguments.output, made_with(machine), arguments.again)
+        writing.check_writable(results.json)
+        told.title(f"On {len(machine.devices)} x {machine.devices[0].device_kind}")
+        todo = entries(machine)
+        if not machine.scale.has_estimates:
+            told.say("there is no accelerator: everything runs on the CPU in small sizes")
+            todo = [dataclasses.replace(entry, minutes=0.0) for entry in todo]
+        minutes = arguments.minutes if arguments.minutes is not None else QUICK_MINUTES if arguments.quick else MINUTES
+        run_entries(todo, results, arguments.quick, 60 * minutes, told)
 
-    found = {entry.name: results.entries[entry.name] for entry in todo}
-    for name, one in found.items():
-        told.add(name, text_of(one))
-    told.close(arguments.output)
-    told.say(f"wrote {results.json} and {results.markdown.name}")
-    if any(one["status"] == NO_TIME for one in found.values()):
-        told.say("for what had no time, run the same command again: what is done is kept")
-    if machine.platform != "cpu":
-        told.say(f"Please send us what you see: open an issue where you got this project, paste {results.markdown}")
-        told.say(f"into it and attach {results.json}.")
-    failed = [name for name, one in found.items() if one["status"] in FAILURES]
+        found = {entry.name: results.entries[entry.name] for entry in todo}
+        for name, one in found.items():
+            told.add(name, text_of(one))
+        told.close(arguments.output)
+        told.say(f"wrote {results.json} and {results.markdown.name}")
+        if any(one["status"] == NO_TIME for one in found.values()):
+            told.say("for what had no time, run the same command again: what is done is kept")
+        if machine.platform != "cpu":
+            told.say(f"Please send us what you see: open an issue where you got this project, paste {results.markdown}")
+            told.say(f"into it and attach {results.json}.")
+        failed = [name for name, one in found.items() if one["status"] in FAILURES]
+        if failed:
+            told.warn(f"{len(failed)} of {len(found)} entries failed: {'; '.join(failed)}")
     if failed:
-        told.warn(f"{len(failed)} of {len(found)} entries failed: {'; '.join(failed)}")
         sys.exit(1)
 
 

@@ -30,12 +30,13 @@ import numpy as np
 from cogvideox.cli.options import add_denoising_options
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
-from cogvideox.cli.types import file_path, lora_option, number
+from cogvideox.cli.types import file_path, lora_option, number, preset
 from cogvideox.defaults import FPS, NUM_STEPS, PRESETS, SEED
 from cogvideox.files import checkpoint, lora, videos, writing
-from cogvideox.files.names import EMBEDDINGS
-from cogvideox.run import accelerator, decoding, plans
+from cogvideox.files.names import EMBEDDINGS, ROOT
+from cogvideox.run import accelerator, decoding, denoising, plans
 from cogvideox.run.accelerator import prepare_libraries
+from compile_for_tpu.report import RESULTS
 from tools.moving_shapes import (
     CHANCE,
     FRAMES,
@@ -53,9 +54,6 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
     from PIL import Image
-
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -98,7 +96,7 @@ def parse_stage2_options(arguments: argparse.Namespace, options: Sequence[str]) 
     """Parse `options` as stage 2 would, after those that all videos have; only what decides the latents is known."""
     parser = ArgumentParser(prog="stage2_transformer.py")
     add_denoising_options(parser)
-    parser.add_argument("--preset", choices=PRESETS, default="seed")
+    parser.add_argument("--preset", type=preset, choices=PRESETS, default="draft")
     parser.add_argument("--lora", type=lora_option, action="append", default=[])
     ours = {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": arguments.num_inference_steps}
     ours |= {"height": SIZE, "width": SIZE, "frames": FRAMES}
@@ -273,16 +271,13 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     from safetensors.torch import load_file
 
     from cogvideox.models.transformer.denoising import Denoising
-    from cogvideox.models.transformer.parameters import load_parameters, stored_shapes
+    from cogvideox.models.transformer.parameters import load_parameters
     from cogvideox.models.transformer.step import abstract_arguments, make_step
 
     devices = accelerator.devices()
     plan = plans.denoising_plan(options, model, devices, devices[0].platform, videos=1)
-    shapes = stored_shapes(plan.transformer)
-    read = checkpoint.tensor_reader(model, "transformer", shapes)
     loras = [lora.read_lora(option) for option in options.lora]
-    for one in loras:
-        one.check(shapes)
+    read = denoising.weight_reader(model, plan, loras)
     with plans.plan_errors():
         plan = plan.with_dtype(read("proj_out.weight").dtype)
         skipped = plans.skipped_steps(options, plan, model, read)
@@ -301,8 +296,6 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
 
 def decoder(model: str, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function that decodes latents [1, C, T, H, W] as stage 3 does, to uint8 [frames, height, width, 3]."""
-    import jax.numpy as jnp
-
     from cogvideox.models.decoder.decoder import decode
     from cogvideox.models.decoder.plan import make_decoding_plan
 
@@ -322,7 +315,7 @@ def decoder(model: str, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
     weights = decoding.load_weights(files, abstract)
 
     def frames(latents: np.ndarray) -> np.ndarray:
-        scaled = np.asarray(jnp.asarray(latents, plan.dtype) / plan.vae["scaling_factor"])
+        scaled = decoding.scaled(latents, weights, plan)
         return np.concatenate([*decode(programs, weights, scaled, plan.split)])
 
     return frames

@@ -29,6 +29,7 @@ from cogvideox.cli.program import run
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, writing
 from cogvideox.run.accelerator import prepare_libraries
+from cogvideox.versions import versions
 from compile_for_tpu import compiler, prediction, programs, report, topologies
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def trace_original_block(row: Row, devices: list) -> prediction.Programs:
     from cogvideox.models.decoder.torch_function import jax_function
     from cogvideox.models.shared import sharding
 
-    config = checkpoint.read_config(str(programs.BUILT_IN_MODEL), "transformer")
+    config = checkpoint.read_config(programs.BUILT_IN_MODEL, "transformer")
     sizes = {"dp": row.dp, "sp": 1, "tp": len(devices) // row.dp}
     mesh = sharding.make_mesh(sizes, devices, row.mesh_order)
     text, heads, head_dim = config["max_text_seq_length"], config["num_attention_heads"], config["attention_head_dim"]
@@ -170,8 +171,6 @@ def predict_original(row: Row, dump: Path) -> dict:
     import jax
     import numpy as np
 
-    from cogvideox.run import executable
-
     block = trace_original_block(row, topologies.devices(row.topology))
     with topologies.compiling_for(jax.sharding.Mesh(np.asarray(block.devices), ("chips",))):
         compiled = [program.lower().compile() for program in block.traced]
@@ -179,8 +178,7 @@ def predict_original(row: Row, dump: Path) -> dict:
     if row.exp2:
         cycles = block.times[0] * block.scores_per_kernel / ORIGINAL_EXP2_SCORES_PER_CYCLE
         split["Pallas kernels"] = cycles / topologies.chip(row.topology).clock
-    versions = executable.versions("jax", "libtpu")
-    return {"split": split, "predicted_seconds": sum(split.values()), "versions": versions}
+    return {"split": split, "predicted_seconds": sum(split.values()), "versions": versions("jax", "libtpu")}
 
 
 def predict_ours(row: Row) -> dict:

@@ -12,12 +12,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
+from cogvideox.files.names import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "A panda playing guitar in a bamboo forest"
 
 PIPELINE = """

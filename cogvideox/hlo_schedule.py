@@ -1,9 +1,9 @@
 """Predict where the time of a compiled TPU program goes, from its scheduled HLO text.
 
 Each fusion has the compiler's `estimated_cycles`. The cost of a loop's body is multiplied by the trip count. A Pallas
-kernel takes the time of its own schedule (kernel_schedule.py). A collective takes the time that its bytes need on the
-links (topologies.py), minus the work that is scheduled between its start and its end. Copies between HBM and VMEM that
-the compiler starts before they are needed count as hidden. All of these are predictions, not measurements.
+kernel takes the time of its own schedule. A collective takes the time that its bytes need on the links, minus the work
+that is scheduled between its start and its end. Copies between HBM and VMEM that the compiler starts before they are
+needed count as hidden. All of these are predictions, not measurements.
 """
 
 import dataclasses

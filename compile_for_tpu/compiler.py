@@ -12,9 +12,10 @@ from typing import Any
 
 from cogvideox.errors import UserError, error_message
 from cogvideox.files import writing
+from cogvideox.files.names import ROOT
+from cogvideox.versions import versions
 from compile_for_tpu import prediction, topologies
 
-ROOT = Path(__file__).resolve().parent.parent
 DUMP = "COMPILE_FOR_TPU_DUMP"  # names the folder of the compiler's dumps, in the process that compiles
 
 
@@ -94,7 +95,7 @@ def compile_and_report(
     if programs.model:
         report["model"] = programs.model
     report["options"] = {name: str(value) for name, value in programs.options.items()}
-    report["versions"] = executable.versions("jax", "libtpu")
+    report["versions"] = versions("jax", "libtpu")
     start = time.perf_counter()
     try:
         with topologies.compiling_for(jax.sharding.Mesh(np.asarray(programs.devices), ("chips",))):

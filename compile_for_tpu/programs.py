@@ -3,13 +3,13 @@
 import argparse
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogvideox.cli import options
 from cogvideox.cli.types import file_path, number
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint
+from cogvideox.files.names import CONFIGS
 from cogvideox.run import plans
 from compile_for_tpu.prediction import Programs
 from compile_for_tpu.topologies import compiling_for
@@ -17,11 +17,7 @@ from compile_for_tpu.topologies import compiling_for
 if TYPE_CHECKING:
     from cogvideox.models.transformer.plan import DenoisingPlan
 
-if TYPE_CHECKING:
-    pass
-
-# The configs of zai-org/CogVideoX1.5-5B, without weights.
-BUILT_IN_MODEL = Path(__file__).resolve().parent.parent / "configs" / "CogVideoX1.5-5B"
+BUILT_IN_MODEL = str(CONFIGS / "CogVideoX1.5-5B")  # the configs of zai-org's model
 
 # Options that are not in a report's name as key=value: its other labels have them, or they change no program.
 NOT_IN_NAME = {"what", "topology", "output", "save", "model_id", "num_inference_steps"}
@@ -215,7 +211,7 @@ def _kernel_labels(arguments: argparse.Namespace) -> list[str]:
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_id", default=str(BUILT_IN_MODEL), help="the model; only its configs are read")
+    parser.add_argument("--model_id", default=BUILT_IN_MODEL, help="the model; only its configs are read")
     _add_dtype_option(parser, "dtype of the weights")
     parser.add_argument(
         "--save", type=file_path, help="also write the compiled programs to this file, for a stage's --executable"

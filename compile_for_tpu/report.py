@@ -4,7 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+from cogvideox.files.names import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results"
 TABLES = RESULTS / "tables.json"  # written by benchmarks/reproduce_tables.py
 
 

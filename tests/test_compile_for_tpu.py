@@ -1,5 +1,9 @@
-"""The compile tool as a person runs it, on the TPU compiler itself, and executables made ahead of time."""
+"""The compile tool on the TPU compiler itself, and executables made ahead of time.
 
+The tool and the stages run in the tests' process, on one device; the compiler has a process of its own, as always.
+"""
+
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -9,21 +13,42 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import stage2_transformer
+import stage3_vae_decoder
 from benchmarks import reproduce_tables
 from cogvideox.errors import UserError
+from cogvideox.run import accelerator
 from cogvideox.run.executable import operations_digest
 from compile_for_tpu import __main__ as tool
 from compile_for_tpu import programs, report, topologies
-from tests.helpers import LATENTS, SIZE, STAGE2, STAGE3, needs_libtpu, values
+from tests.helpers import LATENTS, SIZE, needs_libtpu, values
 
 TINY_STEP = [*SIZE[:-2], "--dtype", "float32"]
 
 
 @pytest.fixture
-def compile_for(run_stage, tmp_path):
-    def compile_(*arguments, status: int = 0):
-        process = run_stage("compile_for_tpu", *arguments, "--output", "report.json", status=status)
-        return process, json.loads((tmp_path / "report.json").read_text()) if status != 2 else None
+def run(tmp_path, monkeypatch, capsys):
+    """Run a program's main in `tmp_path`, as if this machine had one device, and return what it prints."""
+    device = jax.devices()[:1]  # found before the compiler's process is spared the tests' eight
+    monkeypatch.setattr(accelerator, "devices", lambda debug: device)
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.chdir(tmp_path)
+
+    def run(main, *arguments) -> str:
+        capsys.readouterr()
+        main([*map(str, arguments)])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def compile_for(run, tmp_path):
+    """Run the compile tool, and return what it prints and its report."""
+
+    def compile_(*arguments) -> tuple[str, dict]:
+        printed = run(tool.main, *arguments, "--output", "report.json")
+        return printed, json.loads((tmp_path / "report.json").read_text())
 
     return compile_
 
@@ -46,10 +71,11 @@ def test_kernel(compile_for, attention, least, most):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_kernel_of_one_grid_step(compile_for):
-    """The compiler makes no loop of it."""
-    _, report = compile_for("kernel", "--topology", "v6e-1", "--tokens", 200, "--heads", 1)
-    (kernel,) = report["kernels"].values()
+def test_kernel_of_one_grid_step(run_stage, tmp_path):
+    """The compiler makes no loop of it. The tool runs as people run it."""
+    options = ("--topology", "v6e-1", "--tokens", 200, "--heads", 1)
+    run_stage("compile_for_tpu", "kernel", *options, "--output", "report.json")
+    (kernel,) = json.loads((tmp_path / "report.json").read_text())["kernels"].values()
     assert 0 < kernel["cycles"] < 1e5, kernel
 
 
@@ -57,24 +83,25 @@ def test_kernel_of_one_grid_step(compile_for):
 @needs_libtpu
 def test_stage2_of_the_tiny_model(compile_for, random_model):
     """All parts of a step: the loop over two blocks, collectives, the kernel; the parts make the whole."""
-    process, report = compile_for("stage2", "--topology", "v6e-4", "--model_id", random_model, *SIZE)
+    printed, report = compile_for("stage2", "--topology", "v6e-4", "--model_id", random_model, *SIZE)
     assert report["predicted_seconds"] == pytest.approx(sum(report["split"].values()))
     assert all(report["split"][part] > 0 for part in ("Pallas kernels", "matrix products", "collectives"))
     assert report["memory"]["fits"] and report["memory"]["limit"] == 31.25
-    assert "fits" in process.stdout and "predicted" in process.stdout
-    assert report["model"] == random_model.name and random_model.name in process.stdout.splitlines()[0]
+    assert "fits" in printed and "predicted" in printed
+    assert report["model"] == random_model.name and random_model.name in printed.splitlines()[0]
     assert sum(report["slowest"].values()) <= report["predicted_seconds"] * (1 + 1e-9)
 
 
 @pytest.mark.slow
 @needs_libtpu
-def test_out_of_memory_is_one_line(compile_for, random_model):
+def test_out_of_memory_is_one_line(compile_for, random_model, tmp_path, capsys):
     size = ("--height", 480, "--width", 480, "--frames", 321)
-    process, report = compile_for(
-        "stage2", "--topology", "v6e-1", "--model_id", random_model, "--attention", "xla", *size, status=1
-    )
-    (line,) = (line for line in process.stdout.splitlines() if "does not fit" in line)
+    with pytest.raises(SystemExit) as end:
+        compile_for("stage2", "--topology", "v6e-1", "--model_id", random_model, "--attention", "xla", *size)
+    assert end.value.code == 1
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "does not fit" in line)
     assert "GiB" in line and "--attention splash" in line, line
+    report = json.loads((tmp_path / "report.json").read_text())
     assert report["memory"]["peak"] > report["memory"]["limit"]
 
 
@@ -90,50 +117,51 @@ def test_out_of_memory_is_one_line(compile_for, random_model):
         (["stage4"], ["stage4"]),
     ],
 )
-def test_bad_input(compile_for, arguments, words):
-    process, _ = compile_for(*arguments, status=2)
-    error = process.stderr.splitlines()[-1]
-    assert all(word in error for word in words) and "Traceback" not in process.stderr, process.stderr
+def test_bad_input(compile_for, arguments, words, capsys):
+    with pytest.raises((UserError, SystemExit)) as error:
+        compile_for(*arguments)
+    message = str(error.value) if error.type is UserError else capsys.readouterr().err
+    assert all(word in message for word in words) and len(message.splitlines()) == 1, message
 
 
 @pytest.mark.slow
 @needs_libtpu
-def test_executable_round_trip(compile_for, run_stage, outputs, random_model, tmp_path):
+def test_executable_round_trip(compile_for, run, outputs, random_model, tmp_path):
     """Compiled ahead for this machine's CPU: the stage takes it and gives the same latents; others it refuses."""
     step = ["stage2", "--model_id", random_model, *TINY_STEP]
     compile_for(*step, "--topology", "cpu", "--save", "cpu.bin")
     compile_for(*step, "--topology", "v6e-1", "--attention", "xla", "--save", "tpu.bin")
     before = values(outputs / LATENTS)
 
-    run = lambda file, *options: run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--executable", file, *options)  # noqa: E731
-    assert "loaded the denoising step" in run("cpu.bin").stdout
+    stage2 = functools.partial(run, stage2_transformer.main, "--input_dir", outputs, *SIZE, "--executable")
+    assert "loaded the denoising step" in stage2("cpu.bin")
     assert values(outputs / LATENTS) == before
     for file, options, reason in (
         ("tpu.bin", [], "1 x TPU v6 lite, not 1 x cpu"),
         ("cpu.bin", ["--frames", 17], "argument shapes"),
     ):
-        process = run(file, *options)
-        (warning,) = (line for line in process.stdout.splitlines() if "WARNING" in line)
+        printed = stage2(file, *options)
+        (warning,) = (line for line in printed.splitlines() if "WARNING" in line)
         assert reason in warning, warning
-        assert "compiled the denoising step" in process.stdout or "loaded the compiled denoising" in process.stdout
+        assert "compiled the denoising step" in printed or "loaded the compiled denoising" in printed
 
     (tmp_path / "broken.bin").write_bytes(b"\x00" * 100)
-    process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--executable", "broken.bin", status=2)
-    assert "broken.bin" in process.stderr.splitlines()[-1]
+    with pytest.raises(UserError, match=r"broken\.bin"):
+        stage2("broken.bin")
 
 
 @pytest.mark.slow
-def test_executable_of_another_config(compile_for, run_stage, outputs, random_model, tmp_path):
+def test_executable_of_another_config(compile_for, run, outputs, random_model, tmp_path):
     """A number in the model's config that changes no shape makes another program."""
     other = Path(shutil.copytree(random_model, tmp_path / "other_norms"))
     path = other / "transformer" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"norm_eps": 10 * config["norm_eps"]}))
     compile_for("stage2", "--model_id", other, *TINY_STEP, "--topology", "cpu", "--save", "other.bin")
-    process = run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--executable", "other.bin")
-    (warning,) = (line for line in process.stdout.splitlines() if "WARNING" in line)
+    printed = run(stage2_transformer.main, "--input_dir", outputs, *SIZE, "--executable", "other.bin")
+    (warning,) = (line for line in printed.splitlines() if "WARNING" in line)
     assert warning.endswith("it was made for other operations"), warning
-    assert "compiled the denoising step" in process.stdout or "loaded the compiled denoising step" in process.stdout
+    assert "compiled the denoising step" in printed or "loaded the compiled denoising step" in printed
 
 
 def test_digest_sees_numbers_and_constants():
@@ -147,13 +175,13 @@ def test_digest_sees_numbers_and_constants():
 
 
 @pytest.mark.slow
-def test_decoder_round_trip(compile_for, run_stage, outputs, random_model):
+def test_decoder_round_trip(compile_for, run, outputs, random_model):
     """The same for stage 3, and programs for another split."""
     size = ("--height", 32, "--width", 48, "--frames", 9, "--dtype", "float32")
     compile_for("stage3", "--model_id", random_model, *size, "--topology", "cpu", "--save", "decoder.bin")
-    run = lambda *options: run_stage(STAGE3, "--input_dir", outputs, "--executable", "decoder.bin", *options).stdout  # noqa: E731
-    assert "loaded the torchax decoder" in run()
-    assert "made for other options" in run("--strips", 2)
+    stage3 = functools.partial(run, stage3_vae_decoder.main, "--input_dir", outputs, "--executable", "decoder.bin")
+    assert "loaded the torchax decoder" in stage3()
+    assert "made for other options" in stage3("--strips", 2)
 
 
 @pytest.mark.parametrize(

@@ -68,11 +68,11 @@ def test_the_root_has_seven_scripts():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_uses_the_package_alone(stage):
+def test_a_stage_uses_the_package_and_utils(stage):
     """But for the script of the Flax decoder, which is stage 3 with another default."""
     (name,) = scripts(stage)
     others = {module for module in graph()[name] if module.partition(".")[0] != "cogvideox"}
-    assert others == (scripts(STAGE3) if stage == STAGE3_FLAX else set())
+    assert others == scripts(STAGE3 if stage == STAGE3_FLAX else "utils.py")
 
 
 def test_nothing_imports_a_stage():

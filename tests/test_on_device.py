@@ -1,6 +1,7 @@
 """`python -m benchmarks.on_device` on a CPU: that it finds what is wrong, goes on, and keeps what it has."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -19,7 +20,15 @@ from cogvideox.models.transformer import plan as plan_module
 from compile_for_tpu import report
 from tests.helpers import VIRTUAL_DEVICES, stage_command, stage_environment
 
+# Beginnings of the names of the entries, in parts that tests can run beside each other.
+PARTS = ("attention", "transformer block", "decoder chunk", "mesh", "step", "decode,")
 FAST, ONLINE = "attention splash_exp2, fast kernel, layer normed", "attention splash_exp2, online kernel, mixed heads"
+
+
+@functools.cache
+def small_machine(devices: int) -> Machine:
+    """Return the same machine to all tests, because what it computes on the CPU to compare with is kept."""
+    return Machine(jax.devices()[:devices], ON_A_CPU)
 
 
 @pytest.fixture
@@ -30,8 +39,8 @@ def run(tmp_path, monkeypatch):
     """
     all_entries = on_device.entries
 
-    def run(*options, only=("",), entries=None, devices=1, scale=ON_A_CPU):
-        machine = Machine(jax.devices()[:devices], scale)
+    def run(*options, only=("",), entries=None, devices=1, scale=None):
+        machine = Machine(jax.devices()[:devices], scale) if scale else small_machine(devices)
         chosen = [entry for entry in all_entries(machine) if entry.name.startswith(tuple(only))]
         monkeypatch.setattr(on_device, "entries", lambda machine: chosen if entries is None else entries)
         monkeypatch.setattr(on_device, "find_machine", lambda: machine)
@@ -63,13 +72,18 @@ def statuses(found):
 # --- All of it ---------------------------------------------------------------------------------------------------
 
 
+def test_parts_are_everything():
+    names = [entry.name for entry in on_device.entries(small_machine(2))]
+    assert sum(name.startswith(part) for part in PARTS for name in names) == len(names) == 24
+    assert sum(name.startswith("mesh") for name in names) == 6  # dp 2, sp 2 and tp 2, in two layouts
+
+
 @pytest.mark.slow
-def test_everything_runs(run, tmp_path, capsys):
-    status, found = run(devices=2)
+@pytest.mark.parametrize("part", PARTS)
+def test_everything_runs(part, run, tmp_path, capsys):
+    status, found = run(devices=2, only=(part,))
     assert status == 0, statuses(found)
-    assert set(statuses(found).values()) == {"passed", "measured"}
-    meshes = [name for name in found if name.startswith("mesh")]
-    assert len(meshes) == 6, meshes  # dp 2, sp 2 and tp 2, in two layouts
+    assert found and set(statuses(found).values()) <= {"passed", "measured"}
     for name, one in found.items():
         if one["kind"] == "check":
             assert 0 <= one["figure"] <= one["tolerance"], name
@@ -134,7 +148,7 @@ def test_a_device_unlike_the_cpu_fails(run, monkeypatch, name):
     """The first result of such a check is the device's own."""
     judge = on_device.judged_beside_cpu
     monkeypatch.setattr(on_device, "judged_beside_cpu", lambda found, on_cpu: judge(found * 1.03, on_cpu))
-    status, found = run(only=(name,))
+    status, found = run(only=(name,), devices=2)
     (one,) = found.values()
     assert status == 1 and one["status"] == "failed" and one["tolerance"] < one["figure"] < 0.1, one
 

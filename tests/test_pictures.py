@@ -21,7 +21,7 @@ from tests.helpers import LATENTS, ROOT, STAGE1, STAGE2, STAGE3, TINY_MODEL
 from tools import fit_latent_rgb
 from tools.moving_shapes import ALL, held_out, render
 
-TOOL, FIT = "inspect_tensors.py", "tools.fit_latent_rgb"
+TOOL = "inspect_tensors.py"
 
 
 def picture(path) -> np.ndarray:
@@ -134,7 +134,7 @@ def test_where_a_fitted_map_is_found(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_tools_map_is_for_latents_as_stage_2_saves_them(run_stage, tmp_path, random_model):
+def test_the_tools_map_is_for_latents_as_stage_2_saves_them(tmp_path, random_model, capsys):
     """Encoded clips, divided by scaling_factor, decode to the clips, and have their colours under the shipped map."""
     from diffusers import AutoencoderKLCogVideoX
 
@@ -153,15 +153,16 @@ def test_the_tools_map_is_for_latents_as_stage_2_saves_them(run_stage, tmp_path,
     share = fit_latent_rgb.explained(fit_latent_rgb.rows(colours), fit_latent_rgb.rows(truth))
     assert share > 0.98, f"{share:.1%} of the variance of clips that nothing was fitted on"
     shutil.copytree(random_model / "vae", tmp_path / "model" / "vae")
-    assert "of the variance of the colours" in run_stage(FIT, "model", "--clips", 2).stdout
+    fit_latent_rgb.main([str(tmp_path / "model"), "--clips", "2"])
+    assert "of the variance of the colours" in capsys.readouterr().out
     assert latent_pictures.fitted_map(str(tmp_path / "model")).weights.shape == (16, 3)
 
 
-def test_wrong_models_of_the_tool(run_stage, tmp_path):
+def test_wrong_models_of_the_tool(tmp_path):
     (tmp_path / "empty").mkdir()
-    for model, words in (("nowhere", "nowhere"), ("empty", "has no vae/config.json")):
-        process = run_stage(FIT, model, status=2)
-        assert len(process.stderr.splitlines()) == 1 and words in process.stderr, process.stderr
+    for model, words in (("nowhere", "nowhere"), ("empty", r"has no vae/config\.json")):
+        with pytest.raises(UserError, match=words):
+            fit_latent_rgb.main([str(tmp_path / model)])
     assert not list((tmp_path / "empty").iterdir())
 
 

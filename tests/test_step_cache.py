@@ -51,7 +51,8 @@ def test_which_steps_are_skipped(model, request):
     stored = {name: weight.float().numpy() for name, weight in module.state_dict().items()}
     ours = time_embeddings(plan, timesteps, stored.__getitem__)
     error = np.abs(ours - theirs.numpy()).max() / theirs.abs().max()
-    assert error < 1e-5, f"time embeddings differ by {error:.1e}"
+    # Where two machines' exponentials differ in the last bit of float32, an angle of 999 differs by 6e-5.
+    assert error < 5e-5, f"time embeddings differ by {error:.1e}"
     assert len(polynomial_of("zai-org/CogVideoX1.5-5B")) == 5
     polynomial, counts = [0.3, 1.0, 1e-6], set()
     most = step_cache.distance(ours[1:], ours[:-1])

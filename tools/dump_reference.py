@@ -35,7 +35,6 @@ from cogvideox.cli.program import run
 from cogvideox.cli.types import file_path, number
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, lora, stage_files, tensor_dump
-from cogvideox.files.checkpoint import scheduler_config
 from cogvideox.files.names import EMBEDDINGS, LATENTS
 from cogvideox.files.schemas import VideoConfig
 from cogvideox.files.tensor_dump import Dump, Planned
@@ -166,12 +165,14 @@ def denoising_plan(config: Mapping, batch: int) -> DenoisingPlan:
     """Return the plan of stage 2, which checks the model and knows the shape of the latents."""
     model_id = config["model_id"]
     names = ("height", "width", "frames", "num_inference_steps", "guidance_scale")
-    scheduler = {"_class_name": config["scheduler"], "timestep_spacing": config.get("timestep_spacing")}
+    scheduler = {"_class_name": config["scheduler"]}
+    if spacing := config.get("timestep_spacing"):
+        scheduler["timestep_spacing"] = spacing
     with plan_errors():
         return make_denoising_plan(
             transformer=checkpoint.read_config(model_id, "transformer"),
             vae=checkpoint.read_config(model_id, "vae"),
-            scheduler=scheduler_config(model_id, {name: value for name, value in scheduler.items() if value}),
+            scheduler=checkpoint.scheduler_config(model_id, scheduler),
             use_dynamic_cfg=config.get("use_dynamic_cfg", False),
             devices=jax.devices()[:1],
             platform="cpu",
@@ -452,7 +453,7 @@ class Planner:
         self.number = 0
 
     def __call__(self, name: str, tensor: torch.Tensor) -> None:
-        """DenoisingPlan for a tensor."""
+        """Plan for a tensor."""
         kept = Planned(tuple(tensor.shape), np.dtype(str(tensor.dtype).removeprefix("torch.")))
         self.planned.setdefault(self.number, {})[name] = kept
 

@@ -3,7 +3,7 @@
     python -m tools.fit_latent_rgb tiny_model
 
 The map turns each latent into the mean colour of the pixels that it stands for, as well as a linear map can, for clips
-of moving shapes. It is written to `vae/latent_rgb.json` in the model's folder, where pictures.py finds it.
+of moving shapes. It is written to `vae/latent_rgb.json` in the model's folder, where the pictures of latents find it.
 """
 
 import argparse

@@ -1,6 +1,9 @@
-"""The names of the files of a run."""
+"""The names of the files of a run, and the folders of the project."""
 
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]  # the folder with the scripts
+CONFIGS = ROOT / "configs"  # of published models, without their weights
 
 STAGE_OUTPUTS = Path("stage_outputs")  # the folder where they are, unless an option names another one
 CONFIG = "generation_config.json"

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+from cogvideox.files.names import CONFIGS
+
 # The coefficients of a model's polynomial are in this file beside its transformer's config. For models without one,
 # configs/ has some, by the model's name.
 FILE = "step_cache.json"
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def polynomial_of(model_id: str) -> list[float] | None:

@@ -18,9 +18,9 @@ from jax.experimental import serialize_executable
 from jax.extend import core
 
 from cogvideox.errors import UserError
+from cogvideox.files.names import ROOT
 from cogvideox.versions import versions
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted([*ROOT.glob("cogvideox/models/**/*.py"), ROOT / "custom_splash_attention.py"])
 # Libraries whose code is in the programs, or compiles them.
 LIBRARIES = ("jax", "jaxlib", "libtpu", "diffusers", "torchax", "flax")

@@ -27,6 +27,7 @@ from typing import IO, Any, NoReturn
 from cogvideox.cli.program import BEFORE_FAILURE, ENDS_AT_ONCE
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, videos, writing
+from cogvideox.files.names import ROOT
 from cogvideox.run import accelerator
 from cogvideox.versions import LIBRARIES, versions
 
@@ -275,8 +276,7 @@ def _digest(file: Path) -> str:
 
 def _sources() -> str:
     """Return a digest of the Python files that a stage runs."""
-    root = Path(__file__).resolve().parents[2]
-    files = sorted([*root.glob("*.py"), *root.glob("cogvideox/**/*.py")])
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("cogvideox/**/*.py")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
