@@ -278,10 +278,13 @@ def tiny_copy(tmp_path) -> Callable[[], Path]:
 
 
 def test_relay():
-    """Lines get the number; jax's report of a death is one line; what is only like a report is kept."""
+    """Lines get the number; jax's report of a death is one line; what is only like a report is kept.
 
-    def relayed(text: str) -> str:
-        hosts.relay(io.StringIO(text), out := io.StringIO(), 3, "stage")
+    What comes while a progress bar is drawn begins on a line of its own.
+    """
+
+    def relayed(text: str, within_line: bool = False) -> str:
+        hosts.relay(io.StringIO(text), out := io.StringIO(), 3, "stage", bytearray([within_line]))
         return out.getvalue()
 
     log = "E1124 20:35:05.222276   21085 coordination_service.cc:1549] Use error polling: tasks are "
@@ -291,4 +294,6 @@ def test_relay():
         "process 3: one",
         "process 3: stage: error: process 1, 2 has ended or cannot be reached, so this one ends too; see what it says",
     ]
+    assert relayed("one\ntwo\n", within_line=True) == "\nprocess 3: one\nprocess 3: two\n"
+    assert relayed("", within_line=True) == ""
     assert "the error" in relayed(dead + "the error\n") and os.linesep in relayed(dead)

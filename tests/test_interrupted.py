@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 from safetensors.numpy import load_file, save_file
 
+from cogvideox.cli.report import Report
 from cogvideox.errors import UserError
 from cogvideox.files import provenance, stage_files, writing
 from cogvideox.files.names import STATE, VIDEO
@@ -330,22 +331,30 @@ def test_status(chain):
     assert f"{CONFIG} does not exist" in lines() and "Next: python stage1_text_encoder.py" in lines(), lines()
 
 
-def test_what_does_not_belong_together_is_refused(chain):
+def test_what_does_not_belong_together_is_refused(chain, capsys):
+    """With --force it is taken, with a warning."""
+    latents, other = chain / LATENTS, {"model_id": "other"}
+    options = argparse.Namespace(verbose=False, quiet=False, log_json=None)
+    refuse, force = (
+        Report("stage3", STAGE3, argparse.Namespace(**vars(options), force=f)).refuse for f in (False, True)
+    )
     with pytest.raises(UserError, match="--force"):
-        stage_files.tensor_shapes(chain / LATENTS, 2, ["latents"], {"model_id": "other"})
-    stage_files.tensor_shapes(chain / LATENTS, 2, ["latents"], {"model_id": "other"}, force=True)
-    provenance.check_inputs(chain / LATENTS, force=False)
+        stage_files.tensor_shapes(latents, 2, ["latents"], other, refuse=refuse)
+    stage_files.tensor_shapes(latents, 2, ["latents"], other, refuse=force)
+    assert "WARNING" in capsys.readouterr().out
+    provenance.check_inputs(latents, refuse)
     rewrite(chain / EMBEDDINGS, 2)
     with pytest.raises(UserError, match=f"was not made from the {EMBEDDINGS} beside it"):
-        provenance.check_inputs(chain / LATENTS, force=False)
-    provenance.check_inputs(chain / LATENTS, force=True)
+        provenance.check_inputs(latents, refuse)
+    provenance.check_inputs(latents, force)
+    assert "WARNING" in capsys.readouterr().out
     (chain / EMBEDDINGS).unlink()
-    provenance.check_inputs(chain / LATENTS, force=False)
+    provenance.check_inputs(latents, refuse)
 
 
 def test_files_without_provenance_are_taken(chain):
     """As those of the original project, which say nothing of themselves."""
     save_file(load_file(chain / LATENTS), chain / LATENTS)
     stage_files.tensor_shapes(chain / LATENTS, 2, ["latents"], json.loads((chain / CONFIG).read_text()))
-    provenance.check_inputs(chain / LATENTS, force=False)
+    provenance.check_inputs(chain / LATENTS, refuse=pytest.fail)
     assert f"{LATENTS}: made at an unknown time" in "\n".join(status.status(chain))

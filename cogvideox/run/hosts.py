@@ -8,7 +8,9 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
+import mmap
 import os
 import re
 import shutil
@@ -288,8 +290,9 @@ def _start_relay(process: int, scratch: Path) -> None:
     removes the folder `scratch`. What libraries print on stdout is thrown away. Only process 0's own lines and its
     progress bar go where they always go.
     """
+    within_line = mmap.mmap(-1, 1)  # is shared with the program that copies lines
     if process == 0:
-        sys.stdout, sys.stderr = (_own_stream(stream) for stream in (sys.stdout, sys.stderr))
+        sys.stdout, sys.stderr = (_OwnStream(stream, within_line) for stream in (sys.stdout, sys.stderr))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     reading, writing = os.pipe()
     if os.fork() == 0:
@@ -298,7 +301,7 @@ def _start_relay(process: int, scratch: Path) -> None:
                 signal.signal(ignored, signal.SIG_IGN)
             os.close(writing)
             with open(reading, errors="replace") as lines, open(2, "w", buffering=1, closefd=False) as out:
-                relay(lines, out, process, Path(sys.argv[0]).name)
+                relay(lines, out, process, Path(sys.argv[0]).name, within_line)
         shutil.rmtree(scratch, ignore_errors=True)
         os._exit(0)
     os.close(reading)
@@ -306,24 +309,43 @@ def _start_relay(process: int, scratch: Path) -> None:
     os.close(writing)
 
 
-def _own_stream(stream: Any) -> Any:
-    """Return a stream that goes where `stream` goes, whatever becomes of the descriptor."""
-    stream.flush()
-    return open(os.dup(stream.fileno()), "w", buffering=1, encoding=stream.encoding, errors=stream.errors)
+class _OwnStream(io.TextIOWrapper):
+    """A stream that goes where `stream` goes, whatever becomes of the descriptor.
+
+    The first byte of `within_line` says whether the last text ended within a line, as a progress bar does.
+    """
+
+    def __init__(self, stream: Any, within_line: mmap.mmap):
+        stream.flush()
+        file = open(os.dup(stream.fileno()), "wb")  # noqa: SIM115  it stays open until the process ends
+        super().__init__(file, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
+        self._within_line = within_line
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        if text:
+            self._within_line[0] = not text.endswith("\n")
+        return super().write(text)
 
 
-def relay(lines: IO[str], out: IO[str], process: int, program: str) -> None:
-    """Copy lines, each with the process' number before it, but make one line of jax's report that it must end."""
+def relay(lines: IO[str], out: IO[str], process: int, program: str, within_line: mmap.mmap | bytearray) -> None:
+    """Copy lines, each with the process' number before it, but make one line of jax's report that it must end.
+
+    A line begins on a line of its own, also where `within_line`, see `_OwnStream`, says that a progress bar is drawn.
+    """
+
+    def write(text: str) -> None:
+        if text and within_line[0]:
+            text, within_line[0] = f"\n{text}", False
+        print(text, end="", file=out, flush=True)
+
     report = ""  # of the service: some lines of its own log, which name the dead, and then all up to the end
     for line in lines:
         if report or re.match(r"[EF]\d{4} .*(coordination_service|client\.h)", line):
             report += line
         elif not re.match(r"[IW]\d{4} ", line):
-            print(f"process {process}: {line}", end="", file=out, flush=True)
-    if FATAL in report:
-        print(f"process {process}: {program}: error: {why(report)}", file=out, flush=True)
-    else:
-        print(report, end="", file=out, flush=True)
+            write(f"process {process}: {line}")
+    write(f"process {process}: {program}: error: {why(report)}\n" if FATAL in report else report)
 
 
 def why(report: str) -> str:

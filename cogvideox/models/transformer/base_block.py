@@ -1,5 +1,6 @@
 """What both blocks of the transformer have: their arguments, the modulation, and the gated residual."""
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ SEQUENCE_TILE = 16  # rows of a bfloat16 tile in a TPU's memory; each chip's sha
 
 
 @dataclasses.dataclass(frozen=True)
-class BaseBlock:
+class BaseBlock(abc.ABC):
     """One transformer block on one chip; call it on hidden states [batch / dp, sequence / (sp * tp), embed].
 
     Attributes:
@@ -43,9 +44,9 @@ class BaseBlock:
     parallelism: Parallelism
     attention: Callable
 
+    @abc.abstractmethod
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Apply the block."""
-        raise NotImplementedError
 
     @property
     def heads(self) -> int:
