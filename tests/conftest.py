@@ -55,6 +55,18 @@ def run_stage(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+@pytest.fixture
+def one_device(tmp_path, monkeypatch) -> None:
+    """Let programs whose main a test calls find one device, and work in `tmp_path`."""
+    import jax
+
+    from cogvideox.run import accelerator
+
+    found = jax.devices()[:1]
+    monkeypatch.setattr(accelerator, "devices", lambda debug=False: found)
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory, random_model) -> Path:
     """Run all three stages once, and return the folder of their outputs."""

@@ -17,7 +17,6 @@ import stage2_transformer
 import stage3_vae_decoder
 from benchmarks import reproduce_tables
 from cogvideox.errors import UserError
-from cogvideox.run import accelerator
 from cogvideox.run.executable import operations_digest
 from compile_for_tpu import __main__ as tool
 from compile_for_tpu import programs, report, topologies
@@ -27,12 +26,9 @@ TINY_STEP = [*SIZE[:-2], "--dtype", "float32"]
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """Run a program's main in `tmp_path`, as if this machine had one device, and return what it prints."""
-    device = jax.devices()[:1]  # found before the compiler's process is spared the tests' eight
-    monkeypatch.setattr(accelerator, "devices", lambda debug: device)
+def run(one_device, monkeypatch, capsys):
+    """Run a program's main, and return what it prints; for the compiler's process, too, this machine has one device."""
     monkeypatch.delenv("XLA_FLAGS")
-    monkeypatch.chdir(tmp_path)
 
     def run(main, *arguments) -> str:
         capsys.readouterr()

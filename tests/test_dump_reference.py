@@ -13,9 +13,11 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXD
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import stage2_transformer
+import stage3_vae_decoder
 from cogvideox.errors import UserError
 from cogvideox.files.stage_files import made_from
-from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, STAGE2, STAGE3, edit_config
+from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, edit_config
 from tools import dump_reference
 
 STEPS, SEED, HEIGHT, WIDTH, SCALE = 4, 7, 32, 48, 5.0
@@ -294,14 +296,15 @@ def test_chunks_are_the_decoders(model, frames, request, tmp_path, dump):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("guided", "scheduler"), [(True, DPM), (False, DDIM)], ids=readable)
-def test_lines_up_with_the_stages(guided, scheduler, other_model, tmp_path, dump, run_stage):
+def test_lines_up_with_the_stages(guided, scheduler, other_model, tmp_path, dump, one_device):
     """What the stages dump has all names of the reference, and its shapes and, in float32, its values."""
     files = make_files(other_model, tmp_path, guided, scheduler)
     names = ("height", "width", "frames", "num_inference_steps", "guidance_scale", "seed")
     config = json.loads((files / CONFIG).read_text())
-    options = [word for name in names for word in (f"--{name}", config[name])]
-    run_stage(STAGE2, "--input_dir", files, *options, "--warmup_steps", 0, "--dump", files / "ours")
-    run_stage(STAGE3, "--input_dir", files, "--dump", files / "ours")
+    options = [f"--{name}={config[name]}" for name in names]
+    both = ("--input_dir", str(files), "--dump", str(files / "ours"))
+    stage2_transformer.main([*both, *options, "--warmup_steps", "0"])
+    stage3_vae_decoder.main(both)
     start = "--from_step", 2, "--latents", files / "ours" / "stage2_tensors.safetensors"
     for stage, name, more in ((2, "whole", ()), (2, "later", start), (3, "decoder", ("--stage", 3))):
         file = f"stage{stage}_tensors.safetensors"

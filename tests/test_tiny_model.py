@@ -4,7 +4,6 @@ import json
 import re
 
 import imageio.v3 as imageio
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,16 +13,8 @@ import stage2_transformer
 import stage3_vae_decoder
 from benchmarks import quality
 from cogvideox.errors import UserError
-from cogvideox.run import accelerator
 from tests.helpers import ROOT, TINY_MODEL
 from tools.moving_shapes import ALL, FRAMES, SIZE, held_out, measure
-
-
-@pytest.fixture
-def one_device(tmp_path, monkeypatch):
-    """Let programs in this process find one device, and go to `tmp_path`."""
-    monkeypatch.setattr(accelerator, "devices", lambda debug=False: jax.devices()[:1])
-    monkeypatch.chdir(tmp_path)
 
 
 def test_at_most_10_megabytes_in_the_published_layout():
