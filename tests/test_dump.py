@@ -13,7 +13,19 @@ from safetensors.torch import load_file, save_file
 
 from cogvideox.errors import UserError
 from cogvideox.files import tensor_dump
-from tests.helpers import EMBEDDINGS, LATENTS, ROOT, SIZE, STAGE2, STAGE3, VIRTUAL_DEVICES, run_command, stage_command
+from tests.helpers import (
+    EMBEDDINGS,
+    LATENTS,
+    ROOT,
+    SIZE,
+    STAGE2,
+    STAGE3,
+    VIRTUAL_DEVICES,
+    check,
+    run_command,
+    stage_command,
+)
+from tests.in_process import run_here
 
 TOOL = "inspect_tensors.py"
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -21,16 +33,18 @@ VAE = "vae/diffusion_pytorch_model.safetensors"
 EVERYTHING = ("--dump_names", "*", "--dump_stats")
 
 
-@pytest.fixture(scope="module")
-def good(finished_run, tmp_path_factory) -> Path:
+@pytest.fixture(scope="session")
+def good(finished_run, made_once) -> Path:
     """Stages 2 and 3 of a run again, with a dump of everything."""
-    folder = tmp_path_factory.mktemp("good")
-    for name in (EMBEDDINGS, "generation_config.json"):
-        shutil.copy(finished_run / name, folder / name)
-    for script, *options in ((STAGE2, *SIZE, "--guidance_scale", 3), (STAGE3,)):
-        command = stage_command(script, "--input_dir", folder, *options, "--dump", folder / "dump", *EVERYTHING)
-        run_command(command, check=True)
-    return folder
+
+    def make(folder: Path) -> None:
+        for name in (EMBEDDINGS, "generation_config.json"):
+            shutil.copy(finished_run / name, folder / name)
+        for script, *options in ((STAGE2, *SIZE, "--guidance_scale", 3), (STAGE3,)):
+            options += ["--input_dir", folder, "--dump", folder / "dump", *EVERYTHING]
+            check(run_here(script, *options, folder=folder))
+
+    return made_once("good", make)
 
 
 @pytest.fixture
