@@ -27,6 +27,7 @@ from cogvideox.files.names import VIDEO
 from cogvideox.files.tensors import DTYPES, is_finite
 from tests.helpers import (
     CONFIG,
+    DEVICES,
     EMBEDDINGS,
     LATENTS,
     ROOT,
@@ -512,7 +513,7 @@ def run_on_files(folder, monkeypatch) -> Callable[..., tuple[int, str, str]]:
             STAGE1: ["--model_id", MODEL, "--output_dir", OUT, *(() if "--prompt" in arguments else ("--prompt", "x"))],
             STAGE2: ["--input_dir", OUT, *SIZE],
         }.get(script, ["--input_dir", OUT])
-        process = run_here(script, *defaults, *arguments, folder=folder)
+        process = run_here(script, *defaults, *arguments, folder=folder, devices=DEVICES)
         return process.returncode, process.stdout, process.stderr
 
     return run

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from cogvideox.errors import UserError
 from cogvideox.run import accelerator, hosts
 from tests.helpers import (
+    DEVICES,
     LATENTS,
     ROOT,
     SIZE,
@@ -87,7 +88,7 @@ def one_process(made_once, finished_run) -> Path:
             (STAGE2, "--input_dir", finished_run, "--output_dir", folder, *SIZE, *MESH),
             (STAGE3, "--input_dir", folder, "--output_frames", folder / "frames.safetensors"),
         ):
-            check(run_here(script, *options, folder=folder, devices=8))
+            check(run_here(script, *options, folder=folder, devices=DEVICES))
 
     return made_once("one_process", make)
 
