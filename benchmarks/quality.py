@@ -92,15 +92,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def parse_stage2_options(arguments: argparse.Namespace, options: Sequence[str]) -> argparse.Namespace:
-    """Parse `options` as stage 2 would, after those that all videos have; only what decides the latents is known."""
+def parse_stage2_options(arguments: argparse.Namespace, variant: str = "") -> argparse.Namespace:
+    """Parse the options of stage 2 for our videos, or for those of a variant; only what decides latents is known."""
     parser = ArgumentParser(prog="stage2_transformer.py")
     add_denoising_options(parser)
     parser.add_argument("--preset", type=preset, choices=PRESETS, default="draft")
     parser.add_argument("--lora", type=lora_option, action="append", default=[])
-    ours = {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": arguments.num_inference_steps}
-    ours |= {"height": SIZE, "width": SIZE, "frames": FRAMES}
-    words = [*(f"--{name}={value}" for name, value in ours.items()), *options]
+    of_all = {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": arguments.num_inference_steps}
+    of_all |= {"height": SIZE, "width": SIZE, "frames": FRAMES}
+    words = [f"--{name}={value}" for name, value in of_all.items()]
+    words += [*arguments.stage2_options, *shlex.split(variant)]
     parser.set_defaults(**PRESETS[parser.parse_known_args(words)[0].preset])
     return parser.parse_args(words)
 
@@ -108,10 +109,8 @@ def parse_stage2_options(arguments: argparse.Namespace, options: Sequence[str]) 
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the videos, score them, and write report and contact sheet."""
     arguments = parse_arguments(argv)
-    options = {
-        name: parse_stage2_options(arguments, [*arguments.stage2_options, *shlex.split(variant)])
-        for name, variant in (("ours", ""), *((variant, variant) for variant in arguments.variant))
-    }
+    options = {"ours": parse_stage2_options(arguments)}
+    options |= {variant: parse_stage2_options(arguments, variant) for variant in arguments.variant}
     for path in filter(None, (arguments.output, arguments.sheet, arguments.animation)):
         writing.check_writable(path)
     prepare_libraries()
