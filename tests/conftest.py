@@ -1,6 +1,7 @@
 """Define fixtures: small models, and runs of the stages. Set the environment before jax is imported."""
 
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from tests.helpers import (
     STAGE1,
     STAGE2,
     STAGE3,
+    STAGE3_FLAX,
     VIRTUAL_DEVICES,
     check,
     run_command,
@@ -115,6 +117,28 @@ def finished_run(made_once, random_model) -> Path:
             check(run_here(script, *arguments, folder=outputs))
 
     return made_once("finished_run", make)
+
+
+@pytest.fixture(scope="session")
+def processes(made_once, random_model) -> dict[str, subprocess.CompletedProcess]:
+    """Run each stage once as a process of its own that says what it imports, and return the processes by script."""
+    stages = {
+        STAGE1: ("--prompt", "a red circle", "--model_id", random_model),
+        STAGE2: SIZE,
+        STAGE3: (),
+        STAGE3_FLAX: (),
+    }
+
+    def make(folder: Path) -> None:
+        for script, options in stages.items():
+            command = stage_command(script, *options)
+            process = check(run_command(command, cwd=folder, env={"PYTHONPROFILEIMPORTTIME": "1"}))
+            (folder / f"{script}.json").write_text(json.dumps(vars(process)))
+
+    folder = made_once("processes", make)
+    return {
+        script: subprocess.CompletedProcess(**json.loads((folder / f"{script}.json").read_text())) for script in stages
+    }
 
 
 @pytest.fixture
