@@ -314,7 +314,7 @@ def test_what_the_stages_import(finished_run, random_model, tmp_path, monkeypatc
         STAGE3_FLAX: ((*here, "--output_video", tmp_path / "video.mp4"), "torch diffusers transformers torchax scipy"),
     }
     for script, (options, unneeded) in stages.items():
-        lines = run_stage(script, *options).stderr.splitlines()
+        lines = run_stage(script, *options, process=True).stderr.splitlines()
         imported = {line.rsplit("|", 1)[1].strip() for line in lines if line.startswith("import time:")}
         assert "numpy" in imported
         assert not (found := imported & set(unneeded.split())), f"{script} imports {found}"
