@@ -29,7 +29,7 @@ test-fast: $(VENV)/installed-for-tests  ## run the quick tests: under two minute
 	$(RUN) -m pytest -m "not slow" -n 2 --dist loadfile
 
 test: lint  ## check everything: lint, and all tests
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 clean:  ## remove caches; the environment (.venv) and the outputs (stage_outputs) stay
 	rm -rf .pytest_cache .ruff_cache .mypy_cache

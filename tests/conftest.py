@@ -1,5 +1,7 @@
-"""Define fixtures: small models, and the stages as subprocesses. Set the environment before jax is imported."""
+"""Define fixtures: small models, and runs of the stages. Set the environment before jax is imported."""
 
+import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -9,7 +11,21 @@ from pathlib import Path
 import pytest
 
 from cogvideox.run.accelerator import prepare_libraries
-from tests.helpers import OTHER_SIZES, ROOT, SIZE, STAGE1, STAGE2, STAGE3, VIRTUAL_DEVICES, run_command, stage_command
+from tests.helpers import (
+    DEVICES,
+    OTHER_SIZES,
+    ROOT,
+    SIZE,
+    STAGE1,
+    STAGE2,
+    STAGE3,
+    STAGE3_FLAX,
+    VIRTUAL_DEVICES,
+    check,
+    run_command,
+    stage_command,
+)
+from tests.in_process import run_here
 
 prepare_libraries()
 os.environ["XLA_FLAGS"] = VIRTUAL_DEVICES
@@ -18,23 +34,49 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def _make_model(folder: Path, **sizes) -> Path:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let parallel runs begin with the slow tests: at their end many short ones keep all workers busy."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Return a function that lets one of the parallel workers fill a folder, and returns the folder to all of them."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # which the workers share
+
+    def made(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
+def _make_model(folder: Path, **sizes) -> None:
     from tools.make_tiny_model import make_pipeline  # imports torch, which a run of light tests can do without
 
     make_pipeline(folder, **sizes)
-    return folder
 
 
 @pytest.fixture(scope="session")
-def random_model(tmp_path_factory) -> Path:
+def random_model(made_once) -> Path:
     """Make a small model of CogVideoX 1.5's structure, untrained."""
-    return _make_model(tmp_path_factory.mktemp("random_model"))
+    return made_once("random_model", _make_model)
 
 
 @pytest.fixture(scope="session")
-def other_model(tmp_path_factory) -> Path:
+def other_model(made_once) -> Path:
     """Make a second small model, none of whose sizes is that of the first."""
-    return _make_model(tmp_path_factory.mktemp("other_model"), **OTHER_SIZES)
+    return made_once("other_model", lambda folder: _make_model(folder, **OTHER_SIZES))
 
 
 @pytest.fixture
@@ -42,15 +84,22 @@ def run_stage(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Run a script or module of the project in `tmp_path`, as a person would, and return the finished process.
 
     `status` is the expected exit status; if it is another one, the assertion shows what the program printed. With
-    `virtual_devices` the CPU counts as eight devices, or as so many.
+    `virtual_devices` the CPU counts as eight devices, or as so many. `process` says whether the program has a process
+    of its own or runs in that of the tests; without it a module has one, and a script has none.
     """
 
-    def run(script: str, *arguments, status: int = 0, virtual_devices=False) -> subprocess.CompletedProcess:
-        flag = VIRTUAL_DEVICES if virtual_devices is True else VIRTUAL_DEVICES.replace("8", str(virtual_devices))
-        environment = {"XLA_FLAGS": flag} if virtual_devices else {}
-        process = run_command(stage_command(script, *arguments), cwd=tmp_path, env=environment)
-        assert process.returncode == status, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
-        return process
+    def run(
+        script: str,
+        *arguments: object,
+        status: int = 0,
+        virtual_devices: bool | int = False,
+        process: bool | None = None,
+    ) -> subprocess.CompletedProcess:
+        devices = DEVICES if virtual_devices is True else int(virtual_devices) or 1
+        if not (process or (process is None and not script.endswith(".py"))):
+            return check(run_here(script, *arguments, folder=tmp_path, devices=devices), status)
+        environment = {"XLA_FLAGS": VIRTUAL_DEVICES.replace(str(DEVICES), str(devices))} if virtual_devices else {}
+        return check(run_command(stage_command(script, *arguments), cwd=tmp_path, env=environment), status)
 
     return run
 
@@ -68,16 +117,40 @@ def one_device(tmp_path, monkeypatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory, random_model) -> Path:
+def finished_run(made_once, random_model) -> Path:
     """Run all three stages once, and return the folder of their outputs."""
-    outputs = tmp_path_factory.mktemp("finished")
-    for script, *arguments in (
-        (STAGE1, "--prompt", "a red circle", "--model_id", random_model, "--output_dir", outputs),
-        (STAGE2, "--input_dir", outputs, *SIZE),
-        (STAGE3, "--input_dir", outputs),
-    ):
-        run_command(stage_command(script, *arguments), check=True)
-    return outputs
+
+    def make(outputs: Path) -> None:
+        for script, *arguments in (
+            (STAGE1, "--prompt", "a red circle", "--model_id", random_model, "--output_dir", outputs),
+            (STAGE2, "--input_dir", outputs, *SIZE),
+            (STAGE3, "--input_dir", outputs),
+        ):
+            check(run_here(script, *arguments, folder=outputs))
+
+    return made_once("finished_run", make)
+
+
+@pytest.fixture(scope="session")
+def processes(made_once, random_model) -> dict[str, subprocess.CompletedProcess]:
+    """Run each stage once as a process of its own that says what it imports, and return the processes by script."""
+    stages = {
+        STAGE1: ("--prompt", "a red circle", "--model_id", random_model),
+        STAGE2: SIZE,
+        STAGE3: (),
+        STAGE3_FLAX: (),
+    }
+
+    def make(folder: Path) -> None:
+        for script, options in stages.items():
+            command = stage_command(script, *options)
+            process = check(run_command(command, cwd=folder, env={"PYTHONPROFILEIMPORTTIME": "1"}))
+            (folder / f"{script}.json").write_text(json.dumps(vars(process)))
+
+    folder = made_once("processes", make)
+    return {
+        script: subprocess.CompletedProcess(**json.loads((folder / f"{script}.json").read_text())) for script in stages
+    }
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Share names, sizes, the stages as subprocesses, and faulty files among the tests.
+"""Share names, sizes, the stages as processes, and faulty files among the tests.
 
 This module imports neither jax nor torch, because conftest.py must set the environment for both first.
 """
@@ -44,7 +44,8 @@ OTHER_SIZES = dict(
     seed=1,
 )
 
-VIRTUAL_DEVICES = "--xla_force_host_platform_device_count=8"
+DEVICES = 8  # of the tests' process, virtual ones
+VIRTUAL_DEVICES = f"--xla_force_host_platform_device_count={DEVICES}"
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 # For tests that call the TPU compiler.
@@ -105,3 +106,9 @@ def run_command(
     """
     environment = stage_environment() | ({"PYTHONPATH": str(ROOT)} if "-m" in command[:2] else {}) | dict(env or {})
     return subprocess.run(command, check=check, env=environment, capture_output=True, text=True, timeout=900, **options)
+
+
+def check(process: subprocess.CompletedProcess, status: int = 0) -> subprocess.CompletedProcess:
+    """Return a finished process; if its exit status is another one, the assertion shows what it printed."""
+    assert process.returncode == status, f"exit {process.returncode}\n{process.stdout}\n{process.stderr}"
+    return process

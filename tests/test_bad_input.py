@@ -1,9 +1,5 @@
-"""What is wrong from outside: one line on stderr that names it, exit status 2, no traceback, and no file touched.
+"""What is wrong from outside: one line on stderr that names it, exit status 2, no traceback, and no file touched."""
 
-Nearly all cases run a stage's main in this process, as `program.run` does, because starting one takes seconds.
-"""
-
-import importlib
 import json
 import math
 import os
@@ -25,13 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
-from cogvideox.cli import program
 from cogvideox.errors import UserError
 from cogvideox.files import schemas, stage_files
 from cogvideox.files.names import VIDEO
 from cogvideox.files.tensors import DTYPES, is_finite
 from tests.helpers import (
     CONFIG,
+    DEVICES,
     EMBEDDINGS,
     LATENTS,
     ROOT,
@@ -48,6 +44,7 @@ from tests.helpers import (
     stage_command,
     stage_environment,
 )
+from tests.in_process import run_here
 
 # --- Ways to spoil a folder that has a model and the outputs of a run ----------------------------------------------
 
@@ -507,8 +504,8 @@ def folder(pristine, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def run_here(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
-    """Run a stage in this process, as `python <script>` does; return exit status, stdout and stderr."""
+def run_on_files(folder, monkeypatch) -> Callable[..., tuple[int, str, str]]:
+    """Run a stage on the files of `folder`, with further options; return exit status, stdout and stderr."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def run(script: str, *arguments: object) -> tuple[int, str, str]:
@@ -516,24 +513,17 @@ def run_here(monkeypatch, capfd) -> Callable[..., tuple[int, str, str]]:
             STAGE1: ["--model_id", MODEL, "--output_dir", OUT, *(() if "--prompt" in arguments else ("--prompt", "x"))],
             STAGE2: ["--input_dir", OUT, *SIZE],
         }.get(script, ["--input_dir", OUT])
-        monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest has its own
-        monkeypatch.setattr(os, "_exit", sys.exit)  # how a stage ends while it compiles
-        status = 0
-        try:
-            main = importlib.import_module(script.removesuffix(".py")).main
-            program.run(main, [*map(str, (*defaults, *arguments))], script)
-        except SystemExit as ended:
-            status = ended.code
-        return status, *capfd.readouterr()
+        process = run_here(script, *defaults, *arguments, folder=folder, devices=DEVICES)
+        return process.returncode, process.stdout, process.stderr
 
     return run
 
 
 @pytest.mark.parametrize(("script", "arguments", "spoil", "words"), CASES)
-def test_one_line_and_exit_2(script, arguments, spoil, words, folder, run_here):
+def test_one_line_and_exit_2(script, arguments, spoil, words, folder, run_on_files):
     spoil()
     untouched = contents(folder)
-    status, out, error = run_here(script, *arguments)
+    status, out, error = run_on_files(script, *arguments)
     assert status == 2 and len(error.splitlines()) == 1 and error.startswith(script), (status, out, error)
     assert len(error) < 1500 and all(str(word) in error for word in words), error
     assert "Traceback" not in out
@@ -541,54 +531,54 @@ def test_one_line_and_exit_2(script, arguments, spoil, words, folder, run_here):
     assert {name for name in after.keys() | untouched if after.get(name) != untouched.get(name)} <= {"x", "d"}
 
 
-def test_what_is_not_spoilt_runs(folder, run_here):
+def test_what_is_not_spoilt_runs(folder, run_on_files):
     """Otherwise the cases above would show nothing."""
     for script in (STAGE1, STAGE2, STAGE3):
-        status, out, error = run_here(script)
+        status, out, error = run_on_files(script)
         assert status == 0 and "WARNING" not in out, out + error
 
 
-def test_a_missing_ffmpeg_is_named_at_the_start(folder, run_here, monkeypatch):
+def test_a_missing_ffmpeg_is_named_at_the_start(folder, run_on_files, monkeypatch):
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "nowhere/ffmpeg")
-    status, out, error = run_here(STAGE3)
+    status, out, error = run_on_files(STAGE3)
     assert (status, out) == (2, "") and "ffmpeg" in error and len(error.splitlines()) == 1, out + error
 
 
-def test_debug_keeps_the_traceback(folder, run_here):
+def test_debug_keeps_the_traceback(folder, run_on_files):
     content(OUT / CONFIG, b"[]")()
-    status, _, error = run_here(STAGE2, "--debug")
+    status, _, error = run_on_files(STAGE2, "--debug")
     lines = error.splitlines()
     assert status == 2 and "Traceback" in lines[0] and lines[-1].startswith(f"{STAGE2}: error: outputs/{CONFIG}"), error
 
 
 @pytest.mark.parametrize(("script", "file"), [(STAGE2, EMBEDDINGS), (STAGE3, LATENTS)])
-def test_a_file_that_does_not_say_what_it_was_made_from(script, file, folder, run_here):
+def test_a_file_that_does_not_say_what_it_was_made_from(script, file, folder, run_on_files):
     """As those of the original project: it is taken, and a line says so."""
     tensors(OUT / file, lambda found: None, None)()
-    status, out, error = run_here(script)
+    status, out, error = run_on_files(script)
     assert status == 0 and f"WARNING: outputs/{file} does not say what it was made from" in out, out + error
 
 
-def test_latents_that_cease_to_be_finite(folder, run_here):
+def test_latents_that_cease_to_be_finite(folder, run_on_files):
     """The weights are such that the first step gives huge latents, and the second overflows on them."""
     edited(TRANSFORMER, "proj_out.bias", lambda bias: torch.full_like(bias, 1e38))()
     options = ["--num_inference_steps", 4, "--dump", "d", "--dump_names", "prev_sample"]
-    status, out, error = run_here(STAGE2, *options)
+    status, out, error = run_on_files(STAGE2, *options)
     with safe_open("d/stage2_tensors.safetensors", "np") as file:
         finite = [np.isfinite(file.get_tensor(f"step_{i:03}/prev_sample")).all() for i in range(4)]
     assert finite == [True, False, False, False]
     assert status == 0 and "WARNING: the latents are NaN or infinite from step 2 of 4 on" in out, out + error
-    status, _, error = run_here(STAGE3)
+    status, _, error = run_on_files(STAGE3)
     assert status == 2 and "--allow_nan" in error, error
 
 
-def test_code_of_a_model_is_not_run(folder, run_here):
+def test_code_of_a_model_is_not_run(folder, run_on_files):
     for part in ("tokenizer/tokenizer_config.json", "text_encoder/config.json", "vae/config.json"):
         names = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "code.Code")
         edit_json(MODEL / part, {"auto_map": names})
         (MODEL / part).with_name("code.py").write_text("open('pwned', 'w')")
     for script in (STAGE1, STAGE2, STAGE3):
-        status, out, error = run_here(script)
+        status, out, error = run_on_files(script)
         assert status == 0, out + error
     assert not list(folder.rglob("pwned"))
 
@@ -823,5 +813,5 @@ def test_interrupted_while_garbage_is_collected():
     )
     assert process.stdout.readline() == "collecting\n"
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=15)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in errors, errors

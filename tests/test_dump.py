@@ -2,9 +2,10 @@
 
 import json
 import shutil
-import textwrap
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from cogvideox.errors import UserError
 from cogvideox.files import tensor_dump
-from tests.helpers import EMBEDDINGS, LATENTS, ROOT, SIZE, STAGE2, STAGE3, VIRTUAL_DEVICES, run_command, stage_command
+from cogvideox.models.transformer import denoising
+from tests.helpers import EMBEDDINGS, LATENTS, SIZE, STAGE2, STAGE3, check
+from tests.in_process import run_here
 
 TOOL = "inspect_tensors.py"
 TRANSFORMER = "transformer/diffusion_pytorch_model.safetensors"
@@ -21,16 +24,18 @@ VAE = "vae/diffusion_pytorch_model.safetensors"
 EVERYTHING = ("--dump_names", "*", "--dump_stats")
 
 
-@pytest.fixture(scope="module")
-def good(finished_run, tmp_path_factory) -> Path:
+@pytest.fixture(scope="session")
+def good(finished_run, made_once) -> Path:
     """Stages 2 and 3 of a run again, with a dump of everything."""
-    folder = tmp_path_factory.mktemp("good")
-    for name in (EMBEDDINGS, "generation_config.json"):
-        shutil.copy(finished_run / name, folder / name)
-    for script, *options in ((STAGE2, *SIZE, "--guidance_scale", 3), (STAGE3,)):
-        command = stage_command(script, "--input_dir", folder, *options, "--dump", folder / "dump", *EVERYTHING)
-        run_command(command, check=True)
-    return folder
+
+    def make(folder: Path) -> None:
+        for name in (EMBEDDINGS, "generation_config.json"):
+            shutil.copy(finished_run / name, folder / name)
+        for script, *options in ((STAGE2, *SIZE, "--guidance_scale", 3), (STAGE3,)):
+            options += ["--input_dir", folder, "--dump", folder / "dump", *EVERYTHING]
+            check(run_here(script, *options, folder=folder))
+
+    return made_once("good", make)
 
 
 @pytest.fixture
@@ -91,77 +96,52 @@ def test_infinity_in_norm2_of_block_0(spoiled, run_stage):
     assert "first not finite: step_000/transformer_blocks.0.norm2\n" in printed, printed
 
 
-SPOIL = """
-    import sys
-    sys.path.insert(0, {root!r})
-    from cogvideox.cli.program import run
-    from cogvideox.run.accelerator import prepare_libraries
-    prepare_libraries()
-    import jax
-    import jax.numpy as jnp
-    from cogvideox.models.decoder import spatial_split
-    from cogvideox.models.transformer import denoising
-    {spoil}
-    import {stage}
-    run({stage}.main)
-"""
-
-
-def run_spoiled(tmp_path: Path, stage: str, spoil: str, *options, virtual_devices=True) -> str:
-    """Run a stage after the statements `spoil` have changed something in it."""
-    script = tmp_path / "spoiled_stage.py"
-    text = textwrap.dedent(SPOIL).format(root=str(ROOT), spoil=textwrap.dedent(spoil), stage=Path(stage).stem)
-    script.write_text(text)
-    command = [*stage_command(stage)[:1], str(script), *map(str, options)]
-    process = run_command(command, env={"XLA_FLAGS": VIRTUAL_DEVICES} if virtual_devices else {})
-    assert process.returncode == 0, process.stderr
-    return process.stdout
-
-
 @pytest.mark.slow
-def test_latents_of_one_step_are_changed(good, tmp_path, run_stage):
-    spoil = """
-old = denoising.Denoising._inputs
-def inputs(self, i, generator):
-    found = old(self, i, generator)
-    return found._replace(coefficients=found.coefficients.at[0, 0].add(0.01 * (i == 0)))
-denoising.Denoising._inputs = inputs
-"""
+def test_latents_of_one_step_are_changed(good, tmp_path, run_stage, monkeypatch):
+    inputs = denoising.Denoising._inputs
+
+    def changed(self, i, generator):
+        found = inputs(self, i, generator)
+        return found._replace(coefficients=found.coefficients.at[0, 0].add(0.01 * (i == 0)))
+
+    monkeypatch.setattr(denoising.Denoising, "_inputs", changed)
     options = ("--input_dir", good, *SIZE, "--guidance_scale", 3, "--output_dir", tmp_path, "--dump", tmp_path / "dump")
-    run_spoiled(tmp_path, STAGE2, spoil, *options, "--dump_stats", virtual_devices=False)
+    run_stage(STAGE2, *options, "--dump_stats")
     line = conclusion(run_stage, tmp_path / "dump", good / "dump", "--tolerance", 1e-5)
     assert line.startswith("first in the order of execution: step_000/prev_sample differs"), line
 
 
 @pytest.mark.slow
-def test_a_share_of_the_hidden_states_is_wrong(good, tmp_path, run_stage):
+def test_a_share_of_the_hidden_states_is_wrong(good, tmp_path, run_stage, monkeypatch):
     """One chip's result of a collective is 1 % too large: of the eight shares only its own differs at first."""
-    spoil = """
-old = jax.lax.psum_scatter
-def psum_scatter(x, *arguments, **options):
-    wrong = (jax.lax.axis_index("dp") == 1) & (jax.lax.axis_index("sp") == 2)
-    return old(x, *arguments, **options) * jnp.where(wrong, 1.01, 1.0).astype(x.dtype)
-jax.lax.psum_scatter = psum_scatter
-"""
+    psum_scatter = jax.lax.psum_scatter
+
+    def wrong(x, *arguments, **options):
+        here = (jax.lax.axis_index("dp") == 1) & (jax.lax.axis_index("sp") == 2)
+        return psum_scatter(x, *arguments, **options) * jnp.where(here, 1.01, 1.0).astype(x.dtype)
+
+    monkeypatch.setattr(jax.lax, "psum_scatter", wrong)
     options = ("--input_dir", good, *SIZE, "--guidance_scale", 3, "--output_dir", tmp_path, "--dump", tmp_path / "dump")
-    run_spoiled(tmp_path, STAGE2, spoil, *options, "--dump_names", "transformer_blocks.*", "--dump_steps", 0)
+    options += ("--dump_names", "transformer_blocks.*", "--dump_steps", 0)
+    run_stage(STAGE2, *options, virtual_devices=True)
     line = conclusion(run_stage, tmp_path / "dump", good / "dump", "--tolerance", 1e-4)
     assert line.startswith("first in the order of execution: step_000/transformer_blocks.0.attn1.to_out.0 "), line
     assert "only in the share of 1 of 8 chips: dp 1, sp 2, tp 0" in line, line
 
 
 @pytest.mark.slow
-def test_a_sum_differs_on_one_chip(good, tmp_path):
+def test_a_sum_differs_on_one_chip(good, tmp_path, run_stage, monkeypatch):
     """The moments of a group norm are the same on all chips, unless a sum is wrong on one."""
-    spoil = """
-old = jax.lax.psum
-def psum(x, *arguments, **options):
-    wrong = (jax.lax.axis_index("rows") == 1) & (jax.lax.axis_index("columns") == 1)
-    return old(x, *arguments, **options) * jnp.where(wrong, 1.0001, 1.0)
-jax.lax.psum = psum
-"""
+    psum = jax.lax.psum
+
+    def wrong(x, *arguments, **options):
+        here = (jax.lax.axis_index("rows") == 1) & (jax.lax.axis_index("columns") == 1)
+        return psum(x, *arguments, **options) * jnp.where(here, 1.0001, 1.0)
+
+    monkeypatch.setattr(jax.lax, "psum", wrong)
     options = ("--input_dir", good, "--output_video", tmp_path / "video.mp4", "--chip_rows", 2)
-    printed = run_spoiled(tmp_path, STAGE3, spoil, *options, "--dump", tmp_path / "dump", "--dump_shards")
+    options += ("--dump", tmp_path / "dump", "--dump_shards")
+    printed = run_stage(STAGE3, *options, virtual_devices=True).stdout
     line = next(line for line in printed.splitlines() if "chips differ" in line)
     assert "chunk 0, decoder.mid_block.resnets.0.norm1.norm_layer.moments: chip 5 (rows 1, columns 1) " in line, line
     assert "differs from 7 others" in line, line

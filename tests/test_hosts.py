@@ -4,6 +4,7 @@ import argparse
 import io
 import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,16 +20,19 @@ from safetensors.numpy import load_file
 from cogvideox.errors import UserError
 from cogvideox.run import accelerator, hosts
 from tests.helpers import (
+    DEVICES,
     LATENTS,
     ROOT,
     SIZE,
     STAGE2,
     STAGE3,
     TINY_MODEL,
+    check,
     contents,
     stage_command,
     stage_environment,
 )
+from tests.in_process import run_here
 
 MESH = ("--sp_num", 2)  # dp, sp and tp of two each, on eight chips
 STEPS = ("--num_inference_steps", 900)  # more than come before a process is killed
@@ -75,17 +79,18 @@ class Processes:
         assert found == [status] * len(found), f"exit {found}\n{said}"
 
 
-@pytest.fixture(scope="module")
-def one_process(tmp_path_factory, finished_run) -> Path:
+@pytest.fixture(scope="session")
+def one_process(made_once, finished_run) -> Path:
     """Run stages 2 and 3 in one process with eight devices, and return the folder of their outputs."""
-    folder = tmp_path_factory.mktemp("one")
-    environment = stage_environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    for command in (
-        stage_command(STAGE2, "--input_dir", finished_run, "--output_dir", folder, *SIZE, *MESH),
-        stage_command(STAGE3, "--input_dir", folder, "--output_frames", folder / "frames.safetensors"),
-    ):
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
-    return folder
+
+    def make(folder: Path) -> None:
+        for script, *options in (
+            (STAGE2, "--input_dir", finished_run, "--output_dir", folder, *SIZE, *MESH),
+            (STAGE3, "--input_dir", folder, "--output_frames", folder / "frames.safetensors"),
+        ):
+            check(run_here(script, *options, folder=folder, devices=DEVICES))
+
+    return made_once("one_process", make)
 
 
 @pytest.mark.slow
@@ -154,34 +159,41 @@ def test_each_host_reads_its_share_of_the_weights(tmp_path):
         assert f"{i} read [0.5, 0.5, 0.5]" in processes.stderr(i), processes.stderr(i)
 
 
+IMPATIENT = """
+import sys
+sys.path.insert(0, {root!r})
+from cogvideox.cli.program import run
+from cogvideox.run import hosts
+import stage2_transformer
+hosts.HEARTBEAT_SECONDS = 10
+run(stage2_transformer.main)
+"""
+
+
+def wait_for(condition: Callable[[], object], fault: Callable[[], str], seconds: float = 300) -> None:
+    """Wait until something is there; fail with `fault` after a time that is long also on a busy machine."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(fault())
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_no_process_outlives_another(victim, finished_run, tmp_path):
     """One is killed between steps, or within one; the other says so in one line and ends."""
-    options = (
-        "--input_dir",
-        finished_run,
-        "--output_dir",
-        tmp_path / "out",
-        *SIZE,
-        "--num_inference_steps",
-        900,
-        *MESH,
-    )
-    processes = Processes(tmp_path, 2, STAGE2, *options)
-    for _ in range(600):
-        if "/900 [00:01" in processes.stderr(0):
-            break
-        time.sleep(0.2)
-    else:
-        pytest.fail(f"no step came\n{processes.stderr(0)}")
+    script = tmp_path / STAGE2
+    script.write_text(IMPATIENT.format(root=str(ROOT)))
+    options = ("--input_dir", finished_run, "--output_dir", tmp_path / "out", *SIZE, *STEPS, *MESH)
+    processes = Processes(tmp_path, 2, script, *options)
+    wait_for(lambda: re.search(r" [1-9]\d*/900 \[", processes.stderr(0)), lambda: f"no step\n{processes.stderr(0)}")
     processes.kill(victim)
     other = 1 - victim
-    assert processes.status(other, seconds=60) != 0
-    for _ in range(50):  # the line is written when the process is gone
-        if "error" in (said := processes.stderr(other)):
-            break
-        time.sleep(0.1)
+    assert processes.status(other) != 0
+    # The line is written when the process is gone.
+    wait_for(lambda: "error" in processes.stderr(other), lambda: f"no line\n{processes.stderr(other)}")
+    said = processes.stderr(other)
     last = said.replace("\r", "\n").splitlines()[-1]
     assert last.startswith(f"process {other}: {STAGE2}: error: process {victim} has ended or cannot be reached"), said
     assert "Traceback" not in said and "stack trace" not in said, said

@@ -34,12 +34,14 @@ from tests.helpers import (
     STAGE1,
     STAGE2,
     STAGE3,
+    check,
     contents,
     edit_config,
     run_command,
     stage_command,
     stage_environment,
 )
+from tests.in_process import run_here
 
 STEPS = 30
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL)
@@ -56,7 +58,7 @@ def kill(command: list[str], number: int, seconds: float) -> tuple[int, str]:
     )
     time.sleep(seconds)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     return process.returncode, errors
 
 
@@ -75,7 +77,8 @@ def kill_and_run_again(outputs: Path, script: str, moments: list[float], seed: i
         STAGE3: ("--input_dir", outputs, "--output_frames", outputs / "frames.safetensors"),
     }[script]
     model = json.loads((outputs / CONFIG).read_text())["model_id"]
-    command = stage_command(script, *options, *(("--model_id", model) if script == STAGE1 else ()))
+    options += ("--model_id", model) if script == STAGE1 else ()
+    command = stage_command(script, *options)
     name = {STAGE1: EMBEDDINGS, STAGE2: LATENTS, STAGE3: "frames.safetensors"}[script]
     start = time.perf_counter()
     run_command(command, check=True)
@@ -93,7 +96,7 @@ def kill_and_run_again(outputs: Path, script: str, moments: list[float], seed: i
             assert not left, f"{where}: {left}"
         for found, kept in zip(tensors(outputs / name).values(), before.values(), strict=True):
             assert torch.equal(found, kept), f"{where}: half a file"
-        run_command(command, check=True)
+        check(run_here(script, *options, folder=outputs))
         assert set(contents(outputs)) == files, f"{where}: {set(contents(outputs)) ^ files}"
         for found, kept in zip(tensors(outputs / name).values(), expected.values(), strict=True):
             assert torch.equal(found, kept), f"{where}: another result"
@@ -118,7 +121,7 @@ def test_an_unfinished_run_goes_on(outputs, run_stage):
             time.sleep(0.02)
             assert process.poll() is None, process.stderr.read().decode()
         process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=30)[1].decode()
+        errors = process.communicate(timeout=300)[1].decode()
     assert process.returncode == 128 + signal.SIGTERM, errors
     last = errors.strip().splitlines()[-1]
     done = int(load_file(outputs / STATE)["done"])

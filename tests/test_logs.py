@@ -20,7 +20,8 @@ from cogvideox.cli.report import EventLog, Report, memory_of
 from cogvideox.files import timings
 from cogvideox.files.names import TIMINGS
 from cogvideox.inspection import seconds
-from tests.helpers import LATENTS, SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, stage_command, stage_environment
+from tests.helpers import LATENTS, SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, check, stage_command, stage_environment
+from tests.in_process import run_here
 
 STEPS = SIZE[-1]
 
@@ -270,8 +271,7 @@ def quiet_run(tmp_path_factory, random_model) -> SimpleNamespace:
         (STAGE2, "--input_dir", folder, *SIZE),
         (STAGE3, "--input_dir", folder),
     ):
-        command = stage_command(script, *arguments, "--quiet", "--log_json", log)
-        process = subprocess.run(command, env=stage_environment(), capture_output=True, text=True, check=True)
+        process = check(run_here(script, *arguments, "--quiet", "--log_json", log, folder=folder))
         printed.append(process.stdout + process.stderr)
     return SimpleNamespace(folder=folder, events=events(log), printed=printed)
 
@@ -333,11 +333,11 @@ def test_a_killed_stage_leaves_what_happened(kill, outputs, tmp_path):
         stderr=subprocess.DEVNULL,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (log.exists() and log.read_text().count('"event": "step"') >= 3) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(kill)
-    process.wait(timeout=60)
+    process.wait(timeout=300)
     told = events(log)
     assert [event["done"] for event in told if event["event"] == "step"][:3] == [1, 2, 3]
     assert "end" not in {event["event"] for event in told}

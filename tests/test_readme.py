@@ -5,10 +5,7 @@ the checkout, in their order, with models and videos as small as a test allows. 
 process, because starting one takes longer than what it does here.
 """
 
-import contextlib
 import functools
-import importlib
-import io
 import itertools
 import os
 import re
@@ -18,13 +15,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
 import pytest
 
 from benchmarks import write_figures
-from cogvideox.run import accelerator
 from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, run_command
+from tests.in_process import run_here
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
 PAGES = (
@@ -144,20 +140,6 @@ def checkout(tmp_path, monkeypatch, random_model) -> Path:
     return folder
 
 
-def run_in_this_process(module: str, arguments: list[str]) -> int:
-    """Run a program of the project as if it had been started where there is one device; returns its exit status."""
-    found = accelerator.devices
-    with (
-        mock.patch.object(sys, "argv", [f"{module}.py", *arguments]),
-        mock.patch.object(accelerator, "devices", lambda *debug: found(*debug)[:1]),
-    ):
-        try:
-            importlib.import_module(module).main()
-        except SystemExit as end:
-            return int(end.code or 0)
-    return 0
-
-
 def run_line(command: str) -> None:
     """Run a command of a bash block; of `make demo` the lines that it would run."""
     if command.startswith("make demo"):
@@ -172,9 +154,9 @@ def run_line(command: str) -> None:
         assert process.returncode == 0, f"{command}\n{process.stdout}\n{process.stderr}"
         return
     module, arguments = program
+    process = run_here(module, *made_small(module, arguments), folder=Path.cwd())
     allowed = next((statuses for option, statuses in STATUS.items() if option in arguments), (0,))
-    status = run_in_this_process(module, made_small(module, arguments))
-    assert status in allowed, f"{command} ended with {status}"
+    assert process.returncode in allowed, f"{command}\n{process.stdout}\n{process.stderr}"
 
 
 @pytest.mark.slow
@@ -330,9 +312,7 @@ def options_in(text: str) -> set[str]:
 @functools.cache
 def options_of(module: str, *subcommand: str) -> set[str]:
     """Return the names of all options that the help of a program has."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert run_in_this_process(module, [*subcommand, "--help"]) == 0
-    return options_in(printed.getvalue()) - {"--help"}
+    return options_in(run_here(module, *subcommand, "--help", folder=ROOT).stdout) - {"--help"}
 
 
 def programs() -> Iterator[tuple[str, ...]]:

@@ -23,11 +23,11 @@ from tests.helpers import (
     STAGE1,
     STAGE2,
     STAGE3,
+    check,
     contents,
-    run_command,
-    stage_command,
     values,
 )
+from tests.in_process import run_here
 
 PROMPTS = ["a red circle", "a green square, moving left"]
 SEED, STEPS, SCALE = 7, 3, 3.5
@@ -42,17 +42,20 @@ def encoded(folder: Path, model: Path) -> Path:
     """Run stage 1 on a file of two prompts with an empty line between; return the folder of its files."""
     (folder / "prompts.txt").write_text("\n\n".join(PROMPTS) + "\n")
     options = ("--prompt_file", folder / "prompts.txt", "--negative_prompt", "dog", "--model_id", model)
-    run_command(stage_command(STAGE1, *options, "--output_dir", folder / "outputs"), check=True)
+    check(run_here(STAGE1, *options, "--output_dir", folder / "outputs", folder=folder))
     return folder / "outputs"
 
 
-@pytest.fixture(scope="module")
-def several(tmp_path_factory, random_model) -> Path:
+@pytest.fixture(scope="session")
+def several(made_once, random_model) -> Path:
     """Make two videos of each of two prompts, one after the other on one device, with all three stages."""
-    outputs = encoded(tmp_path_factory.mktemp("several"), random_model)
-    run_command(stage_command(STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS), check=True)
-    run_command(stage_command(STAGE3, "--input_dir", outputs), check=True)
-    return outputs
+
+    def make(folder: Path) -> None:
+        outputs = encoded(folder, random_model)
+        check(run_here(STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS, folder=folder))
+        check(run_here(STAGE3, "--input_dir", outputs, folder=folder))
+
+    return made_once("several", make) / "outputs"
 
 
 def check_against_diffusers(outputs: Path, model: Path) -> None:

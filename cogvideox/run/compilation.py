@@ -63,6 +63,7 @@ class Cache:
 
     def __init__(self, chosen: Path | None, report: Report):
         import jax
+        from jax.experimental.compilation_cache import compilation_cache
 
         self._report, self._here, self._started = report, threading.local(), time.time()
         if chosen == NO_CACHE:
@@ -75,6 +76,7 @@ class Cache:
         jax.config.update("jax_compilation_cache_dir", str(self.folder) if self.folder else None)
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        compilation_cache.reset_cache()  # else jax stays with the folder of this process' first program
 
     def __enter__(self) -> "Cache":
         import jax

@@ -1,0 +1,97 @@
+"""Run a program of the project in this process, as a person's command does; to start a process takes seconds."""
+
+import contextlib
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+from unittest import mock
+
+from cogvideox.cli import program
+from cogvideox.run import accelerator
+
+
+def run_here(script: str, *arguments: object, folder: Path, devices: int = 1) -> subprocess.CompletedProcess:
+    """Run a script or module in the working directory `folder`; return what a process of its own would have returned.
+
+    It finds the first `devices` of this process' jax devices. What it changes in this process is restored, and the
+    threads that it leaves have ended.
+    """
+    module = importlib.import_module(script.removesuffix(".py"))
+    command, status, found = [str(module.__file__), *map(str, arguments)], 0, accelerator.devices
+    with contextlib.ExitStack() as until_end:
+        for change in (
+            contextlib.chdir(folder),
+            jax_options_kept(),
+            torch_threads_kept(),
+            mock.patch.dict(os.environ),
+            mock.patch.object(sys, "argv", command),
+            mock.patch.object(signal, "signal"),  # pytest has handlers of its own
+            mock.patch.object(os, "_exit", sys.exit),  # how a stage ends while it compiles
+            mock.patch.object(accelerator, "devices", lambda debug: found(debug)[:devices]),
+        ):
+            until_end.enter_context(change)
+        out, err = (until_end.enter_context(captured(name)) for name in ("stdout", "stderr"))
+        try:
+            program.run(module.main)
+        except SystemExit as end:
+            status = int(end.code or 0)
+        finally:
+            for thread in threading.enumerate():
+                if thread.name == program.BACKGROUND:
+                    thread.join()
+        return subprocess.CompletedProcess(command, status, read(out), read(err))
+
+
+@contextlib.contextmanager
+def captured(name: str) -> Iterator[IO[str]]:
+    """Send what goes to sys.stdout or sys.stderr, by its name, and to its descriptor, to a file."""
+    descriptor = {"stdout": 1, "stderr": 2}[name]
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="backslashreplace") as file:
+        before = os.dup(descriptor)
+        os.dup2(file.fileno(), descriptor)
+        try:
+            with mock.patch.object(sys, name, file):
+                yield file
+        finally:
+            os.dup2(before, descriptor)
+            os.close(before)
+
+
+def read(file: IO[str]) -> str:
+    """Return what was written to a file, with its carriage returns as ends of lines."""
+    file.seek(0)
+    return file.read()
+
+
+@contextlib.contextmanager
+def jax_options_kept() -> Iterator[None]:
+    """Restore jax's options after the body of a `with` statement, the folder of compiled programs among them."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = dict(jax.config.values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if jax.config.values[name] != value:
+                jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Restore the number of torch's threads after the body of a `with` statement."""
+    before = sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None
+    try:
+        yield
+    finally:
+        if before:
+            sys.modules["torch"].set_num_threads(before)
