@@ -31,7 +31,6 @@ def run_here(script: str, *arguments: object, folder: Path, devices: int = 1) ->
             jax_options_kept(),
             torch_threads_kept(),
             mock.patch.dict(os.environ),
-            mock.patch.object(sys, "argv", command),
             mock.patch.object(signal, "signal"),  # pytest has handlers of its own
             mock.patch.object(os, "_exit", sys.exit),  # how a stage ends while it compiles
             mock.patch.object(accelerator, "devices", lambda debug: found(debug)[:devices]),
@@ -39,7 +38,7 @@ def run_here(script: str, *arguments: object, folder: Path, devices: int = 1) ->
             until_end.enter_context(change)
         out, err = (until_end.enter_context(captured(name)) for name in ("stdout", "stderr"))
         try:
-            program.run(module.main)
+            program.run(module.main, command[1:], Path(command[0]).name)
         except SystemExit as end:
             status = int(end.code or 0)
         finally:
