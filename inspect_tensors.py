@@ -22,7 +22,7 @@ from cogvideox.files import writing
 from cogvideox.inspection import pictures, seconds
 from cogvideox.inspection.comparison import compare_runs, conclusion_of, provenance_lines
 from cogvideox.inspection.description import described
-from cogvideox.inspection.items import items
+from cogvideox.inspection.items import items, opened
 from cogvideox.inspection.tables import comparison_table, table
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     import torch
 
     torch.set_num_threads(1)  # a chunk is small, and its digest is computed beside it
+    opened.cache_clear()  # a file may be another one than in an earlier call
     if arguments.plot:
         writing.check_writable(arguments.plot)
     if arguments.compare is None:
