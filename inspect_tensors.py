@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(__doc__.splitlines()[0])
+    parser = ArgumentParser(__doc__.splitlines()[0], prog="inspect_tensors.py")
     parser.add_argument("paths", type=file_path, nargs="+", help="safetensors files, videos, or folders of them")
     parser.add_argument("--compare", type=file_path, help="compare the one path with this one; differences end with 1")
     parser.add_argument(

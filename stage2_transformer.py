@@ -17,12 +17,15 @@ from cogvideox.cli.options import (
     add_force_option,
     add_host_options,
     add_log_options,
+    add_lora_option,
+    add_preset_option,
     add_profile_option,
+    parse_with_preset,
 )
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
-from cogvideox.cli.types import file_path, lora_option, number, preset
+from cogvideox.cli.types import file_path, number
 from cogvideox.defaults import MOST_FPS, MOST_SEED
 from cogvideox.files import lora
 from cogvideox.run import accelerator, denoising, jobs
@@ -30,7 +33,7 @@ from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
 from cogvideox.run.plans import check_dump, denoising_plan
 from cogvideox.run.profiling import Profile
-from utils import CONFIG, EMBEDDINGS, FPS, PRESETS, PREVIEW, SEED, STAGE_OUTPUTS, WARMUP_STEPS
+from utils import CONFIG, EMBEDDINGS, FPS, PREVIEW, SEED, STAGE_OUTPUTS, WARMUP_STEPS
 
 PROGRAM = "stage2_transformer.py"
 
@@ -49,29 +52,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_profile_option(parser, "step")
     add_host_options(parser)
     add_log_options(parser)
-    given, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[given.preset])
-    return parser.parse_args(argv)
+    return parse_with_preset(parser, argv)
 
 
 def add_video_options(parser: argparse.ArgumentParser) -> None:
     """Add what decides the videos beside the options of a denoising step."""
-    parser.add_argument(
-        "--preset",
-        type=preset,
-        choices=PRESETS,
-        default="draft",
-        help="set steps, guidance, scheduler and fps at once: to a draft's, or to those of the model's authors",
-    )
-    parser.add_argument(
-        "--lora",
-        type=lora_option,
-        action="append",
-        default=[],
-        metavar="PATH[:SCALE]",
-        help="add a LoRA to the weights, a safetensors file or its folder, times a scale; can be given several times "
-        "(default: none)",
-    )
+    add_preset_option(parser)
+    add_lora_option(parser)
     parser.add_argument("--seed", type=number(int, 0, MOST_SEED), default=SEED, help="seed of the noise")
     parser.add_argument(
         "--num_videos_per_prompt",

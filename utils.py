@@ -83,7 +83,9 @@ def prepare_video_for_export(video: "np.ndarray | torch.Tensor") -> "list[np.nda
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print what a folder of outputs holds: `python utils.py status stage_outputs`."""
-    parser = ArgumentParser("Say what the files of a run were made from, which are stale, and what to run next.")
+    parser = ArgumentParser(
+        "Say what the files of a run were made from, which are stale, and what to run next.", prog="utils.py"
+    )
     parser.add_argument("command", choices=["status"])
     parser.add_argument("folder", type=file_path, nargs="?", default=STAGE_OUTPUTS, help="the stages' output folder")
     for line in status(parser.parse_args(argv).folder):

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cogvideox.cli.options import add_denoising_options
+from cogvideox.cli.options import add_denoising_options, add_lora_option, add_preset_option, parse_with_preset
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
-from cogvideox.cli.types import file_path, lora_option, number, preset
-from cogvideox.defaults import FPS, NUM_STEPS, PRESETS, SEED
+from cogvideox.cli.types import file_path, number
+from cogvideox.defaults import FPS, NUM_STEPS, SEED
 from cogvideox.files import checkpoint, lora, videos, writing
 from cogvideox.files.names import EMBEDDINGS, ROOT
 from cogvideox.run import accelerator, decoding, denoising, plans
@@ -96,14 +96,13 @@ def parse_stage2_options(arguments: argparse.Namespace, variant: str = "") -> ar
     """Parse the options of stage 2 for our videos, or for those of a variant; only what decides latents is known."""
     parser = ArgumentParser(prog="stage2_transformer.py")
     add_denoising_options(parser)
-    parser.add_argument("--preset", type=preset, choices=PRESETS, default="draft")
-    parser.add_argument("--lora", type=lora_option, action="append", default=[])
+    add_preset_option(parser)
+    add_lora_option(parser)
     of_all = {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": arguments.num_inference_steps}
     of_all |= {"height": SIZE, "width": SIZE, "frames": FRAMES}
     words = [f"--{name}={value}" for name, value in of_all.items()]
     words += [*arguments.stage2_options, *shlex.split(variant)]
-    parser.set_defaults(**PRESETS[parser.parse_known_args(words)[0].preset])
-    return parser.parse_args(words)
+    return parse_with_preset(parser, words)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

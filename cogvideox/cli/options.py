@@ -4,8 +4,9 @@ Importing this module loads neither jax nor torch.
 """
 
 import argparse
+from collections.abc import Sequence
 
-from cogvideox.cli.types import file_path, interval, number
+from cogvideox.cli.types import file_path, interval, lora_option, number, preset
 from cogvideox.defaults import (
     FRAMES,
     GUIDANCE_SCALE,
@@ -15,6 +16,7 @@ from cogvideox.defaults import (
     MOST_GUIDANCE,
     MOST_PIXELS,
     NUM_STEPS,
+    PRESETS,
     USE_DP,
     USE_DYNAMIC_CFG,
     WIDTH,
@@ -83,6 +85,37 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
     add_parallelism_options(parser)
     add_step_cache_options(parser)
     add_attention_options(parser)  # last, because the names of reports list the options in this order
+
+
+def add_preset_option(parser: argparse.ArgumentParser) -> None:
+    """Add --preset; see `parse_with_preset`."""
+    parser.add_argument(
+        "--preset",
+        type=preset,
+        choices=PRESETS,
+        default="draft",
+        help="set steps, guidance, scheduler and fps at once: to a draft's, or to those of the model's authors",
+    )
+
+
+def parse_with_preset(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse options whose defaults are those of the preset that is chosen among them."""
+    given, _ = parser.parse_known_args(argv)
+    parser.set_defaults(**PRESETS[given.preset])
+    return parser.parse_args(argv)
+
+
+def add_lora_option(parser: argparse.ArgumentParser) -> None:
+    """Add --lora."""
+    parser.add_argument(
+        "--lora",
+        type=lora_option,
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="add a LoRA to the weights, a safetensors file or its folder, times a scale; can be given several times "
+        "(default: none)",
+    )
 
 
 def add_parallelism_options(parser: argparse.ArgumentParser) -> None:
