@@ -83,9 +83,9 @@ def other_model(made_once) -> Path:
 def run_stage(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Run a script or module of the project in `tmp_path`, as a person would, and return the finished process.
 
-    `status` is the expected exit status; if it is another one, the assertion shows what the program printed. With
-    `virtual_devices` the CPU counts as eight devices, or as so many. `process` says whether the program has a process
-    of its own or runs in that of the tests; without it a module has one, and a script has none.
+    `status` is the expected exit status; if it is another one, the assertion shows what the program printed. `process`
+    says whether the program has a process of its own or runs in that of the tests; without it a module has one, and a
+    script has none. In the tests' process a program finds one device, with `virtual_devices` eight, or so many.
     """
 
     def run(
@@ -95,11 +95,11 @@ def run_stage(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
         virtual_devices: bool | int = False,
         process: bool | None = None,
     ) -> subprocess.CompletedProcess:
+        if process or (process is None and not script.endswith(".py")):
+            assert not virtual_devices, "a process of its own has one device"
+            return check(run_command(stage_command(script, *arguments), cwd=tmp_path), status)
         devices = DEVICES if virtual_devices is True else int(virtual_devices) or 1
-        if not (process or (process is None and not script.endswith(".py"))):
-            return check(run_here(script, *arguments, folder=tmp_path, devices=devices), status)
-        environment = {"XLA_FLAGS": VIRTUAL_DEVICES.replace(str(DEVICES), str(devices))} if virtual_devices else {}
-        return check(run_command(stage_command(script, *arguments), cwd=tmp_path, env=environment), status)
+        return check(run_here(script, *arguments, folder=tmp_path, devices=devices), status)
 
     return run
 
