@@ -118,24 +118,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.title(f"Stage 2: transformer of {model_id}")
         cache = until_end.enter_context(Cache(arguments.compilation_cache, report))
         with report.phase("load"):
-            read = denoising.weight_reader(model_id, plan, loras)
+            read_weight = denoising.weight_reader(model_id, plan, loras)
             hosts.agree_on_model(model_id, "transformer", "vae", "scheduler")
-            steps = denoising.trace_steps(arguments, plan, model_id, read)
+            steps = denoising.trace_steps(arguments, plan, model_id, read_weight)
+            plan = steps.plan  # with the dtype of the weights
             denoising.report_plan(steps, loras, arguments, hosts, report)
-            tasks = jobs.tasks_of(videos, arguments, steps.plan, steps.skipped, loras)
-            groups = jobs.groups_of(tasks, steps.plan, arguments, hosts, report)
+            tasks = jobs.tasks_of(videos, arguments, plan, steps.skipped, loras)
+            groups = jobs.groups_of(tasks, plan, arguments, hosts, report)
             if not groups:
                 return
             recorder = denoising.recorder(arguments, tasks[0], steps)
-            compiling = Compiling(arguments, "denoising step", steps.plan, [*steps.traced.values()], cache, report)
-            parameters = denoising.load_weights(read, steps.plan, loras, report)
+            compiling = Compiling(arguments, "denoising step", plan, [*steps.traced.values()], cache, report)
+            parameters = denoising.load_weights(read_weight, plan, loras, report)
             run_of_groups = denoising.DenoisingRun(steps, parameters, arguments, hosts, report)
-            first = run_of_groups.start(groups[0])
+            first_run = run_of_groups.start(groups[0])
         with report.phase("compile") as compile_phase:
             compiled, compile_phase.note = compiling.wait()
-        run_of_groups.warm_up(first, compiled, recorder)
-        latents = run_of_groups.make_all(groups, first, compiled, recorder, profile)
-
+        run_of_groups.warm_up(first_run, compiled, recorder)
+        latents = run_of_groups.make_all(groups, first_run, compiled, recorder, profile)
         profile.show()
         report.add_array("latents", latents)
         report.add_rows(recorder.summary())

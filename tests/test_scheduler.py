@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DDIMScheduler
 
-from cogvideox.models.transformer.scheduler import AffineScheduler
+from cogvideox.models.transformer.scheduler import SAMPLERS, AffineScheduler, make_scheduler
 from tools.make_tiny_model import SCHEDULER
 
 SHAPE = (1, 4, 3, 2, 2)
@@ -19,8 +19,8 @@ def test_steps_match_diffusers(scheduler_class, spacing, prediction_type, steps)
     options = SCHEDULER | {"prediction_type": prediction_type, "timestep_spacing": spacing}
     # Zero terminal SNR divides by zero at the first step of epsilon prediction, in diffusers too.
     options["rescale_betas_zero_snr"] = prediction_type != "epsilon"
-    affine = AffineScheduler(scheduler_class(**options), steps)
-    scheduler = scheduler_class(**options)
+    options["_class_name"] = scheduler_class.__name__
+    affine, scheduler = AffineScheduler(make_scheduler(options), steps), make_scheduler(options)
     scheduler.set_timesteps(steps)
     stochastic = scheduler_class is CogVideoXDPMScheduler
 
@@ -48,3 +48,15 @@ def test_steps_match_diffusers(scheduler_class, spacing, prediction_type, steps)
             error = (a - b).abs().max() / b.abs().max()
             assert error < 1e-5, f"step {i}: {what} differs by {error:.1e} of its scale"
     assert (affine.noise(0, SHAPE, torch.float64, [our_generator]) is not None) == stochastic
+
+
+@pytest.mark.parametrize("clips", [True, False])
+def test_a_scheduler_that_clips_is_refused(clips, monkeypatch):
+    """Clipping does not show on small numbers; a matrix in its place would make other videos."""
+    monkeypatch.setitem(SAMPLERS, "DDIMScheduler", SAMPLERS["CogVideoXDDIMScheduler"])
+    scheduler = DDIMScheduler(prediction_type="v_prediction", timestep_spacing="trailing", clip_sample=clips)
+    if clips:
+        with pytest.raises(ValueError, match="step 0 of DDIMScheduler is not affine"):
+            AffineScheduler(scheduler, 4)
+    else:
+        assert np.isfinite(AffineScheduler(scheduler, 4).coefficients).all()

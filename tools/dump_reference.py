@@ -57,6 +57,11 @@ DECODER = (
     r"conv_in|mid_block|norm_out|conv_out|(.+\.)?(resnets|up_blocks|upsamplers)\.\d+"
     r"|.+\.(norm[12]|conv[12]|conv_shortcut)"
 )
+# Entries of generation_config.json that decide what is computed here, or that decide no number.
+UNDERSTOOD = {
+    *("model_id", "prompt", "negative_prompt", "height", "width", "frames", "fps", "num_inference_steps", "seed"),
+    *("guidance_scale", "use_dynamic_cfg", "scheduler", "timestep_spacing", "lora"),
+}
 WAITING_BYTES = 2**26  # of arrays that are written together
 VALUES_AT_A_TIME = 2**24  # that statistics are computed of
 
@@ -133,6 +138,7 @@ class Start(NamedTuple):
 def dump_denoising(arguments: argparse.Namespace) -> Dump:
     """Run diffusers' pipeline up to the last wanted step, and return the finished dump."""
     config = stage_files.read_config(arguments.input_dir, VideoConfig)
+    check_entries(config)
     path = arguments.input_dir / EMBEDDINGS
     shapes = stage_files.tensor_shapes(path, 1, ("prompt_embeds", "negative_prompt_embeds"), config)
     plan = denoising_plan(config, batch=shapes["prompt_embeds"][0])
@@ -159,6 +165,17 @@ def dump_denoising(arguments: argparse.Namespace) -> Dump:
         advance(bar, blocks.values())
         run_pipeline(pipeline, load_file(path), plan, config["seed"], dtype, start if first == 0 else None)
     return recorder.dump
+
+
+def check_entries(config: Mapping) -> None:
+    """Raise UserError if the latents were made with something that diffusers' pipeline cannot do."""
+    for name, field in VideoConfig.model_fields.items():
+        value = config.get(name, field.default)
+        if name not in UNDERSTOOD and value != field.default:
+            raise UserError(
+                f"the latents were made with {name} {value}, which diffusers' pipeline does not have; run stage 2 "
+                "without it, and compare that run"
+            )
 
 
 def denoising_plan(config: Mapping, batch: int) -> DenoisingPlan:

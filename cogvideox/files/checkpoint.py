@@ -5,16 +5,12 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cogvideox.errors import UserError, first_line
 from cogvideox.files.schemas import COMPONENTS, read_json
 from cogvideox.files.tensors import check_finite, read_tensors
-
-if TYPE_CHECKING:
-    import numpy as np
 
 REMEDY = "get the model again or correct --model_id"
 

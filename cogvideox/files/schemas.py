@@ -47,12 +47,13 @@ class VideoConfig(TextConfig):
     guidance_scale: Annotated[float, Field(ge=0, le=MOST_GUIDANCE)]
     seed: Annotated[int, Field(ge=0, lt=2**64)]
     scheduler: str
-    # Files of version 0.1.0 and of the original project lack these.
+    # Files of earlier versions and of the original project lack these. Stage 2 writes each from its option of the same
+    # name, or from its plan; see run/jobs.py.
     timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None
     use_dynamic_cfg: bool = False
     skipped_steps: str = ""
     guidance_interval: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
-    lora: list[str] = []  # files of earlier versions have no such entry
+    lora: list[str] = []
 
 
 class LoraConfig(Entries):

@@ -186,9 +186,9 @@ def tasks_of(
     of_run = {"dtype": plan.dtype, "devices": f"{len(plan.devices)} x {plan.devices[0].device_kind}"}
 
     def task(video: Video) -> Task:
-        known = of_plan | {"seed": video.config["seed"]}
+        known = vars(arguments) | of_plan | {"seed": video.config["seed"]}
         config = {name: video.config[name] for name in TEXT_ENTRIES}
-        config |= {name: known.get(name, getattr(arguments, name, None)) for name in VIDEO_ENTRIES}
+        config |= {name: known[name] for name in VIDEO_ENTRIES}
         inputs = {provenance.known_as(video.embeddings, video.folder): digests[video.embeddings]}
         inputs |= {str(path): digests[path] for path in lora_files}
         made_from = {name: config.get(name) for name in LATENT_ENTRIES}

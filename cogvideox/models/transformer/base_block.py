@@ -61,16 +61,25 @@ class BaseBlock(abc.ABC):
     def modulation(self, name: str) -> jax.Array:
         """Compute what the time embedding makes of the norm `name`: shifts, scales and gates, float32 [3, 2, embed].
 
-        Of each the first row is for text, the second for video.
+        Of each the first row is for text, the second for video, and for the padding, whose values nothing reads.
         """
         modulation = linear(self.time, self.parameters, f"{name}.linear")
         taps.tap_vector("linear", modulation)
+        # diffusers has shift, scale and gate of the video first, and then those of the text.
         return jnp.flip(modulation.reshape(2, 3, -1), 0).swapaxes(0, 1)
 
     def gated_residual(
         self, hidden: jax.Array, partial_sum: jax.Array, name: str, gates: jax.Array, is_text: jax.Array
     ) -> jax.Array:
-        """Compute hidden + gate * (sum of `partial_sum` over tp + bias of module `name`) for some of the tokens."""
+        """Compute hidden + gate * (sum of `partial_sum` over tp + bias of module `name`).
+
+        Args:
+            hidden: [batch, tokens, embed]: the chip's own tokens, or a piece of them.
+            partial_sum: of a product whose inputs tp splits, [batch, tokens gathered over tp, embed].
+            name: of the module that ends with the product.
+            gates: of text and of video, [2, embed].
+            is_text: which of the tokens are text.
+        """
         x = jax.lax.psum_scatter(partial_sum.astype(hidden.dtype), "tp", scatter_dimension=1, tiled=True)
         x = self.with_bias(x, name)
         tap.tap(name.partition(".")[2], x, HIDDEN_STATES, self.bounds)

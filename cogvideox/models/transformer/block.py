@@ -37,8 +37,10 @@ class Block(BaseBlock):
         """Apply the first half of the block: norm, attention, gated residual."""
         x, gates = self.modulated_norm(hidden, self.is_text, "norm1")
         with tap.scope("attn1"):
+            # Only where something is tapped: it computes what is named in diffusers and is not kept here.
             taps.tap_heads(x, self.parameters, self.heads, self.bounds)
             query, key, value = (project_heads(x, self.parameters, f"attn1.to_{name}", self.heads) for name in "qkv")
+            # Text is rotated too, by the angle 0; diffusers leaves it out.
             query = normalized_and_rotated(query, self.parameters, "attn1.norm_q", self.rotary)
             key = normalized_and_rotated(key, self.parameters, "attn1.norm_k", self.rotary)
 

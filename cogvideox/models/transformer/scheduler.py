@@ -1,10 +1,10 @@
 """The diffusers scheduler as numbers that a jitted step can take.
 
-Every step of the CogVideoX schedulers is affine in its three arrays: one 2 x 3 matrix of scalars, different at each
-step, maps (sample, model_output, old_pred_original_sample) to (prev_sample, pred_original_sample), and the stochastic
-DPM scheduler adds noise. Matrix and noise are found by calling the diffusers scheduler itself on unit vectors and on
-zeros. So its formulas, its options and its order of random draws are not written again here, and the program on the
-device has no branch on the timestep.
+Every step of these schedulers is affine in its three arrays: one 2 x 3 matrix of scalars, different at each step, maps
+(sample, model_output, old_pred_original_sample) to (prev_sample, pred_original_sample), and the stochastic DPM
+scheduler adds noise. Matrix and noise are found by calling the diffusers scheduler itself on unit vectors and on zeros.
+So its formulas, its options and its order of random draws are not written again here, and the program on the device has
+no branch on the timestep.
 """
 
 import inspect
@@ -23,16 +23,16 @@ class Sampler(NamedTuple):
     """How a diffusers scheduler is called, and how it is chosen in the place of the model's own.
 
     Attributes:
-        choice: the name by which it is chosen.
         step: `step(scheduler, i, sample, model_output, old_pred_original_sample, generator)` of the i-th step, to
             (prev_sample, pred_original_sample); affine in the three arrays.
         adds_noise: whether a step draws noise from `generator` and adds it to prev_sample.
+        choice: the name by which it is chosen; None for one that only a model names.
         settings: what the choice changes in the model's scheduler_config.json, beside the class.
     """
 
-    choice: str
     step: "Callable[..., tuple[torch.Tensor, torch.Tensor]]"
     adds_noise: bool
+    choice: str | None = None
     settings: Mapping = MappingProxyType({})
 
 
@@ -54,13 +54,15 @@ def _dpm_step(scheduler, i, sample, model_output, old_pred_original_sample, gene
 
 # The schedulers that stage 2 can run, by the name of the diffusers class, as in a model's scheduler_config.json.
 SAMPLERS = {
-    "CogVideoXDDIMScheduler": Sampler("ddim", _ddim_step, adds_noise=False),
+    "CogVideoXDDIMScheduler": Sampler(_ddim_step, adds_noise=False, choice="ddim"),
     # The model's authors run DPM with trailing timesteps.
-    "CogVideoXDPMScheduler": Sampler("dpm", _dpm_step, adds_noise=True, settings={"timestep_spacing": "trailing"}),
+    "CogVideoXDPMScheduler": Sampler(
+        _dpm_step, adds_noise=True, choice="dpm", settings={"timestep_spacing": "trailing"}
+    ),
 }
 
 # What each choice changes in a model's scheduler_config.json.
-CHOICES = {sampler.choice: {"_class_name": name, **sampler.settings} for name, sampler in SAMPLERS.items()}
+CHOICES = {one.choice: {"_class_name": name, **one.settings} for name, one in SAMPLERS.items() if one.choice}
 
 
 def make_scheduler(config: Mapping) -> "SchedulerMixin":
@@ -74,7 +76,7 @@ def make_scheduler(config: Mapping) -> "SchedulerMixin":
 
 
 class AffineScheduler:
-    """A diffusers CogVideoX scheduler with its timesteps set, as one affine map per step.
+    """A diffusers scheduler with its timesteps set, as one affine map per step.
 
     Args:
         scheduler: an object of one of the classes in SAMPLERS.
@@ -84,6 +86,9 @@ class AffineScheduler:
         timesteps: int64 array [num_inference_steps], descending.
         coefficients: float32 array [num_inference_steps, 2, 3]; rows (prev_sample, pred_original_sample), columns
             (sample, model_output, old_pred_original_sample).
+
+    Raises:
+        ValueError: a step is not affine: it clips what is large, for example.
     """
 
     def __init__(self, scheduler: "SchedulerMixin", num_inference_steps: int):
@@ -117,4 +122,8 @@ class AffineScheduler:
             return torch.cat(self._sampler.step(self._scheduler, step, *arrays, torch.Generator().manual_seed(0)))
 
         noise = evaluate([0.0, 0.0, 0.0])
-        return torch.stack([evaluate(unit) - noise for unit in np.eye(3).tolist()], dim=1).numpy()
+        matrix = torch.stack([evaluate(unit) - noise for unit in np.eye(3).tolist()], dim=1).numpy()
+        large = np.array([1e3, -2e3, 3e3])
+        if not np.allclose(matrix @ large, (evaluate(large.tolist()) - noise).numpy(), rtol=1e-6, equal_nan=True):
+            raise ValueError(f"step {step} of {type(self._scheduler).__name__} is not affine; does it clip samples?")
+        return matrix

@@ -82,7 +82,17 @@ def transformer(
         # Text and padding are not rotated: their angle is 0.
         edges = ((text_length, padded - length), (0, 0))
         cos, sin = jnp.pad(rotary[0], edges, constant_values=1.0), jnp.pad(rotary[1], edges)
-        last = run_blocks(parameters, hidden, time, (cos, sin), text_length, length, config, parallelism, attention)
+        last = run_blocks(
+            parameters,
+            hidden,
+            time,
+            (cos, sin),
+            text_length=text_length,
+            length=length,
+            config=config,
+            parallelism=parallelism,
+            attention=attention,
+        )
     else:
         last = hidden + residual
     output = predict_patches(parameters, last, time, config, {-2: (text_length, length)})
@@ -139,6 +149,7 @@ def run_blocks(
     hidden: jax.Array,
     time: jax.Array,
     rotary: tuple[jax.Array, jax.Array],
+    *,
     text_length: int,
     length: int,
     config: Mapping,
@@ -175,7 +186,16 @@ def run_blocks(
             layer, parameters = layer_and_parameters
             weights: dict[str, Any] = {name: Weight(blocks[name], layer) for name in stacks}
             weights |= {name: gather_share(name, array, parallelism) for name, array in parameters.items()}
-            return block(weights, time, rotary, is_text, length, config, parallelism, attention)(hidden)
+            return block(
+                parameters=weights,
+                time=time,
+                rotary=rotary,
+                is_text=is_text,
+                length=length,
+                config=config,
+                parallelism=parallelism,
+                attention=attention,
+            )(hidden)
 
         layers = jnp.arange(config["num_layers"], dtype=jnp.int32)
         sliced = {name: array for name, array in blocks.items() if name not in stacks}
