@@ -633,7 +633,7 @@ def test_as_a_program(script, arguments, environment, words, folder):
 @pytest.mark.slow
 def test_full_stdout_and_an_ascii_terminal(folder):
     stage1 = stage_command(STAGE1, "--prompt", "ein Bär, " * 200, "--model_id", MODEL, "--output_dir", OUT)
-    with open("/dev/full", "w") as full:
+    with os.fdopen(os.open("/dev/full", os.O_WRONLY), "w") as full:  # which makes no file where the device is missing
         process = subprocess.run(
             stage1, check=False, stdout=full, stderr=subprocess.PIPE, text=True, env=stage_environment()
         )
