@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import IO, Any
 
 from tqdm import tqdm
 
@@ -39,14 +39,15 @@ class EventLog:
     """
 
     def __init__(self, path: Path | None):
-        self._path, self._file = path, None
+        self._path = path
+        self._file: IO[bytes] | None = None
         if path is None:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_fifo() or (path.is_file() and _begins(path) not in (b"", LOG_BEGINS)):
                 raise OSError(errno.EEXIST, "it is there and is no log")
-            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  it stays open until the process ends
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
         except OSError as error:
             raise UserError(f"cannot write --log_json {path}: {error.strerror}; choose another path") from error
 
@@ -59,8 +60,14 @@ class EventLog:
         try:
             self._file.write(f"{line}\n".encode(errors="backslashreplace"))  # JSON reads the escape
         except OSError as error:
-            self._file = None
+            self.close()
             print(f"  WARNING: cannot write {self._path}: {error.strerror}; the log ends here", file=sys.stderr)
+
+    def close(self) -> None:
+        """Keep no more."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def _begins(path: Path) -> bytes:
@@ -112,12 +119,13 @@ class Report:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        """Write to the log what ends the stage before its end."""
+        """Write to the log what ends the stage before its end, and close it."""
         if error is not None:
             shown = as_user_error(error)
             bug = not isinstance(shown, (UserError, KeyboardInterrupt))
             text = "".join(traceback.format_exception(error)) if bug else None
             self.event("error", kind=type(shown).__name__, message=str(shown), traceback=text)
+        self._log.close()
 
     def event(self, event: str, **fields: Any) -> None:
         """Write an event with these fields to the log."""
