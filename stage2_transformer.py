@@ -18,6 +18,7 @@ from cogvideox.cli.options import (
     add_host_options,
     add_log_options,
     add_profile_option,
+    add_weight_options,
 )
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
@@ -47,6 +48,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_run_options(parser)
     add_dump_options(parser, "step")
     add_profile_option(parser, "step")
+    add_weight_options(parser)
     add_host_options(parser)
     add_log_options(parser)
     given, _ = parser.parse_known_args(argv)
@@ -131,8 +133,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.title(f"Stage 2: transformer of {model_id}")
         cache = until_end.enter_context(Cache(arguments.compilation_cache, report))
         with report.phase("load"):
-            read = denoising.weight_reader(model_id, plan, loras)
-            hosts.agree_on_model(model_id, "transformer", "vae", "scheduler")
+            read = denoising.weight_reader(model_id, plan, loras, arguments.variant, report)
+            hosts.agree_on_model(model_id, arguments.variant, "transformer", "vae", "scheduler")
             steps = denoising.trace_steps(arguments, plan, model_id, read)
             denoising.report_plan(steps, loras, arguments, hosts, report)
             tasks = jobs.tasks_of(videos, arguments, steps.plan, steps.skipped, loras)

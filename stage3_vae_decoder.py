@@ -16,6 +16,7 @@ from cogvideox.cli.options import (
     add_host_options,
     add_log_options,
     add_profile_option,
+    add_weight_options,
 )
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
@@ -56,6 +57,7 @@ def parse_arguments(argv: Sequence[str] | None, program: str) -> argparse.Namesp
     add_decoding_options(parser)
     add_dump_options(parser, "chunk")
     add_profile_option(parser, "chunk")
+    add_weight_options(parser)
     add_host_options(parser)
     add_log_options(parser)
     return parser.parse_args(argv)
@@ -87,8 +89,8 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
         decoding.report_plan(plan, arguments, report)
         with report.phase("load"):
             vae = plan.make_decoder()
-            files = decoding.weight_files(vae, model_id)
-            hosts.agree_on_model(model_id, "vae")
+            files = decoding.weight_files(vae, model_id, arguments.variant, report.say)
+            hosts.agree_on_model(model_id, arguments.variant, "vae")
             traced = decoding.trace_chunks(arguments, plan, vae, files)
             recorder = decoding.recorder(arguments, videos[0], plan, traced)
             compiling = Compiling(arguments, f"{decoder} decoder", plan, traced, cache, report)

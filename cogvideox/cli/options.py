@@ -40,6 +40,13 @@ def add_force_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="go on with files that do not belong together")
 
 
+def add_weight_options(parser: argparse.ArgumentParser) -> None:
+    """Add which weights of the model are read."""
+    parser.add_argument(
+        "--variant", help="read this variant of the weights, such as fp16 (default: the standard one, or the only one)"
+    )
+
+
 def add_size_options(parser: argparse.ArgumentParser) -> None:
     """Add the video's height, width and frames."""
     pixels = number(int, 1, MOST_PIXELS)

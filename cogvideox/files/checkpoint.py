@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,13 +11,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cogvideox.errors import UserError, first_line
-from cogvideox.files.schemas import COMPONENTS, read_json
+from cogvideox.files.schemas import COMPONENTS, WeightIndex, read_json
+from cogvideox.files.stage_files import ignore
 from cogvideox.files.tensors import check_finite, read_tensors
 
 if TYPE_CHECKING:
     import numpy as np
 
 REMEDY = "get the model again or correct --model_id"
+# Makes a safetensors file of pickles, of which torch takes nothing but tensors.
+CONVERT = (
+    'python -c "import glob, torch, safetensors.torch as s; s.save_file({{name: tensor.contiguous().clone() '
+    "for file in sorted(glob.glob('{0}/*.bin')) for name, tensor in torch.load(file, weights_only=True).items()}}, "
+    "'{0}/{1}')\""
+)
 
 
 def resolve_model_id(model_id: str) -> str:
@@ -60,11 +68,60 @@ def read_config(model_id: str, component: str, name: str = "config.json") -> dic
     """
     path = model_folder(model_id, [f"{component}/{name}"]) / component / name
     missing = f"model '{model_id}' has no {component}/{name}; --model_id must name a CogVideoX model"
-    return read_json(path, COMPONENTS[component], missing)
+    return read_json(path, COMPONENTS[component], missing, defaults=True)
+
+
+def weight_files(
+    model_id: str, component: str, variant: str | None = None, say: Callable[[str], None] = ignore
+) -> list[Path]:
+    """Return the files of a component's weights, which are those that diffusers and transformers read, and no others.
+
+    The index names them if there is one; else it is the file of the standard name. A model that has neither, but one
+    variant (such as fp16 in `diffusion_pytorch_model.fp16.safetensors`), has the files of that one.
+
+    Args:
+        model_id: a folder, or a model of the Hugging Face Hub.
+        component: "text_encoder", "transformer" or "vae".
+        variant: read its files; None for the rule above.
+        say: is told of a variant that nobody has asked for.
+
+    Raises:
+        UserError: there are no such files, or there is a choice between several variants.
+    """
+    folder = model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]) / component
+    stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
+    name = re.compile(rf"{stem}(?:\.(?!.*-of-)([^.]+))?\.safetensors|{stem}\.safetensors\.index(?:\.([^.]+))?\.json")
+    # By variant, None for the standard one; an index comes after a file in this order, and takes its place.
+    found = {match[1] or match[2]: path for path in sorted(folder.glob("*")) if (match := name.fullmatch(path.name))}
+    if variant is None and None not in found and len(found) == 1:
+        (variant,) = found
+        say(f"{folder} has its weights as the variant {variant} alone")
+    if variant not in found:
+        raise UserError(f"{folder} {_why_none(folder, stem, [*filter(None, found)], variant)}")
+    path = found[variant]
+    if path.suffix == ".safetensors":
+        return [path]
+    shards = read_json(path, WeightIndex, f"{path} is no file; {REMEDY}")["weight_map"].values()
+    return [folder / shard for shard in sorted({*shards})]
+
+
+def _why_none(folder: Path, stem: str, variants: list[str], variant: str | None) -> str:
+    """Say what a component's folder has in the place of the weights that are wanted, and what the user can do."""
+    name = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+    if variants:
+        return f"has no {name}, nor an index of it, but the variants {', '.join(variants)}: choose one with --variant"
+    if any(folder.glob("*.bin")):
+        return f"has its weights as a pickle, which could run code; this converts them: {CONVERT.format(folder, name)}"
+    return f"has no {name}, nor an index of it; {f'drop --variant {variant}' if variant else REMEDY}"
 
 
 def tensor_reader(
-    model_id: str, component: str, shapes: Mapping[str, tuple[int, ...]], all_of_them: bool = True
+    model_id: str,
+    component: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    all_of_them: bool = True,
+    variant: str | None = None,
+    say: Callable[[str], None] = ignore,
 ) -> Callable[[str], np.ndarray]:
     """Return a function that returns a tensor by its stored name, as a read-only array in its stored dtype.
 
@@ -77,17 +134,18 @@ def tensor_reader(
         component: "transformer" or "vae".
         shapes: shape of each tensor that will be read, by its name.
         all_of_them: whether the component (of the VAE: its decoder) has no other tensors.
+        variant, say: see `weight_files`.
 
     Raises:
         UserError: a file cannot be read, no file has one of the tensors with that shape, or there are other tensors.
     """
-    folder = model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]) / component
+    files = weight_files(model_id, component, variant, say)
     only = ("decoder." if component == "vae" else "") if all_of_them else None
-    tensors = read_tensors(folder, shapes, REMEDY, only)
+    tensors = read_tensors(files, shapes, REMEDY, only)
 
     @functools.cache
     def read(name: str) -> np.ndarray:
-        check_finite({name: tensors[name]}, folder, REMEDY)
+        check_finite({name: tensors[name]}, files[0].parent, REMEDY)
         return tensors[name]
 
     return read

@@ -92,7 +92,7 @@ def read_lora(text: str) -> Lora:
     files = files_of(Path(path))
     names = open_tensors(files[0], REMEDY)
     pairs = pairs_of(names, files[0])
-    tensors = read_tensors(files[0], dict.fromkeys(names), REMEDY)
+    tensors = read_tensors(files[:1], dict.fromkeys(names), REMEDY)
     check_finite(tensors, files[0], REMEDY)
     config = config_of(files)
     matrices, ranks, alphas = {}, set(), set()

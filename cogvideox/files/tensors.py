@@ -4,7 +4,8 @@ Whatever a file holds, the result is valid or a `UserError` says in one line wha
 """
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -15,6 +16,7 @@ from cogvideox.errors import UserError, first_line
 
 # The dtypes that tensors may have, by their names in a safetensors file.
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 # --- Tensors -----------------------------------------------------------------------------------------------------
@@ -47,20 +49,29 @@ def open_tensors(path: Path, remedy: str) -> dict[str, np.ndarray | str]:
     if not path.is_file():
         raise UserError(f"{path} does not exist, or is no file; {remedy}")
     try:
+        check_pointer(path)
         return mapped_tensors(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} is not a complete safetensors file ({first_line(error)}); {remedy}") from error
 
 
+def check_pointer(path: Path) -> None:
+    """Raise UserError if a file is what Git LFS leaves in the place of a large one that it has not fetched."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            fetch = f"git -C {shlex.quote(str(path.parent))} lfs pull"
+            raise UserError(f"{path} is a Git LFS pointer, not yet the file itself; this fetches it: {fetch}")
+
+
 def read_tensors(
-    where: Path, expected: Mapping[str, tuple[int, ...] | None], remedy: str, only: str | None = None
+    files: Sequence[Path], expected: Mapping[str, tuple[int, ...] | None], remedy: str, only: str | None = None
 ) -> dict[str, np.ndarray]:
     """Map safetensors files into memory, and return the expected tensors by name, as read-only arrays.
 
     The arrays are the files themselves: nothing is read before a value is used.
 
     Args:
-        where: a file, or the folder of a model's component.
+        files: one file, or those of a model's component, which are in one folder.
         expected: the shape of each tensor by name; None for any that has elements.
         remedy: what the user can do, for the errors.
         only: if given, tensors whose name begins with it are there only if they are expected; "" means all tensors.
@@ -69,7 +80,8 @@ def read_tensors(
         UserError: a file is not complete, or tensors are missing, unexpected, of another shape or dtype.
     """
     found: dict[str, np.ndarray | str] = {}
-    for path in sorted(where.glob("*model*.safetensors")) if where.is_dir() else [where]:
+    where = files[0] if len(files) == 1 else files[0].parent
+    for path in files:
         found |= open_tensors(path, remedy)
     integers = [name for name, tensor in found.items() if isinstance(tensor, str)]  # libraries would convert them
     wrong = {name: fault for name in (*expected, *integers) if (fault := _fault(found.get(name), expected.get(name)))}

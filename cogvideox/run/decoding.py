@@ -26,14 +26,18 @@ if TYPE_CHECKING:
     from cogvideox.run.recorder import NoRecorder, Recorder
 
 
-def weight_files(decoder: "Decoder", model_id: str) -> Any:
+def weight_files(
+    decoder: "Decoder", model_id: str, variant: str | None = None, say: Callable[[str], None] = stage_files.ignore
+) -> Any:
     """Return the decoder's weights as the tree that its `decode_chunk` takes, mapped from files, not yet read.
+
+    `variant` and `say` are those of `checkpoint.weight_files`.
 
     Raises:
         UserError: a file is missing or damaged, or does not have the decoder's weights.
     """
     shapes = {f"decoder.{name}": shape for name, shape in decoder.weight_shapes.items()}
-    read = checkpoint.tensor_reader(model_id, "vae", shapes)
+    read = checkpoint.tensor_reader(model_id, "vae", shapes, variant=variant, say=say)
     return decoder.convert_weights({name: read(f"decoder.{name}") for name in decoder.weight_shapes})
 
 

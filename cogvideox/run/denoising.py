@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from cogvideox.run.recorder import NoRecorder, Recorder
 
 
-def weight_reader(model_id: str, plan: "DenoisingPlan", loras: Sequence[Lora]) -> Callable[[str], np.ndarray]:
+def weight_reader(
+    model_id: str, plan: "DenoisingPlan", loras: Sequence[Lora], variant: str | None, report: Report
+) -> Callable[[str], np.ndarray]:
     """Return a function that returns a weight of the transformer by its stored name, before LoRAs, mapped from files.
 
     Raises:
@@ -41,7 +43,7 @@ def weight_reader(model_id: str, plan: "DenoisingPlan", loras: Sequence[Lora]) -
     shapes = stored_shapes(plan.transformer)
     for one in loras:
         one.check(shapes)
-    return checkpoint.tensor_reader(model_id, "transformer", shapes)
+    return checkpoint.tensor_reader(model_id, "transformer", shapes, variant=variant, say=report.say)
 
 
 def load_weights(

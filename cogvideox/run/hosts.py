@@ -97,7 +97,7 @@ class Hosts:
                         f"process {process} differs from process 0 in {name}{shown}; start all of them alike"
                     )
 
-    def agree_on_model(self, model_id: str, component: str, *others: str) -> None:
+    def agree_on_model(self, model_id: str, variant: str | None, component: str, *others: str) -> None:
         """Compare what each host reads of the model: headers of a component's weights, its config and those of others.
 
         Raises:
@@ -106,7 +106,7 @@ class Hosts:
         if not self.are_many:
             return
         folder = checkpoint.model_folder(model_id, [])
-        files = sorted((folder / component).glob("*.safetensors"))
+        files = checkpoint.weight_files(model_id, component, variant)
         for name in (component, *others):
             files += sorted((folder / name).glob("*config.json"))
         self.agree({f"the model's file {file.relative_to(folder)}": _digest(file) for file in files})
