@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "stage1_text_encoder.py"
 EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight")  # of one tensor
-VOCABULARY = ("spiece.model", "tokenizer.json")  # files, one of which a tokenizer needs
 ROWS = 128  # T5's embedding has a row for each token, and may have more up to a multiple of this
 
 
@@ -80,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         negative = Prompt(arguments.negative_prompt, output_dir, "--negative_prompt")
         check_lengths(tokenizer, length, prompts, negative, report)
         with report.phase("run"):
+            weights = provenance.weights(model_id, "text_encoder", arguments.variant)
             negative_prompt_embeds = encode(tokenizer, encoder, negative.text, length)
             check_finite(negative_prompt_embeds, model_id)
             for prompt in prompts:
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 config = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
                 tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
                 with report.aside("save"):
-                    save(tensors, config, provenance.as_metadata("stage1", {}, arguments), prompt.folder)
+                    save(tensors, config, provenance.as_metadata("stage1", weights, arguments), prompt.folder)
                 report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
 
         for name, tensor in tensors.items():
@@ -168,8 +168,9 @@ def load_text_encoder(
         UserError: there is no such model, a file of it cannot be read, or the files do not fit together.
     """
     config = checkpoint.read_config(model_id, "text_encoder")
-    files = checkpoint.weight_files(model_id, "text_encoder", variant, report.say)
-    folders = [checkpoint.model_folder(model_id, ["tokenizer/*"]) / "tokenizer", files[0].parent]
+    folder = checkpoint.model_folder(model_id, ["tokenizer/*", "text_encoder/*.json", "text_encoder/*.safetensors"])
+    folders = [folder / "tokenizer", folder / "text_encoder"]
+    files = checkpoint.weight_files(folders[1], variant, report.say)
     rows, stored = config["vocab_size"], {name for file in files for name in open_tensors(file, checkpoint.REMEDY)}
     embedding = next((name for name in EMBEDDING_NAMES if name in stored), EMBEDDING_NAMES[0])
     # A wrong file is said before transformers is imported.
@@ -180,9 +181,11 @@ def load_text_encoder(
 
     disable_progress_bar()
     with checkpoint.load_errors(folders[0]):
-        vocabulary = [file for name in VOCABULARY if (file := folders[0] / name).is_file() and file.stat().st_size]
+        vocabulary = [
+            file for name in checkpoint.VOCABULARY if (file := folders[0] / name).is_file() and file.stat().st_size
+        ]
         if not vocabulary:  # transformers would know no word, and not say so
-            raise UserError(f"{folders[0]} has neither {' nor '.join(VOCABULARY)}; {checkpoint.REMEDY}")
+            raise UserError(f"{folders[0]} has neither {' nor '.join(checkpoint.VOCABULARY)}; {checkpoint.REMEDY}")
         for file in vocabulary:
             check_pointer(file)
         tokenizer = T5Tokenizer.from_pretrained(folders[0])

@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cache = until_end.enter_context(Cache(arguments.compilation_cache, report))
         with report.phase("load"):
             read = denoising.weight_reader(model_id, plan, loras, arguments.variant, report)
-            hosts.agree_on_model(model_id, arguments.variant, "transformer", "vae", "scheduler")
+            hosts.agree_on_model(model_id, "transformer", arguments.variant)
             steps = denoising.trace_steps(arguments, plan, model_id, read)
             denoising.report_plan(steps, loras, arguments, hosts, report)
             tasks = jobs.tasks_of(videos, arguments, steps.plan, steps.skipped, loras)

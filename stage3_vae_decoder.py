@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
         with report.phase("load"):
             vae = plan.make_decoder()
             files = decoding.weight_files(vae, model_id, arguments.variant, report.say)
-            hosts.agree_on_model(model_id, arguments.variant, "vae")
+            hosts.agree_on_model(model_id, "vae", arguments.variant)
             traced = decoding.trace_chunks(arguments, plan, vae, files)
             recorder = decoding.recorder(arguments, videos[0], plan, traced)
             compiling = Compiling(arguments, f"{decoder} decoder", plan, traced, cache, report)

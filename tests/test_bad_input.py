@@ -612,6 +612,22 @@ def test_what_diffusers_and_transformers_accept_is_accepted(folder, run_here):
     assert status == 0, out + error
 
 
+def test_finished_videos_of_other_weights_are_made_again(folder, run_here):
+    """As after another training under the same name; embeddings of another text encoder are refused."""
+    options = ["--num_videos_per_prompt", 2, "--output_dir", OUT / "videos"]
+    assert run_here(STAGE1)[0] == 0
+    for made, finished in ((2, 0), (0, 2)):
+        status, out, error = run_here(STAGE2, *options)
+        assert status == 0 and out.count("wrote") == made, out + error
+        assert out.count("already finished: 2 of 2") == bool(finished), out
+    edited(TRANSFORMER, BLOCK, lambda tensor: tensor * 2)()
+    status, out, error = run_here(STAGE2, *options)
+    assert status == 0 and out.count("wrote") == 2 and "already finished" not in out, out + error
+    edited(TEXT_ENCODER, "shared.weight", lambda tensor: tensor * 2)()
+    status, _, error = run_here(STAGE2, *options)
+    assert status == 2 and "made with other weights than the text_encoder of" in error and "--force" in error, error
+
+
 def test_the_command_that_converts_pickles(folder, run_here):
     """Run as it is told, for weights in two pickles, with a tensor under two names, as torch saves a T5."""
     weights = load_torch(TEXT_ENCODER)

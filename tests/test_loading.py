@@ -307,7 +307,7 @@ def test_which_files_are_read(files, variant, expected, is_said, tmp_path):
     for name in files | STRAYS:
         (tmp_path / "vae" / name).write_text(json.dumps({"weight_map": {"a": SHARD.format("-new")}}))
     said = []
-    found = checkpoint.weight_files(str(tmp_path), "vae", variant, said.append)
+    found = checkpoint.weight_files(tmp_path / "vae", variant, said.append)
     assert found == [tmp_path / "vae" / expected]
     assert said == [f"{tmp_path / 'vae'} has its weights as the variant ema alone"] * is_said
 

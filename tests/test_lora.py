@@ -293,11 +293,14 @@ def test_latents_and_provenance(outputs, random_model, loras, run_stage, tmp_pat
     config = json.loads((outputs / CONFIG).read_text())
     assert config["lora"] == [f"{path}:{scale}" for path, scale in zip(paths, SCALES, strict=True)]
     files = {str(path / FILE) for path in paths}
-    assert provenance.recorded(outputs / LATENTS)["inputs"].keys() == files | {EMBEDDINGS}
-    provenance.check_inputs(outputs / LATENTS, force=False)
+    assert provenance.recorded(outputs / LATENTS)["inputs"].keys() == files | {
+        EMBEDDINGS,
+        f"transformer of {random_model}",
+    }
+    provenance.check_inputs(outputs / LATENTS, stage_files.refuse)
     edit_config(outputs, lora=[])
     fault = status.fault_of(outputs / LATENTS, stage_files.read_config(outputs, VideoConfig))
     assert "was made with lora = ['/" in fault, fault
     rewrite(paths[1], paths[1] / FILE, metadata={"format": "other"})
     with pytest.raises(UserError, match=f"was not made from {paths[1] / FILE} as it is now"):
-        provenance.check_inputs(outputs / LATENTS, force=False)
+        provenance.check_inputs(outputs / LATENTS, stage_files.refuse)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 REMEDY = "get the model again or correct --model_id"
+VOCABULARY = ("spiece.model", "tokenizer.json")  # files, one of which a tokenizer needs
+# What decides the result of a component beside its own folder: configs there, and the vocabulary.
+BESIDE = {"text_encoder": ("tokenizer",), "transformer": ("scheduler", "vae")}
 # Makes a safetensors file of pickles, of which torch takes nothing but tensors.
 CONVERT = (
     'python -c "import glob, torch, safetensors.torch as s; s.save_file({{name: tensor.contiguous().clone() '
@@ -41,8 +44,10 @@ def same_model(model_id: str | None, used: str) -> str:
     return used
 
 
-def model_folder(model_id: str, patterns: list[str]) -> Path:
+def model_folder(model_id: str, patterns: list[str], download: bool = True) -> Path:
     """Return the folder of a model; if `model_id` is no local folder, download the files that match `patterns`.
+
+    Without `download` it is the folder of what was downloaded last.
 
     Raises:
         UserError: there is no such folder, and neither the Hugging Face Hub nor its cache has such a model.
@@ -52,7 +57,7 @@ def model_folder(model_id: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=patterns))
+        return Path(snapshot_download(model_id, allow_patterns=patterns, local_files_only=not download))
     except (OSError, ValueError) as error:
         raise UserError(
             f"model '{model_id}' is neither a local folder nor available from the Hugging Face Hub "
@@ -71,25 +76,21 @@ def read_config(model_id: str, component: str, name: str = "config.json") -> dic
     return read_json(path, COMPONENTS[component], missing, defaults=True)
 
 
-def weight_files(
-    model_id: str, component: str, variant: str | None = None, say: Callable[[str], None] = ignore
-) -> list[Path]:
+def weight_files(folder: Path, variant: str | None = None, say: Callable[[str], None] = ignore) -> list[Path]:
     """Return the files of a component's weights, which are those that diffusers and transformers read, and no others.
 
     The index names them if there is one; else it is the file of the standard name. A model that has neither, but one
     variant (such as fp16 in `diffusion_pytorch_model.fp16.safetensors`), has the files of that one.
 
     Args:
-        model_id: a folder, or a model of the Hugging Face Hub.
-        component: "text_encoder", "transformer" or "vae".
+        folder: of the component, "text_encoder", "transformer" or "vae".
         variant: read its files; None for the rule above.
         say: is told of a variant that nobody has asked for.
 
     Raises:
         UserError: there are no such files, or there is a choice between several variants.
     """
-    folder = model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]) / component
-    stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
+    stem = "model" if folder.name == "text_encoder" else "diffusion_pytorch_model"
     name = re.compile(rf"{stem}(?:\.(?!.*-of-)([^.]+))?\.safetensors|{stem}\.safetensors\.index(?:\.([^.]+))?\.json")
     # By variant, None for the standard one; an index comes after a file in this order, and takes its place.
     found = {match[1] or match[2]: path for path in sorted(folder.glob("*")) if (match := name.fullmatch(path.name))}
@@ -103,6 +104,20 @@ def weight_files(
         return [path]
     shards = read_json(path, WeightIndex, f"{path} is no file; {REMEDY}")["weight_map"].values()
     return [folder / shard for shard in sorted({*shards})]
+
+
+def files_of(model_id: str, component: str, variant: str | None = None) -> list[Path]:
+    """Return the files on this machine that decide what a component computes: weights, configs and vocabulary.
+
+    Raises:
+        UserError: the model, or the component's weights, are not on this machine.
+    """
+    folder = model_folder(model_id, [], download=False)
+    others = (
+        file for name in (component, *BESIDE.get(component, ())) for file in sorted((folder / name).glob("[!.]*"))
+    )
+    small = [file for file in others if file.name.endswith("config.json") or file.name in VOCABULARY]
+    return [*weight_files(folder / component, variant), *small]
 
 
 def _why_none(folder: Path, stem: str, variants: list[str], variant: str | None) -> str:
@@ -139,13 +154,14 @@ def tensor_reader(
     Raises:
         UserError: a file cannot be read, no file has one of the tensors with that shape, or there are other tensors.
     """
-    files = weight_files(model_id, component, variant, say)
+    folder = model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]) / component
+    files = weight_files(folder, variant, say)
     only = ("decoder." if component == "vae" else "") if all_of_them else None
     tensors = read_tensors(files, shapes, REMEDY, only)
 
     @functools.cache
     def read(name: str) -> np.ndarray:
-        check_finite({name: tensors[name]}, files[0].parent, REMEDY)
+        check_finite({name: tensors[name]}, folder, REMEDY)
         return tensors[name]
 
     return read

@@ -148,6 +148,7 @@ class DecodingRun:
         latents = scaled(stage_files.read_latents(video.latents, allow_nan=True), self.weights, self.plan)
         # What the video is made from is read before the timed run.
         inputs = {provenance.known_as(video.latents, video.encoded.parent): provenance.digest(video.latents)}
+        inputs |= provenance.weights(video.config["model_id"], "vae", self.arguments.variant)
         made = provenance.as_metadata("stage3", inputs, self.arguments)
         frames_file, report = self.arguments.output_frames, self.report
         fps = frames_per_second(video, self.arguments)
