@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,7 +21,7 @@ from cogvideox.cli.types import file_path, utf8
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
 from cogvideox.files.schemas import TEXT_ENTRIES
-from cogvideox.files.tensors import check_pointer, open_tensors, read_tensors
+from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors
 from cogvideox.run.accelerator import prepare_libraries
 from utils import CONFIG, EMBEDDINGS, MODEL_NAME, STAGE_OUTPUTS
 
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         report.title(f"Stage 1: text encoder of {model_id}")
         with report.phase("load"):
-            tokenizer, encoder = load_text_encoder(model_id, transformer["text_embed_dim"], report, arguments.variant)
+            tokenizer, encoder = load_text_encoder(model_id, transformer["text_embed_dim"], report, arguments)
             report.say(f"loaded tokenizer and text encoder: {encoder.num_parameters():,} parameters, {encoder.dtype}")
         length = transformer["max_text_seq_length"]
         negative = Prompt(arguments.negative_prompt, output_dir, "--negative_prompt")
@@ -154,15 +155,16 @@ def save(tensors: "Mapping[str, torch.Tensor]", config: Mapping, made: dict[str,
 
 
 def load_text_encoder(
-    model_id: str, width: int, report: Report, variant: str | None = None
+    model_id: str, width: int, report: Report, arguments: argparse.Namespace
 ) -> "tuple[T5Tokenizer, T5EncoderModel]":
-    """Load the model's tokenizer and text encoder, with weights in their stored dtype.
+    """Load the model's tokenizer and text encoder, with weights in the dtype of most of them or of --dtype.
 
     Args:
         model_id: a folder, or a model of the Hugging Face Hub.
         width: of the embeddings that the transformer takes.
-        report: is told of a variant that nobody asked for, and of a tokenizer that knows fewer tokens than expected.
-        variant: see `checkpoint.weight_files`.
+        report: is told of a variant that nobody asked for, of what is converted, and of a tokenizer that knows fewer
+            tokens than expected.
+        arguments: the parsed options, those of `add_weight_options` among them.
 
     Raises:
         UserError: there is no such model, a file of it cannot be read, or the files do not fit together.
@@ -170,7 +172,7 @@ def load_text_encoder(
     config = checkpoint.read_config(model_id, "text_encoder")
     folder = checkpoint.model_folder(model_id, ["tokenizer/*", "text_encoder/*.json", "text_encoder/*.safetensors"])
     folders = [folder / "tokenizer", folder / "text_encoder"]
-    files = checkpoint.weight_files(folders[1], variant, report.say)
+    files = checkpoint.weight_files(folders[1], arguments.variant, report.say)
     rows, stored = config["vocab_size"], {name for file in files for name in open_tensors(file, checkpoint.REMEDY)}
     embedding = next((name for name in EMBEDDING_NAMES if name in stored), EMBEDDING_NAMES[0])
     # A wrong file is said before transformers is imported.
@@ -197,8 +199,14 @@ def load_text_encoder(
     with checkpoint.load_errors(folders[1]):
         # Of what it does not find, transformers says nothing and takes random numbers.
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        values: Counter[str] = Counter()
+        for tensor in weights.values():
+            values[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        dtype, line = compute_dtype(values, arguments.dtype, platform=None)
+        if line:
+            report.say(line)
         encoder, info = T5EncoderModel.from_pretrained(
-            None, config=T5Config.from_dict(config), state_dict=weights, dtype="auto", output_loading_info=True
+            None, config=T5Config.from_dict(config), state_dict=weights, dtype=dtype, output_loading_info=True
         )
     for fault in ("missing", "unexpected", "mismatched"):
         if names := info[f"{fault}_keys"]:

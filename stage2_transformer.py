@@ -29,7 +29,7 @@ from cogvideox.files import lora
 from cogvideox.run import accelerator, denoising, jobs
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
-from cogvideox.run.plans import check_dump, denoising_plan
+from cogvideox.run.plans import check_dump, denoising_plan, with_compute_dtype
 from cogvideox.run.profiling import Profile
 from utils import CONFIG, EMBEDDINGS, FPS, PRESETS, PREVIEW, SEED, STAGE_OUTPUTS, WARMUP_STEPS
 
@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with report.phase("load"):
             read = denoising.weight_reader(model_id, plan, loras, arguments.variant, report)
             hosts.agree_on_model(model_id, "transformer", arguments.variant)
+            plan = with_compute_dtype(plan, read.values, arguments, report.say)
             steps = denoising.trace_steps(arguments, plan, model_id, read)
             denoising.report_plan(steps, loras, arguments, hosts, report)
             tasks = jobs.tasks_of(videos, arguments, steps.plan, steps.skipped, loras)

@@ -32,7 +32,7 @@ from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.types import file_path, lora_option, number
 from cogvideox.defaults import FPS, NUM_STEPS, PRESETS, SEED
-from cogvideox.files import checkpoint, lora, videos, writing
+from cogvideox.files import checkpoint, lora, stage_files, videos, writing
 from cogvideox.files.names import EMBEDDINGS
 from cogvideox.run import accelerator, decoding, plans
 from cogvideox.run.accelerator import prepare_libraries
@@ -283,12 +283,12 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     loras = [lora.read_lora(option) for option in options.lora]
     for one in loras:
         one.check(shapes)
+    plan = plans.with_compute_dtype(plan, read.values, options, stage_files.ignore)
     with plans.plan_errors():
-        plan = plan.with_dtype(read("proj_out.weight").dtype)
         skipped = plans.skipped_steps(options, plan, model, read)
         steps = {kind: make_step(plan, kind=kind) for kind in plan.kinds(skipped)}
         programs = {kind: step.lower(*abstract_arguments(plan)).compile() for kind, step in steps.items()}
-    parameters = load_parameters(read, plan.transformer, plan.parallelism, [one.add for one in loras])
+    parameters = load_parameters(read, plan.transformer, plan.parallelism, plan.dtype, [one.add for one in loras])
 
     def denoise(file: Path, seed: int) -> np.ndarray:
         prompts = load_file(file)

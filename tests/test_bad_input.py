@@ -628,6 +628,44 @@ def test_finished_videos_of_other_weights_are_made_again(folder, run_here):
     assert status == 2 and "made with other weights than the text_encoder of" in error and "--force" in error, error
 
 
+def in_dtypes(most: torch.dtype, other: torch.dtype, names: str) -> None:
+    """Convert the weights of all components to `most`, and those that match a pattern to another dtype."""
+    for path in (TEXT_ENCODER, TRANSFORMER, VAE):
+        convert = lambda found: found.update(  # noqa: E731
+            {name: tensor.to(other if re.search(names, name) else most) for name, tensor in found.items()}
+        )
+        tensors(path, convert)()
+
+
+@pytest.mark.parametrize(
+    ("most", "other", "names", "options", "computed", "reason"),
+    [
+        (torch.bfloat16, torch.float32, r"norm_[qk]|blocks\.0\.attn1|conv_in", [], torch.bfloat16, "that of most weights"),
+        (torch.bfloat16, torch.float32, r"proj_out|conv_out|layer_norm", [], torch.bfloat16, "that of most weights"),
+        (torch.float32, torch.float16, r"blocks\.0|conv_in|k\.weight", [], torch.float32, "that of most weights"),
+        (torch.float16, torch.float16, "", [], torch.float32, "for a cpu cannot multiply float16"),
+        (torch.float32, torch.float32, "", ["--dtype", "bfloat16"], torch.bfloat16, "as --dtype says"),
+    ],
+)
+def test_dtypes_as_they_come(most, other, names, options, computed, reason, folder, run_here):
+    """One dtype for all, which a line says; latents are those of weights that had been converted before."""
+    in_dtypes(most, other, names)
+    status, out, error = run_here(STAGE1, *options)
+    assert status == 0, out + error
+    status, out, error = run_here(STAGE2, *options)
+    line = f"dtype: {str(computed).removeprefix('torch.')}, {reason}; converted while loading: "
+    assert status == 0 and line in out, out + error
+    latents = load_torch(OUT / LATENTS)["latents"]
+    assert latents.dtype == computed
+    status, out, error = run_here(STAGE3, *options)
+    assert status == 0 and line in out, out + error
+
+    tensors(TRANSFORMER, lambda found: found.update({n: t.to(computed) for n, t in found.items()}))()
+    status, out, error = run_here(STAGE2)
+    assert status == 0 and "converted" not in out, out + error
+    assert torch.equal(load_torch(OUT / LATENTS)["latents"], latents)
+
+
 def test_the_command_that_converts_pickles(folder, run_here):
     """Run as it is told, for weights in two pickles, with a tensor under two names, as torch saves a T5."""
     weights = load_torch(TEXT_ENCODER)

@@ -111,7 +111,7 @@ def test_parameters(config, mesh, dtype, layout, scatter, monkeypatch):
     stored = {name: random_bits(shape, np.dtype(dtype), random) for name, shape in shapes.items()}
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
     parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout)
-    loaded = parameters.load_parameters(stored.__getitem__, config, parallelism)
+    loaded = parameters.load_parameters(stored.__getitem__, config, parallelism, dtype)
     assert loaded.keys() == parameters.parameter_shapes(config).keys()
     for name, array in loaded.items():
         assert array.sharding == parallelism.sharding(*parameters.parameter_spec(name, layout)), name

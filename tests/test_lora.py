@@ -74,7 +74,9 @@ def parameters(module: CogVideoXTransformer3DModel, loras=(), mesh=(1, 1, 1), la
         one.check(stored_shapes(config))
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
     parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout)
-    loaded = load_parameters(stored.__getitem__, config, parallelism, [one.add for one in changes])
+    loaded = load_parameters(
+        stored.__getitem__, config, parallelism, stored["proj_out.weight"].dtype, [one.add for one in changes]
+    )
     return {name: np.asarray(array, np.float32) for name, array in loaded.items()}
 
 

@@ -7,6 +7,7 @@ import argparse
 
 from cogvideox.cli.types import file_path, interval, number
 from cogvideox.defaults import (
+    COMPUTE_DTYPES,
     FRAMES,
     GUIDANCE_SCALE,
     HEIGHT,
@@ -41,9 +42,12 @@ def add_force_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_weight_options(parser: argparse.ArgumentParser) -> None:
-    """Add which weights of the model are read."""
+    """Add which weights of the model are read, and in which dtype it computes."""
     parser.add_argument(
         "--variant", help="read this variant of the weights, such as fp16 (default: the standard one, or the only one)"
+    )
+    parser.add_argument(
+        "--dtype", choices=COMPUTE_DTYPES, help="dtype of weights and products (default: that of most of the weights)"
     )
 
 

@@ -1,9 +1,9 @@
 """Read the configs and weights of a CogVideoX model in diffusers' folder layout, local or from the Hugging Face Hub."""
 
 import contextlib
-import functools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,6 +130,31 @@ def _why_none(folder: Path, stem: str, variants: list[str], variant: str | None)
     return f"has no {name}, nor an index of it; {f'drop --variant {variant}' if variant else REMEDY}"
 
 
+class Weights:
+    """A component's tensors, by stored name, as read-only arrays in their stored dtypes.
+
+    The arrays are the files themselves, mapped into memory: nothing is read before a value is used, and the pages that
+    hold them are the system's cache. Several threads may read at a time.
+
+    Attributes:
+        values: how many values there are in each dtype, by the dtype's name.
+    """
+
+    def __init__(self, tensors: "Mapping[str, np.ndarray]", folder: Path):
+        self._tensors, self._folder = tensors, folder
+        self._checked: set[str] = set()
+        self.values: Counter[str] = Counter()
+        for tensor in tensors.values():
+            self.values[str(tensor.dtype)] += tensor.size
+
+    def __call__(self, name: str) -> "np.ndarray":
+        """Return a tensor; raise UserError, the first time, if it has NaN or infinite values."""
+        if name not in self._checked:
+            check_finite({name: self._tensors[name]}, self._folder, REMEDY)
+            self._checked.add(name)
+        return self._tensors[name]
+
+
 def tensor_reader(
     model_id: str,
     component: str,
@@ -137,12 +162,8 @@ def tensor_reader(
     all_of_them: bool = True,
     variant: str | None = None,
     say: Callable[[str], None] = ignore,
-) -> Callable[[str], np.ndarray]:
-    """Return a function that returns a tensor by its stored name, as a read-only array in its stored dtype.
-
-    The arrays are the files themselves, mapped into memory: nothing is read before a value is used, and the pages that
-    hold them are the system's cache. Several threads may read at a time. When a tensor is first returned it is checked
-    for NaN and infinity (UserError).
+) -> Weights:
+    """Return a component's tensors.
 
     Args:
         model_id: a folder, or a model of the Hugging Face Hub.
@@ -157,14 +178,7 @@ def tensor_reader(
     folder = model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]) / component
     files = weight_files(folder, variant, say)
     only = ("decoder." if component == "vae" else "") if all_of_them else None
-    tensors = read_tensors(files, shapes, REMEDY, only)
-
-    @functools.cache
-    def read(name: str) -> np.ndarray:
-        check_finite({name: tensors[name]}, folder, REMEDY)
-        return tensors[name]
-
-    return read
+    return Weights(read_tensors(files, shapes, REMEDY, only), folder)
 
 
 @contextlib.contextmanager

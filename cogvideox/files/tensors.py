@@ -12,10 +12,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from cogvideox.defaults import COMPUTE_DTYPES
 from cogvideox.errors import UserError, first_line
 
 # The dtypes that tensors may have, by their names in a safetensors file.
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+WITHOUT_FLOAT16 = {"cpu": "float32", "tpu": "bfloat16"}  # what a platform that cannot multiply float16 computes in
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -102,6 +104,26 @@ def _fault(tensor: np.ndarray | str | None, shape: tuple[int, ...] | None) -> st
     if tensor.shape == shape or (shape is None and tensor.ndim and tensor.size):
         return None
     return f"has shape {list(tensor.shape)}" + (f", not {list(shape)}" if shape else "")
+
+
+def compute_dtype(values: Mapping[str, int], wanted: str | None, platform: str | None) -> tuple[str, str]:
+    """Return the one dtype in which a component computes, and a line on what is converted to it, "" for nothing.
+
+    It is that of most values, one of COMPUTE_DTYPES, unless another one is wanted or the platform cannot have it.
+
+    Args:
+        values: how many values its weights have in each dtype, by the dtype's name.
+        wanted: the dtype that --dtype names, or None.
+        platform: "tpu", "cpu" or "gpu" of jax; None for torch.
+    """
+    most = max(values, key=lambda dtype: values[dtype])
+    chosen, reason = wanted or (most if most in COMPUTE_DTYPES else "float32"), "that of most weights"
+    if wanted:
+        reason = "as --dtype says"
+    if chosen == "float16" and platform in WITHOUT_FLOAT16:
+        chosen, reason = WITHOUT_FLOAT16[platform], f"for a {platform} cannot multiply float16"
+    others = ", ".join(f"{number:,} of {dtype}" for dtype, number in sorted(values.items()) if dtype != chosen)
+    return chosen, f"dtype: {chosen}, {reason}; converted while loading: {others}" if others else ""
 
 
 def is_finite(array: np.ndarray) -> bool:

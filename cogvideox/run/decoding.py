@@ -41,6 +41,16 @@ def weight_files(
     return decoder.convert_weights({name: read(f"decoder.{name}") for name in decoder.weight_shapes})
 
 
+def values_of(files: Any) -> dict[str, int]:
+    """Return how many values a tree of arrays has in each dtype, by the dtype's name."""
+    import jax
+
+    found: collections.Counter[str] = collections.Counter()
+    for array in jax.tree.leaves(files):
+        found[str(array.dtype)] += array.size
+    return found
+
+
 def trace_chunks(
     arguments: argparse.Namespace, plan: "DecodingPlan", decoder: "Decoder", files: Any
 ) -> "list[jax.stages.Traced]":
