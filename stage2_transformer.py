@@ -71,8 +71,8 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH[:SCALE]",
-        help="add a LoRA to the weights, a safetensors file or its folder, times a scale; can be given several times "
-        "(default: none)",
+        help="add a LoRA to the weights, a safetensors file, its folder or a Hugging Face id, times a scale; can be "
+        "given several times (default: none)",
     )
     parser.add_argument("--seed", type=number(int, 0, MOST_SEED), default=SEED, help="seed of the noise")
     parser.add_argument(

@@ -640,7 +640,14 @@ def in_dtypes(most: torch.dtype, other: torch.dtype, names: str) -> None:
 @pytest.mark.parametrize(
     ("most", "other", "names", "options", "computed", "reason"),
     [
-        (torch.bfloat16, torch.float32, r"norm_[qk]|blocks\.0\.attn1|conv_in", [], torch.bfloat16, "that of most weights"),
+        (
+            torch.bfloat16,
+            torch.float32,
+            r"norm_[qk]|blocks\.0\.attn1|conv_in",
+            [],
+            torch.bfloat16,
+            "that of most weights",
+        ),
         (torch.bfloat16, torch.float32, r"proj_out|conv_out|layer_norm", [], torch.bfloat16, "that of most weights"),
         (torch.float32, torch.float16, r"blocks\.0|conv_in|k\.weight", [], torch.float32, "that of most weights"),
         (torch.float16, torch.float16, "", [], torch.float32, "for a cpu cannot multiply float16"),

@@ -44,10 +44,10 @@ def same_model(model_id: str | None, used: str) -> str:
     return used
 
 
-def model_folder(model_id: str, patterns: list[str], download: bool = True) -> Path:
+def model_folder(model_id: str, patterns: list[str], download: bool = True, option: str = "--model_id") -> Path:
     """Return the folder of a model; if `model_id` is no local folder, download the files that match `patterns`.
 
-    Without `download` it is the folder of what was downloaded last.
+    Without `download` it is the folder of what was downloaded last. `option` is the one that names the model.
 
     Raises:
         UserError: there is no such folder, and neither the Hugging Face Hub nor its cache has such a model.
@@ -61,7 +61,7 @@ def model_folder(model_id: str, patterns: list[str], download: bool = True) -> P
     except (OSError, ValueError) as error:
         raise UserError(
             f"model '{model_id}' is neither a local folder nor available from the Hugging Face Hub "
-            f"({first_line(error)}); correct --model_id or check the network"
+            f"({first_line(error)}); correct {option} or check the network"
         ) from error
 
 

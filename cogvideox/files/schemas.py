@@ -71,14 +71,15 @@ class LoraConfig(Entries):
     fan_in_fan_out: Literal[False] | None = None
     lora_bias: Literal[False] | None = None
     use_dora: Literal[False] | None = None
-    modules_to_save: None = None
+    modules_to_save: Annotated[list[str], Field(max_length=0)] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _without_prefix(cls, entries: object) -> object:
         if not isinstance(entries, dict):
             return entries
-        return {name.removeprefix("transformer."): value for name, value in entries.items()}
+        plain = {name.removeprefix("transformer."): value for name, value in entries.items()}
+        return {name: value for name, value in plain.items() if value is not None or not name.endswith("_pattern")}
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod

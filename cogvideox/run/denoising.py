@@ -270,6 +270,9 @@ def report_plan(
         report.say("these are the settings of a draft; --preset authors sets those of the model's authors")
     for line in (*untrained(plan), *(one.summary for one in loras)):
         report.say(line)
+    for one in loras:
+        if one.changes_nothing:
+            report.warn(f"{one.files[0]} changes nothing: all products of its matrices are zero")
     if plan.step_cache:
         report_step_cache(steps, report)
 
