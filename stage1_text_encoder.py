@@ -8,11 +8,12 @@ import argparse
 import contextlib
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogvideox.cli.options import add_log_options
+from cogvideox.cli.options import add_log_options, add_weight_options
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
@@ -20,7 +21,7 @@ from cogvideox.cli.types import file_path, utf8
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
 from cogvideox.files.schemas import TEXT_ENTRIES
-from cogvideox.files.tensors import read_tensors
+from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors
 from cogvideox.run.accelerator import prepare_libraries
 from utils import CONFIG, EMBEDDINGS, MODEL_NAME, STAGE_OUTPUTS
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import T5EncoderModel, T5Tokenizer
 
 PROGRAM = "stage1_text_encoder.py"
+EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight")  # of one tensor
 ROWS = 128  # T5's embedding has a row for each token, and may have more up to a multiple of this
 
 
@@ -43,6 +45,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model_id", type=utf8, default=MODEL_NAME, help="Hugging Face model id, or a folder")
     parser.add_argument("--output_dir", type=file_path, default=STAGE_OUTPUTS, help="where the files go")
+    add_weight_options(parser)
     add_log_options(parser)
     return parser.parse_args(argv)
 
@@ -71,12 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         report.title(f"Stage 1: text encoder of {model_id}")
         with report.phase("load"):
-            tokenizer, encoder = load_text_encoder(model_id, transformer["text_embed_dim"])
+            tokenizer, encoder = load_text_encoder(model_id, transformer["text_embed_dim"], report, arguments)
             report.say(f"loaded tokenizer and text encoder: {encoder.num_parameters():,} parameters, {encoder.dtype}")
         length = transformer["max_text_seq_length"]
         negative = Prompt(arguments.negative_prompt, output_dir, "--negative_prompt")
         check_lengths(tokenizer, length, prompts, negative, report)
         with report.phase("run"):
+            weights = provenance.weights(model_id, "text_encoder", arguments.variant)
             negative_prompt_embeds = encode(tokenizer, encoder, negative.text, length)
             check_finite(negative_prompt_embeds, model_id)
             for prompt in prompts:
@@ -85,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 config = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
                 tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
                 with report.aside("save"):
-                    save(tensors, config, provenance.as_metadata("stage1", {}, arguments), prompt.folder)
+                    save(tensors, config, provenance.as_metadata("stage1", weights, arguments), prompt.folder)
                 report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
 
         for name, tensor in tensors.items():
@@ -150,36 +154,59 @@ def save(tensors: "Mapping[str, torch.Tensor]", config: Mapping, made: dict[str,
         stage_files.write_config(new, config)
 
 
-def load_text_encoder(model_id: str, width: int) -> "tuple[T5Tokenizer, T5EncoderModel]":
-    """Load the model's tokenizer and text encoder, with weights in their stored dtype.
+def load_text_encoder(
+    model_id: str, width: int, report: Report, arguments: argparse.Namespace
+) -> "tuple[T5Tokenizer, T5EncoderModel]":
+    """Load the model's tokenizer and text encoder, with weights in the dtype of most of them or of --dtype.
 
     Args:
         model_id: a folder, or a model of the Hugging Face Hub.
         width: of the embeddings that the transformer takes.
+        report: is told of a variant that nobody asked for, of what is converted, and of a tokenizer that knows fewer
+            tokens than expected.
+        arguments: the parsed options, those of `add_weight_options` among them.
 
     Raises:
         UserError: there is no such model, a file of it cannot be read, or the files do not fit together.
     """
     config = checkpoint.read_config(model_id, "text_encoder")
-    folder = checkpoint.model_folder(model_id, ["tokenizer/*", "text_encoder/*"])
-    rows, folders = config["vocab_size"], [folder / "tokenizer", folder / "text_encoder"]
-    embedding = {"shared.weight": (rows, width)}
-    read_tensors(folders[1], embedding, checkpoint.REMEDY)  # a wrong file is said before transformers is imported
-    from transformers import T5EncoderModel, T5Tokenizer
+    folder = checkpoint.model_folder(model_id, ["tokenizer/*", "text_encoder/*.json", "text_encoder/*.safetensors"])
+    folders = [folder / "tokenizer", folder / "text_encoder"]
+    files = checkpoint.weight_files(folders[1], arguments.variant, report.say)
+    rows, stored = config["vocab_size"], {name for file in files for name in open_tensors(file, checkpoint.REMEDY)}
+    embedding = next((name for name in EMBEDDING_NAMES if name in stored), EMBEDDING_NAMES[0])
+    # A wrong file is said before transformers is imported.
+    read_tensors(files, {embedding: (rows, width)}, checkpoint.REMEDY)
+    from safetensors.torch import load_file
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     with checkpoint.load_errors(folders[0]):
+        vocabulary = [
+            file for name in checkpoint.VOCABULARY if (file := folders[0] / name).is_file() and file.stat().st_size
+        ]
+        if not vocabulary:  # transformers would know no word, and not say so
+            raise UserError(f"{folders[0]} has neither {' nor '.join(checkpoint.VOCABULARY)}; {checkpoint.REMEDY}")
+        for file in vocabulary:
+            check_pointer(file)
         tokenizer = T5Tokenizer.from_pretrained(folders[0])
+    fault = f"{folders[0]} has {len(tokenizer):,} tokens, but the text encoder has an embedding of {rows:,}"
+    if rows < len(tokenizer):
+        raise UserError(f"{fault}; {checkpoint.REMEDY}")
     if rows not in (len(tokenizer), math.ceil(len(tokenizer) / ROWS) * ROWS):
-        raise UserError(
-            f"{folders[0]} has {len(tokenizer):,} tokens, but the text encoder has an embedding of {rows:,}; "
-            f"{checkpoint.REMEDY}"
-        )
+        report.warn(f"{fault}: is it the tokenizer of another model?")
     with checkpoint.load_errors(folders[1]):
-        # Nothing is unpickled. Of what it does not find, transformers says nothing and takes random numbers.
+        # Of what it does not find, transformers says nothing and takes random numbers.
+        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        values: Counter[str] = Counter()
+        for tensor in weights.values():
+            values[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+        dtype, line = compute_dtype(values, arguments.dtype, platform=None)
+        if line:
+            report.say(line)
         encoder, info = T5EncoderModel.from_pretrained(
-            folders[1], dtype="auto", use_safetensors=True, output_loading_info=True
+            None, config=T5Config.from_dict(config), state_dict=weights, dtype=dtype, output_loading_info=True
         )
     for fault in ("missing", "unexpected", "mismatched"):
         if names := info[f"{fault}_keys"]:

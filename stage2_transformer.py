@@ -20,6 +20,7 @@ from cogvideox.cli.options import (
     add_lora_option,
     add_preset_option,
     add_profile_option,
+    add_weight_options,
     parse_with_preset,
 )
 from cogvideox.cli.parser import ArgumentParser
@@ -31,7 +32,7 @@ from cogvideox.files import lora
 from cogvideox.run import accelerator, denoising, jobs
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
-from cogvideox.run.plans import check_dump, denoising_plan
+from cogvideox.run.plans import check_dump, denoising_plan, with_compute_dtype
 from cogvideox.run.profiling import Profile
 from utils import CONFIG, EMBEDDINGS, FPS, PREVIEW, SEED, STAGE_OUTPUTS, WARMUP_STEPS
 
@@ -50,6 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add_run_options(parser)
     add_dump_options(parser, "step")
     add_profile_option(parser, "step")
+    add_weight_options(parser)
     add_host_options(parser)
     add_log_options(parser)
     return parse_with_preset(parser, argv)
@@ -118,10 +120,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.title(f"Stage 2: transformer of {model_id}")
         cache = until_end.enter_context(Cache(arguments.compilation_cache, report))
         with report.phase("load"):
-            read_weight = denoising.weight_reader(model_id, plan, loras)
-            hosts.agree_on_model(model_id, "transformer", "vae", "scheduler")
+            read_weight = denoising.weight_reader(model_id, plan, loras, arguments.variant, report.say)
+            hosts.agree_on_model(model_id, "transformer", arguments.variant)
+            plan = with_compute_dtype(plan, read_weight.values, arguments, report.say)
             steps = denoising.trace_steps(arguments, plan, model_id, read_weight)
-            plan = steps.plan  # with the dtype of the weights
             denoising.report_plan(steps, loras, arguments, hosts, report)
             tasks = jobs.tasks_of(videos, arguments, plan, steps.skipped, loras)
             groups = jobs.groups_of(tasks, plan, arguments, hosts, report)

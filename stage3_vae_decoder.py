@@ -16,6 +16,7 @@ from cogvideox.cli.options import (
     add_host_options,
     add_log_options,
     add_profile_option,
+    add_weight_options,
 )
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
@@ -27,7 +28,7 @@ from cogvideox.files.video_file import check_ffmpeg
 from cogvideox.run import accelerator, decoding, jobs
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
-from cogvideox.run.plans import check_dump, decoding_plan
+from cogvideox.run.plans import check_dump, decoding_plan, with_compute_dtype
 from cogvideox.run.profiling import Profile
 from utils import CONFIG, LATENTS, STAGE_OUTPUTS, VIDEO
 
@@ -56,6 +57,7 @@ def parse_arguments(argv: Sequence[str] | None, program: str) -> argparse.Namesp
     add_decoding_options(parser)
     add_dump_options(parser, "chunk")
     add_profile_option(parser, "chunk")
+    add_weight_options(parser)
     add_host_options(parser)
     add_log_options(parser)
     return parser.parse_args(argv)
@@ -82,13 +84,14 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
         check_dump(arguments, sum(plan.runs))
 
         report.title(f"Stage 3: {decoder} VAE decoder of {model_id}")
-        report.plan(plan, hosts.own(plan.devices))
         cache = until_end.enter_context(Cache(arguments.compilation_cache, report))
         decoding.report_plan(plan, arguments, report)
         with report.phase("load"):
             vae = plan.make_decoder()
-            files = decoding.weight_files(vae, model_id)
-            hosts.agree_on_model(model_id, "vae")
+            files = decoding.weight_files(vae, model_id, arguments.variant, report.say)
+            plan = with_compute_dtype(plan, decoding.values_of(files), arguments, report.say)
+            report.plan(plan, hosts.own(plan.devices))
+            hosts.agree_on_model(model_id, "vae", arguments.variant)
             traced = decoding.trace_chunks(arguments, plan, vae, files)
             recorder = decoding.recorder(arguments, videos[0], plan, traced)
             compiling = Compiling(arguments, f"{decoder} decoder", plan, traced, cache, report)

@@ -128,7 +128,7 @@ def prepare_transformer(folder: Path) -> Callable[[], object]:
 
     def load() -> object:
         read = checkpoint.tensor_reader(model, folder.name, parameters.stored_shapes(config))
-        return jax.block_until_ready(parameters.load_parameters(read, config, parallelism))
+        return jax.block_until_ready(parameters.load_parameters(read, config, parallelism, max(read.values)))
 
     return load
 

@@ -27,12 +27,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cogvideox.cli.options import add_denoising_options, add_lora_option, add_preset_option, parse_with_preset
+from cogvideox.cli.options import (
+    add_denoising_options,
+    add_lora_option,
+    add_preset_option,
+    add_weight_options,
+    parse_with_preset,
+)
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.types import file_path, number
 from cogvideox.defaults import FPS, NUM_STEPS, SEED
-from cogvideox.files import checkpoint, lora, videos, writing
+from cogvideox.files import checkpoint, lora, stage_files, videos, writing
 from cogvideox.files.names import EMBEDDINGS, ROOT
 from cogvideox.run import accelerator, decoding, denoising, plans
 from cogvideox.run.accelerator import prepare_libraries
@@ -98,6 +104,7 @@ def parse_stage2_options(arguments: argparse.Namespace, variant: str = "") -> ar
     add_denoising_options(parser)
     add_preset_option(parser)
     add_lora_option(parser)
+    add_weight_options(parser)
     of_all = {"guidance_scale": GUIDANCE_SCALE, "num_inference_steps": arguments.num_inference_steps}
     of_all |= {"height": SIZE, "width": SIZE, "frames": FRAMES}
     words = [f"--{name}={value}" for name, value in of_all.items()]
@@ -275,13 +282,13 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     devices = accelerator.devices()
     plan = plans.denoising_plan(options, model, devices, devices[0].platform, videos=1)
     loras = [lora.read_lora(option) for option in options.lora]
-    read = denoising.weight_reader(model, plan, loras)
+    read = denoising.weight_reader(model, plan, loras, options.variant, stage_files.ignore)
+    plan = plans.with_compute_dtype(plan, read.values, options, stage_files.ignore)
     with plans.plan_errors():
-        plan = plan.with_dtype(read("proj_out.weight").dtype)
         skipped = plans.skipped_steps(options, plan, model, read)
         steps = {kind: make_step(plan, kind=kind) for kind in plan.kinds(skipped)}
         programs = {kind: step.lower(*abstract_arguments(plan)).compile() for kind, step in steps.items()}
-    parameters = load_parameters(read, plan.transformer, plan.parallelism, [one.add for one in loras])
+    parameters = load_parameters(read, plan.transformer, plan.parallelism, plan.dtype, [one.add for one in loras])
 
     def denoise(file: Path, seed: int) -> np.ndarray:
         prompts = load_file(file)

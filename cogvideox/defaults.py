@@ -40,3 +40,4 @@ PRESETS: dict[str, dict[str, object]] = {
         "fps": 16,
     },
 }
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # what --dtype may be

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogvideox.cli import options
 from cogvideox.cli.types import file_path, number
+from cogvideox.defaults import COMPUTE_DTYPES
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint
 from cogvideox.files.names import CONFIGS
+from cogvideox.files.tensors import compute_dtype
 from cogvideox.run import plans
 from compile_for_tpu.prediction import Programs
 from compile_for_tpu.topologies import compiling_for
@@ -75,6 +77,12 @@ def add_stage2_options(parser: argparse.ArgumentParser) -> None:
     options.add_denoising_options(parser)
 
 
+def dtype_of(arguments: argparse.Namespace) -> str:
+    """Return the dtype in which a stage computes on the slice, with weights in that of --dtype."""
+    platform = "cpu" if getattr(arguments, "topology", None) == "cpu" else "tpu"
+    return compute_dtype({arguments.dtype: 1}, arguments.dtype, platform)[0]
+
+
 def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
     """Trace the denoising step."""
     from cogvideox.models.shared import tap
@@ -83,7 +91,7 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
 
     platform = "cpu" if arguments.topology == "cpu" else "tpu"
     videos = arguments.videos_at_once or 1
-    plan = plans.denoising_plan(arguments, arguments.model_id, devices, platform, videos, dtype=arguments.dtype)
+    plan = plans.denoising_plan(arguments, arguments.model_id, devices, platform, videos, dtype=dtype_of(arguments))
     if arguments.skipped_step and not plan.step_cache:
         raise UserError("--skipped_step belongs to --cache_schedule or --cache_threshold")
     if arguments.unguided_step and not plan.guidance_interval:
@@ -136,7 +144,9 @@ def add_stage3_options(parser: argparse.ArgumentParser) -> None:
 def trace_stage3(arguments: argparse.Namespace, devices: list) -> Programs:
     """Trace the decoder's two programs, one for the first chunk of latent frames and one for each later chunk."""
     size = {name: getattr(arguments, name) for name in ("height", "width", "frames")}
-    plan = plans.decoding_plan(arguments, arguments.model_id, arguments.decoder, size, devices, dtype=arguments.dtype)
+    plan = plans.decoding_plan(
+        arguments, arguments.model_id, arguments.decoder, size, devices, dtype=dtype_of(arguments)
+    )
     decoder = plan.make_decoder()
     with compiling_for(plan.split.mesh):
         traced = plan.programs(decoder, plan.abstract_weights(decoder))
@@ -183,11 +193,11 @@ def trace_kernel(arguments: argparse.Namespace, devices: list) -> Programs:
             arguments.block_sizes,
             arguments.use_k_smooth,
             arguments.head_dim,
-            arguments.dtype,
+            dtype_of(arguments),
         )
     where = jax.sharding.SingleDeviceSharding(devices[0])
     shape = (1, arguments.heads, arguments.tokens, arguments.head_dim)
-    array = jax.ShapeDtypeStruct(shape, jnp.dtype(arguments.dtype), sharding=where)
+    array = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype_of(arguments)), sharding=where)
     with compiling_for(jax.sharding.Mesh(devices[:1], ("chips",))):
         traced = jax.jit(functools.partial(function, kv_length=arguments.tokens)).trace(array, array, array)
     scores = arguments.heads * arguments.tokens**2
@@ -219,7 +229,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_dtype_option(parser: argparse.ArgumentParser, help_: str) -> None:
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help=help_)
+    parser.add_argument("--dtype", default="bfloat16", choices=COMPUTE_DTYPES, help=help_)
 
 
 def _size(arguments: argparse.Namespace) -> dict:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -57,6 +58,8 @@ TEXT_ENCODER, TRANSFORMER, VAE = (
         "vae/diffusion_pytorch_model.safetensors",
     )
 )
+INDEX = TRANSFORMER.with_name("diffusion_pytorch_model.safetensors.index.json")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
 SPIECE = MODEL / "tokenizer" / "spiece.model"
 DEEP = b"[" * 100_000
 PICKLE = b"\x80\x04cos\nsystem\n(S'touch pwned'\ntR."  # it would leave a file if someone unpickled it
@@ -219,8 +222,19 @@ STAGE1_CASES = {
     "only a pickle": (
         [],
         lambda: TEXT_ENCODER.write_bytes(PICKLE) and TEXT_ENCODER.rename(TEXT_ENCODER.with_name("pytorch_model.bin")),
-        ["text_encoder", "shared.weight", "missing"],
+        ["text_encoder", "pickle", "python -c", "model/text_encoder/model.safetensors"],
     ),
+    "weights are an LFS pointer": ([], content(TEXT_ENCODER, POINTER), [TEXT_ENCODER, "model/text_encoder lfs pull"]),
+    "vocabulary is an LFS pointer": ([], content(SPIECE, POINTER), [SPIECE, "model/tokenizer lfs pull"]),
+    "more tokens than rows": (
+        [],
+        lambda: (
+            edited(TEXT_ENCODER, "shared.weight", lambda x: x[:-9])(),
+            edit_json(MODEL / "text_encoder/config.json", {"vocab_size": 209}),
+        ),
+        ["tokenizer has 21", "embedding of 209", MODEL_AGAIN],
+    ),
+    "no such variant": (["--variant", "fp16"], nothing, ["model/text_encoder", "model.fp16.safetensors", "drop"]),
     "no vocabulary file": ([], gone(SPIECE), ["tokenizer"]),
     "vocabulary empty": ([], content(SPIECE, b""), ["tokenizer"]),
     "vocabulary cut": ([], cut(SPIECE, 2000), ["tokenizer"]),
@@ -322,7 +336,8 @@ STAGE2_CASES = {
     "transformer: no JSON": ([], content(MODEL / "transformer/config.json", b"\0"), ["transformer/config.json", KIND]),
     "transformer: nested": ([], content(MODEL / "transformer/config.json", DEEP), ["transformer/config.json", KIND]),
     "transformer: gone": ([], gone(MODEL / "transformer/config.json"), ["transformer/config.json", "--model_id"]),
-    "transformer: no layers": ([], of_model("transformer", num_layers=...), ["num_layers", KIND]),
+    "transformer: 1.0, and says nothing": ([], of_model("transformer", patch_size_t=...), ["patch_size_t", KIND]),
+    "transformer: no layers": ([], of_model("transformer", num_layers=...), ["transformer_blocks.10", "missing"]),
     "transformer: 0 layers": ([], of_model("transformer", num_layers=0), ["num_layers", KIND]),
     "transformer: layers in words": ([], of_model("transformer", num_layers="two"), ["num_layers", "'two'", KIND]),
     "transformer: layers are true": ([], of_model("transformer", num_layers=True), ["num_layers", KIND]),
@@ -353,7 +368,28 @@ STAGE2_CASES = {
         ["norm_k", "[32], not [16]"],
     ),
     "transformer: time": ([], of_model("transformer", time_embed_dim=48), ["norm_out", "[256, 64], not [256, 48]"]),
-    "weights gone": ([], gone(TRANSFORMER), ["model/transformer", "missing", MODEL_AGAIN]),
+    "weights gone": ([], gone(TRANSFORMER), ["model/transformer has no diffusion_pytorch_model", MODEL_AGAIN]),
+    "weights are an LFS pointer": ([], content(TRANSFORMER, POINTER), [TRANSFORMER, "git -C model/transformer lfs"]),
+    "variants": (
+        [],
+        lambda: (
+            [shutil.copy(TRANSFORMER, TRANSFORMER.with_suffix(f".{x}.safetensors")) for x in ("a", "b")]
+            and TRANSFORMER.unlink()
+        ),
+        ["model/transformer", "a, b", "--variant"],
+    ),
+    "index is no JSON": ([], content(INDEX, b"{"), [INDEX, "JSON", MODEL_AGAIN]),
+    "index of no file": ([], content(INDEX, b'{"weight_map": {}}'), [INDEX, "weight_map", MODEL_AGAIN]),
+    "index of other folders": (
+        [],
+        content(INDEX, b'{"weight_map": {"a": "../vae/diffusion_pytorch_model.safetensors"}}'),
+        [INDEX, "weight_map.a", MODEL_AGAIN],
+    ),
+    "shard missing": (
+        [],
+        content(INDEX, b'{"weight_map": {"a": "diffusion_pytorch_model-00002-of-00002.safetensors"}}'),
+        ["transformer/diffusion_pytorch_model-00002-of-00002.safetensors does not exist", MODEL_AGAIN],
+    ),
     "weights cut": ([], cut(TRANSFORMER), [TRANSFORMER, "complete", MODEL_AGAIN]),
     "weights empty": ([], content(TRANSFORMER, b""), [TRANSFORMER, "complete", MODEL_AGAIN]),
     "weights are a pickle": ([], content(TRANSFORMER, PICKLE), [TRANSFORMER, "complete", MODEL_AGAIN]),
@@ -536,6 +572,108 @@ def test_what_is_not_spoilt_runs(folder, run_on_files):
     for script in (STAGE1, STAGE2, STAGE3):
         status, out, error = run_on_files(script)
         assert status == 0 and "WARNING" not in out, out + error
+
+
+def test_what_diffusers_and_transformers_accept_is_accepted(folder, run_on_files):
+    """Another name of the embedding, spare rows of it, entries that have defaults, a BOM, strays, a lone variant."""
+    status, out, _ = run_on_files(STAGE1, "--prompt", "a red circle")
+    expected = contents(OUT)[EMBEDDINGS], load_torch(OUT / EMBEDDINGS)
+    assert status == 0 and "tokens" not in out
+
+    def spare_rows(found: dict) -> None:
+        found["encoder.embed_tokens.weight"] = torch.cat([found.pop("shared.weight"), torch.ones(5, 64)])
+
+    tensors(TEXT_ENCODER, spare_rows)()
+    edit_json(MODEL / "text_encoder/config.json", {"vocab_size": 223})
+    edit_json(MODEL / "transformer/config.json", dict.fromkeys(("patch_size", "norm_eps", "attention_bias"), ...))
+    edit_json(MODEL / "vae/config.json", dict.fromkeys(("out_channels", "act_fn", "up_block_types"), ...))
+    for path in MODEL.glob("*/config.json"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    for path in (TEXT_ENCODER, TRANSFORMER, VAE):
+        for stray in (f"._{path.name}", f"{path.stem}_old.safetensors", f"{path.stem}-00001-of-00002.safetensors"):
+            path.with_name(stray).write_bytes(PICKLE)
+    TRANSFORMER.rename(TRANSFORMER.with_suffix(".fp16.safetensors"))
+    status, out, error = run_on_files(STAGE1, "--prompt", "a red circle")
+    assert status == 0 and "model/tokenizer has 218 tokens, but" in out, out + error
+    assert all(torch.equal(tensor, expected[1][name]) for name, tensor in load_torch(OUT / EMBEDDINGS).items())
+    status, out, error = run_on_files(STAGE2)
+    assert status == 0 and "transformer has its weights as the variant fp16 alone" in out, out + error
+    status, out, error = run_on_files(STAGE3)
+    assert status == 0, out + error
+
+
+def test_finished_videos_of_other_weights_are_made_again(folder, run_on_files):
+    """As after another training under the same name; embeddings of another text encoder are refused."""
+    options = ["--num_videos_per_prompt", 2, "--output_dir", OUT / "videos"]
+    assert run_on_files(STAGE1)[0] == 0
+    for made, finished in ((2, 0), (0, 2)):
+        status, out, error = run_on_files(STAGE2, *options)
+        assert status == 0 and out.count("wrote") == made, out + error
+        assert out.count("already finished: 2 of 2") == bool(finished), out
+    edited(TRANSFORMER, BLOCK, lambda tensor: tensor * 2)()
+    status, out, error = run_on_files(STAGE2, *options)
+    assert status == 0 and out.count("wrote") == 2 and "already finished" not in out, out + error
+    edited(TEXT_ENCODER, "shared.weight", lambda tensor: tensor * 2)()
+    status, _, error = run_on_files(STAGE2, *options)
+    assert status == 2 and "made with other weights than the text_encoder of" in error and "--force" in error, error
+
+
+def in_dtypes(most: torch.dtype, other: torch.dtype, names: str) -> None:
+    """Convert the weights of all components to `most`, and those that match a pattern to another dtype."""
+    for path in (TEXT_ENCODER, TRANSFORMER, VAE):
+        convert = lambda found: found.update(  # noqa: E731
+            {name: tensor.to(other if re.search(names, name) else most) for name, tensor in found.items()}
+        )
+        tensors(path, convert)()
+
+
+@pytest.mark.parametrize(
+    ("most", "other", "names", "options", "computed", "reason"),
+    [
+        (
+            torch.bfloat16,
+            torch.float32,
+            r"norm_[qk]|blocks\.0\.attn1|conv_in",
+            [],
+            torch.bfloat16,
+            "that of most weights",
+        ),
+        (torch.bfloat16, torch.float32, r"proj_out|conv_out|layer_norm", [], torch.bfloat16, "that of most weights"),
+        (torch.float32, torch.float16, r"blocks\.0|conv_in|k\.weight", [], torch.float32, "that of most weights"),
+        (torch.float16, torch.float16, "", [], torch.float32, "for a cpu cannot multiply float16"),
+        (torch.float32, torch.float32, "", ["--dtype", "bfloat16"], torch.bfloat16, "as --dtype says"),
+    ],
+)
+def test_dtypes_as_they_come(most, other, names, options, computed, reason, folder, run_on_files):
+    """One dtype for all, which a line says; latents are those of weights that had been converted before."""
+    in_dtypes(most, other, names)
+    status, out, error = run_on_files(STAGE1, *options)
+    assert status == 0, out + error
+    status, out, error = run_on_files(STAGE2, *options)
+    line = f"dtype: {str(computed).removeprefix('torch.')}, {reason}; converted while loading: "
+    assert status == 0 and line in out, out + error
+    latents = load_torch(OUT / LATENTS)["latents"]
+    assert latents.dtype == computed
+    status, out, error = run_on_files(STAGE3, *options)
+    assert status == 0 and line in out, out + error
+
+    tensors(TRANSFORMER, lambda found: found.update({n: t.to(computed) for n, t in found.items()}))()
+    status, out, error = run_on_files(STAGE2)
+    assert status == 0 and "converted" not in out, out + error
+    assert torch.equal(load_torch(OUT / LATENTS)["latents"], latents)
+
+
+def test_the_command_that_converts_pickles(folder, run_on_files):
+    """Run as it is told, for weights in two pickles, with a tensor under two names, as torch saves a T5."""
+    weights = load_torch(TEXT_ENCODER)
+    TEXT_ENCODER.unlink()
+    shared = {name: weights.pop("shared.weight") for name in ("encoder.embed_tokens.weight",)}
+    torch.save(shared | {"shared.weight": shared["encoder.embed_tokens.weight"]}, TEXT_ENCODER.with_name("a.bin"))
+    torch.save(weights, TEXT_ENCODER.with_name("b.bin"))
+    _, _, error = run_on_files(STAGE1)
+    (code,) = re.findall(r'python -c "(.*)"', error)
+    exec(code)
+    assert run_on_files(STAGE1)[0] == 0
 
 
 def test_a_missing_ffmpeg_is_named_at_the_start(folder, run_on_files, monkeypatch):

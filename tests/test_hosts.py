@@ -265,7 +265,7 @@ def test_model_files_that_differ(tiny_copy, monkeypatch):
     def compare() -> None:
         values.clear()
         for folder in (ours, theirs):
-            hosts.Hosts(processes=2).agree_on_model(str(folder), "transformer", "scheduler")
+            hosts.Hosts(processes=2).agree_on_model(str(folder), "transformer", None)
 
     compare()
     for name, at in (

@@ -3,6 +3,7 @@
 import argparse
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from cogvideox.errors import UserError
 from cogvideox.files import provenance, stage_files, writing
 from cogvideox.files.names import STATE, VIDEO
 from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES
+from cogvideox.files.state import StateFile
 from cogvideox.inspection import status
 from cogvideox.models.transformer import denoising
 from cogvideox.models.transformer.plan import make_denoising_plan
@@ -34,6 +36,7 @@ from tests.helpers import (
     STAGE1,
     STAGE2,
     STAGE3,
+    TINY_MODEL,
     check,
     contents,
     edit_config,
@@ -361,3 +364,64 @@ def test_files_without_provenance_are_taken(chain):
     stage_files.tensor_shapes(chain / LATENTS, 2, ["latents"], json.loads((chain / CONFIG).read_text()))
     provenance.check_inputs(chain / LATENTS, refuse=pytest.fail)
     assert f"{LATENTS}: made at an unknown time" in "\n".join(status.status(chain))
+
+
+# What is changed in a model: the part that is another one then, or None if nothing that decides a result has changed.
+CHANGES = {
+    "transformer/diffusion_pytorch_model.safetensors": "transformer",
+    "vae/diffusion_pytorch_model.safetensors": "vae",
+    "text_encoder/model.safetensors": "text_encoder",
+    "tokenizer/spiece.model": "text_encoder",
+    "scheduler/scheduler_config.json": "transformer",
+    "transformer/._diffusion_pytorch_model.safetensors": None,
+    "README.md": None,
+}
+
+
+@pytest.mark.parametrize("file", CHANGES)
+def test_other_weights_are_seen(file, chain, tmp_path):
+    """By the digest, by status, and by the stages; a file that says nothing of its weights is taken as it is."""
+    model = shutil.copytree(TINY_MODEL, tmp_path / "model")
+    (chain / VIDEO).unlink()  # to look into it takes long
+    before = {part: provenance.weights(str(model), part, None) for part in ("text_encoder", "transformer", "vae")}
+    for path, part in ((EMBEDDINGS, "text_encoder"), (LATENTS, "transformer")):
+        with safetensors.safe_open(chain / path, "np") as opened:
+            said = opened.metadata()
+        assert "not known" in "\n".join(status.status(chain))
+        provenance.check_inputs(chain / path, pytest.fail)
+        made = provenance.as_metadata(part, before[part], argparse.Namespace())
+        save_file(load_file(chain / path), chain / path, said | made)
+    assert not [line for line in status.status(chain) if "stale" in line]
+
+    if file.endswith(".safetensors") and "._" not in file:
+        tensors = load_file(model / file)
+        name = max(tensors)  # of any size: a value in the middle is another one
+        tensors[name].reshape(-1)[tensors[name].size // 2] += 1
+        save_file(tensors, model / file)
+    else:
+        (model / file).write_bytes(b"another" + ((model / file).read_bytes() if (model / file).exists() else b""))
+    after = {part: provenance.weights(str(model), part, None) for part in before}
+    assert [part for part in before if before[part] != after[part]] == [CHANGES[file]] * (CHANGES[file] is not None)
+    name = {"text_encoder": EMBEDDINGS, "transformer": LATENTS}.get(CHANGES[file])
+    lines = [line for line in status.status(chain) if "other weights than the" in line]
+    assert [line.startswith(f"{chain / name}: is stale") for line in lines] == [True] if name else not lines
+    if name:
+        with pytest.raises(UserError, match=f"with other weights than the {CHANGES[file]} of {model} has now"):
+            provenance.check_inputs(chain / name, stage_files.refuse)
+
+
+def test_an_unfinished_run_of_other_weights(tmp_path):
+    """It does not go on; one that an earlier version has begun, which does not know its weights, does."""
+    weights = {f"transformer of {tmp_path}": "1" * 64}
+    arrays = {"latents": np.ones(3, np.float32)}
+    for fingerprint, expected in (({"seed": 1} | weights, None), ({"seed": 1}, None), ({"seed": 2}, "seed = 2")):
+        StateFile(tmp_path, fingerprint, 1).keep(arrays, now=False)
+        state = StateFile(tmp_path, {"seed": 1} | weights, 1)
+        if expected is None:
+            assert state.load(restart=False).keys() == arrays.keys()
+        else:
+            with pytest.raises(UserError, match=expected):
+                state.load(restart=False)
+    StateFile(tmp_path, {"seed": 1} | dict.fromkeys(weights, "2" * 64), 1).keep(arrays, now=False)
+    with pytest.raises(UserError, match=f"an unfinished run with another transformer of {tmp_path} than it is now"):
+        StateFile(tmp_path, {"seed": 1} | weights, 1).load(restart=False)

@@ -111,7 +111,7 @@ def test_parameters(config, mesh, dtype, layout, scatter, monkeypatch):
     stored = {name: random_bits(shape, np.dtype(dtype), random) for name, shape in shapes.items()}
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
     parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout)
-    loaded = parameters.load_parameters(stored.__getitem__, config, parallelism)
+    loaded = parameters.load_parameters(stored.__getitem__, config, parallelism, dtype)
     assert loaded.keys() == parameters.parameter_shapes(config).keys()
     for name, array in loaded.items():
         assert array.sharding == parallelism.sharding(*parameters.parameter_spec(name, layout)), name
@@ -252,6 +252,9 @@ def weights_folder(tmp_path):
     for i, names in enumerate((("a", "d"), ("b.c", "e"))):
         path = tmp_path / "vae" / f"diffusion_pytorch_model-{i}.safetensors"
         save_file({name: tensors[name] for name in names}, path, metadata={"format": "pt"})
+    shard = "diffusion_pytorch_model-{}.safetensors"
+    index = {"weight_map": {"a": shard.format(0), "d": shard.format(0), "b.c": shard.format(1), "e": shard.format(1)}}
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     return tmp_path, tensors
 
 
@@ -279,6 +282,34 @@ def test_tensors_that_do_not_fit(shapes, words, weights_folder):
     with pytest.raises(UserError) as error:
         checkpoint.tensor_reader(str(folder), "vae", shapes)
     assert all(word in str(error.value) for word in (*words, str(folder), "get the model again")), error.value
+
+
+NAME, SHARD = "diffusion_pytorch_model", "diffusion_pytorch_model{}-00001-of-00001.safetensors"
+STRAYS = {
+    *(f"._{NAME}.safetensors", f"{NAME}_old.safetensors", SHARD.format("-old"), SHARD.format(".ema")),
+    *(SHARD.format(""), "other.safetensors"),
+}
+
+
+@pytest.mark.parametrize(
+    ("files", "variant", "expected", "is_said"),
+    [
+        ({f"{NAME}.safetensors"}, None, f"{NAME}.safetensors", False),
+        ({f"{NAME}.safetensors", f"{NAME}.fp16.safetensors"}, None, f"{NAME}.safetensors", False),
+        ({f"{NAME}.safetensors", f"{NAME}.fp16.safetensors"}, "fp16", f"{NAME}.fp16.safetensors", False),
+        ({f"{NAME}.safetensors", f"{NAME}.safetensors.index.json"}, None, SHARD.format("-new"), False),
+        ({f"{NAME}.safetensors.index.ema.json", f"{NAME}.fp16.safetensors"}, "ema", SHARD.format("-new"), False),
+        ({f"{NAME}.safetensors.index.ema.json"}, None, SHARD.format("-new"), True),
+    ],
+)
+def test_which_files_are_read(files, variant, expected, is_said, tmp_path):
+    (tmp_path / "vae").mkdir()
+    for name in files | STRAYS:
+        (tmp_path / "vae" / name).write_text(json.dumps({"weight_map": {"a": SHARD.format("-new")}}))
+    said = []
+    found = checkpoint.weight_files(tmp_path / "vae", variant, said.append)
+    assert found == [tmp_path / "vae" / expected]
+    assert said == [f"{tmp_path / 'vae'} has its weights as the variant ema alone"] * is_said
 
 
 def test_truncated_file(weights_folder):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from cogvideox.cli.types import lora_option
 from cogvideox.defaults import SEED
 from cogvideox.errors import UserError
 from cogvideox.files import lora, provenance, stage_files
+from cogvideox.files.schemas import LoraConfig as LoraEntries
 from cogvideox.files.schemas import VideoConfig
 from cogvideox.inspection import status
 from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh
@@ -74,7 +76,9 @@ def parameters(module: CogVideoXTransformer3DModel, loras=(), mesh=(1, 1, 1), la
         one.check(stored_shapes(config))
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
     parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout)
-    loaded = load_parameters(stored.__getitem__, config, parallelism, [one.add for one in changes])
+    loaded = load_parameters(
+        stored.__getitem__, config, parallelism, stored["proj_out.weight"].dtype, [one.add for one in changes]
+    )
     return {name: np.asarray(array, np.float32) for name, array in loaded.items()}
 
 
@@ -180,6 +184,43 @@ def test_scale_and_path(tmp_path, monkeypatch):
             lora_option(text)
 
 
+def test_files_of_other_programs(random_model, loras, tmp_path, monkeypatch):
+    """ComfyUI's prefix, PEFT's adapters by name, empty entries of a config, a repository of the hub: the same LoRA."""
+    (whole, _) = loras["random_model"][1]
+    expected = parameters(load_transformer(random_model), [(whole, 0.7)])
+
+    def check(path: Path | str) -> None:
+        compare(parameters(load_transformer(random_model), [(path, 0.7)]), expected, torch.float32, set())
+
+    check(rewrite(whole, tmp_path / "comfy" / FILE, lambda name: name.replace("transformer.", "diffusion_model.", 1)))
+    check(rewrite(whole, tmp_path / "named" / FILE, lambda name: name.replace(".weight", ".default.weight")))
+    patterns = {"alpha_pattern": {"to_q": 2}, "rank_pattern": {"to_q": 2}}
+    entries = {"r": 4, "lora_alpha": 4, "modules_to_save": []} | patterns
+    metadata = {lora.METADATA: json.dumps({f"transformer.{name}": value for name, value in entries.items()})}
+    check(rewrite(whole, tmp_path / "config" / FILE, metadata=metadata))
+    config = {"r": 4, "lora_alpha": 1, "rank_pattern": None, "alpha_pattern": None}
+    assert LoraEntries.model_validate(config).rank_pattern == {}
+
+    hub, commit = tmp_path / "hub" / "models--user--lora", "c" * 40
+    rewrite(whole, hub / "snapshots" / commit / FILE)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert lora_option("user/lora:0.7") == "user/lora:0.7"
+    check("user/lora")
+    with pytest.raises(UserError, match=r"user/other.*correct --lora or check the network"):
+        lora.read_lora(lora_option("user/other"))
+
+
+def test_a_lora_that_changes_nothing(random_model, loras, tmp_path):
+    (whole, _) = loras["random_model"][1]
+    assert not lora.read_lora(lora_option(str(whole))).changes_nothing
+    assert lora.read_lora(lora_option(f"{whole}:0")).changes_nothing
+    untrained = rewrite(whole, tmp_path / FILE, change=lambda t: [x.zero_() for name, x in t.items() if "_B" in name])
+    assert lora.read_lora(lora_option(str(untrained))).changes_nothing
+
+
 # --- What cannot be fused ----------------------------------------------------------------------------------------
 
 Q = "transformer.transformer_blocks.0.attn1.to_q"
@@ -201,6 +242,13 @@ def with_config(**entries):
 FAULTS = {
     "A without B": (None, lambda t: t.pop(B), None, ["to_q has lora_A alone"]),
     "B without A": (None, lambda t: t.pop(A), None, ["to_q has lora_B alone"]),
+    "two adapters": (None, put(A.replace("weight", "b.weight"), torch.ones(4, 128)), None, ["1 of 33", "lora_A"]),
+    "2B": (
+        lambda n: n.replace("blocks.1", "blocks.29"),
+        lambda t: t.update({n: torch.ones(4, 1920) for n in t if "attn1.to_" in n and "_A" in n}),
+        *(None, ["another model, CogVideoX-2B by its shapes"]),
+    ),
+    "metadata: modules": (None, None, with_config(modules_to_save=["proj_out"]), ["modules_to_save", "plain LoRA"]),
     "two ranks": (None, put(A, torch.ones(3, 128)), None, [A, "[3, 128]", "[128, 4]", "same rank"]),
     "no matrix": (None, put(A, torch.ones(128)), None, [A, "[128]"]),
     "empty": (None, put(A, torch.ones(0, 128)), None, [A, "[0, 128]"]),
@@ -293,7 +341,8 @@ def test_latents_and_provenance(outputs, random_model, loras, run_stage, tmp_pat
     config = json.loads((outputs / CONFIG).read_text())
     assert config["lora"] == [f"{path}:{scale}" for path, scale in zip(paths, SCALES, strict=True)]
     files = {str(path / FILE) for path in paths}
-    assert provenance.recorded(outputs / LATENTS)["inputs"].keys() == files | {EMBEDDINGS}
+    names = files | {EMBEDDINGS, f"transformer of {random_model}"}
+    assert provenance.recorded(outputs / LATENTS)["inputs"].keys() == names
     provenance.check_inputs(outputs / LATENTS, refuse=pytest.fail)
     edit_config(outputs, lora=[])
     fault = status.fault_of(outputs / LATENTS, stage_files.read_config(outputs, VideoConfig))

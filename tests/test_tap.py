@@ -79,7 +79,7 @@ def make_transformer(module, mesh: tuple[int, int, int], attention=xla_attention
 
     latents, prompts = (jnp.asarray(tensor.numpy()) for tensor in transformer_inputs(config))
     stored = {name: weight.numpy() for name, weight in module.state_dict().items()}
-    parameters = load_parameters(stored.__getitem__, config, parallelism)
+    parameters = load_parameters(stored.__getitem__, config, parallelism, stored["proj_out.weight"].dtype)
     return (
         function,
         parallelism.mesh,

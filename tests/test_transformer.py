@@ -58,7 +58,7 @@ def run_both(module, batch, mesh, layout="tp", dtype=torch.float32, attention=xl
     ours = jax.jit(
         lambda *arguments: transformer(*arguments, config=config, parallelism=parallelism, attention=attention).output
     )(
-        load_parameters(stored.__getitem__, config, parallelism),
+        load_parameters(stored.__getitem__, config, parallelism, stored["proj_out.weight"].dtype),
         to_numpy(latents),
         to_numpy(prompts),
         jnp.int32(37),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from cogvideox.cli.types import file_path, interval, lora_option, number, preset
 from cogvideox.defaults import (
+    COMPUTE_DTYPES,
     FRAMES,
     GUIDANCE_SCALE,
     HEIGHT,
@@ -40,6 +41,16 @@ def add_log_options(parser: argparse.ArgumentParser) -> None:
 def add_force_option(parser: argparse.ArgumentParser) -> None:
     """Add --force; see `Report.refuse`."""
     parser.add_argument("--force", action="store_true", help="go on with files that do not belong together")
+
+
+def add_weight_options(parser: argparse.ArgumentParser) -> None:
+    """Add which weights of the model are read, and in which dtype it computes."""
+    parser.add_argument(
+        "--variant", help="read this variant of the weights, such as fp16 (default: the standard one, or the only one)"
+    )
+    parser.add_argument(
+        "--dtype", choices=COMPUTE_DTYPES, help="dtype of weights and products (default: that of most of the weights)"
+    )
 
 
 def add_size_options(parser: argparse.ArgumentParser) -> None:
@@ -113,8 +124,8 @@ def add_lora_option(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH[:SCALE]",
-        help="add a LoRA to the weights, a safetensors file or its folder, times a scale; can be given several times "
-        "(default: none)",
+        help="add a LoRA to the weights, a safetensors file, its folder or a Hugging Face id, times a scale; can be "
+        "given several times (default: none)",
     )
 
 

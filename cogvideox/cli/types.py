@@ -2,11 +2,14 @@
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from cogvideox.defaults import MOST_LORA_SCALE
 from cogvideox.files.names import VIDEO_SUFFIXES
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
@@ -74,7 +77,8 @@ def preset(text: str) -> str:
 def lora_option(text: str) -> str:
     """Return PATH[:scale] with an absolute path and a scale, 1.0 if there is none; an argparse type.
 
-    What exists as it stands is a path without a scale.
+    What exists as it stands is a path without a scale. USER/REPO stays as it is if there is no such path: it is an id
+    of the Hugging Face Hub.
     """
     path, colon, scale = text.rpartition(":")
     if not colon or "/" in scale or Path(text).expanduser().exists():
@@ -83,4 +87,5 @@ def lora_option(text: str) -> str:
         factor = number(float, -MOST_LORA_SCALE, MOST_LORA_SCALE)(scale)
     except ValueError:
         raise argparse.ArgumentTypeError(f"the scale of {text} is {scale!r}, no number") from None
-    return f"{file_path(path).absolute()}:{factor}"
+    is_id = HUB_ID.fullmatch(path) and not path.endswith(".safetensors") and not Path(path).exists()
+    return f"{path if is_id else file_path(path).absolute()}:{factor}"

@@ -14,12 +14,16 @@ import numpy as np
 from safetensors import safe_open
 
 from cogvideox.errors import UserError
+from cogvideox.files.checkpoint import model_folder
 from cogvideox.files.schemas import LoraConfig, parse_json, read_json
 from cogvideox.files.tensors import check_finite, open_tensors, read_tensors
 
 DIFFUSERS, PEFT, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config in a safetensors file
-MATRIX = re.compile(r"(?:base_model\.model\.)?(?:transformer\.)?(?P<module>.+)\.lora_(?P<letter>[AB])\.weight")
+MATRIX = re.compile(
+    r"(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.)?(?P<module>.+)\.lora_(?P<letter>[AB])(?:\.\w+)?\.weight"
+)
+MODELS = {(30, 1920): "CogVideoX-2B", (42, 3072): "CogVideoX-5B or 1.5-5B"}  # by blocks and width
 REMEDY = "get the LoRA again or correct --lora"
 
 
@@ -41,7 +45,7 @@ class Lora:
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise UserError unless the LoRA fits a transformer whose tensors have these shapes by their stored names."""
-        another = f"it is a LoRA of another model; {REMEDY}"
+        another = f"it is a LoRA of another model{self._fitting()}; {REMEDY}"
         if missing := sorted(self.matrices.keys() - shapes.keys()):
             raise UserError(
                 f"{self.files[0]}: {len(missing)} of {len(self.matrices)} weights that it changes are not in the "
@@ -53,6 +57,22 @@ class Lora:
                     f"{self.files[0]}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit {name}, which is "
                     f"{list(shapes[name])} in the transformer; {another}"
                 )
+
+    def _fitting(self) -> str:
+        """Say which model the LoRA fits, by the blocks and the width that its matrices tell."""
+        blocks = [
+            int(match[1]) + 1 for name in self.matrices if (match := re.match(r"transformer_blocks\.(\d+)", name))
+        ]
+        widths = [a.shape[1] for name, (a, _, _) in self.matrices.items() if "attn1.to_" in name]
+        if not blocks or not widths:
+            return ""
+        known = MODELS.get((max(blocks), widths[0]))
+        return f", {known or f'of at least {max(blocks)} blocks of width {widths[0]}'} by its shapes"
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every product is zero, as of a LoRA that was never trained."""
+        return all(factor == 0 or not a.any() or not b.any() for a, b, factor in self.matrices.values())
 
     def add(self, name: str, part: np.ndarray, index: tuple) -> None:
         """Add what the LoRA has for the tensor `name` at `index`, rows and columns, to `part`, the values there.
@@ -83,16 +103,20 @@ def files_of(path: Path) -> tuple[Path, ...]:
 
 
 def read_lora(text: str) -> Lora:
-    """Read the LoRA that an lora_option of the form that `lora_option` returns names.
+    """Read the LoRA that a text of the form that `lora_option` returns names: an absolute path, or an id of the hub.
 
     Raises:
-        UserError: a file is missing or damaged, or it holds anything but pairs of LoRA matrices and their alphas.
+        UserError: it is not there, a file is missing or damaged, or it holds anything but pairs of LoRA matrices and
+            their alphas.
     """
     path, _, scale = text.rpartition(":")
-    files = files_of(Path(path))
+    where = Path(path)
+    if not where.is_absolute():
+        where = model_folder(path, [DIFFUSERS, PEFT, PEFT_CONFIG], option="--lora")
+    files = files_of(where)
     names = open_tensors(files[0], REMEDY)
     pairs = pairs_of(names, files[0])
-    tensors = read_tensors(files[0], dict.fromkeys(names), REMEDY)
+    tensors = read_tensors(files[:1], dict.fromkeys(names), REMEDY)
     check_finite(tensors, files[0], REMEDY)
     config = config_of(files)
     matrices, ranks, alphas = {}, set(), set()
@@ -132,8 +156,9 @@ def pairs_of(stored_names: Iterable[str], path: Path) -> dict[str, dict[str, str
     pairs: dict[str, dict[str, str]] = {}
     others = []
     for name, stored in names.items():
-        if found := MATRIX.fullmatch(name):
-            pairs.setdefault(found["module"], {})[found["letter"]] = stored
+        found = MATRIX.fullmatch(name)
+        if found and found["letter"] not in pairs.setdefault(found["module"], {}):  # else a second adapter's
+            pairs[found["module"]][found["letter"]] = stored
         else:
             others.append(stored)
     if not pairs or others:

@@ -8,6 +8,7 @@ second of them.
 import hashlib
 import json
 import os
+import re
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,20 +17,29 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
 from cogvideox.errors import UserError, first_line
-from cogvideox.files import stage_files, tensors, writing
+from cogvideox.files import checkpoint, stage_files, tensors, writing
 from cogvideox.files.names import VIDEO_SUFFIXES
 from cogvideox.files.video_file import video_comment
 from cogvideox.versions import LIBRARIES, versions
 
+# What the weights of a model's component are called among the inputs of a file.
+WEIGHTS = re.compile("(?P<component>text_encoder|transformer|vae) of (?P<model_id>.+)")
+SAMPLE = 4096  # bytes
 
-def digest(path: Path) -> str:
-    """Return a SHA-256 of the tensors of a safetensors file, with names, dtypes and shapes, without metadata."""
+
+def digest(path: Path, sample: bool = False) -> str:
+    """Return a SHA-256 of the tensors of a safetensors file, with names, dtypes and shapes, without metadata.
+
+    Of each tensor only the SAMPLE bytes in its middle are read if `sample` is true.
+    """
     found = hashlib.sha256()
     for name, tensor in sorted(tensors.mapped_tensors(path).items()):
         if isinstance(tensor, str):
             raise ValueError(f"{name} has dtype {tensor}")
         found.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        found.update(tensor.reshape(-1).view("uint8").data)
+        values = tensor.reshape(-1).view("uint8")
+        start = max(0, (values.size - SAMPLE) // 2)
+        found.update(values[start : start + SAMPLE].data if sample else values.data)
     return found.hexdigest()
 
 
@@ -39,13 +49,39 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights(model_id: str, component: str, variant: str | None) -> dict[str, str]:
+    """Return by what a model's component is known among inputs, and a SHA-256 of it; nothing if it is not here.
+
+    It is fast, so that each start sees other weights or another config: of weights it has all names, dtypes and shapes,
+    and a sample of each tensor. It cannot see a change of a tensor that leaves the middle as it is.
+
+    Raises:
+        OSError, SafetensorError, ValueError: a file of the weights is damaged.
+    """
+    try:
+        files = checkpoint.files_of(model_id, component, variant)
+    except UserError:
+        return {}
+    found = hashlib.sha256()
+    for file in files:
+        of_file = digest(file, sample=True) if file.suffix == ".safetensors" else file_digest(file)
+        found.update(f"{file.parent.name}/{file.name} {of_file}".encode())
+    return {f"{component} of {model_id}": found.hexdigest()}
+
+
+def differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
+    """Return the names under which two fingerprints differ; weights that the one of an earlier version lacks do not."""
+    names = sorted(found.keys() | wanted)
+    return [x for x in names if found.get(x) != wanted.get(x) and not (WEIGHTS.match(x) and x not in found)]
+
+
 def as_metadata(stage: str, inputs: Mapping[str, str], arguments: Namespace) -> dict[str, str]:
     """Return the metadata that says how an output comes about, now: `provenance`, as JSON.
 
     Args:
         stage: which makes the output.
-        inputs: what it is made from: the `digest` of each safetensors file of the run, by what it is `known_as`, and
-            the `file_digest` of each other file, by its absolute path.
+        inputs: what it is made from: the `digest` of each safetensors file of the run, by what it is `known_as`, the
+            `file_digest` of each other file, by its absolute path, and the `weights` of the model.
         arguments: the parsed options.
     """
     made = {
@@ -93,19 +129,36 @@ def recorded(path: Path) -> dict:
 
 def stale_inputs(path: Path) -> Iterator[str]:
     """Yield the names of files beside `path`, and paths of others, that are not those which `path` was made from."""
-    inputs = recorded(path).get("inputs")
-    for name, known in (inputs if isinstance(inputs, dict) else {}).items():
-        other = path.parent / name
+    options = recorded(path).get("options")
+    variant = options.get("variant") if isinstance(options, dict) else None
+    for name, known in recorded_inputs(path).items():
         try:
-            now = file_digest if Path(name).is_absolute() else digest
-            if other.is_file() and now(other) != known:
+            if _digest_now(name, path.parent, variant) not in (None, known):
                 yield name
         except (OSError, SafetensorError, ValueError):
             yield name
 
 
+def recorded_inputs(path: Path) -> dict:
+    """Return the inputs that `as_metadata` has said of a file; nothing if it does not say."""
+    inputs = recorded(path).get("inputs")
+    return inputs if isinstance(inputs, dict) else {}
+
+
+def _digest_now(name: str, folder: Path, variant: str | None) -> str | None:
+    """Return the digest of an input as it is now, by its name for an output in `folder`; None if it is not there."""
+    if match := WEIGHTS.fullmatch(name):
+        return weights(match["model_id"], match["component"], variant).get(name)
+    if not (folder / name).is_file():
+        return None
+    return file_digest(Path(name)) if Path(name).is_absolute() else digest(folder / name)
+
+
 def check_inputs(path: Path, refuse: Callable[[str], None]) -> None:
     """Call `refuse` with what is wrong unless an input of a stage was made from the files that there are now."""
     for name in stale_inputs(path):
+        if WEIGHTS.fullmatch(name):
+            refuse(f"{path} was made with other weights than the {name} has now; run the stage that made it again")
+            continue
         which = f"{name} as it is now" if Path(name).is_absolute() else f"the {name} beside it"
         refuse(f"{path} was not made from {which}; run the stage that made it again")

@@ -3,6 +3,7 @@
 Whatever a file holds, the result is valid or a `UserError` says in one line what is wrong.
 """
 
+import codecs
 import re
 import reprlib
 from pathlib import Path
@@ -71,14 +72,15 @@ class LoraConfig(Entries):
     fan_in_fan_out: Literal[False] | None = None
     lora_bias: Literal[False] | None = None
     use_dora: Literal[False] | None = None
-    modules_to_save: None = None
+    modules_to_save: Annotated[list[str], Field(max_length=0)] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _without_prefix(cls, entries: object) -> object:
         if not isinstance(entries, dict):
             return entries
-        return {name.removeprefix("transformer."): value for name, value in entries.items()}
+        plain = {name.removeprefix("transformer."): value for name, value in entries.items()}
+        return {name: value for name, value in plain.items() if value is not None or not name.endswith("_pattern")}
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
@@ -97,29 +99,40 @@ class ModelConfig(Entries):
     remedy = "this is not a CogVideoX 1.5 for text to video, or the file is damaged: correct --model_id"
 
 
-class Transformer(ModelConfig):
-    """transformer/config.json: temporal patches, rotary embedding, no image to begin with."""
+class WeightIndex(ModelConfig):
+    """The index of weights in several files: the name of each tensor's file, which is beside it."""
 
-    num_layers: Count
-    num_attention_heads: Count
-    attention_head_dim: Annotated[int, Field(ge=16, le=1024, multiple_of=16)]  # the rotary embedding splits it
-    in_channels: Count
-    out_channels: Count
-    text_embed_dim: Count
-    time_embed_dim: Count
-    max_text_seq_length: Count
-    patch_size: Annotated[int, Field(ge=1, le=64)]
+    remedy = "get the model again or correct --model_id"
+    weight_map: Annotated[dict[str, Annotated[str, Field(pattern=r"^[^/\\]+\.safetensors$")]], Field(min_length=1)]
+
+
+class Transformer(ModelConfig):
+    """transformer/config.json: temporal patches, rotary embedding, no image to begin with.
+
+    The defaults are those of diffusers, whose own for the entries without one is a CogVideoX 1.0.
+    """
+
+    num_layers: Count = 30
+    num_attention_heads: Count = 30
+    # The rotary embedding splits it.
+    attention_head_dim: Annotated[int, Field(ge=16, le=1024, multiple_of=16)] = 64
+    in_channels: Count = 16
+    out_channels: Count = 16
+    text_embed_dim: Count = 4096
+    time_embed_dim: Count = 512
+    max_text_seq_length: Count = 226
+    patch_size: Annotated[int, Field(ge=1, le=64)] = 2
     patch_size_t: Annotated[int, Field(ge=1, le=64)]
-    sample_height: Count
-    sample_width: Count
-    norm_eps: Positive
-    norm_elementwise_affine: bool
-    attention_bias: bool
-    flip_sin_to_cos: bool
-    freq_shift: Annotated[float, Field(ge=0, le=1)]
-    activation_fn: Literal["gelu-approximate"]
+    sample_height: Count = 60
+    sample_width: Count = 90
+    norm_eps: Positive = 1e-5
+    norm_elementwise_affine: bool = True
+    attention_bias: bool = True
+    flip_sin_to_cos: bool = True
+    freq_shift: Annotated[float, Field(ge=0, le=1)] = 0
+    activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
     use_rotary_positional_embeddings: Literal[True]
-    use_learned_positional_embeddings: Literal[False] | None = None
+    use_learned_positional_embeddings: Literal[False] | None = False
     ofs_embed_dim: None = None
 
     @model_validator(mode="after")
@@ -130,27 +143,27 @@ class Transformer(ModelConfig):
 
 
 class Vae(ModelConfig):
-    """vae/config.json, as far as the decoder depends on it."""
+    """vae/config.json, as far as the decoder depends on it, with the defaults of diffusers."""
 
-    block_out_channels: Annotated[list[Count], Field(min_length=1, max_length=8)]
-    latent_channels: Count
-    layers_per_block: Count
-    norm_num_groups: Count
-    norm_eps: Positive
-    out_channels: Literal[3]
-    scaling_factor: Positive
-    temporal_compression_ratio: Literal[1, 2, 4, 8]
-    act_fn: str
-    down_block_types: list[Literal["CogVideoXDownBlock3D"]] | None = None
-    up_block_types: list[Literal["CogVideoXUpBlock3D"]] | None = None
+    block_out_channels: Annotated[list[Count], Field(min_length=1, max_length=8)] = [128, 256, 256, 512]
+    latent_channels: Count = 16
+    layers_per_block: Count = 3
+    norm_num_groups: Count = 32
+    norm_eps: Positive = 1e-6
+    out_channels: Literal[3] = 3
+    scaling_factor: Positive = 1.15258426
+    temporal_compression_ratio: Literal[1, 2, 4, 8] = 4
+    act_fn: str = "silu"
+    down_block_types: list[Literal["CogVideoXDownBlock3D"]] = ["CogVideoXDownBlock3D"] * 4
+    up_block_types: list[Literal["CogVideoXUpBlock3D"]] = ["CogVideoXUpBlock3D"] * 4
     sample_height: Count = 480
     sample_width: Count = 720
-    use_post_quant_conv: Literal[False] | None = None
+    use_post_quant_conv: Literal[False] | None = False
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         levels = len(self.block_out_channels)
-        if any(types is not None and len(types) != levels for types in (self.down_block_types, self.up_block_types)):
+        if any(len(types) != levels for types in (self.down_block_types, self.up_block_types)):
             raise ValueError(f"there are {levels} block_out_channels, and another number of block types")
         if any(channels % self.norm_num_groups for channels in self.block_out_channels):
             raise ValueError(f"norm_num_groups {self.norm_num_groups} does not divide block_out_channels")
@@ -161,7 +174,7 @@ class Scheduler(ModelConfig):
     """scheduler/scheduler_config.json; diffusers has defaults for all entries but the class."""
 
     class_name: Annotated[str, Field(alias="_class_name")]
-    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)]
+    num_train_timesteps: Annotated[int, Field(ge=1, le=100_000)] = 1000
     beta_start: Share = 0.00085
     beta_end: Share = 0.012
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "scaled_linear"
@@ -207,7 +220,7 @@ def read_json(path: Path, kind: type[Entries], missing: str, defaults: bool = Fa
     """
     if not path.is_file():  # a pipe would be waited for
         raise UserError(missing)
-    return parse_json(path.read_bytes(), path, kind, defaults)
+    return parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, kind, defaults)
 
 
 def parse_json(text: str | bytes, path: Path, kind: type[Entries], defaults: bool = False) -> dict:

@@ -101,7 +101,7 @@ def tensor_shapes(
             not finite, or was made with entries other than `config`'s.
     """
     remedy = f"run stage {stage} again"
-    tensors = read_tensors(path, dict.fromkeys(names), remedy)
+    tensors = read_tensors([path], dict.fromkeys(names), remedy)
     if other := difference(path, config):
         refuse(f"{path} {other}; {remedy}")
     if finite:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from cogvideox.errors import UserError, first_line
 from cogvideox.files import writing
 from cogvideox.files.names import STATE
+from cogvideox.files.provenance import differences
 
 SHARE = 0.02  # of a run's time that goes into keeping its state, if nothing else is asked for
 
@@ -47,12 +48,12 @@ class StateFile:
         try:
             with safe_open(self.path, framework="np") as file:
                 found = json.loads(fingerprint_of(file.metadata()) or "")
-                for name in sorted(found.keys() | self._fingerprint):
+                for name in differences(found, self._fingerprint):
                     ours, theirs = self._fingerprint.get(name), found.get(name)
-                    if ours != theirs:
-                        raise UserError(
-                            f"{self.path} is of an unfinished run with {name} = {theirs}, this one has {ours}; {remedy}"
-                        )
+                    which = f"{name} = {theirs}, this one has {ours}"
+                    if all(value and len(value) == 64 for value in (ours, theirs)):  # digests
+                        which = f"another {name} than it is now"
+                    raise UserError(f"{self.path} is of an unfinished run with {which}; {remedy}")
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
         except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
             raise UserError(f"{self.path} cannot be read ({first_line(error)}); {remedy}") from error

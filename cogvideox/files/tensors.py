@@ -4,17 +4,21 @@ Whatever a file holds, the result is valid or a `UserError` says in one line wha
 """
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from cogvideox.defaults import COMPUTE_DTYPES
 from cogvideox.errors import UserError, first_line
 
 # The dtypes that tensors may have, by their names in a safetensors file.
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
+WITHOUT_FLOAT16 = {"cpu": "float32", "tpu": "bfloat16"}  # what a platform that cannot multiply float16 computes in
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 # --- Tensors -----------------------------------------------------------------------------------------------------
@@ -47,20 +51,29 @@ def open_tensors(path: Path, remedy: str) -> dict[str, np.ndarray | str]:
     if not path.is_file():
         raise UserError(f"{path} does not exist, or is no file; {remedy}")
     try:
+        check_pointer(path)
         return mapped_tensors(path)
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} is not a complete safetensors file ({first_line(error)}); {remedy}") from error
 
 
+def check_pointer(path: Path) -> None:
+    """Raise UserError if a file is what Git LFS leaves in the place of a large one that it has not fetched."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            fetch = f"git -C {shlex.quote(str(path.parent))} lfs pull"
+            raise UserError(f"{path} is a Git LFS pointer, not yet the file itself; this fetches it: {fetch}")
+
+
 def read_tensors(
-    where: Path, expected: Mapping[str, tuple[int, ...] | None], remedy: str, only: str | None = None
+    files: Sequence[Path], expected: Mapping[str, tuple[int, ...] | None], remedy: str, only: str | None = None
 ) -> dict[str, np.ndarray]:
     """Map safetensors files into memory, and return the expected tensors by name, as read-only arrays.
 
     The arrays are the files themselves: nothing is read before a value is used.
 
     Args:
-        where: a file, or the folder of a model's component.
+        files: one file, or those of a model's component, which are in one folder.
         expected: the shape of each tensor by name; None for any that has elements.
         remedy: what the user can do, for the errors.
         only: if given, tensors whose name begins with it are there only if they are expected; "" means all tensors.
@@ -69,7 +82,8 @@ def read_tensors(
         UserError: a file is not complete, or tensors are missing, unexpected, of another shape or dtype.
     """
     found: dict[str, np.ndarray | str] = {}
-    for path in sorted(where.glob("*model*.safetensors")) if where.is_dir() else [where]:
+    where = files[0] if len(files) == 1 else files[0].parent
+    for path in files:
         found |= open_tensors(path, remedy)
     integers = [name for name, tensor in found.items() if isinstance(tensor, str)]  # libraries would convert them
     wrong = {name: fault for name in (*expected, *integers) if (fault := _fault(found.get(name), expected.get(name)))}
@@ -90,6 +104,26 @@ def _fault(tensor: np.ndarray | str | None, shape: tuple[int, ...] | None) -> st
     if tensor.shape == shape or (shape is None and tensor.ndim and tensor.size):
         return None
     return f"has shape {list(tensor.shape)}" + (f", not {list(shape)}" if shape else "")
+
+
+def compute_dtype(values: Mapping[str, int], wanted: str | None, platform: str | None) -> tuple[str, str]:
+    """Return the one dtype in which a component computes, and a line on what is converted to it, "" for nothing.
+
+    It is that of most values, one of COMPUTE_DTYPES, unless another one is wanted or the platform cannot have it.
+
+    Args:
+        values: how many values its weights have in each dtype, by the dtype's name.
+        wanted: the dtype that --dtype names, or None.
+        platform: "tpu", "cpu" or "gpu" of jax; None for torch.
+    """
+    most = max(values, key=lambda dtype: values[dtype])
+    chosen, reason = wanted or (most if most in COMPUTE_DTYPES else "float32"), "that of most weights"
+    if wanted:
+        reason = "as --dtype says"
+    if chosen == "float16" and platform in WITHOUT_FLOAT16:
+        chosen, reason = WITHOUT_FLOAT16[platform], f"for a {platform} cannot multiply float16"
+    others = ", ".join(f"{number:,} of {dtype}" for dtype, number in sorted(values.items()) if dtype != chosen)
+    return chosen, f"dtype: {chosen}, {reason}; converted while loading: {others}" if others else ""
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from cogvideox.errors import UserError, first_line
 from cogvideox.files import schemas, stage_files, videos
 from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, STATE, VIDEO, VIDEO_SUFFIXES
-from cogvideox.files.provenance import recorded, stale_inputs
+from cogvideox.files.provenance import WEIGHTS, recorded, recorded_inputs, stale_inputs
 
 # The files of a run, each made from the one before, and the stages that make them.
 CHAIN = (
@@ -73,7 +73,9 @@ def status_of_files(
         if fault is None and todo:
             fault = "is to be made again, after what comes before it"
         if fault is None:
-            yield f"{path}: made {recorded(path).get('time', 'at an unknown time')}"
+            known = any(map(WEIGHTS.fullmatch, recorded_inputs(path)))
+            made = recorded(path).get("time", "at an unknown time")
+            yield f"{path}: made {made}" + ("" if known else "; with which weights is not known")
         else:
             yield f"{path}: {fault}"
             todo = todo or script
@@ -90,6 +92,8 @@ def fault_of(path: Path, config: Mapping) -> str | None:
         if path.suffix not in VIDEO_SUFFIXES and (difference := stage_files.difference(path, config)):
             return f"is stale: it {difference}"
         for name in stale_inputs(path):
+            if WEIGHTS.fullmatch(name):
+                return f"is stale: it was made with other weights than the {name} has now"
             return f"is stale: it was made from another {name}"
     except (UserError, OSError, SafetensorError) as error:
         return f"is damaged: {first_line(error)}"

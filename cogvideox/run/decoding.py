@@ -26,15 +26,29 @@ if TYPE_CHECKING:
     from cogvideox.run.recorder import NoRecorder, Recorder
 
 
-def weight_files(decoder: "Decoder", model_id: str) -> Any:
+def weight_files(
+    decoder: "Decoder", model_id: str, variant: str | None = None, say: Callable[[str], None] = stage_files.ignore
+) -> Any:
     """Return the decoder's weights as the tree that its `decode_chunk` takes, mapped from files, not yet read.
+
+    `variant` and `say` are those of `checkpoint.weight_files`.
 
     Raises:
         UserError: a file is missing or damaged, or does not have the decoder's weights.
     """
     shapes = {f"decoder.{name}": shape for name, shape in decoder.weight_shapes.items()}
-    read = checkpoint.tensor_reader(model_id, "vae", shapes)
+    read = checkpoint.tensor_reader(model_id, "vae", shapes, variant=variant, say=say)
     return decoder.convert_weights({name: read(f"decoder.{name}") for name in decoder.weight_shapes})
+
+
+def values_of(files: Any) -> dict[str, int]:
+    """Return how many values a tree of arrays has in each dtype, by the dtype's name."""
+    import jax
+
+    found: collections.Counter[str] = collections.Counter()
+    for array in jax.tree.leaves(files):
+        found[str(array.dtype)] += array.size
+    return found
 
 
 def trace_chunks(
@@ -144,6 +158,7 @@ class DecodingRun:
         latents = scaled(stage_files.read_latents(video.latents, allow_nan=True), self.weights, self.plan)
         # What the video is made from is read before the timed run.
         inputs = {provenance.known_as(video.latents, video.encoded.parent): provenance.digest(video.latents)}
+        inputs |= provenance.weights(video.config["model_id"], "vae", self.arguments.variant)
         made = provenance.as_metadata("stage3", inputs, self.arguments)
         frames_file, report = self.arguments.output_frames, self.report
         fps = frames_per_second(video, self.arguments)

@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from cogvideox.run.recorder import NoRecorder, Recorder
 
 
-def weight_reader(model_id: str, plan: "DenoisingPlan", loras: Sequence[Lora]) -> Callable[[str], np.ndarray]:
-    """Return a function that returns a weight of the transformer by its stored name, before LoRAs, mapped from files.
+def weight_reader(
+    model_id: str, plan: "DenoisingPlan", loras: Sequence[Lora], variant: str | None, say: Callable[[str], None]
+) -> checkpoint.Weights:
+    """Return the weights of the transformer, before LoRAs; `say` is told of a variant that nobody has asked for.
 
     Raises:
         UserError: a file is missing or damaged, or a LoRA does not fit the transformer.
@@ -41,7 +43,7 @@ def weight_reader(model_id: str, plan: "DenoisingPlan", loras: Sequence[Lora]) -
     shapes = stored_shapes(plan.transformer)
     for one in loras:
         one.check(shapes)
-    return checkpoint.tensor_reader(model_id, "transformer", shapes)
+    return checkpoint.tensor_reader(model_id, "transformer", shapes, variant=variant, say=say)
 
 
 def load_weights(
@@ -50,7 +52,7 @@ def load_weights(
     """Load the weights onto the devices, with the LoRAs added."""
     from cogvideox.models.transformer.parameters import load_parameters
 
-    parameters = load_parameters(read, plan.transformer, plan.parallelism, [one.add for one in loras])
+    parameters = load_parameters(read, plan.transformer, plan.parallelism, plan.dtype, [one.add for one in loras])
     report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
     return parameters
 
@@ -59,7 +61,7 @@ class Steps(NamedTuple):
     """The steps of a run, and the programs that they are.
 
     Attributes:
-        plan: with the dtype of the weights.
+        plan: see `DenoisingPlan`.
         skipped: the steps that leave out the blocks.
         kinds: the kind of each step.
         traced: the program of each kind.
@@ -88,7 +90,6 @@ def trace_steps(
 
     wanted = dump_wanted(arguments)
     with plan_errors():
-        plan = plan.with_dtype(read("proj_out.weight").dtype)
         skipped = skipped_steps(arguments, plan, model_id, read)
         kinds = plan.kinds(skipped)
         traced = {kind: make_step(plan, wanted, kind).trace(*abstract_arguments(plan)) for kind in dict.fromkeys(kinds)}
@@ -269,6 +270,9 @@ def report_plan(
         report.say("these are the settings of a draft; --preset authors sets those of the model's authors")
     for line in (*untrained(plan), *(one.summary for one in loras)):
         report.say(line)
+    for one in loras:
+        if one.changes_nothing:
+            report.warn(f"{one.files[0]} changes nothing: all products of its matrices are zero")
     if plan.step_cache:
         report_step_cache(steps, report)
 

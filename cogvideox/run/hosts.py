@@ -98,19 +98,16 @@ class Hosts:
                         f"process {process} differs from process 0 in {name}{shown}; start all of them alike"
                     )
 
-    def agree_on_model(self, model_id: str, component: str, *others: str) -> None:
-        """Compare what each host reads of the model: headers of a component's weights, its config and those of others.
+    def agree_on_model(self, model_id: str, component: str, variant: str | None) -> None:
+        """Compare what each host reads of the model: see `checkpoint.files_of`; of weights the headers and sizes.
 
         Raises:
             UserError: see `agree`.
         """
         if not self.are_many:
             return
-        folder = checkpoint.model_folder(model_id, [])
-        files = sorted((folder / component).glob("*.safetensors"))
-        for name in (component, *others):
-            files += sorted((folder / name).glob("*config.json"))
-        self.agree({f"the model's file {file.relative_to(folder)}": _digest(file) for file in files})
+        files = checkpoint.files_of(model_id, component, variant)
+        self.agree({f"the model's file {file.parent.name}/{file.name}": _digest(file) for file in files})
 
     def agree_on_files(self, files: Sequence[Path]) -> None:
         """Compare files that each host reads from its own disk, of weights headers and sizes; raises as `agree`."""

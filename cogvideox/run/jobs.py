@@ -116,6 +116,8 @@ def check_files_to_denoise(
         path: stage_files.tensor_shapes(path, 1, names, config, refuse=report.refuse, warn=report.warn)
         for path, config in configs.items()
     }
+    for path in shapes:
+        provenance.check_inputs(path, report.refuse)
     model_id = check_model(found, arguments.model_id)
     outputs = [video.folder / name for video in found for name in (LATENTS, CONFIG)]
     lora_files = [file for one in loras for file in one.files]
@@ -151,8 +153,8 @@ class Task(NamedTuple):
         """Whether the latents that this task would write are there."""
         try:
             found = fingerprint_of(stage_files.metadata(self.video.latents))
-            return json.loads(found or "{}") == self.fingerprint
-        except (OSError, SafetensorError, ValueError):
+            return not provenance.differences(json.loads(found or "{}"), self.fingerprint)
+        except (OSError, SafetensorError, ValueError, AttributeError):
             return False
 
     def save(self, latents: "np.ndarray", arguments: argparse.Namespace) -> None:
@@ -178,6 +180,7 @@ def tasks_of(
     lora_files = [file for one in loras for file in one.files]
     digests = {path: provenance.file_digest(path) for path in lora_files}
     digests |= {path: provenance.digest(path) for path in {video.embeddings: None for video in found}}
+    weights = provenance.weights(found[0].config["model_id"], "transformer", arguments.variant)
     of_plan = {
         "scheduler": plan.scheduler["_class_name"],
         "timestep_spacing": plan.scheduler.get("timestep_spacing"),
@@ -190,7 +193,7 @@ def tasks_of(
         config = {name: video.config[name] for name in TEXT_ENTRIES}
         config |= {name: known[name] for name in VIDEO_ENTRIES}
         inputs = {provenance.known_as(video.embeddings, video.folder): digests[video.embeddings]}
-        inputs |= {str(path): digests[path] for path in lora_files}
+        inputs |= {str(path): digests[path] for path in lora_files} | weights
         made_from = {name: config.get(name) for name in LATENT_ENTRIES}
         fingerprint = made_from | plan.program_options | of_run | inputs
         fingerprint |= versions("jax", "jaxlib", "libtpu", "torch")

@@ -4,10 +4,10 @@ import argparse
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cogvideox.errors import PlanError, UserError, first_line
-from cogvideox.files import checkpoint, tensor_dump
+from cogvideox.files import checkpoint, tensor_dump, tensors
 from cogvideox.files.step_polynomial import FILE as STEP_CACHE
 from cogvideox.files.step_polynomial import polynomial_of
 from cogvideox.models.transformer.scheduler import CHOICES
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from cogvideox.models.decoder.plan import DecodingPlan
     from cogvideox.models.shared import tap
+    from cogvideox.models.shared.plan import Plan
     from cogvideox.models.transformer.plan import DenoisingPlan
     from cogvideox.run import recorder
 
@@ -106,6 +107,24 @@ def denoising_plan(
         if arguments.videos_at_once:
             return make(batch=min(arguments.videos_at_once, videos))
         return throughput.fastest(make, videos, len(devices))
+
+
+AnyPlan = TypeVar("AnyPlan", bound="Plan")
+
+
+def with_compute_dtype(
+    plan: AnyPlan, values: Mapping[str, int], arguments: argparse.Namespace, say: Callable[[str], None]
+) -> AnyPlan:
+    """Return the plan with the dtype that `tensors.compute_dtype` chooses; `say` is told what is converted to it.
+
+    Raises:
+        UserError: the dtype does not fit the other options.
+    """
+    dtype, line = tensors.compute_dtype(values, arguments.dtype, plan.devices[0].platform)
+    if line:
+        say(line)
+    with plan_errors():
+        return plan.with_dtype(dtype)
 
 
 def skipped_steps(

@@ -68,9 +68,9 @@ class DecodingPlan(Plan):
         return self.on_devices(jax.eval_shape(decoder.convert_weights, stored))
 
     def on_devices(self, weights: Any) -> Any:
-        """Return the shapes and dtypes that a tree of weights has on the devices, where each has all of them."""
+        """Return the shapes of a tree of weights on the devices, each of which has all of them, in the plan's dtype."""
         replicated = self.split.replicated
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), weights)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=replicated), weights)
 
 
 def make_decoding_plan(

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Mapping
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,10 @@ class Plan(abc.ABC):
     frames: int
     batch: int = 1
     dtype: jnp.dtype
+
+    def with_dtype(self, dtype: jax.typing.DTypeLike) -> Self:
+        """Return the plan for weights of another dtype; raises PlanError if that does not fit the other options."""
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     @property
     def latent_size(self) -> tuple[int, int, int]:

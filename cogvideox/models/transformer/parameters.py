@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -166,15 +165,17 @@ def load_parameters(
     read: Callable[[str], np.ndarray],
     config: Mapping,
     parallelism: Parallelism,
+    dtype: jax.typing.DTypeLike,
     changes: Sequence[Callable[[str, np.ndarray, tuple], None]] = (),
 ) -> dict[str, jax.Array]:
-    """Load the parameters as sharded JAX arrays, of the stored dtypes.
+    """Load the parameters as sharded JAX arrays of one dtype.
 
     Args:
         read: `read(checkpoint name)` returns one stored tensor. It is called in several threads, and for each chip's
             part again, so it should not copy.
         config: `transformer/config.json`.
         parallelism: the mesh, and the layout of the parameters on it.
+        dtype: to which tensors of other dtypes are converted.
         changes: functions `change(checkpoint name, part, index)`, called one after the other for each part of a
             stored tensor, which they change in place. The part is what the tensor has at `index`: rows (a slice or an
             array of their numbers), and a slice of each other axis.
@@ -189,14 +190,10 @@ def load_parameters(
             order: slice | np.ndarray = rows
             if PARAMETERS[name].rotary:
                 order = rotary_order(len(weight), config)[rows]
-                np.take(weight, order, axis=0, out=layer, mode="clip")
+                np.take(weight.astype(layer.dtype, copy=False), order, axis=0, out=layer, mode="clip")
             else:
                 layer[...] = weight[rows]
             for change in changes:
                 change(stored, layer, (order, *columns))
 
-    wanted = {
-        name: array.update(dtype=read(checkpoint_names(name, config)[0]).dtype)
-        for name, array in abstract_parameters(config, jnp.bfloat16, parallelism).items()
-    }
-    return load_arrays(wanted, fill)
+    return load_arrays(abstract_parameters(config, dtype, parallelism), fill)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -105,10 +105,10 @@ class DenoisingPlan(Plan):
         """Tokens of one sample, text and video together."""
         return self.transformer["max_text_seq_length"] + self.video_tokens
 
-    def with_dtype(self, dtype: jax.typing.DTypeLike) -> "DenoisingPlan":
-        """Return the plan for weights of another dtype; raises PlanError if that does not fit the other options."""
+    def with_dtype(self, dtype: jax.typing.DTypeLike) -> Self:
+        """See `Plan.with_dtype`; the attention kernel must be able to take arrays of the dtype."""
         self.attention.check(self.transformer["attention_head_dim"], dtype)
-        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+        return super().with_dtype(dtype)
 
     @property
     def program_options(self) -> dict:

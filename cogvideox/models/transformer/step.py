@@ -187,7 +187,7 @@ def time_embeddings(plan: DenoisingPlan, timesteps: np.ndarray, read: Callable[[
         read: `read(name)` returns a tensor of the checkpoint.
     """
     names = [f"time_embedding.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
-    parameters = {name: jnp.asarray(read(name)) for name in names}
+    parameters = {name: jnp.asarray(read(name), plan.dtype) for name in names}
     embed = functools.partial(time_embedding, parameters=parameters, config=plan.transformer, dtype=plan.dtype)
     with jax.default_matmul_precision("highest"):
         return np.asarray(jax.jit(jax.vmap(embed))(jnp.asarray(timesteps)).astype(jnp.float32))
