@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Report("stage1", PROGRAM, arguments) as report, contextlib.ExitStack() as until_end:
         prompts = read_prompts(arguments)
         videos.check_prompts(output_dir, [prompt.folder for prompt in prompts])
-        until_end.enter_context(writing.claimed(output_dir, "stage1"))
+        until_end.enter_context(writing.claimed(output_dir, "stage1", report.warn))
         check_outputs(prompts, arguments)
         prepare_libraries()
         model_id = checkpoint.resolve_model_id(arguments.model_id)

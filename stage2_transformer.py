@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         videos = jobs.videos_to_denoise(arguments, output_dir, hosts)
         loras = [lora.read_lora(option) for option in arguments.lora]
         hosts.agree_on_files([file for one in loras for file in one.files])
-        until_end.enter_context(hosts.claimed(output_dir, "stage2"))
+        until_end.enter_context(hosts.claimed(output_dir, "stage2", report.warn))
         model_id, shapes = jobs.check_files_to_denoise(videos, arguments, loras, hosts, report)
 
         accelerator.prepare_libraries()

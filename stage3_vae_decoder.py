@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
         profile = Profile(arguments.profile, "chunk", report)
         videos = jobs.videos_to_decode(arguments)
         output_dir = jobs.decoding_folder(videos, arguments)
-        until_end.enter_context(hosts.claimed(output_dir, "stage3"))
+        until_end.enter_context(hosts.claimed(output_dir, "stage3", report.warn))
         model_id, shapes = jobs.check_files_to_decode(videos, arguments, hosts, report)
         check_ffmpeg()
 
