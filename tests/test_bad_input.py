@@ -3,6 +3,7 @@
 Nearly all cases run a stage's main in this process, as `program.run` does, because starting one takes seconds.
 """
 
+import hashlib
 import importlib
 import json
 import math
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
+import jax
 import numpy as np
 import pytest
 import torch
@@ -593,6 +595,11 @@ def test_code_of_a_model_is_not_run(folder, run_here):
     assert not list(folder.rglob("pwned"))
 
 
+def pickled() -> dict[str, str]:
+    """Return what a file of an earlier version, which was one pickle, said of PICKLE."""
+    return {"payload": hashlib.sha256(PICKLE).hexdigest()}
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -601,22 +608,25 @@ def test_code_of_a_model_is_not_run(folder, run_here):
         (lambda data: data.split(b"\n")[0], "cut or damaged"),
         (lambda data: b"", "compile_for_tpu"),
         (lambda data: b"[1]\n", "compile_for_tpu"),
+        (lambda data: b"[]\n", "not written by"),
+        (lambda data: b'"payload"\n', "not written by"),
+        (lambda data: json.dumps({"program": "a step", **pickled()}).encode() + b"\n" + PICKLE, "make it again"),
         (lambda data: DEEP, "compile_for_tpu"),
         (lambda data: PICKLE, "compile_for_tpu"),
         (lambda data: b"\xff" * 100, "compile_for_tpu"),
     ],
 )
 def test_executables(spoil, words, tmp_path, monkeypatch):
-    """Only a file that is whole, and made for what is wanted, is ever unpickled."""
+    """Of a file that is whole, and made for what is wanted, nothing is unpickled but the programs, by jax."""
     from cogvideox.run import executable
 
     monkeypatch.chdir(tmp_path)
-    path = Path("saved")
-    executable.save(str(path), [], {"program": "a step"})
-    assert executable.load(path, {"program": "a step"}, []) == []
+    path, devices = Path("saved"), jax.devices()[:1]
+    traced = [jax.jit(lambda x: x + 1).trace(1.0)]
+    executable.save(str(path), [program.lower().compile() for program in traced], {"program": "a step"})
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(UserError, match=words):
-        executable.load(path, {"program": "a step"}, [])
+        executable.load(path, {"program": "a step"}, devices, traced)
     assert not Path("pwned").exists()
 
 
