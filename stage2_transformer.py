@@ -22,8 +22,8 @@ from cogvideox.cli.options import (
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
-from cogvideox.cli.types import file_path, lora_option, number, preset
-from cogvideox.defaults import MOST_FPS, MOST_SEED
+from cogvideox.cli.types import file_path, frame_rate, lora_option, number, preset
+from cogvideox.defaults import MOST_SEED
 from cogvideox.files import lora
 from cogvideox.run import accelerator, denoising, jobs
 from cogvideox.run.compilation import Cache, Compiling
@@ -80,7 +80,7 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="videos of each prompt, from the seeds --seed to --seed + N - 1, each in a folder of its own",
     )
-    parser.add_argument("--fps", type=number(int, 1, MOST_FPS), default=FPS, help="frames per second, for stage 3")
+    parser.add_argument("--fps", type=frame_rate, default=FPS, help="frames per second, for stage 3")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import errno
 import re
 
 LONGEST_LINE = 1200  # characters of an error
+LONGEST_QUOTE = 160  # characters of a text that a line quotes
 # What the system says where permission, space or another thing that is the user's to give is missing.
 REFUSALS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
@@ -50,7 +51,12 @@ def refusal(error: BaseException) -> str:
 def one_line(text: str) -> str:
     """Return `text` as one line, with escapes for what cannot be printed, and without the middle of a long one."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown if len(shown) <= LONGEST_LINE else f"{shown[: LONGEST_LINE // 2]} ... {shown[-LONGEST_LINE // 2 :]}"
+    return shortened(shown, LONGEST_LINE)
+
+
+def shortened(text: str, most: int = LONGEST_QUOTE) -> str:
+    """Return `text` without its middle if it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def first_line(error: BaseException) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cogvideox.errors import UserError, reason
+from cogvideox.errors import UserError, reason, shortened
 from cogvideox.files import writing
 from cogvideox.files.names import STATE
 
@@ -49,8 +49,9 @@ class StateFile:
                 for name in sorted(found.keys() | self._fingerprint):
                     ours, theirs = self._fingerprint.get(name), found.get(name)
                     if ours != theirs:
+                        of_run, has = shortened(str(theirs)), shortened(str(ours))
                         raise UserError(
-                            f"{self.path} is of an unfinished run with {name} = {theirs}, this one has {ours}; {remedy}"
+                            f"{self.path} is of an unfinished run with {name} = {of_run}, this one has {has}; {remedy}"
                         )
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
         except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
