@@ -18,7 +18,7 @@ from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
 from cogvideox.cli.types import file_path, utf8
-from cogvideox.errors import UserError
+from cogvideox.errors import UserError, shortened
 from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
 from cogvideox.files.schemas import TEXT_ENTRIES
 from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 PROGRAM = "stage1_text_encoder.py"
 EMBEDDING_NAMES = ("shared.weight", "encoder.embed_tokens.weight")  # of one tensor
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # the token of a space
 ROWS = 128  # T5's embedding has a row for each token, and may have more up to a multiple of this
 
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Report("stage1", PROGRAM, arguments) as report, contextlib.ExitStack() as until_end:
         prompts = read_prompts(arguments)
         videos.check_prompts(output_dir, [prompt.folder for prompt in prompts])
-        until_end.enter_context(writing.claimed(output_dir, "stage1"))
+        until_end.enter_context(writing.claimed(output_dir, "stage1", report.warn))
         check_outputs(prompts, arguments)
         prepare_libraries()
         model_id = checkpoint.resolve_model_id(arguments.model_id)
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         length = transformer["max_text_seq_length"]
         negative = Prompt(arguments.negative_prompt, output_dir, "--negative_prompt")
         check_lengths(tokenizer, length, prompts, negative, report)
+        warn_of_unknown(tokenizer, [*prompts, negative], report)
         with report.phase("run"):
             weights = provenance.weights(model_id, "text_encoder", arguments.variant)
             negative_prompt_embeds = encode(tokenizer, encoder, negative.text, length)
@@ -106,7 +108,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
     if arguments.prompt_file is None:
         return [Prompt(arguments.prompt, arguments.output_dir, "--prompt")]
     try:
-        lines = arguments.prompt_file.read_text(encoding="utf-8-sig").splitlines()
+        lines = arguments.prompt_file.read_text(encoding="utf-8-sig").split("\n")  # which stands for \r\n and \r, too
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise UserError(f"--prompt_file {arguments.prompt_file} cannot be read: {reason}") from error
@@ -138,10 +140,27 @@ def check_lengths(
     """
     for prompt in (*prompts, negative):
         if lost := text_beyond(tokenizer, prompt.text, length):
-            fault = f"{prompt.source} is longer than {length} tokens; this is cut off: «{lost}»"
+            fault = f"{prompt.source} is longer than {length} tokens; this is cut off: «{shortened(lost)}»"
             if prompt.is_line:
                 raise UserError(f"{fault}; make it shorter")
             report.warn(fault)
+
+
+def warn_of_unknown(tokenizer: "T5Tokenizer", prompts: Sequence[Prompt], report: Report) -> None:
+    """Warn, once, if the tokenizer does not know half of a prompt, as of most scripts: others have its embeddings."""
+    space, shares = tokenizer.convert_tokens_to_ids(SPACE), {}
+    for prompt in prompts:
+        tokens = [token for token in tokenizer(prompt.text, add_special_tokens=False).input_ids if token != space]
+        share = tokens.count(tokenizer.unk_token_id) / max(len(tokens), 1)
+        if share >= 0.5:
+            shares[prompt.source.rstrip(",")] = share
+    if shares:
+        worst = max(shares, key=shares.__getitem__)
+        of_all = f" (the worst of {len(shares)} such prompts)" if len(shares) > 1 else ""
+        report.warn(
+            f"{worst}: {shares[worst]:.0%} of the tokens are unknown to the tokenizer{of_all}; other texts of unknown "
+            "tokens give the same video: write in a language that the model knows, such as English"
+        )
 
 
 def save(tensors: "Mapping[str, torch.Tensor]", config: Mapping, made: dict[str, str], folder: Path) -> None:

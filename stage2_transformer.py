@@ -26,8 +26,8 @@ from cogvideox.cli.options import (
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
-from cogvideox.cli.types import file_path, number
-from cogvideox.defaults import MOST_FPS, MOST_SEED
+from cogvideox.cli.types import file_path, frame_rate, number
+from cogvideox.defaults import MOST_SEED
 from cogvideox.files import lora
 from cogvideox.run import accelerator, denoising, jobs
 from cogvideox.run.compilation import Cache, Compiling
@@ -69,7 +69,7 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="videos of each prompt, from the seeds --seed to --seed + N - 1, each in a folder of its own",
     )
-    parser.add_argument("--fps", type=number(int, 1, MOST_FPS), default=FPS, help="frames per second, for stage 3")
+    parser.add_argument("--fps", type=frame_rate, default=FPS, help="frames per second, for stage 3")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         videos = jobs.videos_to_denoise(arguments, output_dir, hosts)
         loras = [lora.read_lora(option) for option in arguments.lora]
         hosts.agree_on_files([file for one in loras for file in one.files])
-        until_end.enter_context(hosts.claimed(output_dir, "stage2"))
+        until_end.enter_context(hosts.claimed(output_dir, "stage2", report.warn))
         model_id, shapes = jobs.check_files_to_denoise(videos, arguments, loras, hosts, report)
 
         accelerator.prepare_libraries()

@@ -21,8 +21,7 @@ from cogvideox.cli.options import (
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
-from cogvideox.cli.types import file_path, number, video_path
-from cogvideox.defaults import MOST_FPS
+from cogvideox.cli.types import file_path, frame_rate, video_path
 from cogvideox.files import stage_files
 from cogvideox.files.video_file import check_ffmpeg
 from cogvideox.run import accelerator, decoding, jobs
@@ -41,9 +40,7 @@ def parse_arguments(argv: Sequence[str] | None, program: str) -> argparse.Namesp
     parser.add_argument("--input_dir", type=file_path, default=STAGE_OUTPUTS, help="stage 2's output folder")
     parser.add_argument("--output_video", type=video_path, help=f"the video (default: {VIDEO} in --input_dir)")
     parser.add_argument("--output_frames", type=file_path, help="also save the frames, uint8, as safetensors")
-    parser.add_argument(
-        "--fps", type=number(int, 1, MOST_FPS), help="frames per second (default: what stage 2 was told)"
-    )
+    parser.add_argument("--fps", type=frame_rate, help="frames per second (default: what stage 2 was told)")
     add_force_option(parser)
     parser.add_argument("--allow_nan", action="store_true", help="decode latents that hold NaN or infinity")
     add_compilation_options(parser, "the compiled programs")
@@ -71,7 +68,7 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
         profile = Profile(arguments.profile, "chunk", report)
         videos = jobs.videos_to_decode(arguments)
         output_dir = jobs.decoding_folder(videos, arguments)
-        until_end.enter_context(hosts.claimed(output_dir, "stage3"))
+        until_end.enter_context(hosts.claimed(output_dir, "stage3", report.warn))
         model_id, shapes = jobs.check_files_to_decode(videos, arguments, hosts, report)
         check_ffmpeg()
 

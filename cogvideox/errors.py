@@ -1,13 +1,17 @@
 """Errors that the user can correct, and their text in one line."""
 
 import errno
+import re
 
 LONGEST_LINE = 1200  # characters of an error
+LONGEST_QUOTE = 160  # characters of a text that a line quotes
 # What the system says where permission, space or another thing that is the user's to give is missing.
 REFUSALS = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+    *(errno.ENODEV, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.ESTALE),  # some file systems
 }
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -17,18 +21,42 @@ class UserError(Exception):
 def as_user_error(error: BaseException) -> BaseException:
     """Return a UserError for what the system refuses, wherever it comes up; any other error as it is."""
     if isinstance(error, OSError) and error.errno in REFUSALS:
-        return UserError(
-            f"{error.filename or 'stdout'}: {error.strerror}; allow it or make room, or choose another path"
-        )
+        return UserError(f"{error.filename or 'stdout'}: {refusal(error)}")
     if isinstance(error, MemoryError):
         return UserError(f"this machine's memory is too small ({first_line(error)}); make a smaller video")
     return error
 
 
+IN_TEXT = re.compile(r"([^:]*) \(os error (\d+)\)")  # how safetensors says what the system said
+
+
+def system_error(error: BaseException) -> int | None:
+    """Return the system's number of an error; None if the system has not refused anything."""
+    told = IN_TEXT.search(str(error))
+    return int(told[2]) if told else getattr(error, "errno", None)
+
+
+def reason(error: BaseException) -> str:
+    """Return why something failed: in the system's own words if it is the system that refused."""
+    told = IN_TEXT.search(str(error))
+    return told[1].strip() if told else getattr(error, "strerror", None) or first_line(error)
+
+
+def refusal(error: BaseException) -> str:
+    """Return why a path cannot be written, and what helps."""
+    remedy = "free some disk space or choose another path" if system_error(error) in NO_SPACE else "choose another path"
+    return f"{reason(error)}; {remedy}"
+
+
 def one_line(text: str) -> str:
     """Return `text` as one line, with escapes for what cannot be printed, and without the middle of a long one."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return shown if len(shown) <= LONGEST_LINE else f"{shown[: LONGEST_LINE // 2]} ... {shown[-LONGEST_LINE // 2 :]}"
+    return shortened(shown, LONGEST_LINE)
+
+
+def shortened(text: str, most: int = LONGEST_QUOTE) -> str:
+    """Return `text` without its middle if it has more than `most` characters."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def first_line(error: BaseException) -> str:

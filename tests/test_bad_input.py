@@ -1,5 +1,7 @@
 """What is wrong from outside: one line on stderr that names it, exit status 2, no traceback, and no file touched."""
 
+import argparse
+import hashlib
 import json
 import math
 import os
@@ -14,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
+import imageio.v3
+import jax
 import numpy as np
 import pytest
 import torch
@@ -22,10 +26,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file as load_torch
 from safetensors.torch import save_file as save_torch
 
+import stage1_text_encoder
+from cogvideox.cli import types
 from cogvideox.errors import UserError
 from cogvideox.files import schemas, stage_files
 from cogvideox.files.names import VIDEO
 from cogvideox.files.tensors import DTYPES, is_finite
+from cogvideox.files.video_file import video_writer
 from tests.helpers import (
     CONFIG,
     DEVICES,
@@ -162,6 +169,8 @@ STAGE1_CASES = {
     "abbreviated option": (["--promp", "x"], nothing, ["--promp"]),
     "prompt not UTF-8": (["--prompt", "a \udcff"], nothing, ["--prompt", "UTF-8"]),
     "negative prompt not UTF-8": (["--prompt", "x", "--negative_prompt", "\udc80"], nothing, ["--negative_prompt"]),
+    "prompt begins with a dash": (["--prompt", "-x"], nothing, ["--prompt: expected", "written --prompt=-VALUE"]),
+    "long prompt not UTF-8": (["--prompt", "a" * 500 + "\udcff"], nothing, [r"aaa ... aaa", r"a\udcff' is not UTF-8"]),
     "model not UTF-8": (["--prompt", "x", "--model_id", "\udcff"], nothing, ["--model_id", "UTF-8"]),
     "empty output": (["--prompt", "x", "--output_dir", ""], nothing, ["--output_dir", "empty"]),
     "output below a file": (["--prompt", "x", "--output_dir", f"outputs/{CONFIG}"], nothing, ["cannot write"]),
@@ -258,6 +267,7 @@ STAGE2_CASES = {
     "warm-up without end": (["--warmup_steps", 10**9], nothing, ["--warmup_steps"]),
     "negative seed": (["--seed", -1], nothing, ["--seed"]),
     "seed of 65 bits": (["--seed", 2**64], nothing, ["--seed"]),
+    "fps is no number": (["--fps", "nan"], nothing, ["--fps"]),
     "negative fps": (["--fps", -8], nothing, ["--fps"]),
     "fps of 10^12": (["--fps", 10**12], nothing, ["--fps", "1000"]),
     "guidance is no number": (["--guidance_scale", "nan"], nothing, ["--guidance_scale"]),
@@ -292,6 +302,7 @@ STAGE2_CASES = {
     "prompt is null": ([], entries(prompt=None), [CONFIG, "prompt", AGAIN1]),
     "prompt is a list": ([], entries(prompt=["a dog"]), [CONFIG, "prompt", AGAIN1]),
     "other prompt": ([], entries(prompt="a dog"), [EMBEDDINGS, "a dog", AGAIN1]),
+    "other prompt, long": ([], entries(prompt="a" * 500), [EMBEDDINGS, "'aaa", "a ... a", "aaa'", AGAIN1]),
     "other prompt of lines": ([], entries(prompt="a\ndog"), [EMBEDDINGS, r"a\ndog", AGAIN1]),
     # embeddings
     "no embeddings": ([], gone(OUT / EMBEDDINGS), [EMBEDDINGS, "does not exist", "stage 1"]),
@@ -710,6 +721,57 @@ def test_latents_that_cease_to_be_finite(folder, run_on_files):
     assert status == 2 and "--allow_nan" in error, error
 
 
+LINES = "a \u2028b\r\n\nc\x0bd\x85e\x1cf\r# g\n"
+
+
+def test_lines_of_a_prompt_file(tmp_path):
+    """Line feeds, carriage returns and both end a line, as editors count them; a sign for a comment is none."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + LINES.encode())
+    prompts = stage1_text_encoder.read_prompts(argparse.Namespace(prompt_file=file, output_dir=tmp_path))
+    assert [prompt.text for prompt in prompts] == ["a \u2028b", "c\x0bd\x85e\x1cf", "# g"]
+    assert [prompt.folder.name for prompt in prompts] == ["prompt_0001", "prompt_0003", "prompt_0004"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        (["a red circle", ""], []),
+        (["a red circle \N{DOG FACE}"], []),
+        (["a red circle", "\u4e00\u53ea\u72d7 \u5728\u8dd1", ""], ["p2: 100% of the tokens"]),
+        (["\N{DOG FACE}", "\N{DOG FACE} \N{DOG FACE}", "red"], ["p1: 100%", "worst of 2 such"]),
+    ],
+)
+def test_prompts_of_unknown_tokens(texts, words, random_model):
+    from transformers import T5Tokenizer
+
+    tokenizer, warnings = T5Tokenizer.from_pretrained(random_model / "tokenizer"), []
+    prompts = [stage1_text_encoder.Prompt(text, Path(), f"p{i}") for i, text in enumerate(texts, 1)]
+    stage1_text_encoder.warn_of_unknown(tokenizer, prompts, argparse.Namespace(warn=warnings.append))
+    assert len(warnings) == bool(words) and all(word in warnings[0] for word in words), warnings
+
+
+def test_a_lost_text_is_quoted_without_its_middle(random_model, folder, run_on_files):
+    status, out, _ = run_on_files(STAGE1, "--prompt", "red " * 2000)
+    (warning,) = (line for line in out.splitlines() if "this is cut off" in line)
+    assert status == 0 and "red ... red" in warning.replace("d  ", "d ").replace("  r", " r") and len(warning) < 300, (
+        out
+    )
+
+
+@pytest.mark.parametrize(("text", "fps"), [("8", 8), ("7.5", 7.5), ("23.976", 23.976)])
+def test_a_frame_rate_may_be_a_fraction(text, fps, tmp_path):
+    """Whole ones stay whole numbers in the config."""
+    given = types.frame_rate(text)
+    stage_files.write_config(tmp_path, ENTRIES | {"fps": given})
+    read = stage_files.read_config(tmp_path, schemas.VideoConfig)["fps"]
+    assert read == given == fps and type(read) is type(given) is type(fps)
+    with video_writer(str(tmp_path / VIDEO), read) as append:
+        for _ in range(3):
+            append(np.zeros((16, 16, 3), np.uint8))
+    assert math.isclose(imageio.v3.immeta(tmp_path / VIDEO)["fps"], fps, rel_tol=1e-3)
+
+
 def test_code_of_a_model_is_not_run(folder, run_on_files):
     for part in ("tokenizer/tokenizer_config.json", "text_encoder/config.json", "vae/config.json"):
         names = dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "code.Code")
@@ -721,6 +783,11 @@ def test_code_of_a_model_is_not_run(folder, run_on_files):
     assert not list(folder.rglob("pwned"))
 
 
+def pickled() -> dict[str, str]:
+    """Return what a file of an earlier version, which was one pickle, said of PICKLE."""
+    return {"payload": hashlib.sha256(PICKLE).hexdigest()}
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
@@ -729,22 +796,25 @@ def test_code_of_a_model_is_not_run(folder, run_on_files):
         (lambda data: data.split(b"\n")[0], "cut or damaged"),
         (lambda data: b"", "compile_for_tpu"),
         (lambda data: b"[1]\n", "compile_for_tpu"),
+        (lambda data: b"[]\n", "not written by"),
+        (lambda data: b'"payload"\n', "not written by"),
+        (lambda data: json.dumps({"program": "a step", **pickled()}).encode() + b"\n" + PICKLE, "make it again"),
         (lambda data: DEEP, "compile_for_tpu"),
         (lambda data: PICKLE, "compile_for_tpu"),
         (lambda data: b"\xff" * 100, "compile_for_tpu"),
     ],
 )
 def test_executables(spoil, words, tmp_path, monkeypatch):
-    """Only a file that is whole, and made for what is wanted, is ever unpickled."""
+    """Of a file that is whole, and made for what is wanted, nothing is unpickled but the programs, by jax."""
     from cogvideox.run import executable
 
     monkeypatch.chdir(tmp_path)
-    path = Path("saved")
-    executable.save(str(path), [], {"program": "a step"})
-    assert executable.load(path, {"program": "a step"}, []) == []
+    path, devices = Path("saved"), jax.devices()[:1]
+    traced = [jax.jit(lambda x: x + 1).trace(1.0)]
+    executable.save(str(path), [program.lower().compile() for program in traced], {"program": "a step"})
     path.write_bytes(spoil(path.read_bytes()))
     with pytest.raises(UserError, match=words):
-        executable.load(path, {"program": "a step"}, [])
+        executable.load(path, {"program": "a step"}, devices, traced)
     assert not Path("pwned").exists()
 
 
@@ -833,7 +903,8 @@ def test_any_bytes_for_a_config(data, tmp_path_factory):
         return
     assert config.keys() >= ENTRIES.keys()
     for name, value in ENTRIES.items():
-        assert type(config[name]) is type(value), (name, config[name])
+        kinds = (int, float) if name == "fps" else type(value)
+        assert isinstance(config[name], kinds) and not isinstance(config[name], bool), (name, config[name])
     assert all(0 < config[name] <= 16_384 for name in ("height", "width", "frames", "fps", "num_inference_steps"))
     assert 0 <= config["guidance_scale"] <= 1000 and 0 <= config["seed"] < 2**64
 

@@ -6,6 +6,7 @@ The tool and the stages run in the tests' process, on one device; the compiler h
 import functools
 import json
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ import stage2_transformer
 import stage3_vae_decoder
 from benchmarks import reproduce_tables
 from cogvideox.errors import UserError
+from cogvideox.run import executable
 from cogvideox.run.executable import operations_digest
 from compile_for_tpu import __main__ as tool
 from compile_for_tpu import programs, report, topologies
@@ -168,6 +170,18 @@ def test_digest_sees_numbers_and_constants():
     table = np.arange(3, dtype=np.float32)
     assert digest(2.0, table) == digest(2.0, table.copy())
     assert len({digest(2.0, table), digest(3.0, table), digest(2.0, table + 1)}) == 3
+
+
+def test_trees_of_an_executable_are_those_of_this_run(tmp_path):
+    """The file has none: keyword arguments and names of results come from what the stage itself has traced."""
+    new = time.time()  # compiled, not found in the cache: what jax has loaded from there it cannot always serialize
+    traced = [
+        jax.jit(lambda named, x, *, y: {"sum": named["a"] + x + y, "new": x * new}).trace({"a": 1.0}, 2.0, y=3.0),
+        jax.jit(lambda x: (x - new, [x])).trace(np.arange(3.0)),
+    ]
+    executable.save(str(tmp_path / "saved"), [program.lower().compile() for program in traced], {})
+    first, second = executable.load(tmp_path / "saved", {}, jax.devices()[:1], traced)
+    assert first({"a": 1.0}, 2.0, y=3.0)["sum"] == 6 and second(np.arange(3.0))[1][0].tolist() == [0, 1, 2]
 
 
 @pytest.mark.slow

@@ -1,13 +1,17 @@
 """Stages that are killed at any moment, run twice at once, or find files that do not belong together."""
 
 import argparse
+import errno
 import json
+import mmap
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -18,8 +22,9 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from cogvideox.cli.report import Report
-from cogvideox.errors import UserError
+from cogvideox.errors import UserError, as_user_error
 from cogvideox.files import provenance, stage_files, writing
+from cogvideox.files import tensors as tensors_module
 from cogvideox.files.names import STATE, VIDEO
 from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES
 from cogvideox.files.state import StateFile
@@ -278,6 +283,88 @@ def test_files_appear_together(tmp_path):
         assert texts["a"] == texts["b"], f"killed at call {calls}: {texts}"
         found.add((killed, texts["a"] == f"new{calls}"))
     assert {(True, False), (True, True), (False, True)} <= found, "too few moments were tried"
+
+
+# --- What file systems refuse -----------------------------------------------------------------------------------
+
+
+def refuse(monkeypatch, call: str, number: int, when: Callable[..., bool] = lambda *_, **__: True) -> None:
+    """Let a function of a module fail with an error of the system."""
+    module, name = call.split(".")
+    real = getattr(sys.modules[module], name)
+
+    def refused(*arguments: object, **named: object) -> object:
+        if when(*arguments, **named):
+            raise OSError(number, os.strerror(number))
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(sys.modules[module], name, refused)
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "warning"),
+    [
+        ("os.chmod", errno.EPERM, "refuses chmod (Operation not permitted)"),
+        ("os.fsync", errno.ENOTSUP, "refuses fsync (Operation not supported)"),
+        ("os.rename", errno.EMFILE, None),
+        ("fcntl.flock", errno.ENOSYS, None),
+        ("fcntl.flock", errno.ENOLCK, None),
+    ],
+)
+def test_what_is_not_needed_is_let_go(call, number, warning, tmp_path, monkeypatch):
+    """With one warning if something is lost; the files appear, and others still find the folder in use."""
+    refuse(monkeypatch, call, number)
+    warnings: list[str] = []
+    with writing.claimed(tmp_path, "stage2", warnings.append):
+        commit(tmp_path, "new")
+        with writing.replacing(tmp_path / "c") as temporary:
+            Path(temporary).write_text("new")
+        monkeypatch.setattr(writing, "CLAIMED", set())  # as in another process
+        with pytest.raises(UserError, match="in use by stage2, process") as error, writing.claimed(tmp_path, "stage1"):
+            pass
+    assert (writing.HELD in str(error.value)) == (call == "fcntl.flock"), error.value
+    assert len(warnings) == (warning is not None) and (warning or "") in "".join(warnings), warnings
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == dict.fromkeys("abc", "new")
+    with writing.claimed(tmp_path, "stage2"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "words"),
+    [
+        ("os.replace", errno.EPERM, "Operation not permitted; choose another path"),
+        ("os.fsync", errno.EIO, "Input/output error; choose another path"),
+        ("os.fsync", errno.EDQUOT, "Disk quota exceeded; free some disk space or choose another path"),
+    ],
+)
+def test_what_is_needed_is_tried_before_any_work(call, number, words, tmp_path, monkeypatch):
+    refuse(monkeypatch, call, number)
+    with pytest.raises(UserError) as error, writing.claimed(tmp_path, "stage2", pytest.fail):
+        pytest.fail("the work has begun")
+    assert str(error.value).startswith(f"cannot write {tmp_path}") and str(error.value).endswith(words), error.value
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_shared_maps(tmp_path, monkeypatch):
+    """As on CephFS; where the system gives nothing at all, its reason is said, and nobody gets the model again."""
+    path = tmp_path / LATENTS
+    save_file({"latents": np.ones(3, np.float32), "none": np.ones((0, 2), np.float32)}, path)
+    refuse(monkeypatch, "mmap.mmap", errno.ENODEV, lambda *_, flags=mmap.MAP_SHARED, **__: flags & mmap.MAP_SHARED)
+    found = tensors_module.open_tensors(path, "")
+    assert found["latents"].tolist() == [1, 1, 1] and found["none"].shape == (0, 2)
+    assert not found["latents"].flags.writeable
+    refuse(monkeypatch, "mmap.mmap", errno.ENODEV)
+    with pytest.raises(UserError, match=f"{LATENTS} cannot be read: No such device$"):
+        tensors_module.open_tensors(path, "get the model again")
+
+
+def test_the_system_s_reason_is_said(tmp_path):
+    """Also where safetensors hides it in a text; disk space is spoken of only where it is missing."""
+    said = pytest.raises(UserError, match="cannot write x: No such file or directory; choose another path")
+    with said, writing.write_errors(Path("x")):
+        save_file({"a": np.ones(1)}, tmp_path / "missing" / "x")
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x")
+    assert str(as_user_error(full)) == "x: No space left on device; free some disk space or choose another path"
 
 
 # --- Belonging together ------------------------------------------------------------------------------------------

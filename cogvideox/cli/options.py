@@ -248,7 +248,11 @@ def add_host_options(parser: argparse.ArgumentParser) -> None:
 
 def add_compilation_options(parser: argparse.ArgumentParser, what: str) -> None:
     """Add where the compiled programs come from and go to; `what` is their name for the help."""
-    parser.add_argument("--executable", type=file_path, help=f"load {what} from this file, if it fits this run")
+    parser.add_argument(
+        "--executable",
+        type=file_path,
+        help=f"load {what} from this file, if it fits this run; trust the file like a program, for it is code",
+    )
     parser.add_argument(
         "--compilation_cache",
         type=file_path,

@@ -28,4 +28,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the error as one line on stderr, and end the process with exit status 2."""
+        option, _, fault = message.removeprefix("argument ").partition(": ")
+        if fault.endswith("one argument"):
+            message += f"; a value that begins with a dash is written {option}=-VALUE"
         self.exit(2, one_line(f"{self.prog}: error: {message} (see --help)") + "\n")

@@ -6,8 +6,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from cogvideox.defaults import MOST_LORA_SCALE
+from cogvideox.defaults import MOST_FPS, MOST_LORA_SCALE
+from cogvideox.errors import shortened
 from cogvideox.files.names import VIDEO_SUFFIXES
+from cogvideox.files.schemas import plain_number
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -26,12 +28,17 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
     return parse
 
 
+def frame_rate(text: str) -> float:
+    """Return frames per second, whole or not; an argparse type."""
+    return plain_number(number(float, 1, MOST_FPS)(text))
+
+
 def utf8(text: str) -> str:
     """Return `text`; an argparse type that rejects what the shell passed on but is not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+        raise argparse.ArgumentTypeError(f"{shortened(repr(text))} is not UTF-8") from None
     return text
 
 

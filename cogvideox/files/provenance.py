@@ -16,7 +16,7 @@ from pathlib import Path
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from cogvideox.errors import UserError, first_line
+from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, stage_files, tensors, writing
 from cogvideox.files.names import VIDEO_SUFFIXES
 from cogvideox.files.video_file import video_comment
@@ -120,7 +120,7 @@ def recorded(path: Path) -> dict:
         try:
             text = stage_files.metadata(path).get("provenance", "{}")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} is not a complete safetensors file ({first_line(error)})") from error
+            raise UserError(tensors.unreadable(path, error)) from error
     try:
         return TypeAdapter(dict[str, JsonValue]).validate_json(text)
     except ValidationError:  # a comment of somebody else

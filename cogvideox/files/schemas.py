@@ -9,7 +9,7 @@ import reprlib
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cogvideox.defaults import MOST_FPS, MOST_FRAMES, MOST_GUIDANCE, MOST_PIXELS
 from cogvideox.errors import UserError
@@ -18,6 +18,11 @@ from cogvideox.errors import UserError
 Count = Annotated[int, Field(ge=1, le=2**20)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]  # bounds leave NaN and infinity out
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+def plain_number(value: float) -> float:
+    """Return a whole number as an int, which is written without a point."""
+    return int(value) if value.is_integer() else value
 
 
 class Entries(BaseModel):
@@ -43,7 +48,7 @@ class VideoConfig(TextConfig):
     height: Annotated[int, Field(ge=1, le=MOST_PIXELS)]
     width: Annotated[int, Field(ge=1, le=MOST_PIXELS)]
     frames: Annotated[int, Field(ge=1, le=MOST_FRAMES)]
-    fps: Annotated[int, Field(ge=1, le=MOST_FPS)]
+    fps: Annotated[float, Field(ge=1, le=MOST_FPS), AfterValidator(plain_number)]
     num_inference_steps: Count
     guidance_scale: Annotated[float, Field(ge=0, le=MOST_GUIDANCE)]
     seed: Annotated[int, Field(ge=0, lt=2**64)]

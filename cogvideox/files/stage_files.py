@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import JsonValue, TypeAdapter, ValidationError
 from safetensors import safe_open
 
-from cogvideox.errors import UserError
+from cogvideox.errors import UserError, shortened
 from cogvideox.files import writing
 from cogvideox.files.names import CONFIG
 from cogvideox.files.schemas import TextConfig, read_json
@@ -63,7 +63,8 @@ def difference(path: Path, config: Mapping) -> str | None:
     """Return the first entry of `config` with which a safetensors file was not made, in words; None if it fits."""
     for name, value in read_made_from(path, metadata(path)).items():
         if config.get(name) != value:
-            return f"was made with {name} = {value!r}, but {CONFIG} says {config.get(name)!r}"
+            ours, theirs = (shortened(repr(one)) for one in (config.get(name), value))
+            return f"was made with {name} = {theirs}, but {CONFIG} says {ours}"
     return None
 
 

@@ -1,7 +1,6 @@
 """Keep the state of stage 2 on the disk while it runs, so that the same command goes on from there."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from cogvideox.errors import UserError, first_line
+from cogvideox.errors import UserError, reason, shortened
 from cogvideox.files import writing
 from cogvideox.files.names import STATE
 from cogvideox.files.provenance import differences
@@ -50,13 +49,13 @@ class StateFile:
                 found = json.loads(fingerprint_of(file.metadata()) or "")
                 for name in differences(found, self._fingerprint):
                     ours, theirs = self._fingerprint.get(name), found.get(name)
-                    which = f"{name} = {theirs}, this one has {ours}"
+                    which = f"{name} = {shortened(str(theirs))}, this one has {shortened(str(ours))}"
                     if all(value and len(value) == 64 for value in (ours, theirs)):  # digests
                         which = f"another {name} than it is now"
                     raise UserError(f"{self.path} is of an unfinished run with {which}; {remedy}")
                 return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
         except (OSError, SafetensorError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{self.path} cannot be read ({first_line(error)}); {remedy}") from error
+            raise UserError(f"{self.path} cannot be read ({reason(error)}); {remedy}") from error
 
     def is_due(self, done: int, now: bool) -> bool:
         """Return whether the state after `done` steps is to be kept, because it is time or because it must be now."""
@@ -74,8 +73,7 @@ class StateFile:
         with writing.replacing(self.path) as temporary:
             save_file(dict(arrays), temporary, metadata={"fingerprint": json.dumps(self._fingerprint)})
             if now:
-                with open(temporary, "rb") as file:
-                    os.fsync(file)
+                writing.to_disk(temporary)
         self._written = time.perf_counter()
         self._cost = self._written - start
 

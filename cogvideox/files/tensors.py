@@ -4,6 +4,7 @@ Whatever a file holds, the result is valid or a `UserError` says in one line wha
 """
 
 import json
+import mmap
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from cogvideox.defaults import COMPUTE_DTYPES
-from cogvideox.errors import UserError, first_line
+from cogvideox.errors import UserError, first_line, reason, system_error
 
 # The dtypes that tensors may have, by their names in a safetensors file.
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -35,15 +36,23 @@ def mapped_tensors(path: Path) -> dict[str, np.ndarray | str]:
     safe_open(path, framework="np")  # checks header and length; its own arrays would be copies
     with open(path, "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        start, size = file.tell(), path.stat().st_size
-        data = np.memmap(file, mode="r", offset=start) if size > start else np.empty(0, np.uint8)
+        # Some file systems, CephFS and others in user space, refuse shared maps.
+        mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+        data = np.frombuffer(mapped, np.uint8)[file.tell() :]
     header.pop("__metadata__", None)
     return {
-        name: np.asarray(data[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).reshape(entry["shape"]))
+        name: data[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
         if entry["dtype"] in DTYPES
         else entry["dtype"]
         for name, entry in header.items()
     }
+
+
+def unreadable(path: Path, error: Exception) -> str:
+    """Say why safetensors cannot read a file: because the system refuses it, or because of what the file holds."""
+    if system_error(error):
+        return f"{path} cannot be read: {reason(error)}"
+    return f"{path} is not a complete safetensors file ({first_line(error)})"
 
 
 def open_tensors(path: Path, remedy: str) -> dict[str, np.ndarray | str]:
@@ -54,7 +63,7 @@ def open_tensors(path: Path, remedy: str) -> dict[str, np.ndarray | str]:
         check_pointer(path)
         return mapped_tensors(path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a complete safetensors file ({first_line(error)}); {remedy}") from error
+        raise UserError(unreadable(path, error) + ("" if system_error(error) else f"; {remedy}")) from error
 
 
 def check_pointer(path: Path) -> None:

@@ -54,7 +54,7 @@ def check_ffmpeg() -> None:
 
 
 @contextlib.contextmanager
-def video_writer(path: str, fps: int, comment: str = "") -> Iterator[Callable]:
+def video_writer(path: str, fps: float, comment: str = "") -> Iterator[Callable]:
     """Yield a function that appends a frame, uint8 [height, width, 3], to the H.264 video `path`.
 
     The comment comes into the metadata of the video.

@@ -13,15 +13,64 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cogvideox.errors import UserError, first_line
+from cogvideox.errors import UserError, reason, refusal
 
 LOCK = ".lock"
+HELD = ".lock.held"  # beside it, where the file system has no locks
+READY = ".ready"  # in a folder whose files are complete
 CLAIMED: set[Path] = set()  # the folders that this process has
+
+# --- What not all file systems can do ----------------------------------------------------------------------------
+
+LACKING = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM, errno.ENOLCK}
+LET_GO: dict[str, str] = {}  # the calls that a file system refused and no result needs, and its words
+
+
+@contextlib.contextmanager
+def _let_go(call: str) -> Iterator[None]:
+    """Go on where a file system lacks a call that no result needs, and note it in LET_GO."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+        LET_GO[call] = reason(error)
+
+
+def to_disk(path: str | Path) -> None:
+    """Return when the disk has what a file holds."""
+    with _let_go("fsync"), open(path, "rb") as file:
+        os.fsync(file)
+
+
+def _let_others_read(path: str | Path) -> None:
+    """Give a file the permissions that new files have; mkstemp and safetensors make files for their owner alone."""
+    os.umask(umask := os.umask(0))
+    with _let_go("chmod"):
+        os.chmod(path, 0o666 & ~umask)
+
+
+def _try_commit(folder: Path, warn: Callable[[str], None]) -> None:
+    """Do in small what ends a stage, so that nobody learns after hours that the file system of `folder` cannot do it.
+
+    Raises:
+        UserError: it cannot; `warn` is called with what it lacks and no result needs.
+    """
+    LET_GO.clear()
+    trial = Path(tempfile.mkdtemp(prefix=".trial-", suffix=".new", dir=folder))
+    try:
+        with committing(trial, "trial") as new:
+            (new / "file").touch()
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    if LET_GO:
+        refused = ", ".join(f"{call} ({words})" for call, words in LET_GO.items())
+        warn(f"the file system of {folder} refuses {refused}; the run goes on without")
 
 
 # --- One file ----------------------------------------------------------------------------------------------------
@@ -92,12 +141,6 @@ def _temporary_beside(path: Path) -> str:
     return temporary
 
 
-def _let_others_read(path: str | Path) -> None:
-    """Give a file the permissions that new files have; mkstemp and safetensors make files for their owner alone."""
-    os.umask(umask := os.umask(0))
-    os.chmod(path, 0o666 & ~umask)
-
-
 def _is_running(process: int) -> bool:
     """Return whether this host has a process of this number."""
     try:
@@ -115,8 +158,7 @@ def write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"cannot write {path}: {reason}; choose another path or free some disk space") from error
+        raise UserError(f"cannot write {path}: {refusal(error)}") from error
 
 
 # --- The files of a stage ----------------------------------------------------------------------------------------
@@ -126,26 +168,23 @@ def write_errors(path: Path) -> Iterator[None]:
 def committing(folder: Path, stage: str) -> Iterator[Path]:
     """Yield an empty folder; on success its files replace those of `folder`: all of them, or none.
 
-    They count from the moment when their folder gets its second name. If the process is killed while they are moved,
-    `finish` moves the others.
+    They count from the moment when READY is among them: some file systems rename no folders. If the process is killed
+    while they are moved, `finish` moves the others.
 
     Raises:
         UserError: the files cannot be written.
     """
-    new = folder / f".{stage}.new"
     with write_errors(folder):
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
+        new = Path(tempfile.mkdtemp(prefix=f".{stage}-", suffix=".new", dir=folder))
         try:
             yield new
             for path in new.iterdir():
                 _let_others_read(path)
-                with open(path, "rb") as file:
-                    os.fsync(file)
-            new.rename(new.with_suffix(".ready"))
+                to_disk(path)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)  # the reason why it ends is what counts
             raise
+        (new / READY).touch()
         finish(folder)
 
 
@@ -155,19 +194,22 @@ def finish(folder: Path) -> None:
     Raises:
         UserError: the files cannot be moved.
     """
-    for ready in folder.glob(".*.ready"):
-        for file in sorted(ready.iterdir()):
-            with write_errors(folder / file.name), contextlib.suppress(FileNotFoundError):  # another process was faster
+    for ready in folder.glob(f".*.new/{READY}"):
+        # Another process may be faster.
+        for file in sorted({*ready.parent.iterdir()} - {ready}):
+            with write_errors(folder / file.name), contextlib.suppress(FileNotFoundError):
                 file.replace(folder / file.name)
         with contextlib.suppress(OSError):
-            ready.rmdir()
+            ready.unlink()
+            ready.parent.rmdir()
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, stage: str) -> Iterator[None]:
+def claimed(folder: Path, stage: str, warn: Callable[[str], None] | None = None) -> Iterator[None]:
     """Keep `folder`, which is made if it is missing, for one process; what a killed one left there is put in order.
 
     The system releases the lock of a process that ends in whatever way. Nothing is done if this process has the folder.
+    With `warn` it is tried whether a stage can end there; see `_try_commit`.
 
     Raises:
         UserError: another process has the folder, which the message names, or the folder cannot be written.
@@ -188,9 +230,13 @@ def claimed(folder: Path, stage: str) -> Iterator[None]:
         finish(folder)
         for left in folder.glob(".*.new"):
             shutil.rmtree(left, ignore_errors=True)
+        if warn:
+            with write_errors(folder):
+                _try_commit(folder, warn)
         yield
     finally:
         CLAIMED.discard(folder.resolve())
+        (folder / HELD).unlink(missing_ok=True)
         (folder / LOCK).unlink(missing_ok=True)
         os.close(lock)
         if is_new:
@@ -199,18 +245,29 @@ def claimed(folder: Path, stage: str) -> Iterator[None]:
 
 
 def _locked_file(folder: Path) -> int:
-    """Return the descriptor of the folder's lock file, which is locked for this process."""
+    """Return the descriptor of the folder's lock file, which is locked for this process.
+
+    Where the file system has no locks, HELD stands for one: of the processes that make this file, one succeeds.
+    """
     while True:
         lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        in_use = f"{folder} is in use by {_owner(lock)}; wait for its end, or choose another folder"
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
                     return lock
         except BlockingIOError:
-            raise UserError(
-                f"{folder} is in use by {_owner(lock)}; wait for its end, or choose another folder"
-            ) from None
+            raise UserError(in_use) from None
+        except OSError as error:
+            if error.errno not in LACKING:
+                raise
+            try:
+                os.close(os.open(folder / HELD, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                remedy = f"if that process was killed, remove {folder / HELD}"
+                raise UserError(f"{in_use}; there are no locks here ({error.strerror}): {remedy}") from None
+            return lock
         os.close(lock)  # the owner of this file has just removed it
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from cogvideox.errors import UserError
 from cogvideox.files import tensor_dump
 from cogvideox.files.names import VIDEO_SUFFIXES
+from cogvideox.files.tensors import unreadable
 from cogvideox.files.video_file import read_video
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def opened(path: Path) -> "safe_open":
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a complete safetensors file ({error})") from error
+        raise UserError(unreadable(path, error)) from error
 
 
 def items(path: Path) -> dict[str, Item]:

@@ -194,7 +194,7 @@ class Compiling:
 
         try:
             wanted = executable.description(self._what, plan.devices, traced, plan.program_options)
-            programs = executable.load(path, wanted, plan.devices)
+            programs = executable.load(path, wanted, plan.devices, traced)
         except executable.Mismatch as mismatch:
             self._report.warn(f"{path} holds other programs, compiling instead: {mismatch}")
             return None

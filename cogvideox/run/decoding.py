@@ -186,7 +186,7 @@ def report_plan(plan: "DecodingPlan", arguments: argparse.Namespace, report: Rep
     report.say(f"split: {plan.split}; {reason}; the split does not change the result")
 
 
-def frames_per_second(video: Video, arguments: argparse.Namespace) -> int:
+def frames_per_second(video: Video, arguments: argparse.Namespace) -> float:
     """Return the frame rate: the option's, or else that which stage 2 was told."""
     return arguments.fps or video.config["fps"]
 
@@ -198,7 +198,7 @@ def video_row(video: Video, plan: "DecodingPlan", arguments: argparse.Namespace)
 
 
 def write_video(
-    chunks: Iterable[np.ndarray], path: Path, fps: int, made: Mapping[str, str], bar: Progress, keep: bool
+    chunks: Iterable[np.ndarray], path: Path, fps: float, made: Mapping[str, str], bar: Progress, keep: bool
 ) -> list[np.ndarray]:
     """Encode each chunk, uint8 [frames, height, width, 3], as soon as it is decoded; return the chunks if `keep`."""
     kept = []

@@ -1,13 +1,13 @@
 """Save compiled programs to a file (python -m compile_for_tpu ... --save), and load them in a stage.
 
 The file begins with one line of JSON that describes the programs; a stage uses them only if every entry is the same as
-for the programs that it would compile itself. Loading runs code from the file (pickle), so load only files that you
-made yourself.
+for the programs that it would compile itself. The file is code, to be trusted like a program: jax unpickles what it
+has serialized, and runs it. Nothing else of the file is unpickled.
 """
 
 import hashlib
+import itertools
 import json
-import pickle
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -88,13 +88,16 @@ def _constants(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> Iterator:
 
 def save(path: str, programs: Sequence[jax.stages.Compiled], made_for: dict) -> None:
     """Write compiled programs and their description to `path`."""
-    payload = pickle.dumps([serialize_executable.serialize(program) for program in programs])
-    header = made_for | {"payload": hashlib.sha256(payload).hexdigest()}
+    parts = [serialize_executable.serialize(program)[0] for program in programs]
+    payload = b"".join(parts)
+    header = made_for | {"sizes": [*map(len, parts)], "payload": hashlib.sha256(payload).hexdigest()}
     Path(path).write_bytes(json.dumps(header).encode() + b"\n" + payload)
 
 
-def load(path: Path, wanted: dict, devices: Sequence[jax.Device]) -> list[jax.stages.Compiled]:
-    """Load the programs in a file that `save` wrote, to run on `devices`.
+def load(
+    path: Path, wanted: dict, devices: Sequence[jax.Device], traced: Sequence[jax.stages.Traced]
+) -> list[jax.stages.Compiled]:
+    """Load the programs in a file that `save` wrote, to run on `devices`, as the compiled `traced`.
 
     Raises:
         Mismatch: the description in the file is not `wanted`.
@@ -102,8 +105,10 @@ def load(path: Path, wanted: dict, devices: Sequence[jax.Device]) -> list[jax.st
     """
     try:
         with open(path, "rb") as file:
-            made_for = dict(json.loads(file.readline(LONGEST_HEADER)))
+            made_for = json.loads(file.readline(LONGEST_HEADER))
             payload = file.read()
+        if not isinstance(made_for, dict):
+            raise TypeError("a header is an object")
     except OSError as error:
         raise UserError(f"cannot read --executable {path}: {error.strerror}") from error
     except (ValueError, TypeError, RecursionError) as error:
@@ -112,11 +117,17 @@ def load(path: Path, wanted: dict, devices: Sequence[jax.Device]) -> list[jax.st
         if made_for.get(name) != value:
             digest = isinstance(value, str) and len(value) == 64
             raise Mismatch(f"it was made for other {name}" + ("" if digest else f": {made_for.get(name)}, not {value}"))
-    if made_for.get("payload") != hashlib.sha256(payload).hexdigest():  # nothing else is ever unpickled
+    sizes = made_for.get("sizes", [])  # a file of an earlier version has none
+    if made_for.get("payload") != hashlib.sha256(payload).hexdigest() or len(sizes) != len(traced):
         raise UserError(
             f"--executable {path} is cut or damaged; make it again with python -m compile_for_tpu ... --save"
         )
     return [
-        serialize_executable.deserialize_and_load(serialized, in_tree, out_tree, execution_devices=list(devices))
-        for serialized, in_tree, out_tree in pickle.loads(payload)
+        serialize_executable.deserialize_and_load(
+            payload[end - size : end],
+            jax.tree.structure(program.args_info),
+            program.out_tree,
+            execution_devices=list(devices),
+        )
+        for program, size, end in zip(traced, sizes, itertools.accumulate(sizes), strict=True)
     ]

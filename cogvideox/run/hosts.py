@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -74,9 +74,9 @@ class Hosts:
         return [device for device in devices if not self.are_many or device.process_index == self.process]
 
     @contextlib.contextmanager
-    def claimed(self, folder: Path, stage: str) -> Iterator[None]:
+    def claimed(self, folder: Path, stage: str, warn: Callable[[str], None] | None = None) -> Iterator[None]:
         """Keep `folder`, where process 0 writes, for this run; see `writing.claimed`."""
-        with writing.claimed(folder, stage) if self.is_first else contextlib.nullcontext():
+        with writing.claimed(folder, stage, warn) if self.is_first else contextlib.nullcontext():
             yield
 
     def agree(self, values: Mapping[str, str]) -> None:
