@@ -1,5 +1,6 @@
 """Weights from files to devices against arrays that NumPy puts together, and what a stage imports."""
 
+import argparse
 import functools
 import json
 import os
@@ -20,12 +21,13 @@ from safetensors.numpy import save_file
 
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint
+from cogvideox.files.tensors import compute_dtype
 from cogvideox.models.decoder.plan import DECODERS, make_decoding_plan
 from cogvideox.models.shared import loading
 from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh
 from cogvideox.models.transformer import parameters
 from cogvideox.run import decoding
-from compile_for_tpu import topologies
+from compile_for_tpu import programs, topologies
 from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, needs_libtpu
 
 CONFIG_5B = json.loads((ROOT / "configs" / "CogVideoX1.5-5B" / "transformer" / "config.json").read_text())
@@ -310,6 +312,28 @@ def test_which_files_are_read(files, variant, expected, is_said, tmp_path):
     found = checkpoint.weight_files(tmp_path / "vae", variant, said.append)
     assert found == [tmp_path / "vae" / expected]
     assert said == [f"{tmp_path / 'vae'} has its weights as the variant ema alone"] * is_said
+
+
+@pytest.mark.parametrize(
+    ("values", "wanted", "platform", "expected"),
+    [
+        ({"bfloat16": 9, "float32": 1}, None, "tpu", "bfloat16"),
+        ({"bfloat16": 1, "float32": 9}, None, "tpu", "float32"),
+        ({"float16": 9, "float32": 1}, None, "tpu", "bfloat16"),
+        ({"float16": 9}, None, "cpu", "float32"),
+        ({"float16": 9}, None, "gpu", "float16"),
+        ({"float16": 9}, None, None, "float16"),
+        ({"float64": 9}, None, "cpu", "float32"),
+        ({"float32": 9}, "float16", "tpu", "bfloat16"),
+        ({"float32": 9}, "bfloat16", "cpu", "bfloat16"),
+    ],
+)
+def test_compute_dtype(values, wanted, platform, expected):
+    """A line says what is converted; the compile tool has the same rule."""
+    chosen, line = compute_dtype(values, wanted, platform)
+    assert chosen == expected and bool(line) == (values.keys() != {expected}), line
+    if wanted and platform:
+        assert programs.dtype_of(argparse.Namespace(dtype=wanted, topology=platform)) == expected
 
 
 def test_truncated_file(weights_folder):
