@@ -143,7 +143,7 @@ def checkout(tmp_path, monkeypatch, random_model) -> Path:
 def run_line(command: str) -> None:
     """Run a command of a bash block; of `make demo` the lines that it would run."""
     if command.startswith("make demo"):
-        recipe = run_command([*shlex.split(command), "--dry-run"], check=True).stdout
+        recipe = run_command([*shlex.split(command), "--dry-run", "--no-print-directory"], check=True).stdout
         for line in recipe.splitlines():
             run_line(line)
         return

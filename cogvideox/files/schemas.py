@@ -54,7 +54,7 @@ class VideoConfig(TextConfig):
     seed: Annotated[int, Field(ge=0, lt=2**64)]
     scheduler: str
     # Files of earlier versions and of the original project lack these. Stage 2 writes each from its option of the same
-    # name, or from its plan; see run/jobs.py.
+    # name, or from its plan; see cogvideox/run/jobs.py.
     timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None
     use_dynamic_cfg: bool = False
     skipped_steps: str = ""
