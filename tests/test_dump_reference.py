@@ -341,7 +341,11 @@ def edit_json(file: str, **entries):
         (without(CONFIG), (), "does not exist.*run stage 1"),
         (without(EMBEDDINGS), (), "does not exist.*run stage 1"),
         (without(LATENTS), ("--stage", "3"), "does not exist.*run stage 2"),
-        (without("model/transformer/diffusion_pytorch_model.safetensors"), (), "tensors do not fit"),
+        (
+            without("model/transformer/diffusion_pytorch_model.safetensors"),
+            (),
+            r"has no diffusion_pytorch_model\.safetensors",
+        ),
         (lambda folder: edit_config(folder, prompt="a blue square"), (), "was made with prompt"),
         (lambda folder: edit_config(folder, seed=None), (), "seed: Field required; run stage 2"),
         (lambda folder: edit_config(folder, height=64), ("--stage", "3"), "was made with height"),
