@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import math
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +20,7 @@ from cogvideox.cli.types import file_path, utf8
 from cogvideox.errors import UserError, shortened
 from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
 from cogvideox.files.schemas import TEXT_ENTRIES
-from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors
+from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors, values_by_dtype
 from cogvideox.run.accelerator import prepare_libraries
 from utils import CONFIG, EMBEDDINGS, MODEL_NAME, STAGE_OUTPUTS
 
@@ -76,13 +75,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.title(f"Stage 1: text encoder of {model_id}")
         with report.phase("load"):
             tokenizer, encoder = load_text_encoder(model_id, transformer["text_embed_dim"], report, arguments)
+            weights = provenance.weights(model_id, "text_encoder", arguments.variant)
             report.say(f"loaded tokenizer and text encoder: {encoder.num_parameters():,} parameters, {encoder.dtype}")
         length = transformer["max_text_seq_length"]
         negative = Prompt(arguments.negative_prompt, output_dir, "--negative_prompt")
         check_lengths(tokenizer, length, prompts, negative, report)
         warn_of_unknown(tokenizer, [*prompts, negative], report)
         with report.phase("run"):
-            weights = provenance.weights(model_id, "text_encoder", arguments.variant)
             negative_prompt_embeds = encode(tokenizer, encoder, negative.text, length)
             check_finite(negative_prompt_embeds, model_id)
             for prompt in prompts:
@@ -173,6 +172,25 @@ def save(tensors: "Mapping[str, torch.Tensor]", config: Mapping, made: dict[str,
         stage_files.write_config(new, config)
 
 
+def load_tokenizer(folder: Path) -> "T5Tokenizer":
+    """Load the tokenizer of a model's folder.
+
+    Raises:
+        UserError: it has no vocabulary, or a file cannot be read.
+    """
+    vocabulary = [file for name in checkpoint.VOCABULARY if (file := folder / name).is_file() and file.stat().st_size]
+    if not vocabulary:  # transformers would know no word, and not say so
+        raise UserError(f"{folder} has neither {' nor '.join(checkpoint.VOCABULARY)}; {checkpoint.REMEDY}")
+    for file in vocabulary:
+        check_pointer(file)
+    from transformers import T5Tokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    with checkpoint.load_errors(folder):
+        return T5Tokenizer.from_pretrained(folder)
+
+
 def load_text_encoder(
     model_id: str, width: int, report: Report, arguments: argparse.Namespace
 ) -> "tuple[T5Tokenizer, T5EncoderModel]":
@@ -189,48 +207,45 @@ def load_text_encoder(
         UserError: there is no such model, a file of it cannot be read, or the files do not fit together.
     """
     config = checkpoint.read_config(model_id, "text_encoder")
-    folder = checkpoint.model_folder(model_id, ["tokenizer/*", "text_encoder/*.json", "text_encoder/*.safetensors"])
-    folders = [folder / "tokenizer", folder / "text_encoder"]
-    files = checkpoint.weight_files(folders[1], arguments.variant, report.say)
-    rows, stored = config["vocab_size"], {name for file in files for name in open_tensors(file, checkpoint.REMEDY)}
+    model = checkpoint.model_folder(model_id, ["tokenizer/*", "text_encoder/*.json", "text_encoder/*.safetensors"])
+    folder, rows = model / "text_encoder", config["vocab_size"]
+    files = checkpoint.weight_files(folder, arguments.variant, report.say)
+    stored = {name: array for file in files for name, array in open_tensors(file, checkpoint.REMEDY).items()}
     embedding = next((name for name in EMBEDDING_NAMES if name in stored), EMBEDDING_NAMES[0])
     # A wrong file is said before transformers is imported.
     read_tensors(files, {embedding: (rows, width)}, checkpoint.REMEDY)
-    from safetensors.torch import load_file
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    with checkpoint.load_errors(folders[0]):
-        vocabulary = [
-            file for name in checkpoint.VOCABULARY if (file := folders[0] / name).is_file() and file.stat().st_size
-        ]
-        if not vocabulary:  # transformers would know no word, and not say so
-            raise UserError(f"{folders[0]} has neither {' nor '.join(checkpoint.VOCABULARY)}; {checkpoint.REMEDY}")
-        for file in vocabulary:
-            check_pointer(file)
-        tokenizer = T5Tokenizer.from_pretrained(folders[0])
-    fault = f"{folders[0]} has {len(tokenizer):,} tokens, but the text encoder has an embedding of {rows:,}"
+    tokenizer = load_tokenizer(model / "tokenizer")
+    fault = f"{model / 'tokenizer'} has {len(tokenizer):,} tokens, but the text encoder has an embedding of {rows:,}"
     if rows < len(tokenizer):
         raise UserError(f"{fault}; {checkpoint.REMEDY}")
     if rows not in (len(tokenizer), math.ceil(len(tokenizer) / ROWS) * ROWS):
         report.warn(f"{fault}: is it the tokenizer of another model?")
-    with checkpoint.load_errors(folders[1]):
-        # Of what it does not find, transformers says nothing and takes random numbers.
+    arrays = [array for array in stored.values() if not isinstance(array, str)]  # all of them, as they fit
+    dtype, line = compute_dtype(values_by_dtype(arrays), arguments.dtype, platform=None)
+    if line:
+        report.say(line)
+    return tokenizer, load_encoder(folder, files, config, dtype)
+
+
+def load_encoder(folder: Path, files: Sequence[Path], config: Mapping, dtype: str) -> "T5EncoderModel":
+    """Load the text encoder of a model's folder from the files of its weights, which are converted to `dtype`.
+
+    Raises:
+        UserError: a file cannot be read, or does not have the encoder's weights.
+    """
+    from safetensors.torch import load_file
+    from transformers import T5Config, T5EncoderModel
+
+    with checkpoint.load_errors(folder):
         weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
-        values: Counter[str] = Counter()
-        for tensor in weights.values():
-            values[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
-        dtype, line = compute_dtype(values, arguments.dtype, platform=None)
-        if line:
-            report.say(line)
+        # Of what it does not find, transformers says nothing and takes random numbers.
         encoder, info = T5EncoderModel.from_pretrained(
             None, config=T5Config.from_dict(config), state_dict=weights, dtype=dtype, output_loading_info=True
         )
     for fault in ("missing", "unexpected", "mismatched"):
         if names := info[f"{fault}_keys"]:
-            raise UserError(f"{folders[1]}: {len(names)} tensors are {fault}, {min(names)} first; {checkpoint.REMEDY}")
-    return tokenizer, encoder
+            raise UserError(f"{folder}: {len(names)} tensors are {fault}, {min(names)} first; {checkpoint.REMEDY}")
+    return encoder
 
 
 def check_finite(embeddings: "torch.Tensor", model_id: str) -> None:

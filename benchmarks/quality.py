@@ -320,8 +320,7 @@ def decoder(model: str, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
     weights = decoding.load_weights(files, abstract)
 
     def frames(latents: np.ndarray) -> np.ndarray:
-        scaled = decoding.scaled(latents, weights, plan)
-        return np.concatenate([*decode(programs, weights, scaled, plan.split)])
+        return np.concatenate([*decode(programs, weights, decoding.scaled(latents, plan), plan.split)])
 
     return frames
 

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 from cogvideox.errors import UserError, first_line
 from cogvideox.files.schemas import COMPONENTS, WeightIndex, read_json
 from cogvideox.files.stage_files import ignore
-from cogvideox.files.tensors import check_finite, read_tensors
+from cogvideox.files.tensors import check_finite, read_tensors, values_by_dtype
 
 REMEDY = "get the model again or correct --model_id"
 VOCABULARY = ("spiece.model", "tokenizer.json")  # files, one of which a tokenizer needs
@@ -133,17 +132,15 @@ class Weights:
     hold them are the system's cache. Several threads may read at a time.
 
     Attributes:
-        values: how many values there are in each dtype, by the dtype's name.
+        values: see `values_by_dtype`.
     """
 
-    def __init__(self, tensors: "Mapping[str, np.ndarray]", folder: Path):
+    def __init__(self, tensors: Mapping[str, np.ndarray], folder: Path):
         self._tensors, self._folder = tensors, folder
         self._checked: set[str] = set()
-        self.values: Counter[str] = Counter()
-        for tensor in tensors.values():
-            self.values[str(tensor.dtype)] += tensor.size
+        self.values = values_by_dtype(tensors.values())
 
-    def __call__(self, name: str) -> "np.ndarray":
+    def __call__(self, name: str) -> np.ndarray:
         """Return a tensor; raise UserError, the first time, if it has NaN or infinite values."""
         if name not in self._checked:
             check_finite({name: self._tensors[name]}, self._folder, REMEDY)

@@ -5,6 +5,7 @@ The metadata of a safetensors file has `made_from`, the entries of generation_co
 second of them.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -64,9 +65,16 @@ def weights(model_id: str, component: str, variant: str | None) -> dict[str, str
         return {}
     found = hashlib.sha256()
     for file in files:
-        of_file = digest(file, sample=True) if file.suffix == ".safetensors" else file_digest(file)
+        about = file.stat()
+        of_file = _digest_in_state(file, about.st_ino, about.st_mtime_ns, about.st_size)
         found.update(f"{file.parent.name}/{file.name} {of_file}".encode())
     return {f"{component} of {model_id}": found.hexdigest()}
+
+
+@functools.cache
+def _digest_in_state(file: Path, *state: int) -> str:
+    """Return the digest of a model's file: once as long as it stays as it is, for a run may have a thousand videos."""
+    return digest(file, sample=True) if file.suffix == ".safetensors" else file_digest(file)
 
 
 def differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
@@ -129,9 +137,9 @@ def recorded(path: Path) -> dict:
 
 def stale_inputs(path: Path) -> Iterator[str]:
     """Yield the names of files beside `path`, and paths of others, that are not those which `path` was made from."""
-    options = recorded(path).get("options")
-    variant = options.get("variant") if isinstance(options, dict) else None
-    for name, known in recorded_inputs(path).items():
+    made = recorded(path)
+    variant = _object(made, "options").get("variant")
+    for name, known in _object(made, "inputs").items():
         try:
             if _digest_now(name, path.parent, variant) not in (None, known):
                 yield name
@@ -139,10 +147,15 @@ def stale_inputs(path: Path) -> Iterator[str]:
             yield name
 
 
-def recorded_inputs(path: Path) -> dict:
-    """Return the inputs that `as_metadata` has said of a file; nothing if it does not say."""
-    inputs = recorded(path).get("inputs")
-    return inputs if isinstance(inputs, dict) else {}
+def knows_weights(made: Mapping) -> bool:
+    """Return whether what is `recorded` of a file says which weights it was made with."""
+    return any(map(WEIGHTS.fullmatch, _object(made, "inputs")))
+
+
+def _object(made: Mapping, name: str) -> dict:
+    """Return an entry of what is `recorded`; nothing if it is not there, or no object."""
+    entry = made.get(name)
+    return entry if isinstance(entry, dict) else {}
 
 
 def _digest_now(name: str, folder: Path, variant: str | None) -> str | None:

@@ -14,7 +14,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from cogvideox.defaults import MOST_FPS, MOST_FRAMES, MOST_GUIDANCE, MOST_PIXELS
 from cogvideox.errors import UserError
 
-# --- JSON --------------------------------------------------------------------------------------------------------
 Count = Annotated[int, Field(ge=1, le=2**20)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]  # bounds leave NaN and infinity out
 Share = Annotated[float, Field(gt=0, lt=1)]

@@ -6,7 +6,8 @@ Whatever a file holds, the result is valid or a `UserError` says in one line wha
 import json
 import mmap
 import shlex
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -20,9 +21,6 @@ from cogvideox.errors import UserError, first_line, reason, system_error
 DTYPES = {"BF16": ml_dtypes.bfloat16, "F16": np.float16, "F32": np.float32, "F64": np.float64}
 WITHOUT_FLOAT16 = {"cpu": "float32", "tpu": "bfloat16"}  # what a platform that cannot multiply float16 computes in
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-
-
-# --- Tensors -----------------------------------------------------------------------------------------------------
 
 
 def mapped_tensors(path: Path) -> dict[str, np.ndarray | str]:
@@ -115,13 +113,21 @@ def _fault(tensor: np.ndarray | str | None, shape: tuple[int, ...] | None) -> st
     return f"has shape {list(tensor.shape)}" + (f", not {list(shape)}" if shape else "")
 
 
+def values_by_dtype(arrays: Iterable[np.ndarray]) -> Counter[str]:
+    """Return how many values arrays have in each dtype, by the dtype's name."""
+    values: Counter[str] = Counter()
+    for array in arrays:
+        values[str(array.dtype)] += array.size
+    return values
+
+
 def compute_dtype(values: Mapping[str, int], wanted: str | None, platform: str | None) -> tuple[str, str]:
     """Return the one dtype in which a component computes, and a line on what is converted to it, "" for nothing.
 
     It is that of most values, one of COMPUTE_DTYPES, unless another one is wanted or the platform cannot have it.
 
     Args:
-        values: how many values its weights have in each dtype, by the dtype's name.
+        values: how many values its weights have in each dtype; see `values_by_dtype`.
         wanted: the dtype that --dtype names, or None.
         platform: "tpu", "cpu" or "gpu" of jax; None for torch.
     """

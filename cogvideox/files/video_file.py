@@ -30,9 +30,6 @@ def video_comment(path: Path) -> str:
     return re.sub(r"\\(.)", r"\1", lines[0]) if lines else "{}"
 
 
-# --- Videos ------------------------------------------------------------------------------------------------------
-
-
 def read_video(path: Path) -> "np.ndarray":
     """Read the frames of a video, uint8 [frames, height, width, 3]; raises UserError where it cannot be read."""
     import imageio.v3 as imageio

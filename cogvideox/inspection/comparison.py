@@ -10,8 +10,6 @@ from cogvideox.files import stage_files, tensor_dump
 from cogvideox.inspection.description import CHUNK, coordinate
 from cogvideox.inspection.items import Item, items, progress
 
-# --- Comparison --------------------------------------------------------------------------------------------------
-
 
 def compare_runs(arguments: argparse.Namespace, ours: Mapping[str, Item], theirs: Mapping[str, Item]) -> list[dict]:
     """Compare the tensors of two runs, by name, in the order of execution; return a row for each."""

@@ -46,8 +46,6 @@ class Sheet(NamedTuple):
     rows: dict[str, np.ndarray]
 
 
-# --- Drawing -----------------------------------------------------------------------------------------------------
-
 WIDTH = 14.0  # of the figure; all lengths are inches
 HISTOGRAM_COLUMNS, HISTOGRAM_HEIGHT = 4, 2.5
 LEAST_COLUMNS, MOST_COLUMNS = 7, 8  # of a contact sheet

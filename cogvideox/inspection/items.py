@@ -30,9 +30,6 @@ PROGRESS = (
 )
 
 
-# --- What there is -----------------------------------------------------------------------------------------------
-
-
 class Item(NamedTuple):
     """One tensor of a safetensors file, one row of a tensor of statistics, or, where `tensor` is None, a video."""
 

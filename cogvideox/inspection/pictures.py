@@ -37,9 +37,6 @@ MOST_BINS = 80  # of a histogram
 CHUNK = 2**20  # elements of a tensor that are counted together
 
 
-# --- What a figure shows -----------------------------------------------------------------------------------------
-
-
 class Entry(NamedTuple):
     """A tensor or a video, as one run or each of two runs has it.
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from cogvideox.errors import UserError, first_line
 from cogvideox.files import schemas, stage_files, videos
 from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, STATE, VIDEO, VIDEO_SUFFIXES
-from cogvideox.files.provenance import WEIGHTS, recorded, recorded_inputs, stale_inputs
+from cogvideox.files.provenance import WEIGHTS, knows_weights, recorded, stale_inputs
 
 # The files of a run, each made from the one before, and the stages that make them.
 CHAIN = (
@@ -73,9 +73,9 @@ def status_of_files(
         if fault is None and todo:
             fault = "is to be made again, after what comes before it"
         if fault is None:
-            known = any(map(WEIGHTS.fullmatch, recorded_inputs(path)))
-            made = recorded(path).get("time", "at an unknown time")
-            yield f"{path}: made {made}" + ("" if known else "; with which weights is not known")
+            made = recorded(path)
+            weights = "" if knows_weights(made) else "; with which weights is not known"
+            yield f"{path}: made {made.get('time', 'at an unknown time')}{weights}"
         else:
             yield f"{path}: {fault}"
             todo = todo or script

@@ -9,9 +9,6 @@ SHOWN = 40  # lines of a comparison
 WORST = 10  # of them where nothing differs
 
 
-# --- Tables ------------------------------------------------------------------------------------------------------
-
-
 def table(found: Sequence[dict]) -> str:
     """Return tensors and videos as lines for people."""
     lines: list[str] = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cogvideox.cli.report import Progress, Report
-from cogvideox.files import checkpoint, provenance, stage_files, writing
+from cogvideox.files import checkpoint, provenance, stage_files, tensors, writing
 from cogvideox.files.schemas import LATENT_ENTRIES
 from cogvideox.files.video_file import video_writer
 from cogvideox.run.hosts import Hosts
@@ -42,13 +42,10 @@ def weight_files(
 
 
 def values_of(files: Any) -> dict[str, int]:
-    """Return how many values a tree of arrays has in each dtype, by the dtype's name."""
+    """Return how many values a tree of arrays has in each dtype; see `tensors.values_by_dtype`."""
     import jax
 
-    found: collections.Counter[str] = collections.Counter()
-    for array in jax.tree.leaves(files):
-        found[str(array.dtype)] += array.size
-    return found
+    return tensors.values_by_dtype(jax.tree.leaves(files))
 
 
 def trace_chunks(
@@ -95,12 +92,11 @@ def load_weights(files: Any, abstract: Any, report: Report | None = None) -> Any
     return jax.tree.unflatten(tree, leaves)
 
 
-def scaled(stored: np.ndarray, weights: Any, plan: "DecodingPlan") -> np.ndarray:
-    """Return stored latents as the decoder takes them: in the dtype of its weights, without the scaling factor."""
-    import jax
+def scaled(stored: np.ndarray, plan: "DecodingPlan") -> np.ndarray:
+    """Return stored latents as the decoder takes them: in the plan's dtype, without the scaling factor."""
+    import jax.numpy as jnp
 
-    dtype = jax.tree.leaves(weights)[0].dtype
-    return np.asarray(jax.numpy.asarray(stored, dtype) / plan.vae["scaling_factor"])
+    return np.asarray(jnp.asarray(stored, plan.dtype) / plan.vae["scaling_factor"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +117,7 @@ class DecodingRun:
             self.report.say("no warm-up: the seconds of the run hold what the first run of each program costs")
             return
         with self.report.phase("warm-up"):
-            latents = scaled(stored, self.weights, self.plan)
+            latents = scaled(stored, self.plan)
             warm_up([*map(recorder.ignoring, compiled)], self.weights, latents, self.plan.split)
 
     def decode_all(
@@ -155,7 +151,7 @@ class DecodingRun:
         """
         from cogvideox.models.decoder.decoder import decode
 
-        latents = scaled(stage_files.read_latents(video.latents, allow_nan=True), self.weights, self.plan)
+        latents = scaled(stage_files.read_latents(video.latents, allow_nan=True), self.plan)
         # What the video is made from is read before the timed run.
         inputs = {provenance.known_as(video.latents, video.encoded.parent): provenance.digest(video.latents)}
         inputs |= provenance.weights(video.config["model_id"], "vae", self.arguments.variant)
