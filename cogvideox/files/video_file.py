@@ -3,17 +3,11 @@
 import contextlib
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogvideox.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    import numpy as np
-
-
-from collections.abc import Callable
 
 if TYPE_CHECKING:
     import numpy as np
