@@ -32,7 +32,7 @@ from cogvideox.errors import UserError
 from cogvideox.files import schemas, stage_files
 from cogvideox.files.names import VIDEO
 from cogvideox.files.tensors import DTYPES, is_finite
-from cogvideox.files.video_file import video_writer
+from cogvideox.files.video_file import check_ffmpeg, video_writer
 from tests.helpers import (
     CONFIG,
     DEVICES,
@@ -691,6 +691,22 @@ def test_a_missing_ffmpeg_is_named_at_the_start(folder, run_on_files, monkeypatc
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", "nowhere/ffmpeg")
     status, out, error = run_on_files(STAGE3)
     assert (status, out) == (2, "") and "ffmpeg" in error and len(error.splitlines()) == 1, out + error
+
+
+ENCODERS = "Encoders:\n ------\n V....D mpeg4   MPEG-4 part 2\n"
+
+
+def test_an_ffmpeg_without_h264_is_named_at_the_start(tmp_path, monkeypatch):
+    """With its own reason; a script stands in for it."""
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text(
+        f"#!/bin/sh\ncase $2 in -encoders) echo '{ENCODERS}';; *) echo 'Unknown encoder' >&2; exit 8; esac\n"
+    )
+    ffmpeg.chmod(0o755)
+    check_ffmpeg()
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(ffmpeg))
+    with pytest.raises(UserError, match=r"cannot encode H\.264: Unknown encoder; install"):
+        check_ffmpeg()
 
 
 def test_debug_keeps_the_traceback(folder, run_on_files):

@@ -35,13 +35,20 @@ def read_video(path: Path) -> "np.ndarray":
 
 
 def check_ffmpeg() -> None:
-    """Raise UserError if there is no ffmpeg that runs."""
-    import imageio_ffmpeg
+    """Raise UserError, with ffmpeg's own reason, unless there is an ffmpeg that runs and encodes H.264."""
+    from imageio_ffmpeg import _io as writer  # which takes the first encoder that works
 
+    frame = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "256x256", "-i", "-"]  # of zeros
     try:
-        imageio_ffmpeg.get_ffmpeg_version()
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        for encoder in (*writer.get_compiled_h264_encoders(), "libx264"):
+            command = [writer.get_ffmpeg_exe(), "-v", "error", *frame, "-c:v", encoder, "-f", "null", "-"]
+            process = subprocess.run(command, input=bytes(256 * 256 * 3), capture_output=True, check=False)
+            if process.returncode == 0:
+                return
+    except (OSError, RuntimeError, IndexError) as error:  # the last where it prints no list
         raise UserError(f"ffmpeg, which encodes the video, does not run: {first_line(error)}; install it") from error
+    reason = first_line(Exception(process.stderr.decode(errors="replace")))
+    raise UserError(f"ffmpeg cannot encode H.264: {reason}; install one that can, such as with libx264")
 
 
 @contextlib.contextmanager
