@@ -16,7 +16,7 @@ from cogvideox.cli.options import add_log_options, add_weight_options
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
-from cogvideox.cli.types import file_path, utf8
+from cogvideox.cli.types import file_path, model_id, utf8
 from cogvideox.errors import UserError, shortened
 from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
 from cogvideox.files.schemas import TEXT_ENTRIES
@@ -43,7 +43,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--negative_prompt", type=utf8, default="", help="what the video must not show; used with guidance"
     )
-    parser.add_argument("--model_id", type=utf8, default=MODEL_NAME, help="Hugging Face model id, or a folder")
+    parser.add_argument("--model_id", type=model_id, default=MODEL_NAME, help="Hugging Face model id, or a folder")
     parser.add_argument("--output_dir", type=file_path, default=STAGE_OUTPUTS, help="where the files go")
     add_weight_options(parser)
     add_log_options(parser)

@@ -26,7 +26,7 @@ from cogvideox.cli.options import (
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
-from cogvideox.cli.types import file_path, frame_rate, number
+from cogvideox.cli.types import file_path, frame_rate, model_id, number
 from cogvideox.defaults import MOST_SEED
 from cogvideox.files import lora
 from cogvideox.run import accelerator, denoising, jobs
@@ -45,7 +45,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input_dir", type=file_path, default=STAGE_OUTPUTS, help="stage 1's output folder")
     parser.add_argument("--output_dir", type=file_path, help="where the files go (default: --input_dir)")
     add_force_option(parser)
-    parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
+    parser.add_argument(
+        "--model_id", type=model_id, help="the model; it must be the one that stage 1 used, which is the default"
+    )
     add_denoising_options(parser)
     add_video_options(parser)
     add_run_options(parser)

@@ -21,7 +21,7 @@ from cogvideox.cli.options import (
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
-from cogvideox.cli.types import file_path, frame_rate, video_path
+from cogvideox.cli.types import file_path, frame_rate, model_id, video_path
 from cogvideox.files import stage_files
 from cogvideox.files.video_file import check_ffmpeg
 from cogvideox.run import accelerator, decoding, jobs
@@ -50,7 +50,9 @@ def parse_arguments(argv: Sequence[str] | None, program: str) -> argparse.Namesp
         default=True,
         help="first run each program once, untimed",
     )
-    parser.add_argument("--model_id", help="the model; it must be the one that stage 1 used, which is the default")
+    parser.add_argument(
+        "--model_id", type=model_id, help="the model; it must be the one that stage 1 used, which is the default"
+    )
     add_decoding_options(parser)
     add_dump_options(parser, "chunk")
     add_profile_option(parser, "chunk")
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
         profile = Profile(arguments.profile, "chunk", report)
         videos = jobs.videos_to_decode(arguments)
         output_dir = jobs.decoding_folder(videos, arguments)
-        until_end.enter_context(hosts.claimed(output_dir, "stage3", report.warn))
+        until_end.enter_context(hosts.claimed(output_dir, "stage3", report.warn, arguments.output_video))
         model_id, shapes = jobs.check_files_to_decode(videos, arguments, hosts, report)
         check_ffmpeg()
 
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
             weights = decoding.load_weights(files, plan.on_devices(files), report)
         with report.phase("compile") as compile_phase:
             compiled, compile_phase.note = compiling.wait()
-        run_of_videos = decoding.DecodingRun(plan, weights, arguments, hosts, report)
+        run_of_videos = decoding.DecodingRun(model_id, plan, weights, arguments, hosts, report)
         run_of_videos.warm_up(stored, compiled, recorder)
         latents = run_of_videos.decode_all(videos, compiled, recorder, profile)
 

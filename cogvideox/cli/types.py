@@ -2,12 +2,13 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from cogvideox.defaults import MOST_FPS, MOST_LORA_SCALE
-from cogvideox.errors import shortened
+from cogvideox.errors import first_line, shortened
 from cogvideox.files.names import VIDEO_SUFFIXES
 from cogvideox.files.schemas import plain_number
 
@@ -46,7 +47,15 @@ def file_path(text: str) -> Path:
     """Return `text` as a path with ~ expanded; an argparse type that rejects an empty path."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # there is no such home
+        raise argparse.ArgumentTypeError(f"{text}: {first_line(error)}") from None
+
+
+def model_id(text: str) -> str:
+    """Return a Hugging Face id, or the path of a folder with ~ expanded; an argparse type."""
+    return os.path.expanduser(utf8(text))
 
 
 def png_path(text: str) -> Path:
@@ -88,11 +97,11 @@ def lora_option(text: str) -> str:
     of the Hugging Face Hub.
     """
     path, colon, scale = text.rpartition(":")
-    if not colon or "/" in scale or Path(text).expanduser().exists():
+    if not colon or "/" in scale or file_path(text).exists():
         path, scale = text, "1"
     try:
         factor = number(float, -MOST_LORA_SCALE, MOST_LORA_SCALE)(scale)
     except ValueError:
         raise argparse.ArgumentTypeError(f"the scale of {text} is {scale!r}, no number") from None
     is_id = HUB_ID.fullmatch(path) and not path.endswith(".safetensors") and not Path(path).exists()
-    return f"{path if is_id else file_path(path).absolute()}:{factor}"
+    return f"{path if is_id else file_path(utf8(path)).absolute()}:{factor}"

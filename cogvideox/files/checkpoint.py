@@ -30,13 +30,12 @@ def resolve_model_id(model_id: str) -> str:
     return str(Path(model_id).resolve()) if os.path.isdir(model_id) else model_id
 
 
-def same_model(model_id: str | None, used: str) -> str:
-    """Return the model that the earlier stages used; raise UserError if `model_id` is given and names another one."""
-    if model_id is not None and resolve_model_id(model_id) != used:
-        raise UserError(
-            f"the input was made with model '{used}', not '{model_id}'; run stage 1 again or drop --model_id"
-        )
-    return used
+def same_model(model_id: str | None, used: str, refuse: Callable[[str], None]) -> str:
+    """Return the model that the earlier stages used, or `model_id`, if it is given; call `refuse` if it is another."""
+    if model_id is None or resolve_model_id(model_id) == used:
+        return used
+    refuse(f"the input was made with model '{used}', not '{model_id}'; run stage 1 again or drop --model_id")
+    return resolve_model_id(model_id)
 
 
 def model_folder(model_id: str, patterns: list[str], download: bool = True, option: str = "--model_id") -> Path:

@@ -205,23 +205,27 @@ def finish(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def claimed(folder: Path, stage: str, warn: Callable[[str], None] | None = None) -> Iterator[None]:
+def claimed(
+    folder: Path, stage: str, warn: Callable[[str], None] | None = None, asked: Path | None = None
+) -> Iterator[None]:
     """Keep `folder`, which is made if it is missing, for one process; what a killed one left there is put in order.
 
     The system releases the lock of a process that ends in whatever way. Nothing is done if this process has the folder.
-    With `warn` it is tried whether a stage can end there; see `_try_commit`.
+    With `warn` it is tried whether a stage can end there; see `_try_commit`. An error names the file `asked`, if any.
 
     Raises:
         UserError: another process has the folder, which the message names, or the folder cannot be written.
     """
-    if folder.resolve() in CLAIMED:
+    place = Path(os.path.realpath(folder))  # unlike `resolve`, takes links that loop
+    if place in CLAIMED:
         yield
         return
-    with write_errors(folder):
-        is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
+    with write_errors(asked or folder):
+        is_new = not os.path.lexists(folder)
+        if is_new:
+            folder.mkdir(parents=True, exist_ok=True)
         lock = _locked_file(folder)
-    CLAIMED.add(folder.resolve())
+    CLAIMED.add(place)
     try:
         owner = {"stage": stage, "host": socket.gethostname(), "process": os.getpid(), "since": now()}
         with write_errors(folder):
@@ -235,7 +239,7 @@ def claimed(folder: Path, stage: str, warn: Callable[[str], None] | None = None)
                 _try_commit(folder, warn)
         yield
     finally:
-        CLAIMED.discard(folder.resolve())
+        CLAIMED.discard(place)
         (folder / HELD).unlink(missing_ok=True)
         (folder / LOCK).unlink(missing_ok=True)
         os.close(lock)

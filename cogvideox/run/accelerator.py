@@ -7,7 +7,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from cogvideox.errors import UserError, first_line
 
@@ -40,12 +40,12 @@ def devices(debug: bool = False) -> "list[jax.Device]":
     """
     import jax
 
-    with tempfile.TemporaryFile() as printed:
+    with _scratch() as printed:
         stderr = os.dup(2)
         os.dup2(printed.fileno(), 2)
         try:
             return jax.devices()
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError) as error:  # the second from CUDA without a GPU
             platforms = os.environ.get("JAX_PLATFORMS")
             raise UserError(
                 f"jax cannot use the platform {platforms}: {first_line(error)}; is there one, and does no other "
@@ -57,6 +57,14 @@ def devices(debug: bool = False) -> "list[jax.Device]":
             if debug:
                 printed.seek(0)
                 sys.stderr.write(printed.read().decode(errors="replace"))
+
+
+def _scratch() -> "IO[bytes]":
+    """Open a file that nobody needs later; where there is no temporary folder, it keeps nothing."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.devnull, "w+b")
 
 
 def has_tpu() -> bool:

@@ -40,10 +40,12 @@ TROUBLE = re.compile(
 )
 
 
-def default_folder() -> Path:
-    """Return the folder in the user's cache where compiled programs are kept."""
+def default_folder() -> Path | None:
+    """Return the folder in the user's cache where compiled programs are kept; None for a user without a home."""
     home = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()) / "cogvideox-tpu"
+    with contextlib.suppress(RuntimeError):
+        return (Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()) / "cogvideox-tpu"
+    return None
 
 
 class Cache:
@@ -72,6 +74,10 @@ class Cache:
         self.folder = None
         if jax.config.values["jax_enable_compilation_cache"]:
             self.folder = chosen or (Path(own) if own else default_folder())
+            if self.folder is None:
+                report.warn(
+                    "compiled programs are not kept: there is no home folder; --compilation_cache names another"
+                )
         self.keeps = self.folder is not None and self._prepare(self.folder)
         jax.config.update("jax_compilation_cache_dir", str(self.folder) if self.folder else None)
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

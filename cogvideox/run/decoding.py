@@ -103,6 +103,7 @@ def scaled(stored: np.ndarray, plan: "DecodingPlan") -> np.ndarray:
 class DecodingRun:
     """A run of stage 3 whose weights are on the devices."""
 
+    model_id: str
     plan: "DecodingPlan"
     weights: Any
     arguments: argparse.Namespace
@@ -154,7 +155,7 @@ class DecodingRun:
         latents = scaled(stage_files.read_latents(video.latents, allow_nan=True), self.plan)
         # What the video is made from is read before the timed run.
         inputs = {provenance.known_as(video.latents, video.encoded.parent): provenance.digest(video.latents)}
-        inputs |= provenance.weights(video.config["model_id"], "vae", self.arguments.variant)
+        inputs |= provenance.weights(self.model_id, "vae", self.arguments.variant)
         made = provenance.as_metadata("stage3", inputs, self.arguments)
         frames_file, report = self.arguments.output_frames, self.report
         fps = frames_per_second(video, self.arguments)

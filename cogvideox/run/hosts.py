@@ -74,9 +74,11 @@ class Hosts:
         return [device for device in devices if not self.are_many or device.process_index == self.process]
 
     @contextlib.contextmanager
-    def claimed(self, folder: Path, stage: str, warn: Callable[[str], None] | None = None) -> Iterator[None]:
+    def claimed(
+        self, folder: Path, stage: str, warn: Callable[[str], None] | None = None, asked: Path | None = None
+    ) -> Iterator[None]:
         """Keep `folder`, where process 0 writes, for this run; see `writing.claimed`."""
-        with writing.claimed(folder, stage, warn) if self.is_first else contextlib.nullcontext():
+        with writing.claimed(folder, stage, warn, asked) if self.is_first else contextlib.nullcontext():
             yield
 
     def agree(self, values: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ The folders of several videos are those of `cogvideox.files.videos`; a single on
 import argparse
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -64,14 +64,14 @@ class Video:
         return self.output or self.folder / VIDEO
 
 
-def check_model(found: Sequence[Video], model_id: str | None) -> str:
-    """Return the model that the stages before used for all videos; raise UserError unless it is one, and `model_id`."""
-    used = checkpoint.same_model(model_id, found[0].config["model_id"])
+def check_model(found: Sequence[Video], model_id: str | None, refuse: Callable[[str], None]) -> str:
+    """Return the model of all videos; raise UserError unless they have one. See `checkpoint.same_model`."""
+    used = found[0].config["model_id"]
     for video in found:
         if video.config["model_id"] != used:
             where = video.prompt_folder or video.folder
             raise UserError(f"{where} was made with model '{video.config['model_id']}', not '{used}'")
-    return used
+    return checkpoint.same_model(model_id, used, refuse)
 
 
 # --- Stage 2 -----------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def check_files_to_denoise(
     }
     for path in shapes:
         provenance.check_inputs(path, report.refuse)
-    model_id = check_model(found, arguments.model_id)
+    model_id = check_model(found, arguments.model_id, stage_files.refuse)
     outputs = [video.folder / name for video in found for name in (LATENTS, CONFIG)]
     lora_files = [file for one in loras for file in one.files]
     inputs = [*shapes, *lora_files, arguments.executable, arguments.log_json]
@@ -294,7 +294,7 @@ def check_files_to_decode(
             video.latents, 2, ("latents",), video.config, finite=False, refuse=report.refuse, warn=report.warn
         )["latents"]
         provenance.check_inputs(video.latents, report.refuse)
-    model_id = check_model(found, arguments.model_id)
+    model_id = check_model(found, arguments.model_id, report.refuse)
     options = [("--output_video", video.encoded) for video in found] + [("--output_frames", arguments.output_frames)]
     configs = [video.folder / CONFIG for video in found]
     timings = decoding_folder(found, arguments) / TIMINGS
