@@ -259,7 +259,7 @@ STAGE2_CASES = {
     "output is a link to itself": (["--output_dir", "x"], link("x", "x"), ["cannot write x: Too many levels of"]),
     "output below a file": (["--output_dir", "x/y"], content("x", b""), ["cannot write x/y: Not a directory"]),
     "output is not UTF-8": (["--output_dir", "\udcff"], nothing, ["--output_dir", r"'\udcff' is not UTF-8"]),
-    "LoRA is not UTF-8": (["--lora", "\udcff:1"], nothing, ["--lora", r"\udcff' is not UTF-8"]),
+    "LoRA is not UTF-8": (["--lora", "\udcff:1"], nothing, ["--lora", "is not UTF-8"]),
     "output of nobody": (["--output_dir", "~nosuchuser/x"], nothing, ["--output_dir", "home directory"]),
     "height": (["--height", 100], nothing, ["--height 100", "multiple of 16", "96"]),
     "height of a billion": (["--height", 16 * 10**9], nothing, ["--height", "16000000000"]),
