@@ -148,16 +148,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _unknown(self, word: str) -> str:
         """Say which option is meant by one that this program does not have."""
-        option = word.partition("=")[0]
-        owners, known = [], self._spellings()
+        option, known = word.partition("=")[0], self._spellings()
+        if _plain(option) in known:  # one dash is missing
+            return f"unknown option {option}; did you mean {known[_plain(option)]}?"
+        owners: dict[str, list[str]] = {}
         for program, add_options in self._others.items():
             other = ArgumentParser(prog=program)
             add_options(other)
-            theirs = {name: f"{spelled} of {program}" for name, spelled in other._spellings().items()}
-            owners += [theirs[name] for name in [_plain(other._spelled(option))] if name in theirs]
-            known = theirs | known
-        if owners:
-            return f"unknown option {option}; there is {' and '.join(owners)}"
+            if (spelled := other._spelled(option)) in other._option_string_actions:
+                owners.setdefault(spelled, []).append(program)
+            known = {name: f"{theirs} of {program}" for name, theirs in other._spellings().items()} | known
+        for spelled, programs in owners.items():
+            return f"unknown option {option}; {spelled} belongs to {' and '.join(programs)}"
         close = [known[name] for name in difflib.get_close_matches(_plain(option), known, n=2)]
         return f"unknown option {option}" + (f"; did you mean {' or '.join(close)}?" if close else "")
 
