@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import itertools
 import shlex
 import sys
 import textwrap
@@ -122,22 +123,22 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def _spellings(self) -> dict[str, str]:
         """Return the options of this program by their names without hyphens."""
-        return {_plain(option): option for option in self._option_string_actions if option.startswith("--")}
+        return {plain(option): option for option in self._option_string_actions if option.startswith("--")}
 
     def _spelled(self, word: str) -> str:
         """Return an option, or OPTION=VALUE, as this program spells it; any other word as it is."""
         option, equals, value = word.partition("=")
         if not option.startswith("--") or option in self._option_string_actions:
             return word
-        known, name = self._spellings(), _plain(option)
+        known, name = self._spellings(), plain(option)
         meant = next((known[one] for one in (name, *ALIASES.get(name, ())) if one in known), option)
         return f"{meant}{equals}{value}"
 
     @contextlib.contextmanager
     def _requiring_nothing(self) -> Iterator[None]:
         """Let no option be required in the body of a `with` statement."""
-        all_: list[Any] = [*self._actions, *self._mutually_exclusive_groups]
-        required = [one for one in all_ if one.required]
+        candidates: list[Any] = [*self._actions, *self._mutually_exclusive_groups]
+        required = [one for one in candidates if one.required]
         for one in required:
             one.required = False
         try:
@@ -149,8 +150,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def _unknown(self, word: str) -> str:
         """Say which option is meant by one that this program does not have."""
         option, known = word.partition("=")[0], self._spellings()
-        if _plain(option) in known:  # one dash is missing
-            return f"unknown option {option}; did you mean {known[_plain(option)]}?"
+        if plain(option) in known:  # one dash is missing
+            return f"unknown option {option}; did you mean {known[plain(option)]}?"
         owners: dict[str, list[str]] = {}
         for program, add_options in self._others.items():
             other = ArgumentParser(prog=program)
@@ -160,27 +161,24 @@ class ArgumentParser(argparse.ArgumentParser):
             known = {name: f"{theirs} of {program}" for name, theirs in other._spellings().items()} | known
         for spelled, programs in owners.items():
             return f"unknown option {option}; {spelled} belongs to {' and '.join(programs)}"
-        close = [known[name] for name in difflib.get_close_matches(_plain(option), known, n=2)]
+        close = [known[name] for name in difflib.get_close_matches(plain(option), known, n=2)]
         return f"unknown option {option}" + (f"; did you mean {' or '.join(close)}?" if close else "")
 
     def _stray(self, strays: Sequence[str], found: argparse.Namespace) -> str:
         """Say how to give words that belong to no option."""
-        words = strays[: next((i for i, word in enumerate(strays) if word.startswith("-")), None)]
-        text = " ".join(words)
-        meant = self._spelled(f"--{words[0]}")
-        if (
-            "=" in meant and meant.partition("=")[0] in self._option_string_actions
-        ):  # the form of MaxDiffusion's options
-            return f"'{text}' belongs to no option; did you mean {meant}?"
-        option = next((one for one in OF_WORDS if one in self._option_string_actions), None)
-        if option is None:
-            return f"'{text}' belongs to no option"
-        if option == "--prompt" and found.prompt:  # a prompt without quotes
-            text = f"{found.prompt} {text}"
-        return f"'{' '.join(words)}' belongs to no option; write {option} {_quoted(text)}"
+        words = list(itertools.takewhile(lambda word: not word.startswith("-"), strays))
+        fault = f"'{' '.join(words)}' belongs to no option"
+        meant = self._spelled(f"--{words[0]}")  # num_frames=81, as MaxDiffusion's options are written
+        if "=" in meant and meant.partition("=")[0] in self._option_string_actions:
+            return f"{fault}; did you mean {meant}?"
+        for option in OF_WORDS:
+            if option in self._option_string_actions:
+                begun = [found.prompt] if option == "--prompt" and found.prompt else []  # a prompt without quotes
+                return f"{fault}; write {option} {_quoted(' '.join([*begun, *words]))}"
+        return fault
 
 
-def _plain(option: str) -> str:
+def plain(option: str) -> str:
     """Return the name of an option without leading dashes, with underscores alone."""
     return option.lstrip("-").replace("-", "_")
 
