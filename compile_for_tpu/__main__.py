@@ -36,7 +36,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     kinds = parser.add_subparsers(dest="what", required=True, metavar="PROGRAM", prog=parser.prog, title="programs")
     by_kind = {}
     for what, kind in programs.KINDS.items():
-        by_kind[what] = sub = kinds.add_parser(what, help=kind.help, usage="%(prog)s [options]", others=STAGES)
+        by_kind[what] = sub = kinds.add_parser(
+            what,
+            help=kind.help,
+            description=f"Compile {kind.help} for a TPU, and report memory and predicted seconds.",
+            usage="%(prog)s [options]",
+            others=STAGES,
+        )
         sub.group("devices").add_argument(
             "--topology",
             default="v6e-8",

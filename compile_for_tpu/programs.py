@@ -70,13 +70,13 @@ def model_name(model_id: str) -> str:
 def add_stage2_options(parser: ArgumentParser) -> None:
     """Add the options of the denoising step."""
     _add_model_options(parser)
+    options.add_preset_option(parser)
     inside, group = parser.group("looking inside"), parser.group("sampling")
     inside.add_argument("--dump_stats", action="store_true", help="the step as it is with stage 2's --dump_stats")
     group.add_argument("--skipped_step", action="store_true", help="the step that skips the blocks, of a step cache")
     group.add_argument(
         "--unguided_step", action="store_true", help="the step without guidance, of a run with --guidance_interval"
     )
-    options.add_preset_option(parser)
     options.add_denoising_options(parser)
 
 
