@@ -1,6 +1,7 @@
 """The command line: what people type, the help, and a package that is missing."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import stage1_text_encoder
 import stage2_transformer
 import stage3_vae_decoder
 import utils
+from cogvideox import packages
 from cogvideox.cli import program
 from cogvideox.cli.parser import ALIASES, GROUPS
 from cogvideox.defaults import ATTENTIONS, PRESETS
@@ -199,7 +201,15 @@ def test_outside_the_environment(name):
     assert f"{sys.executable} -m pip install -r requirements.txt" in process.stderr
 
 
-def test_a_package_that_is_missing_later(monkeypatch, capsys):
+def test_an_environment_that_is_not_used_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(packages, "ENVIRONMENT", tmp_path)
+    assert ", or run" not in packages.missing("torch")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    assert packages.missing("torch.nn").endswith(", or run " + os.path.relpath(tmp_path / "bin" / "python"))
+
+
+def test_a_package_that_is_missing_later(capsys):
     def lacking(name: str):
         def main(argv):
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
