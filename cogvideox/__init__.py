@@ -7,5 +7,9 @@ Each room imports those below it and never one above:
     cli         what a user types and sees: options, report, progress
     files       what lies on disk: names, schemas, tensors, atomic writes, checkpoints
     models      arrays in, arrays out: transformer and decoder; it knows of no file and no option
-    errors, signals, defaults, versions, hlo_schedule   the ground: they import nothing of ours
+    errors, signals, defaults, packages, versions, hlo_schedule   the ground: they import nothing of ours
 """
+
+from cogvideox.packages import end_without_base
+
+end_without_base()

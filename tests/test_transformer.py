@@ -12,7 +12,8 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from jax.sharding import PartitionSpec
 
-from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh, mesh_sizes
+from cogvideox.models.shared.layouts import LAYOUTS
+from cogvideox.models.shared.sharding import Parallelism, make_mesh, mesh_sizes
 from cogvideox.models.transformer.attention import Attention, xla_attention
 from cogvideox.models.transformer.embeddings import rotary_embedding
 from cogvideox.models.transformer.parameters import (

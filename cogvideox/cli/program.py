@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from cogvideox import packages
 from cogvideox.errors import UserError, as_user_error, one_line
 from cogvideox.signals import MESSAGE, Interruption
 
@@ -48,6 +49,8 @@ def run(
         _exit(str(interrupt) or MESSAGE, 128 + (Interruption.number or signal.SIGINT), program)
     except Exception as error:
         shown = as_user_error(error)
+        if isinstance(error, ModuleNotFoundError) and error.name and packages.is_required(error.name):
+            shown = UserError(packages.missing(error.name))
         if isinstance(shown, UserError):
             if isinstance(error, OSError) and error.filename is None:  # a file of ours has its name
                 _stop_printing()

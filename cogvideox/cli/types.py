@@ -53,6 +53,14 @@ def file_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text}: {first_line(error)}") from None
 
 
+def folder_path(text: str) -> Path:
+    """Return `text` as the path of a folder; an argparse type that rejects what is plainly a video's name."""
+    path = file_path(text)
+    if path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is the name of a video, not of a folder")
+    return path
+
+
 def model_id(text: str) -> str:
     """Return a Hugging Face id, or the path of a folder with ~ expanded; an argparse type."""
     return os.path.expanduser(utf8(text))
