@@ -33,9 +33,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sub.add_argument(
             "--topology", default="v6e-8", help=f"slice to compile for, one of {', '.join(topologies.TOPOLOGIES)}"
         )
-        sub.add_argument(
-            "--output", type=file_path, help="file for the report, JSON (default: a name in benchmarks/results)"
+        output = sub.add_mutually_exclusive_group()
+        output.add_argument(
+            "--output", type=file_path, help=f"file for the report, JSON (default: a name in {report.REPORTS}/)"
         )
+        report.add_publish_option(output)
         kind.add_options(sub)
     return parser.parse_args(argv)
 
@@ -52,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(compiler.compile_and_report(arguments.what, arguments.topology, trace, dump, save)))
         return
     labels = programs.labels(arguments, defaults=parse_arguments([arguments.what]))
-    output = arguments.output or report.RESULTS / report.file_name(arguments.what, arguments.topology, labels)
+    name = report.file_name(arguments.what, arguments.topology, labels)
+    output = arguments.output or report.folder(arguments.publish) / name
     described = f"{arguments.what} for {arguments.topology}"
     found = compiler.in_a_process("compile_for_tpu", command, arguments.topology, described)
     with writing.replacing(output) as temporary:
