@@ -19,7 +19,7 @@ def file_name(what: str, topology: str, labels: Sequence[str]) -> str:
     return "-".join([what, topology, *labels]) + ".json"
 
 
-def add_publish_option(parser: argparse.ArgumentParser) -> None:
+def add_publish_option(parser: argparse._ActionsContainer) -> None:
     """Add --publish, which `folder` takes."""
     parser.add_argument(
         "--publish",
@@ -35,8 +35,8 @@ def folder(publish: bool) -> Path:
 
 def save_rows(path: Path, rows: Mapping[str, dict], order: Iterable[str]) -> dict[str, dict]:
     """Add named rows to those in a JSON file, in the place of those of the same names; return all, in `order`."""
-    saved = json.loads(path.read_text()) if path.exists() else {}
-    saved = {name: (saved | rows)[name] for name in order if name in saved | rows}
+    found = {**(json.loads(path.read_text()) if path.exists() else {}), **rows}
+    saved = {name: found[name] for name in order if name in found}
     with writing.replacing(path) as temporary:
         Path(temporary).write_text(json.dumps(saved, indent=2) + "\n")
     return saved
