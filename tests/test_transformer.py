@@ -73,6 +73,16 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
+@pytest.mark.parametrize("size", [(4, 6), (8, 3), (48, 85)])
+def test_positions_go_on_beyond_the_config(size):
+    """They are those of diffusers with larger sizes in the config."""
+    config = dict(attention_head_dim=64, patch_size=2, patch_size_t=2, sample_height=8, sample_width=6)
+    ours = rotary_embedding(config, (1, 6, 4, 2 * size[0], 2 * size[1]))
+    theirs = get_3d_rotary_pos_embed(64, None, size, 3, grid_type="slice", max_size=(100, 100))
+    for one, other in zip(ours, theirs, strict=True):
+        assert np.array_equal(one.repeat(2, 1), other.numpy())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "mesh", [pytest.param(mesh, marks=[] if mesh == (2, 2, 2) else pytest.mark.slow) for mesh in MESHES], ids=str

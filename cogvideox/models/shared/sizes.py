@@ -20,15 +20,11 @@ def latent_size(vae: Mapping, frames: int, height: int, width: int) -> tuple[int
     return (frames - 1) // vae["temporal_compression_ratio"] + 1, height // spatial, width // spatial
 
 
-def check_multiple(field: str, size: int, multiple: int, most: int | None = None) -> None:
-    """Raise PlanError, naming the nearest size that works, unless `size` is a multiple of `multiple` up to `most`."""
-    if size % multiple == 0 and (most is None or size <= most):
-        return
-    nearest = max(round(size / multiple), 1) * multiple
-    limit = ""
-    if most is not None:
-        nearest, limit = min(nearest, most // multiple * multiple), f" up to {most}"
-    raise PlanError(field, f"{size} does not fit this model: a multiple of {multiple}{limit}, for example {nearest}")
+def check_multiple(field: str, size: int, multiple: int) -> None:
+    """Raise PlanError, naming the nearest size that works, unless `size` is a multiple of `multiple`."""
+    if size % multiple:
+        nearest = max(round(size / multiple), 1) * multiple
+        raise PlanError(field, f"{size} does not fit this model: a multiple of {multiple}, for example {nearest}")
 
 
 def check_frames(vae: Mapping, frames: int) -> None:

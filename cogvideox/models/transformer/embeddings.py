@@ -14,6 +14,8 @@ from cogvideox.models.transformer.layers import linear
 def rotary_embedding(config: Mapping, latent_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Return cosines and sines of the 3D rotary embedding, float32 [video tokens, attention_head_dim / 2] each.
 
+    Positions are whole numbers from 0 on, also where they exceed the sizes of the config, for which the pipeline stops.
+
     Args:
         config: `transformer/config.json`.
         latent_shape: [batch, frames, channels, height, width], frames a multiple of patch_size_t.
@@ -23,14 +25,14 @@ def rotary_embedding(config: Mapping, latent_shape: tuple[int, ...]) -> tuple[np
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
     _, frames, _, height, width = latent_shape
-    patch = config["patch_size"]
+    size = height // config["patch_size"], width // config["patch_size"]
     cos, sin = get_3d_rotary_pos_embed(
         embed_dim=config["attention_head_dim"],
         crops_coords=None,
-        grid_size=(height // patch, width // patch),
+        grid_size=size,
         temporal_size=frames // config["patch_size_t"],
         grid_type="slice",
-        max_size=(config["sample_height"] // patch, config["sample_width"] // patch),
+        max_size=size,
     )
     return cos[:, ::2].numpy(), sin[:, ::2].numpy()  # diffusers writes each value twice, once for each of a pair
 

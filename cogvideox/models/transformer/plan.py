@@ -198,7 +198,7 @@ def check_plan(plan: DenoisingPlan) -> None:
     spatial = spatial_compression_ratio(plan.vae)
     multiple = spatial * plan.transformer["patch_size"]
     for name in ("height", "width"):
-        check_multiple(name, getattr(plan, name), multiple, plan.transformer[f"sample_{name}"] * spatial)
+        check_multiple(name, getattr(plan, name), multiple)
     check_frames(plan.vae, plan.frames)
     check_guidance(plan)
     if plan.scheduler["_class_name"] not in SAMPLERS:
