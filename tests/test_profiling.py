@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 
 import diffusers
@@ -13,7 +14,7 @@ from jax.profiler import ProfileData
 from cogvideox.cli.report import Report
 from cogvideox.errors import UserError
 from cogvideox.hlo_schedule import parse_instruction
-from cogvideox.run import profiling
+from cogvideox.run import accelerator, profiling
 from cogvideox.run.profiling import Profile
 from tests.helpers import LATENTS, SIZE, STAGE2, STAGE3, STAGE3_FLAX, values
 
@@ -146,6 +147,84 @@ def test_table_of_a_tpu():
     }
     assert found == expected
     assert list(found) == list(expected), "the most expensive come first"
+
+
+# --- A trace as a GPU writes it ----------------------------------------------------------------------------------
+
+GPU_HLO = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(bf16[8,8]{1,0})->bf16[8,8]{1,0}}
+
+%fused_add (p.1: bf16[8,8]) -> bf16[8,8] {
+  %p.1 = bf16[8,8]{1,0} parameter(0)
+  ROOT %add.2 = bf16[8,8]{1,0} add(%p.1, %p.1), metadata={op_name="jit(step)/while/body/blocks.{2}/norm1/add"}
+}
+
+%command_buffer (p.2: bf16[8,8]) -> (bf16[8,8], s8[64]) {
+  %p.2 = bf16[8,8]{1,0} parameter(0)
+  %loop_add_fusion.3 = bf16[8,8]{1,0} fusion(%p.2), kind=kLoop, calls=%fused_add, metadata={op_name="jit(step)/while/body/blocks.{2}/norm1/add"}, backend_config={"kind":"__loop_fusion"}
+  %cudnn.4 = (bf16[8,8]{1,0}, u8[0]{0}) custom-call(%loop_add_fusion.3), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="jit(step)/while/body/blocks.{2}/attn1/dot_product_attention"}, backend_config={"fmha":{"a":[1,2]}}
+  %gte.5 = bf16[8,8]{1,0} get-tuple-element(%cudnn.4), index=0
+  ROOT %custom-call.6 = (bf16[8,8]{1,0}, s8[64]{0}) custom-call(%gte.5, %gte.5), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/while/body/blocks.{2}/ff/dot_general"}, backend_config={"gemm_backend_config":{"alpha_real":1,"dot_dimension_numbers":{"lhs_batch_dimensions":[]}}}
+}
+
+ENTRY %main.7 (a: bf16[8,8]) -> (bf16[8,8], s8[64]) {
+  %a = bf16[8,8]{1,0} parameter(0), metadata={op_name="arguments[0]"}
+  ROOT %call.8 = (bf16[8,8]{1,0}, s8[64]{0}) call(%a), to_apply=%command_buffer
+}
+"""  # noqa: E501
+GPU_KERNELS = (  # name of the kernel, its operation by the trace and in a graph, nanoseconds
+    ("loop_add_fusion_3", "loop_add_fusion.3", 10_000),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_3_64x128x64", "cudnn.4", 60_000),
+    ("void cutlass::Kernel2<nvjet_tst_128x256>(Params)", "custom-call.6", 20_000),
+)
+
+
+def gpu_trace(in_a_graph: bool) -> ProfileData:
+    """Make a trace of a GPU: kernels in a stream, which say their operation and program, and a copy, which does not."""
+    names = [kernel for kernel, _, _ in GPU_KERNELS] + ["convert", "MemcpyD2D"]
+    metadata = "".join(f'event_metadata {{ key: {i} value {{ id: {i} name: "{n}" }} }}' for i, n in enumerate(names))
+    metadata += "".join(
+        f'stat_metadata {{ key: {i} value {{ id: {i} name: "{n}" }} }}' for i, n in enumerate(["hlo_op", "hlo_module"])
+    )
+    events, start = "", 0
+    operations = [("command_buffer_1" if in_a_graph else op, "jit_step", ns) for _, op, ns in GPU_KERNELS]
+    for i, (operation, module, ns) in enumerate([*operations, ("convert", "jit_convert", 5_000), (None, None, 9_000)]):
+        stats = f'stats {{ metadata_id: 0 str_value: "{operation}" }} stats {{ metadata_id: 1 str_value: "{module}" }}'
+        events += (
+            f"events {{ metadata_id: {i} offset_ps: {start} duration_ps: {ns * 1000} {stats if module else ''} }}\n"
+        )
+        start += ns * 1000
+    line = f'lines {{ id: 1 name: "Stream #13(Compute,MemcpyD2D)" {events} }}'
+    plane = f'planes {{ id: 1 name: "/device:GPU:0" {line} {metadata} }}'
+    return ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(plane))
+
+
+@pytest.mark.parametrize("in_a_graph", [False, True])
+def test_table_of_a_gpu(in_a_graph):
+    """Products by cuBLAS and attention by cuDNN have their modules; where all is a graph, the names of their kernels."""
+    operations = list(profiling.operations_of(gpu_trace(in_a_graph)))
+    found = {row.name: row.nanoseconds for row in profiling.table(operations, GPU_HLO)}
+    attention, product = "blocks.*.attn1", "blocks.*.ff"
+    if in_a_graph:
+        attention, product = (profiling.kernel_name(GPU_KERNELS[i][0]) for i in (1, 2))
+        assert product == "kernel cutlass::Kernel2" and attention.startswith("kernel cudnn_generated_fort")
+    assert found == {attention: 60_000, product: 20_000, "blocks.*.norm1": 10_000, profiling.OTHER: 5_000}
+
+
+@pytest.mark.parametrize(
+    ("platforms", "flags", "profiled", "expected"),
+    [
+        ("cuda,cpu", None, True, accelerator.NO_GRAPHS),
+        ("cuda", "--a=b", True, f"--a=b {accelerator.NO_GRAPHS}"),
+        ("cuda", f"{accelerator.NO_GRAPHS}FUSION", True, f"{accelerator.NO_GRAPHS}FUSION"),
+        ("cuda", None, False, None),
+        ("tpu,cpu", None, True, None),
+    ],
+)
+def test_no_graphs_in_a_trace(platforms, flags, profiled, expected, monkeypatch):
+    """Else a GPU's trace names a graph where there are operations."""
+    monkeypatch.setattr(os, "environ", {"JAX_PLATFORMS": platforms} | ({"XLA_FLAGS": flags} if flags else {}))
+    accelerator.prepare_libraries(profiled)
+    assert os.environ.get("XLA_FLAGS") == expected
 
 
 # --- A trace of this machine -------------------------------------------------------------------------------------

@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     import jax
 
 
-def prepare_libraries() -> None:
+# XLA's graphs of kernels, in which a trace does not tell one operation from another (openxla/xprof, issue 3070).
+NO_GRAPHS = "--xla_gpu_enable_command_buffer="
+
+
+def prepare_libraries(profiled: bool = False) -> None:
     """Set environment variables and warning filters before jax, torch and the Hugging Face libraries are imported.
 
     Without a TPU, jax would still try libtpu and print many errors before it falls back to another platform; with one
     that another process holds, it would fall back to the CPU. This function therefore sets `JAX_PLATFORMS`, unless the
-    user has set it.
+    user has set it. If the run is to be `profiled`, a GPU runs each operation by itself.
 
     Raises:
         UserError: there is no temporary folder, without which torch does not start.
@@ -32,6 +36,9 @@ def prepare_libraries() -> None:
         raise UserError(f"{reason(error)}; name a folder that can be written with TMPDIR") from error
     has_cuda = os.path.exists("/dev/nvidia0") and importlib.metadata.entry_points(group="jax_plugins")
     os.environ.setdefault("JAX_PLATFORMS", "tpu,cpu" if has_tpu() else "cuda,cpu" if has_cuda else "cpu")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if profiled and "cuda" in os.environ["JAX_PLATFORMS"] and NO_GRAPHS not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {NO_GRAPHS}".strip()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cogvideox.cli.report import Report
+from cogvideox.errors import shortened
 from cogvideox.files import writing
 from cogvideox.hlo_schedule import HloError, Instruction, Program
 
@@ -132,12 +133,14 @@ class Operation(NamedTuple):
         module: the program's name, or None where the trace does not tell.
         device: the name of the device's part of the trace, None for a CPU.
         nanoseconds: that it took, without those of operations inside of it.
+        kernel: the name of the kernel that a GPU ran for it, None elsewhere.
     """
 
     name: str
     module: str | None
     device: str | None
     nanoseconds: int
+    kernel: str | None = None
 
 
 def operations_of(profile: "ProfileData") -> Iterator[Operation]:
@@ -148,7 +151,7 @@ def operations_of(profile: "ProfileData") -> Iterator[Operation]:
     """
     devices = [plane for plane in profile.planes if re.fullmatch(r"/device:(TPU|GPU):\d+", plane.name)]
     for plane in devices or [plane for plane in profile.planes if plane.name == "/host:CPU"]:
-        for events in _lines(plane):
+        for events in _lines(plane, has_kernels="GPU" in plane.name):
             yield from _without_inner(events, plane.name if devices else None)
 
 
@@ -157,9 +160,10 @@ class _Event(NamedTuple):
     end: float
     name: str
     module: str | None
+    kernel: str | None
 
 
-def _lines(plane: "ProfilePlane") -> Iterator[list[_Event]]:
+def _lines(plane: "ProfilePlane", has_kernels: bool) -> Iterator[list[_Event]]:
     """Yield the operations of each line of a plane, in the order of their starts, outer ones before inner ones."""
     lines = list(plane.lines)
     only = [line for line in lines if line.name == "XLA Ops"]
@@ -171,7 +175,8 @@ def _lines(plane: "ProfilePlane") -> Iterator[list[_Event]]:
                 stats = dict(event.stats)
             if name := stats.get("hlo_op", event.name if only else None):
                 name = re.match(r"%?([\w.\-]*)", str(name))[1]  # type: ignore[index]  # a TPU has the whole instruction
-                events.append(_Event(event.start_ns, event.end_ns, name, stats.get("hlo_module")))
+                kernel = event.name if has_kernels else None
+                events.append(_Event(event.start_ns, event.end_ns, name, stats.get("hlo_module"), kernel))
         yield sorted(events, key=lambda event: (event.start, -event.end))
 
 
@@ -186,7 +191,7 @@ def _without_inner(events: Sequence[_Event], device: str | None) -> Iterator[Ope
             own[outer[-1]] -= min(event.end, events[outer[-1]].end) - event.start
         outer.append(i)
     for event, nanoseconds in zip(events, own, strict=True):
-        yield Operation(event.name, event.module, device, max(round(nanoseconds), 0))
+        yield Operation(event.name, event.module, device, max(round(nanoseconds), 0), event.kernel)
 
 
 # --- Names -------------------------------------------------------------------------------------------------------
@@ -203,6 +208,8 @@ class Row(NamedTuple):
 def table(operations: Sequence[Operation], text: str) -> list[Row]:
     """Return the time of a program's operations by the names of modules, the most expensive first.
 
+    A kernel of a GPU that belongs to no module that is known has a row of its own.
+
     Args:
         operations: of the program and of others.
         text: of the compiled program.
@@ -212,11 +219,22 @@ def table(operations: Sequence[Operation], text: str) -> list[Row]:
     find = functools.cache(names.find)  # an operation runs many times
     found: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for operation in operations:
-        ours = operation.name in names and operation.module in (None, header and header[1])
-        module, kind = find(operation.name) if ours else (OTHER, operation.module or operation.name)
+        is_ours = operation.module in (None, header and header[1])
+        name = names.instruction(operation)
+        if is_ours and name:
+            module, kind = find(name)
+        elif is_ours and operation.kernel:
+            module, kind = kernel_name(operation.kernel), re.sub(r"[\d._]+$", "", operation.name)
+        else:
+            module, kind = OTHER, operation.module or operation.name
         found[folded(module) or OUTSIDE][kind] += operation.nanoseconds
     rows = [Row(name, sum(kinds.values()), kinds) for name, kinds in found.items()]
     return sorted((row for row in rows if row.nanoseconds), key=lambda row: -row.nanoseconds)
+
+
+def kernel_name(kernel: str) -> str:
+    """Return the name of a GPU's kernel without its C++ type and arguments."""
+    return "kernel " + shortened(re.split(r"[<(]", kernel.removeprefix("void "))[0], 60)
 
 
 def folded(module: str) -> str:
@@ -240,6 +258,7 @@ class Names:
         except HloError:
             self._program = Program({}, "", {})
         self._instructions = {i.name: i for body in self._program.computations.values() for i in body}
+        self._kernels = {re.sub(r"\W", "_", name): name for name in self._instructions}
         self._scopes = {name: scope(i) for name, i in self._instructions.items()}
         self._modules = {found[0] for found in self._scopes.values() if found}
         self._users: dict[str, list[str]] = collections.defaultdict(list)
@@ -250,6 +269,13 @@ class Names:
     def __contains__(self, name: str) -> bool:
         """Return whether the program has an instruction of this name."""
         return name in self._instructions
+
+    def instruction(self, operation: Operation) -> str | None:
+        """Return the instruction that an operation runs; None if the program has none of its name or its kernel's.
+
+        What a GPU runs as one graph has a single name, but XLA names its own kernels after their instructions.
+        """
+        return operation.name if operation.name in self else self._kernels.get(operation.kernel or "")
 
     def find(self, name: str) -> tuple[str, str]:
         """Return the module of an instruction, "" for none, and the kind of its operation.
