@@ -342,10 +342,11 @@ def test_plot_of_a_run_and_of_two(two_runs, run_stage, tmp_path):
     """The picture is there beside what is printed without it, and the exit status is the comparison's."""
     a, b = two_runs
     plain = run_stage(TOOL, a).stdout
-    assert run_stage(TOOL, a, "--plot", "one.png").stdout == plain
+    assert run_stage(TOOL, a, "--plot", "one.png").stdout == f"{plain}wrote one.png\n"
     assert run_stage(TOOL, a, b, "--plot", "both.PNG").stdout
     plain = run_stage(TOOL, a, "--compare", b, "--json", status=1).stdout
-    assert run_stage(TOOL, a, "--compare", b, "--json", "--plot", "two.png", status=1).stdout == plain
+    beside = run_stage(TOOL, a, "--compare", b, "--json", "--plot", "two.png", status=1)
+    assert (beside.stdout, beside.stderr) == (plain, "wrote two.png\n")
     run_stage(TOOL, a, "--compare", a, "--plot", "equal.png")
     found = {name: picture(tmp_path / name) for name in ("one.png", "both.PNG", "two.png", "equal.png")}
     for name, pixels in found.items():

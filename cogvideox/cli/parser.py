@@ -1,8 +1,10 @@
 """Parse arguments like argparse, with errors of one line."""
 
 import argparse
+import sys
 from typing import Any, NoReturn
 
+from cogvideox.cli.terminal import fitted
 from cogvideox.errors import one_line
 
 
@@ -31,4 +33,4 @@ class ArgumentParser(argparse.ArgumentParser):
         option, _, fault = message.removeprefix("argument ").partition(": ")
         if fault.endswith("one argument"):
             message += f"; a value that begins with a dash is written {option}=-VALUE"
-        self.exit(2, one_line(f"{self.prog}: error: {message} (see --help)") + "\n")
+        self.exit(2, fitted(one_line(f"{self.prog}: error: {message} (see --help)"), sys.stderr) + "\n")

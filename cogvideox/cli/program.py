@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cogvideox.cli.signals import Interruption
+from cogvideox.cli.terminal import fitted
 from cogvideox.errors import UserError, as_user_error, one_line
 
 BACKGROUND = "background"  # the name of threads whose work is given up when the process ends
@@ -68,7 +69,7 @@ def _exit(message: str, status: int, program: str | None) -> NoReturn:
     if program is None:
         script = Path(sys.argv[0])
         program = script.parent.name if script.name == "__main__.py" else script.name  # `python -m` runs a package
-    print(one_line(f"{program}: {message}"), file=sys.stderr)
+    print(fitted(one_line(f"{program}: {message}"), sys.stderr), file=sys.stderr)
     _leave(status)
 
 

@@ -11,10 +11,9 @@ import numpy as np
 from cogvideox.cli.report import Report
 from cogvideox.cli.signals import Interruption
 from cogvideox.defaults import PRESETS
-from cogvideox.files import checkpoint, stage_files, tensor_dump
+from cogvideox.files import checkpoint, tensor_dump
 from cogvideox.files.lora import Lora
 from cogvideox.files.names import CONFIG, PREVIEW
-from cogvideox.files.schemas import LATENT_ENTRIES
 from cogvideox.models.shared.sizes import spatial_compression_ratio
 from cogvideox.run.hosts import Hosts
 from cogvideox.run.jobs import Group, Task
@@ -98,8 +97,8 @@ def trace_steps(
 
 def recorder(arguments: argparse.Namespace, task: Task, steps: Steps) -> "Recorder | NoRecorder":
     """Make what writes the files of --dump, which takes a single video."""
-    made_from = stage_files.made_from(task.config, LATENT_ENTRIES)
-    return dump_recorder(arguments, "stage2", "step", made_from, steps.plan.parallelism.mesh, steps.programs)
+    made = task.made(arguments)
+    return dump_recorder(arguments, "stage2", "step", made, steps.plan.parallelism.mesh, steps.programs)
 
 
 @dataclasses.dataclass(frozen=True)

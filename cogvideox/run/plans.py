@@ -54,17 +54,17 @@ def dump_recorder(
     arguments: argparse.Namespace,
     stage: str,
     unit: str,
-    made_from: Mapping[str, str],
+    made: Mapping[str, str],
     mesh: "jax.sharding.Mesh",
     programs: "Sequence[jax.stages.Traced]",
 ) -> "recorder.Recorder | recorder.NoRecorder":
-    """Make what writes the files of --dump while programs run, one for each step; see `Recorder`."""
+    """Make what writes the files of --dump, with the metadata `made`, while programs run, one for each step."""
     from cogvideox.run import recorder
 
     if arguments.dump is None:
         return recorder.NoRecorder()
     chosen = tensor_dump.steps(arguments.dump_steps, len(programs))
-    return recorder.Recorder(arguments.dump, stage, unit, made_from, mesh, programs, chosen)
+    return recorder.Recorder(arguments.dump, stage, unit, made, mesh, programs, chosen)
 
 
 def denoising_plan(
