@@ -40,4 +40,5 @@ PRESETS: dict[str, dict[str, object]] = {
         "fps": 16,
     },
 }
+SOME_QUERIES = 8  # tokens whose attention weights a dump has if none are named
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # what --dtype may be

@@ -540,8 +540,7 @@ def select(
     names = {name for arrays in planned.values() for name in arrays}
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            near = tap.nearest(pattern, names)
-            raise UserError(f"--dump_names {pattern}: nothing has such a name; the nearest are {near}")
+            raise UserError(f"--dump_names: {tap.no_such_name(pattern, names)}")
     return {
         number: {name: arrays[name] for name in arrays if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
         for number, arrays in planned.items()

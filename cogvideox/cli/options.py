@@ -18,6 +18,7 @@ from cogvideox.defaults import (
     MOST_PIXELS,
     NUM_STEPS,
     PRESETS,
+    SOME_QUERIES,
     USE_DP,
     USE_DYNAMIC_CFG,
     WIDTH,
@@ -222,6 +223,14 @@ def add_dump_options(parser: argparse.ArgumentParser, unit: str) -> None:
     parser.add_argument(
         "--dump_steps", metavar="NUMBERS", help=f"{unit}s whose tensors are written, such as 0,3-5,-1 (default: all)"
     )
+    if unit == "step":
+        parser.add_argument(
+            "--dump_queries",
+            metavar="NUMBERS",
+            help="tokens whose attention weights are written if --dump_names has '*.attn1.weights'; those of the text "
+            f"are first (default: {SOME_QUERIES}, evenly spread)",
+        )
+        parser.add_argument("--dump_heads", metavar="NUMBERS", help="heads whose are written (default: all)")
     parser.add_argument(
         "--dump_stats",
         action="store_true",

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,7 +18,7 @@ from cogvideox.files.names import CONFIG, PREVIEW
 from cogvideox.models.shared.sizes import spatial_compression_ratio
 from cogvideox.run.hosts import Hosts
 from cogvideox.run.jobs import Group, Task
-from cogvideox.run.plans import dump_recorder, dump_wanted, plan_errors, skipped_steps
+from cogvideox.run.plans import attention_wanted, dump_recorder, dump_wanted, plan_errors, skipped_steps
 
 if TYPE_CHECKING:
     import jax
@@ -87,7 +88,7 @@ def trace_steps(
     """
     from cogvideox.models.transformer.step import abstract_arguments, make_step
 
-    wanted = dump_wanted(arguments)
+    wanted = dump_wanted(arguments, plan)
     with plan_errors():
         skipped = skipped_steps(arguments, plan, model_id, read)
         kinds = plan.kinds(skipped)
@@ -97,8 +98,14 @@ def trace_steps(
 
 def recorder(arguments: argparse.Namespace, task: Task, steps: Steps) -> "Recorder | NoRecorder":
     """Make what writes the files of --dump, which takes a single video."""
-    made = task.made(arguments)
+    made = task.made(arguments) | {"tokens": json.dumps(tokens_of(arguments, steps.plan))}
     return dump_recorder(arguments, "stage2", "step", made, steps.plan.parallelism.mesh, steps.programs)
+
+
+def tokens_of(arguments: argparse.Namespace, plan: "DenoisingPlan") -> dict[str, object]:
+    """Return what a dump says of the tokens: how many are text, the grid of the others, and of which it has weights."""
+    attention = {} if arguments.dump is None else attention_wanted(arguments, plan)
+    return {"text": plan.tokens - plan.video_tokens, "video": plan.token_grid} | attention
 
 
 @dataclasses.dataclass(frozen=True)
