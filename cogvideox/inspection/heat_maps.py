@@ -12,7 +12,7 @@ from cogvideox.files.tensor_dump import as_text
 from cogvideox.inspection.figure import HeatMap, Sheet
 from cogvideox.inspection.items import Item, progress
 
-MOST_ROWS, MOST_COLUMNS = 500, 900  # of a matrix as it is drawn
+MOST_ROWS, MOST_COLUMNS = 300, 450  # of a matrix as it is drawn: no more than pixels
 MOST_SAMPLES = 2  # with guidance the negative prompt and the prompt
 MOST_QUERIES = 8  # whose attention weights are drawn on the frames
 WEIGHTS = ".attn1.weights"
@@ -33,11 +33,11 @@ class Tokens(NamedTuple):
     heads: list[int]
 
     def place(self, token: int) -> str:
-        """Say where a token is."""
+        """Say where a token is: in the text, or in which frame and at which row and column."""
         if token < self.text:
             return "text"
         frame, row, column = (int(index) for index in np.unravel_index(token - self.text, self.video))
-        return f"frame {frame}\nrow {row}, column {column}"
+        return f"frame {frame}\nat ({row}, {column})"
 
 
 def tokens_of(item: Item) -> Tokens | None:

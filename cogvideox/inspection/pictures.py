@@ -66,7 +66,8 @@ def plot(path: Path, runs: "Sequence[tuple[Path, Mapping[str, Item]]]") -> None:
     ]
     tensors = [entry for entry in entries if is_tensor(entry)]
     title = ", ".join(str(folder) for folder, _ in runs)
-    if len({entry.name.partition("/")[2] or entry.name for entry in tensors}) == 1:
+    names = {entry.name.partition("/")[2] or entry.name for entry in tensors}  # without the step
+    if len(names) == 1 and not has_sheet(tensors[0]):
         draw_single(path, title, tensors)
         return
     chosen = tensors[:MOST_HISTOGRAMS]
@@ -77,14 +78,10 @@ def plot(path: Path, runs: "Sequence[tuple[Path, Mapping[str, Item]]]") -> None:
 
 def draw_single(path: Path, title: str, entries: Sequence[Entry]) -> None:
     """Draw a tensor, or the same of several steps, with heat maps beside the histograms, and its tokens as frames."""
-    maps, sheets, shown = [], [], some(entries)
-    for entry in shown:
-        (item,) = filter(None, entry.items)
-        is_picture = has_sheet(entry)
-        maps.append(None if is_picture else heat_map(entry.name, item))
-        sheets.append(sheet_of(entry, [""]) if is_picture else frames_of_tokens(entry.name, item))
-    histograms = [histogram_of(entry, [""]) for entry in shown]
-    draw_figure(path, title, histograms, [*filter(None, sheets)], maps if any(maps) else [])
+    shown = some(entries)
+    found = [(entry.name, item) for entry in shown for item in entry.items if item]
+    sheets = [sheet for one in found if (sheet := frames_of_tokens(*one))]
+    draw_figure(path, title, [histogram_of(entry, [""]) for entry in shown], sheets, [heat_map(*one) for one in found])
 
 
 def plot_comparison(
