@@ -22,16 +22,19 @@ class Cause(NamedTuple):
 def causes(one: Path, other: Path) -> list[Cause]:
     """Return the entries that decided the files of two runs, which are files or folders, otherwise.
 
-    Entries that one of two files lacks, as those of earlier versions do, are none.
+    Entries that one of two files lacks, as those of earlier versions do, are none, nor inputs that both runs have: they
+    are compared themselves.
 
     Raises:
         UserError: a file is not what its name says, or what it says of itself is damaged.
     """
     found: dict[tuple[str, str, str], list[str]] = {}
-    for path, beside in pairs_of_files(one, other):
+    pairs = list(pairs_of_files(one, other))
+    compared = {path.name for path, _ in pairs}
+    for path, beside in pairs:
         ours, theirs = decided_by(path), decided_by(beside)
         for name in ours:
-            if name in theirs and ours[name] != theirs[name]:
+            if name in theirs and ours[name] != theirs[name] and name not in compared:
                 found.setdefault((name, ours[name], theirs[name]), []).append(path.name)
     return [Cause(*entry, tuple(files)) for entry, files in found.items()]
 
@@ -40,7 +43,7 @@ def lines(one: Path, other: Path) -> Iterator[str]:
     """Yield the `causes` as lines for people."""
     found, rows = causes(one, other), []
     if found:
-        yield f"decided otherwise, in {one} and in {other}:"
+        yield f"what decided them differs, {one} and {other}:"
         for cause in found:
             ours, theirs = (shortened(value) or "nothing" for value in (cause.ours, cause.theirs))
             rows.append([cause.name, f"{ours} and {theirs}" + f" ({cause.files[0]})" * (len(cause.files) == 1)])
