@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cogvideox.cli import program
+from cogvideox.cli import program, terminal
 from cogvideox.cli import report as report_module
 from cogvideox.cli.report import EventLog, Report, memory_of
 from cogvideox.files import timings
@@ -113,7 +113,7 @@ def test_progress_is_lines_where_nobody_watches(clock, tmp_path, capsys, monkeyp
     run_report(clock, tmp_path)
     found = capsys.readouterr().err
     assert re.fullmatch(r"  denoising: +0% 0/3 .*\n  denoising: 100% 3/3 .*\n", found), found
-    monkeypatch.setattr(report_module, "LINE_SECONDS", 0)
+    monkeypatch.setattr(terminal, "LINE_SECONDS", 0)
     run_report(clock, tmp_path)
     counts = re.findall(r"^  denoising: +\d+% (\d)/3 [^\r\n]*$", capsys.readouterr().err, re.MULTILINE)
     assert [*dict.fromkeys(counts)] == ["0", "1", "2", "3"], counts

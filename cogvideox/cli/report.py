@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import datetime
 import errno
-import io
 import json
 import os
 import platform
@@ -27,7 +26,6 @@ from cogvideox.errors import UserError, as_user_error
 from cogvideox.files import timings
 from cogvideox.versions import LIBRARIES, versions
 
-LINE_SECONDS = 30  # at least between two lines of progress, where stderr is no terminal
 LOG_BEGINS = b'{"time": "'  # as each line of a log of events
 
 
@@ -226,9 +224,7 @@ class Report:
     @contextlib.contextmanager
     def progress(self, description: str, unit: str, total: int, done: int = 0) -> Iterator["Progress"]:
         """Show a progress bar, on which `done` units are done, or lines where stderr is no terminal; see `Progress`."""
-        options: dict[str, Any] = {"desc": f"  {description}", "unit": unit, "disable": self._quiet}
-        if not sys.stderr.isatty():
-            options |= {"file": Lines(), "ncols": 0, "miniters": 1, "mininterval": LINE_SECONDS}
+        options = {"desc": f"  {description}", "unit": unit, "disable": self._quiet} | terminal.bar_options()
         with tqdm(total=total, initial=done, **options) as bar:
             yield Progress(self, bar, unit, total)
 
@@ -270,16 +266,6 @@ class Report:
         if next_command:
             self._print(f"\nNext: {next_command}")
         self.event("end", seconds=round(time.perf_counter() - self._started, 6), results=dict(self._rows))
-
-
-class Lines(io.TextIOBase):
-    """A file for tqdm that puts each state of its bar on a line of its own, on stderr."""
-
-    def write(self, text: str) -> int:
-        """Write what tqdm shows, without the characters by which it draws over the state before."""
-        if shown := text.strip("\r\n").rstrip():
-            print(shown, file=sys.stderr, flush=True)
-        return len(text)
 
 
 class Progress:

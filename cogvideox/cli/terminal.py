@@ -1,13 +1,15 @@
 """Fit what is printed to the width of a terminal; files and pipes get whole lines."""
 
+import io
 import re
 import shlex
 import shutil
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
+LINE_SECONDS = 30  # at least between two lines of progress, where stderr is no terminal
 NEXT = "Next: "  # what a line begins with that is a command to run next
 
 
@@ -47,6 +49,23 @@ def table(rows: Sequence[Sequence[str]], indent: int = 2) -> list[str]:
         shown = ["  ".join(f"{cells[i]:<{sizes[i]}}" for i in part if i < len(cells)).rstrip() for part in parts]
         texts.append("\n".join(" " * (indent + 2 * (n > 0)) + line for n, line in enumerate(shown) if line or not n))
     return texts
+
+
+def bar_options() -> dict[str, Any]:
+    """Return options of tqdm: a bar on a terminal, and elsewhere a line now and then."""
+    if sys.stderr.isatty():
+        return {}
+    return {"file": _Lines(), "ncols": 0, "miniters": 1, "mininterval": LINE_SECONDS}
+
+
+class _Lines(io.TextIOBase):
+    """A file for tqdm that puts each state of its bar on a line of its own, on stderr."""
+
+    def write(self, text: str) -> int:
+        """Write what tqdm shows, without the characters by which it draws over the state before."""
+        if shown := text.strip("\r\n").rstrip():
+            print(shown, file=sys.stderr, flush=True)
+        return len(text)
 
 
 def _wrapped(line: str, width: int) -> str:
