@@ -4,18 +4,32 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 OUT := stage_outputs
 PROMPT := a yellow triangle moving right on a gray background
+MODEL := zai-org/CogVideoX1.5-5B
+OPTIONS :=
+
+# One word of a shell, whatever is in it.
+quoted = '$(subst ','\'',$1)'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test-fast test clean
+.PHONY: help demo video lint test-fast test clean
 
 help:  ## list the targets
 	@echo "Targets. The first run of any but help and clean installs what it needs into $(VENV)."
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'Variables: PROMPT="$(PROMPT)", OUT=$(OUT), PYTHON=$(PYTHON).'
+	@echo 'Variables, with their values:'
+	@echo '  PROMPT='$(call quoted,"$(PROMPT)")
+	@echo '  OUT=$(OUT), the folder of the outputs; PYTHON=$(PYTHON)'
+	@echo '  MODEL=$(MODEL), of video; its OPTIONS are those of stage 2'
 
 demo: $(VENV)/installed  ## run the three stages on the tiny model, and say where the video is
-	$(RUN) stage1_text_encoder.py --model_id tiny_model --output_dir $(OUT) --prompt "$(PROMPT)"
+	$(RUN) stage1_text_encoder.py --model_id tiny_model --output_dir $(OUT) --prompt $(call quoted,$(PROMPT))
 	$(RUN) stage2_transformer.py --input_dir $(OUT) --height 64 --width 64 --frames 17 --guidance_scale 2
+	$(RUN) stage3_vae_decoder.py --input_dir $(OUT)
+	@echo "The video is $(OUT)/output_video.mp4"
+
+video: $(VENV)/installed  ## the same with any model: make video MODEL=... PROMPT="..."
+	$(RUN) stage1_text_encoder.py --model_id $(call quoted,$(MODEL)) --output_dir $(OUT) --prompt $(call quoted,$(PROMPT))
+	$(RUN) stage2_transformer.py --input_dir $(OUT) $(OPTIONS)
 	$(RUN) stage3_vae_decoder.py --input_dir $(OUT)
 	@echo "The video is $(OUT)/output_video.mp4"
 

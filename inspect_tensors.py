@@ -29,12 +29,19 @@ from cogvideox.inspection.tables import comparison_table, table
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(__doc__.splitlines()[0], prog="inspect_tensors.py")
-    parser.add_argument("paths", type=file_path, nargs="+", help="safetensors files, videos, or folders of them")
-    parser.add_argument("--compare", type=file_path, help="compare the one path with this one; differences end with 1")
+    parser = ArgumentParser(
+        __doc__.splitlines()[0], prog="inspect_tensors.py", usage="%(prog)s PATH [PATH ...] [options]"
+    )
+    parser.add_argument(
+        "paths", type=file_path, nargs="+", metavar="PATH", help="safetensors files, videos, or folders of them"
+    )
+    parser.add_argument(
+        "--compare", type=file_path, metavar="PATH", help="compare the one path with this one; differences end with 1"
+    )
     parser.add_argument(
         "--noise",
         type=file_path,
+        metavar="PATH",
         help="the run of --compare in bfloat16: a difference counts where it exceeds --tolerance times this one's",
     )
     parser.add_argument(

@@ -12,17 +12,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from cogvideox.cli.options import add_log_options, add_weight_options
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
-from cogvideox.cli.types import file_path, model_id, utf8
+from cogvideox.cli.stages import STAGES, add_stage1_options
 from cogvideox.errors import UserError, shortened
 from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
 from cogvideox.files.schemas import TEXT_ENTRIES
 from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors, values_by_dtype
 from cogvideox.run.accelerator import prepare_libraries
-from utils import CONFIG, EMBEDDINGS, MODEL_NAME, STAGE_OUTPUTS
+from utils import CONFIG, EMBEDDINGS
 
 if TYPE_CHECKING:
     import torch
@@ -36,17 +35,13 @@ ROWS = 128  # T5's embedding has a row for each token, and may have more up to a
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser("Stage 1 of CogVideoX text to video: encode the prompt.", prog=PROGRAM)
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", type=utf8, help="what the video shows")
-    prompt.add_argument("--prompt_file", type=file_path, help="a text file with a prompt on each line, for many videos")
-    parser.add_argument(
-        "--negative_prompt", type=utf8, default="", help="what the video must not show; used with guidance"
+    parser = ArgumentParser(
+        "Stage 1 of CogVideoX text to video: encode the prompt.",
+        others=STAGES,
+        prog=PROGRAM,
+        usage="%(prog)s --prompt TEXT [options]",
     )
-    parser.add_argument("--model_id", type=model_id, default=MODEL_NAME, help="Hugging Face model id, or a folder")
-    parser.add_argument("--output_dir", type=file_path, default=STAGE_OUTPUTS, help="where the files go")
-    add_weight_options(parser)
-    add_log_options(parser)
+    add_stage1_options(parser)
     return parser.parse_args(argv)
 
 

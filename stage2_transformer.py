@@ -10,94 +10,32 @@ import contextlib
 import shlex
 from collections.abc import Sequence
 
-from cogvideox.cli.options import (
-    add_compilation_options,
-    add_denoising_options,
-    add_dump_options,
-    add_force_option,
-    add_host_options,
-    add_log_options,
-    add_lora_option,
-    add_preset_option,
-    add_profile_option,
-    add_weight_options,
-    parse_with_preset,
-)
+from cogvideox.cli.options import parse_with_preset
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
-from cogvideox.cli.types import file_path, frame_rate, model_id, number
-from cogvideox.defaults import MOST_SEED
+from cogvideox.cli.stages import STAGES, add_stage2_options
 from cogvideox.files import lora
 from cogvideox.run import accelerator, denoising, jobs
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
 from cogvideox.run.plans import check_dump, denoising_plan, with_compute_dtype
 from cogvideox.run.profiling import Profile
-from utils import CONFIG, EMBEDDINGS, FPS, PREVIEW, SEED, STAGE_OUTPUTS, WARMUP_STEPS
+from utils import CONFIG, EMBEDDINGS
 
 PROGRAM = "stage2_transformer.py"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser("Stage 2 of CogVideoX text to video: denoise the latents.", prog=PROGRAM)
-    parser.add_argument("--input_dir", type=file_path, default=STAGE_OUTPUTS, help="stage 1's output folder")
-    parser.add_argument("--output_dir", type=file_path, help="where the files go (default: --input_dir)")
-    add_force_option(parser)
-    parser.add_argument(
-        "--model_id", type=model_id, help="the model; it must be the one that stage 1 used, which is the default"
+    parser = ArgumentParser(
+        "Stage 2 of CogVideoX text to video: denoise the latents.",
+        others=STAGES,
+        prog=PROGRAM,
+        usage="%(prog)s [options]",
     )
-    add_denoising_options(parser)
-    add_video_options(parser)
-    add_run_options(parser)
-    add_dump_options(parser, "step")
-    add_profile_option(parser, "step")
-    add_weight_options(parser)
-    add_host_options(parser)
-    add_log_options(parser)
+    add_stage2_options(parser)
     return parse_with_preset(parser, argv)
-
-
-def add_video_options(parser: argparse.ArgumentParser) -> None:
-    """Add what decides the videos beside the options of a denoising step."""
-    add_preset_option(parser)
-    add_lora_option(parser)
-    parser.add_argument("--seed", type=number(int, 0, MOST_SEED), default=SEED, help="seed of the noise")
-    parser.add_argument(
-        "--num_videos_per_prompt",
-        type=number(int, 1, 10_000),
-        default=1,
-        metavar="N",
-        help="videos of each prompt, from the seeds --seed to --seed + N - 1, each in a folder of its own",
-    )
-    parser.add_argument("--fps", type=frame_rate, default=FPS, help="frames per second, for stage 3")
-
-
-def add_run_options(parser: argparse.ArgumentParser) -> None:
-    """Add how the steps are run, which changes no video."""
-    parser.add_argument(
-        "--warmup_steps",
-        type=number(int, 0, 1000),
-        default=WARMUP_STEPS,
-        help="steps that run before the first one, untimed",
-    )
-    add_compilation_options(parser, "the compiled step")
-    parser.add_argument(
-        "--preview_every",
-        type=number(int, 1),
-        metavar="N",
-        help=f"after every N steps draw the latents that they predict as {PREVIEW} in the output folder",
-    )
-    parser.add_argument(
-        "--checkpoint_every",
-        type=number(int, 0),
-        metavar="N",
-        help="keep the state after every N steps, 0 for never (default: as often as 2%% of the time allow)",
-    )
-    parser.add_argument(
-        "--restart", action="store_true", help="start over, without the steps that an unfinished run has done"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,27 +1,17 @@
 """Run stage 3: decode the latents to a video with diffusers' VAE decoder, run by JAX through TorchAx.
 
-Reads stage 2's files from --input_dir; writes --output_video, or the videos of all folders there (see
-cogvideox/files/videos.py). stage3_vae_decoder_flax.py is this stage with the Flax decoder instead.
+Reads stage 2's files from --input_dir; writes the video, or those of all folders there (see cogvideox/files/videos.py),
+to --output_dir. stage3_vae_decoder_flax.py is this stage with the Flax decoder instead.
 """
 
 import argparse
 import contextlib
 from collections.abc import Sequence
 
-from cogvideox.cli.options import (
-    add_compilation_options,
-    add_decoding_options,
-    add_dump_options,
-    add_force_option,
-    add_host_options,
-    add_log_options,
-    add_profile_option,
-    add_weight_options,
-)
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
-from cogvideox.cli.types import file_path, frame_rate, model_id, video_path
+from cogvideox.cli.stages import STAGES, add_stage3_options
 from cogvideox.files import stage_files
 from cogvideox.files.video_file import check_ffmpeg
 from cogvideox.run import accelerator, decoding, jobs
@@ -29,36 +19,20 @@ from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
 from cogvideox.run.plans import check_dump, decoding_plan, with_compute_dtype
 from cogvideox.run.profiling import Profile
-from utils import CONFIG, LATENTS, STAGE_OUTPUTS, VIDEO
+from utils import CONFIG, LATENTS
 
 PROGRAMS = {"torchax": "stage3_vae_decoder.py", "flax": "stage3_vae_decoder_flax.py"}  # by decoder
 
 
 def parse_arguments(argv: Sequence[str] | None, program: str) -> argparse.Namespace:
     """Read the command line."""
-    parser = ArgumentParser("Stage 3 of CogVideoX text to video: decode the latents.", prog=program)
-    parser.add_argument("--input_dir", type=file_path, default=STAGE_OUTPUTS, help="stage 2's output folder")
-    parser.add_argument("--output_video", type=video_path, help=f"the video (default: {VIDEO} in --input_dir)")
-    parser.add_argument("--output_frames", type=file_path, help="also save the frames, uint8, as safetensors")
-    parser.add_argument("--fps", type=frame_rate, help="frames per second (default: what stage 2 was told)")
-    add_force_option(parser)
-    parser.add_argument("--allow_nan", action="store_true", help="decode latents that hold NaN or infinity")
-    add_compilation_options(parser, "the compiled programs")
-    parser.add_argument(
-        "--warmup",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="first run each program once, untimed",
+    parser = ArgumentParser(
+        "Stage 3 of CogVideoX text to video: decode the latents.",
+        others=STAGES,
+        prog=program,
+        usage="%(prog)s [options]",
     )
-    parser.add_argument(
-        "--model_id", type=model_id, help="the model; it must be the one that stage 1 used, which is the default"
-    )
-    add_decoding_options(parser)
-    add_dump_options(parser, "chunk")
-    add_profile_option(parser, "chunk")
-    add_weight_options(parser)
-    add_host_options(parser)
-    add_log_options(parser)
+    add_stage3_options(parser)
     return parser.parse_args(argv)
 
 
@@ -69,8 +43,13 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
     with Report("stage3", PROGRAMS[decoder], arguments) as report, contextlib.ExitStack() as until_end:
         profile = Profile(arguments.profile, "chunk", report)
         videos = jobs.videos_to_decode(arguments)
-        output_dir = jobs.decoding_folder(videos, arguments)
-        until_end.enter_context(hosts.claimed(output_dir, "stage3", report.warn, arguments.output_video))
+        output_dir = jobs.decoding_folder(arguments)
+        if arguments.output_video:
+            until_end.enter_context(
+                hosts.claimed(arguments.output_video.parent, "stage3", report.warn, arguments.output_video)
+            )
+        if arguments.output_dir or not arguments.output_video:
+            until_end.enter_context(hosts.claimed(output_dir, "stage3", report.warn))
         model_id, shapes = jobs.check_files_to_decode(videos, arguments, hosts, report)
         check_ffmpeg()
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.terminal import fitted
-from cogvideox.cli.types import file_path
+from cogvideox.cli.types import folder_path
 from cogvideox.defaults import (
     FPS,
     FRAMES,
@@ -85,10 +85,14 @@ def prepare_video_for_export(video: "np.ndarray | torch.Tensor") -> "list[np.nda
 def main(argv: Sequence[str] | None = None) -> None:
     """Print what a folder of outputs holds: `python utils.py status stage_outputs`."""
     parser = ArgumentParser(
-        "Say what the files of a run were made from, which are stale, and what to run next.", prog="utils.py"
+        "Say what the files of a run were made from, which are stale, and what to run next.",
+        prog="utils.py",
+        usage="%(prog)s status [DIR]",
     )
-    parser.add_argument("command", choices=["status"])
-    parser.add_argument("folder", type=file_path, nargs="?", default=STAGE_OUTPUTS, help="the stages' output folder")
+    parser.add_argument("command", choices=["status"], metavar="status", help="the only command")
+    parser.add_argument(
+        "folder", type=folder_path, nargs="?", metavar="DIR", default=STAGE_OUTPUTS, help="the stages' output folder"
+    )
     for line in status(parser.parse_args(argv).folder):
         print(fitted(line))
 

@@ -34,6 +34,7 @@ from cogvideox.files.names import ROOT, VIDEO
 from cogvideox.files.tensors import DTYPES
 from cogvideox.run import decoding
 from cogvideox.run.accelerator import prepare_libraries
+from cogvideox.signals import Interruption
 from compile_for_tpu.programs import BUILT_IN_MODEL
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         writing.check_writable(arguments.output)
     prepare_libraries()
 
-    with tempfile.TemporaryDirectory() as folder:
+    with Interruption.raised(), tempfile.TemporaryDirectory() as folder:
         print(f"making a model of {arguments.blocks} blocks in {folder}", flush=True)
         make_model(Path(folder), arguments.blocks, arguments.text_blocks)
         loads = measure_loads(Path(folder), arguments.repeats)

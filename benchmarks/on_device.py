@@ -34,7 +34,7 @@ from cogvideox.cli.options import add_log_options
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report, memory_of
-from cogvideox.cli.types import file_path, number
+from cogvideox.cli.types import folder_path, number
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, writing
 from cogvideox.files.names import STAGE_OUTPUTS
@@ -843,7 +843,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=number(float, 0),
         help=f"start nothing that takes longer than is left of this (default: {MINUTES:g}, --quick: {QUICK_MINUTES:g})",
     )
-    parser.add_argument("--output", type=file_path, default=STAGE_OUTPUTS / "on_device", help="folder for the results")
+    parser.add_argument(
+        "--output", type=folder_path, default=STAGE_OUTPUTS / "on_device", help="folder for the results"
+    )
     parser.add_argument("--again", action="store_true", help="run what is done already again too")
     add_log_options(parser)
     return parser.parse_args(argv)

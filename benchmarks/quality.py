@@ -43,6 +43,7 @@ from cogvideox.files import checkpoint, lora, stage_files, videos, writing
 from cogvideox.files.names import EMBEDDINGS, ROOT
 from cogvideox.run import accelerator, decoding, denoising, plans
 from cogvideox.run.accelerator import prepare_libraries
+from cogvideox.signals import Interruption
 from compile_for_tpu.report import RESULTS
 from tools.moving_shapes import (
     CHANCE,
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         writing.check_writable(path)
     prepare_libraries()
     cases = choose_cases(arguments)
-    with tempfile.TemporaryDirectory() as folder:
+    with Interruption.raised(), tempfile.TemporaryDirectory() as folder:
         made = make_videos(arguments, options, cases, Path(folder))
     report = judge(arguments, cases, made)
     with writing.replacing(arguments.output) as temporary:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.files.names import ROOT
+from cogvideox.signals import Interruption
 
 PROMPT = "A panda playing guitar in a bamboo forest"
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     sizes = {name: value for name, value in vars(arguments).items() if name != "model_id"}
 
-    with tempfile.TemporaryDirectory() as folder:
+    with Interruption.raised(), tempfile.TemporaryDirectory() as folder:
         options = [f"--{name}={value}" for name, value in sizes.items()]
         rows = {
             "diffusers pipeline, torch": seconds(

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cogvideox.cli import terminal
+from cogvideox.cli.options import parse_with_preset
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
+from cogvideox.cli.stages import STAGES
 from cogvideox.cli.types import file_path
 from cogvideox.files import writing
 from cogvideox.run.accelerator import prepare_libraries
@@ -27,18 +29,32 @@ from compile_for_tpu import compiler, programs, report, topologies
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m compile_for_tpu")
-    kinds = parser.add_subparsers(dest="what", required=True)
+    parser = ArgumentParser(
+        __doc__.splitlines()[0],
+        prog="python -m compile_for_tpu",
+        usage=f"%(prog)s {{{','.join(programs.KINDS)}}} [options]",
+    )
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="PROGRAM", prog=parser.prog, title="programs")
+    by_kind = {}
     for what, kind in programs.KINDS.items():
-        sub = kinds.add_parser(what, help=kind.help)
-        sub.add_argument(
-            "--topology", default="v6e-8", help=f"slice to compile for, one of {', '.join(topologies.TOPOLOGIES)}"
+        by_kind[what] = sub = kinds.add_parser(
+            what,
+            help=kind.help,
+            description=f"Compile {kind.help} for a TPU, and report memory and predicted seconds.",
+            usage="%(prog)s [options]",
+            others=STAGES,
         )
-        sub.add_argument(
+        sub.group("devices").add_argument(
+            "--topology",
+            default="v6e-8",
+            metavar="SLICE",
+            help=f"slice to compile for, one of {', '.join(topologies.TOPOLOGIES)}",
+        )
+        sub.group("input and output").add_argument(
             "--output", type=file_path, help="file for the report, JSON (default: a name in benchmarks/results)"
         )
         kind.add_options(sub)
-    return parser.parse_args(argv)
+    return parse_with_preset(parser, argv, by_kind["stage2"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from cogvideox.errors import UserError, error_message
 from cogvideox.files import writing
 from cogvideox.files.names import ROOT
+from cogvideox.signals import Interruption
 from cogvideox.versions import versions
 from compile_for_tpu import prediction, topologies
 
@@ -33,7 +34,7 @@ def in_a_process(module: str, command: Sequence[str], topology: str, what: str) 
         UserError: the process ended with a UserError.
         RuntimeError: the process failed in another way.
     """
-    with tempfile.TemporaryDirectory() as dump:
+    with Interruption.raised(), tempfile.TemporaryDirectory() as dump:
         search = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         environment = os.environ | topologies.compiler_environment(topology, dump) | {DUMP: dump, "PYTHONPATH": search}
         with open(Path(dump) / "log", "w+") as log:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogvideox.cli import options
-from cogvideox.cli.types import file_path, number
-from cogvideox.defaults import COMPUTE_DTYPES
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.types import file_path, model_id, number
+from cogvideox.defaults import COMPUTE_DTYPES, DECODERS
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint
 from cogvideox.files.names import CONFIGS
@@ -23,7 +24,7 @@ BUILT_IN_MODEL = str(CONFIGS / "CogVideoX1.5-5B")  # the configs of zai-org's mo
 
 # Options that are not in a report's name as key=value: its other labels have them, or they change no program.
 NOT_IN_NAME = {"what", "topology", "output", "save", "model_id", "num_inference_steps"}
-NOT_IN_NAME |= {"height", "width", "frames", "guidance_scale", "decoder", "tokens"}
+NOT_IN_NAME |= {"height", "width", "frames", "guidance_scale", "decoder", "tokens", "preset", "fps"}
 
 
 class Kind(NamedTuple):
@@ -37,7 +38,7 @@ class Kind(NamedTuple):
     """
 
     help: str
-    add_options: Callable[[argparse.ArgumentParser], None]
+    add_options: Callable[[ArgumentParser], None]
     trace: Callable[[argparse.Namespace, list], Programs]
     labels: Callable[[argparse.Namespace], list[str]]
 
@@ -66,12 +67,14 @@ def model_name(model_id: str) -> str:
 # --- Stage 2 -----------------------------------------------------------------------------------------------------
 
 
-def add_stage2_options(parser: argparse.ArgumentParser) -> None:
+def add_stage2_options(parser: ArgumentParser) -> None:
     """Add the options of the denoising step."""
     _add_model_options(parser)
-    parser.add_argument("--dump_stats", action="store_true", help="the step as it is with stage 2's --dump_stats")
-    parser.add_argument("--skipped_step", action="store_true", help="the step that skips the blocks, of a step cache")
-    parser.add_argument(
+    options.add_preset_option(parser)
+    inside, group = parser.group("looking inside"), parser.group("sampling")
+    inside.add_argument("--dump_stats", action="store_true", help="the step as it is with stage 2's --dump_stats")
+    group.add_argument("--skipped_step", action="store_true", help="the step that skips the blocks, of a step cache")
+    group.add_argument(
         "--unguided_step", action="store_true", help="the step without guidance, of a run with --guidance_interval"
     )
     options.add_denoising_options(parser)
@@ -133,10 +136,12 @@ def _stage2_labels(arguments: argparse.Namespace) -> list[str]:
 # --- Stage 3 -----------------------------------------------------------------------------------------------------
 
 
-def add_stage3_options(parser: argparse.ArgumentParser) -> None:
+def add_stage3_options(parser: ArgumentParser) -> None:
     """Add the options of the decoder."""
     _add_model_options(parser)
-    parser.add_argument("--decoder", default="torchax", help="torchax or flax")
+    parser.group("speed and memory").add_argument(
+        "--decoder", default="torchax", choices=DECODERS, help="which of the two decoders"
+    )
     options.add_size_options(parser)
     options.add_decoding_options(parser)
 
@@ -169,13 +174,13 @@ def _stage3_labels(arguments: argparse.Namespace) -> list[str]:
 # --- The attention kernel alone ----------------------------------------------------------------------------------
 
 
-def add_kernel_options(parser: argparse.ArgumentParser) -> None:
+def add_kernel_options(parser: ArgumentParser) -> None:
     """Add the options of the attention kernel."""
-    positive = number(int, 1)
+    positive, group = number(int, 1), parser.group("video")
     options.add_attention_options(parser)
-    parser.add_argument("--tokens", type=positive, default=25826, help="length of the sequence")
-    parser.add_argument("--heads", type=positive, default=6, help="attention heads of one chip")
-    parser.add_argument("--head_dim", type=positive, default=64, help="width of a head")
+    group.add_argument("--tokens", type=positive, default=25826, help="length of the sequence")
+    group.add_argument("--heads", type=positive, default=6, help="attention heads of one chip")
+    group.add_argument("--head_dim", type=positive, default=64, help="width of a head")
     _add_dtype_option(parser, "dtype of query, key and value")
 
 
@@ -220,16 +225,22 @@ def _kernel_labels(arguments: argparse.Namespace) -> list[str]:
 # --- Shared ------------------------------------------------------------------------------------------------------
 
 
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model_id", default=BUILT_IN_MODEL, help="the model; only its configs are read")
+def _add_model_options(parser: ArgumentParser) -> None:
+    group = parser.group("input and output")
+    group.add_argument(
+        "--model_id",
+        type=model_id,
+        default=BUILT_IN_MODEL,
+        help="the model, of which only the configs are read (default: CogVideoX1.5-5B)",
+    )
     _add_dtype_option(parser, "dtype of the weights")
-    parser.add_argument(
+    group.add_argument(
         "--save", type=file_path, help="also write the compiled programs to this file, for a stage's --executable"
     )
 
 
-def _add_dtype_option(parser: argparse.ArgumentParser, help_: str) -> None:
-    parser.add_argument("--dtype", default="bfloat16", choices=COMPUTE_DTYPES, help=help_)
+def _add_dtype_option(parser: ArgumentParser, help_: str) -> None:
+    parser.group("speed and memory").add_argument("--dtype", default="bfloat16", choices=COMPUTE_DTYPES, help=help_)
 
 
 def _size(arguments: argparse.Namespace) -> dict:

@@ -209,6 +209,10 @@ def test_decoder_round_trip(compile_for, run, outputs, random_model):
         ("stage2 --model_id zai-org/CogVideoX-5b", "stage2-v6e-8-768x1360x81-guided-model=CogVideoX-5b.json"),
         ("stage2 --model_id zai-org/CogVideoX1.5-5B", "stage2-v6e-8-768x1360x81-guided-model=CogVideoX1.5-5B.json"),
         (f"stage2 --model_id {programs.BUILT_IN_MODEL}/", "stage2-v6e-8-768x1360x81-guided.json"),
+        (
+            "stage2 --preset authors",
+            "stage2-v6e-8-768x1360x81-guided-use_dynamic_cfg=True-scheduler=dpm.json",
+        ),
         ("stage3", "stage3-v6e-8-768x1360x81.json"),
         ("stage3 --decoder flax --strips 4", "stage3-v6e-8-768x1360x81-flax-strips=4.json"),
         ("kernel --topology v6e-1", "kernel-v6e-1-25826.json"),

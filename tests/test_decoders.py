@@ -1,10 +1,13 @@
 """Both decoders, split in time and space, against diffusers' decode in torch."""
 
+import dataclasses
 import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +16,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from cogvideox.models.decoder import vae_flax, vae_torchax
+from cogvideox.models.decoder import vae_flax, vae_layers, vae_torchax
 from cogvideox.models.decoder.conv_input import conv_input, plain_conv_input
 from cogvideox.models.decoder.decoder import chunk_programs, chunk_sizes, decode, to_pixels
 from cogvideox.models.decoder.spatial_split import choose_split
+from cogvideox.models.shared.sizes import MOST_ELEMENTS
 from compile_for_tpu import topologies
 from tests.helpers import ROOT, needs_libtpu
 
@@ -63,15 +67,32 @@ def expected_pixels(vae: AutoencoderKLCogVideoX, latents: torch.Tensor) -> np.nd
     return frames[-((latents.shape[2] - 1) * vae.config.temporal_compression_ratio + 1) :]
 
 
-def our_pixels(decoder, vae, latents: torch.Tensor, chips=1, rows=None, strips=None, for_tpu=None, dtype=jnp.float32):
+def our_pixels(
+    decoder, vae, latents: torch.Tensor, chips=1, rows=None, strips=None, for_tpu=None, dtype=jnp.float32, most=None
+):
     ours = decoder.make_decoder(vae.config)
     weights = {name: jnp.asarray(weight.numpy(), dtype) for name, weight in vae.decoder.state_dict().items()}
     assert ours.weight_shapes == {name: weight.shape for name, weight in weights.items()}
     split = choose_split(jax.devices()[:chips], *latents.shape[3:], rows, strips, for_tpu)
+    split = dataclasses.replace(split, most_elements=most)
     weights = jax.device_put(ours.convert_weights(weights), split.replicated)
-    programs = [traced.lower().compile() for traced in chunk_programs(ours, weights, latents.shape, split, jnp.float32)]
+    traced = chunk_programs(ours, weights, latents.shape, split, jnp.float32)
+    largest = max(max(products(program.jaxpr.jaxpr)) for program in traced)
+    assert most is None or largest <= most, largest
+    programs = [program.lower().compile() for program in traced]
     latents = np.asarray(jnp.asarray(latents.numpy(), dtype))
     return np.concatenate(list(decode(programs, weights, latents, split)))
+
+
+def products(jaxpr: Any) -> Iterator[int]:
+    """Yield how many elements each convolution and each matrix product of a program takes or makes."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+            yield max(variable.aval.size for variable in (*equation.invars, *equation.outvars))
+        for parameter in equation.params.values():
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
 
 
 def assert_close(pixels: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
@@ -126,6 +147,41 @@ def test_real_widths(decoder):
     half = our_pixels(decoder, real_vae(), latents, dtype=jnp.bfloat16)
     psnr = -10 * np.log10(np.square(half.astype(np.float64) - expected).mean())
     assert psnr >= 45, f"bfloat16: {psnr:.1f} dB"
+
+
+@pytest.mark.parametrize(
+    ("decoder", "split"), [(vae_torchax, {}), (vae_flax, {"chips": 2, "rows": 2, "strips": 2})], ids=["torchax", "flax"]
+)
+def test_convolutions_in_parts(decoder, split):
+    """As on a GPU, where they may not be too large."""
+    vae = make_vae(VAES["three levels"])
+    latents = torch.randn(1, 4, 3, 3, 4, generator=torch.manual_seed(1))
+    whole = our_pixels(decoder, vae, latents, **split)
+    assert_close(our_pixels(decoder, vae, latents, **split, most=8_000), whole, 1e-6)
+
+
+def test_a_convolution_in_frames_and_rows():
+    """With so small a limit that each part is a row."""
+    x, weight = (np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in ((5, 9, 4, 2, 3),) * 2)
+    weight = weight[:3, :3, :3, 0, :, None].repeat(2, -1)
+    convolve = functools.partial(vae_layers._convolve, weight=weight, bias=np.ones(2, np.float32))
+    parts = functools.partial(vae_layers._in_parts, convolve, window=(3, 3), most=3 * 3 * 4 * 2 * 3)
+    assert max(products(jax.make_jaxpr(parts)(x).jaxpr)) == 3 * 3 * 4 * 2 * 3
+    assert_close(np.asarray(parts(x)), np.asarray(convolve(x)), 1e-5)
+
+
+def test_the_limit_of_a_gpu():
+    """At the size at which an H200 did not come to an end: there are convolutions of 2.95e9 elements."""
+    assert MOST_ELEMENTS["gpu"] == 2**31 - 1
+    split = choose_split(jax.devices()[:1], 96, 170)
+    ours = vae_flax.make_decoder(real_vae().config)
+    weights = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in ours.weight_shapes.items()}
+    weights = jax.eval_shape(ours.convert_weights, weights)
+    for most, least, largest in ((None, 2.9e9, 3e9), (2**31 - 1, 1e9, 2**31 - 1)):
+        split = dataclasses.replace(split, most_elements=most)
+        traced = chunk_programs(ours, weights, (1, 16, 21, 96, 170), split)
+        found = max(max(products(program.jaxpr.jaxpr)) for program in traced)
+        assert least < found <= largest, found
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,8 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def kill_and_run_again(outputs: Path, script: str, moments: list[float], seed: int = 0) -> None:
     """Kill a stage at shares of the time that it takes; whatever is left of it, the same command comes to its end.
 
-    The files of the run before, which had another seed or another rate, stay whole until then.
+    The files of the run before stay whole until then. A signal that can be received ends the stage in one line, but for
+    SIGTERM and SIGHUP before anything is there to be put in order: they end it as they end any process.
     """
     options = {
         STAGE1: ("--prompt", "a red circle", "--output_dir", outputs),
@@ -98,24 +100,114 @@ def kill_and_run_again(outputs: Path, script: str, moments: list[float], seed: i
         status, errors = kill(command, number, moment * whole)
         where = f"{script}, signal {number} after {moment:.0%}"
         assert status in (0, -number, 128 + number), f"{where}: exit {status}\n{errors}"
-        assert "Traceback" not in errors, f"{where}\n{errors}"
+        assert "Traceback" not in errors and "terminate called" not in errors, f"{where}\n{errors}"
         if status == 128 + number:
+            assert "interrupted" in errors.splitlines()[-1], f"{where}\n{errors}"
+        if number != signal.SIGKILL:
             left = {file for file in set(contents(outputs)) - files if file != STATE}
             assert not left, f"{where}: {left}"
         for found, kept in zip(tensors(outputs / name).values(), before.values(), strict=True):
             assert torch.equal(found, kept), f"{where}: half a file"
-        check(run_here(script, *options, folder=outputs))
-        assert set(contents(outputs)) == files, f"{where}: {set(contents(outputs)) ^ files}"
-        for found, kept in zip(tensors(outputs / name).values(), expected.values(), strict=True):
-            assert torch.equal(found, kept), f"{where}: another result"
+    check(run_here(script, *options, folder=outputs))
+    assert set(contents(outputs)) == files, f"{where}: {set(contents(outputs)) ^ files}"
+    for found, kept in zip(tensors(outputs / name).values(), expected.values(), strict=True):
+        assert torch.equal(found, kept), f"{where}: another result"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "times"), [(STAGE1, 1), (STAGE2, 2), (STAGE3, 1)])
+@pytest.mark.parametrize(("script", "times"), [(STAGE1, 6), (STAGE2, 8), (STAGE3, 6)])
 def test_killed_at_random(script, times, outputs):
     generator = random.Random()
     seed = generator.randrange(1000)
-    kill_and_run_again(outputs, script, [generator.uniform(0.1, 1.0) for _ in range(times)], seed)
+    kill_and_run_again(outputs, script, [generator.uniform(0.02, 1.0) for _ in range(times)], seed)
+
+
+def program(body: str) -> subprocess.Popen:
+    """Start a program whose main function has a body, and wait for its first line."""
+    code = f"""
+import gc, os, sys, time
+from pathlib import Path
+from cogvideox.cli.program import run
+from cogvideox.files import writing
+from cogvideox.signals import Interruption
+
+def main(argv):
+{textwrap.indent(textwrap.dedent(body), "    ")}
+run(main)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert process.stdout.readline() == "there\n"
+    return process
+
+
+BODIES = {  # the body of a program, how often a signal comes, and what is left in the folder
+    "where exceptions are lost": (
+        """
+        def callback(*_):
+            print("there", flush=True)
+            time.sleep(20)
+        gc.callbacks.append(callback)
+        gc.collect()
+        """,
+        1,
+        [],
+    ),
+    "where exceptions are caught": (
+        """
+        with writing.claimed(Path("{folder}/new"), "stage2"):
+            try:
+                print("there", flush=True)
+                time.sleep(20)
+            except BaseException:
+                time.sleep(20)
+        """,
+        1,
+        [],
+    ),
+    "while a file is written": (
+        """
+        with writing.replacing(Path("{folder}/file")) as temporary:
+            print("there", flush=True)
+            while Interruption.number is None:
+                time.sleep(0.01)
+            Path(temporary).write_text("whole")
+        time.sleep(20)
+        """,
+        1,
+        ["file"],
+    ),
+    "twice while files are written": (
+        """
+        with writing.claimed(Path("{folder}"), "stage2"), writing.committing(Path("{folder}"), "stage2") as new:
+            (new / "file").touch()
+            print("there", flush=True)
+            while True:
+                time.sleep(0.01)
+        """,
+        2,
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_a_signal_where_it_must_wait_and_where_it_must_not(case, tmp_path):
+    """It ends the process in one line, and what is left is whole."""
+    body, times, left = BODIES[case]
+    process = program(body.format(folder=tmp_path))
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130 and errors == "-c: interrupted; the files that are there are whole\n", errors
+    assert [file.name for file in tmp_path.iterdir()] == left
 
 
 @pytest.mark.slow

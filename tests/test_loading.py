@@ -24,7 +24,8 @@ from cogvideox.files import checkpoint
 from cogvideox.files.tensors import compute_dtype
 from cogvideox.models.decoder.plan import DECODERS, make_decoding_plan
 from cogvideox.models.shared import loading
-from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh
+from cogvideox.models.shared.layouts import LAYOUTS
+from cogvideox.models.shared.sharding import Parallelism, make_mesh
 from cogvideox.models.transformer import parameters
 from cogvideox.run import decoding
 from compile_for_tpu import programs, topologies
@@ -156,7 +157,8 @@ COMPILE_GATHER = """
 import json, math, jax.numpy as jnp
 from compile_for_tpu import topologies
 from cogvideox.models.shared import loading
-from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh
+from cogvideox.models.shared.layouts import LAYOUTS
+from cogvideox.models.shared.sharding import Parallelism, make_mesh
 from cogvideox.models.transformer.parameters import abstract_parameters
 config = json.load(open("configs/CogVideoX1.5-5B/transformer/config.json"))
 for layout in LAYOUTS:

@@ -23,7 +23,8 @@ from cogvideox.files import lora, provenance, stage_files
 from cogvideox.files.schemas import LoraConfig as LoraEntries
 from cogvideox.files.schemas import VideoConfig
 from cogvideox.inspection import status
-from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh
+from cogvideox.models.shared.layouts import LAYOUTS
+from cogvideox.models.shared.sharding import Parallelism, make_mesh
 from cogvideox.models.transformer.parameters import load_parameters, stored_shapes
 from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, SIZE, STAGE2, edit_config
 

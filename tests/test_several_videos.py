@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from cogvideox.files import videos
 from cogvideox.models.transformer import throughput
 from cogvideox.models.transformer.plan import make_denoising_plan
-from cogvideox.run import hosts
+from cogvideox.run import hosts, jobs
+from stage3_vae_decoder import parse_arguments
 from tests import oracle
 from tests.helpers import (
     CONFIG,
@@ -83,8 +84,13 @@ def test_one_after_the_other(several, random_model, run_stage, tmp_path):
     assert values(alone / LATENTS) == values(several / FOLDERS[3] / LATENTS)
     assert json.loads((alone / CONFIG).read_text()) == json.loads((several / FOLDERS[3] / CONFIG).read_text())
     frames = [tmp_path / name for name in ("alone.safetensors", "one_of_several.safetensors")]
-    for source, path in zip((alone, several / FOLDERS[3]), frames, strict=True):
-        run_stage(STAGE3, "--input_dir", source, "--output_frames", path, "--output_video", tmp_path / "video.mp4")
+    run_stage(STAGE3, "--input_dir", alone, "--output_frames", frames[0], "--output_video", "video.mp4")
+    options = ("--input_dir", several / FOLDERS[3], "--output_dir", "decoded")
+    run_stage(STAGE3, *options, "--output_frames", frames[1])
+    assert (tmp_path / "video.mp4").read_bytes() and (tmp_path / "decoded" / "output_video.mp4").read_bytes()
+    assert {path.parent.name for path in tmp_path.rglob("timings.json")} == {"alone", "decoded"}
+    found = jobs.videos_to_decode(parse_arguments(["--input_dir", str(several), "--output_dir", "new"], STAGE3))
+    assert [str(video.encoded) for video in found] == [f"new/{folder}/output_video.mp4" for folder in FOLDERS]
     assert values(frames[0]) == values(frames[1])
     said = run_stage("utils.py", "status", several).stdout
     assert said.count("output_video.mp4: made") == 4 and "fits together" in said, said

@@ -1,5 +1,6 @@
 """The JAX transformer against diffusers' in torch float32, on one device and on meshes of eight."""
 
+import functools
 import json
 
 import jax
@@ -11,7 +12,8 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from jax.sharding import PartitionSpec
 
-from cogvideox.models.shared.sharding import LAYOUTS, Parallelism, make_mesh, mesh_sizes
+from cogvideox.models.shared.layouts import LAYOUTS
+from cogvideox.models.shared.sharding import Parallelism, make_mesh, mesh_sizes
 from cogvideox.models.transformer.attention import Attention, xla_attention
 from cogvideox.models.transformer.embeddings import rotary_embedding
 from cogvideox.models.transformer.parameters import (
@@ -126,6 +128,16 @@ def test_kernels_match_xla(name):
     query, key, value = (jnp.asarray(random.standard_normal((2, 2, 300, 64)), jnp.float32) for _ in range(3))
     ours = Attention(name, "cpu")(query, key, value, kv_length=270)
     assert (error := relative_error(ours, xla_attention(query, key, value, 270))) < 1e-3, f"{name}: {error:.1e}"
+
+
+def test_attention_of_one_sequence_after_the_other():
+    """As on a GPU, where no array may be too large."""
+    random = np.random.default_rng(0)
+    arrays = [jnp.asarray(random.standard_normal((3, 2, 30, 8)), jnp.float32) for _ in range(3)]
+    parts = functools.partial(xla_attention, kv_length=27, most_elements=1439)
+    assert "f32[1,30,2,8]" in str(jax.make_jaxpr(parts)(*arrays))
+    error = relative_error(parts(*arrays), xla_attention(*arrays, 27))
+    assert error < 1e-6, f"{error:.1e}"
 
 
 def test_every_parameter_of_the_5b_model_has_one_rule():

@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
-from cogvideox.cli.types import file_path
+from cogvideox.cli.types import folder_path
 
 TOKENIZER_TEXT = (
     "a panda playing guitar in a bamboo forest",
@@ -164,7 +164,7 @@ def make_pipeline(
 def main(argv: Sequence[str] | None = None) -> None:
     """Write a model to --output_dir, and print its size in MB."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m tools.make_tiny_model")
-    parser.add_argument("--output_dir", type=file_path, default=Path("random_model"), help="where the model goes")
+    parser.add_argument("--output_dir", type=folder_path, default=Path("random_model"), help="where the model goes")
     arguments = parser.parse_args(argv)
     disable_progress_bar()
     make_pipeline(arguments.output_dir)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.terminal import bar_options
-from cogvideox.cli.types import number
+from cogvideox.cli.types import folder_path, number
 from cogvideox.run.accelerator import prepare_libraries
 from tools import moving_shapes
 from tools.make_tiny_model import make_pipeline
@@ -76,8 +76,8 @@ PARTS = {
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m tools.train_tiny_model")
-    parser.add_argument("--output_dir", type=Path, default=Path("tiny_model"), help="where the model goes")
-    parser.add_argument("--work_dir", type=Path, default=Path("training"), help="where the checkpoints go")
+    parser.add_argument("--output_dir", type=folder_path, default=Path("tiny_model"), help="where the model goes")
+    parser.add_argument("--work_dir", type=folder_path, default=Path("training"), help="where the checkpoints go")
     parser.add_argument(
         "--effort", type=number(float, 0), default=1.0, help="factor on the numbers of batches and clips"
     )

@@ -6,8 +6,10 @@ Importing this module loads neither jax nor torch.
 import argparse
 from collections.abc import Sequence
 
-from cogvideox.cli.types import file_path, interval, lora_option, number, preset
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.types import file_path, folder_path, interval, lora_option, number, preset
 from cogvideox.defaults import (
+    ATTENTIONS,
     COMPUTE_DTYPES,
     FRAMES,
     GUIDANCE_SCALE,
@@ -23,43 +25,49 @@ from cogvideox.defaults import (
     USE_DYNAMIC_CFG,
     WIDTH,
 )
+from cogvideox.models.shared.layouts import LAYOUTS
 from cogvideox.models.transformer.scheduler import CHOICES
 
 
-def add_log_options(parser: argparse.ArgumentParser) -> None:
+def add_log_options(parser: ArgumentParser) -> None:
     """Add the options of `Report`, which are the same for all stages: how much is printed, and the log."""
-    amount = parser.add_mutually_exclusive_group()
+    group = parser.group("printed output")
+    amount = group.add_mutually_exclusive_group()
     amount.add_argument(
         "--verbose", action="store_true", help="also print versions, devices, plan, memory, and seconds of each step"
     )
     amount.add_argument("--quiet", action="store_true", help="print nothing but warnings and errors, on stderr")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an error before its one line")
-    parser.add_argument(
+    group.add_argument("--debug", action="store_true", help="print the traceback of an error before its one line")
+    group.add_argument(
         "--log_json", type=file_path, help="append what happens to this file while it happens, one JSON object a line"
     )
 
 
-def add_force_option(parser: argparse.ArgumentParser) -> None:
+def add_force_option(parser: ArgumentParser) -> None:
     """Add --force; see `Report.refuse`."""
-    parser.add_argument("--force", action="store_true", help="go on with files that do not belong together")
-
-
-def add_weight_options(parser: argparse.ArgumentParser) -> None:
-    """Add which weights of the model are read, and in which dtype it computes."""
-    parser.add_argument(
-        "--variant", help="read this variant of the weights, such as fp16 (default: the standard one, or the only one)"
+    parser.group("input and output").add_argument(
+        "--force", action="store_true", help="go on with files that do not belong together"
     )
-    parser.add_argument(
+
+
+def add_weight_options(parser: ArgumentParser) -> None:
+    """Add which weights of the model are read, and in which dtype it computes."""
+    parser.group("input and output").add_argument(
+        "--variant",
+        metavar="NAME",
+        help="read this variant of the weights, such as fp16 (default: the standard one, or the only one)",
+    )
+    parser.group("speed and memory").add_argument(
         "--dtype", choices=COMPUTE_DTYPES, help="dtype of weights and products (default: that of most of the weights)"
     )
 
 
-def add_size_options(parser: argparse.ArgumentParser) -> None:
+def add_size_options(parser: ArgumentParser) -> None:
     """Add the video's height, width and frames."""
-    pixels = number(int, 1, MOST_PIXELS)
-    parser.add_argument("--height", type=pixels, default=HEIGHT, help="height of the video in pixels")
-    parser.add_argument("--width", type=pixels, default=WIDTH, help="width of the video in pixels")
-    parser.add_argument(
+    group, pixels = parser.group("video"), number(int, 1, MOST_PIXELS)
+    group.add_argument("--height", type=pixels, default=HEIGHT, help="height of the video in pixels")
+    group.add_argument("--width", type=pixels, default=WIDTH, help="width of the video in pixels")
+    group.add_argument(
         "--frames",
         type=number(int, 1, MOST_FRAMES),
         default=FRAMES,
@@ -67,29 +75,30 @@ def add_size_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_denoising_options(parser: argparse.ArgumentParser) -> None:
+def add_denoising_options(parser: ArgumentParser) -> None:
     """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding."""
-    parser.add_argument("--num_inference_steps", type=number(int, 1), default=NUM_STEPS, help="denoising steps")
+    group = parser.group("sampling")
+    group.add_argument("--num_inference_steps", type=number(int, 1), default=NUM_STEPS, help="denoising steps")
     add_size_options(parser)
-    parser.add_argument(
+    group.add_argument(
         "--guidance_scale",
         type=number(float, 0, MOST_GUIDANCE),
         default=GUIDANCE_SCALE,
         help="scale of classifier-free guidance; 1 or less switches it off, and a step costs half",
     )
-    parser.add_argument(
+    group.add_argument(
         "--guidance_interval",
         type=interval,
         metavar="FIRST,LAST",
         help="guide only the steps FIRST to LAST, counted from 0; the others cost half (default: guide all)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--use_dynamic_cfg",
         action=argparse.BooleanOptionalAction,
         default=USE_DYNAMIC_CFG,
         help="let the guidance scale change from step to step, as in CogVideoXPipeline",
     )
-    parser.add_argument(
+    group.add_argument(
         "--scheduler",
         choices=CHOICES,
         help="ddim, or dpm with trailing timesteps (default: the scheduler that the model names)",
@@ -99,9 +108,9 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
     add_attention_options(parser)  # last, because the names of reports list the options in this order
 
 
-def add_preset_option(parser: argparse.ArgumentParser) -> None:
+def add_preset_option(parser: ArgumentParser) -> None:
     """Add --preset; see `parse_with_preset`."""
-    parser.add_argument(
+    parser.group("sampling").add_argument(
         "--preset",
         type=preset,
         choices=PRESETS,
@@ -110,16 +119,21 @@ def add_preset_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_with_preset(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse options whose defaults are those of the preset that is chosen among them."""
+def parse_with_preset(
+    parser: ArgumentParser, argv: Sequence[str] | None, owner: ArgumentParser | None = None
+) -> argparse.Namespace:
+    """Parse options whose defaults are those of the preset that is chosen among them.
+
+    `owner` is the parser of the subcommand that has --preset; None if there are no subcommands.
+    """
     given, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[given.preset])
+    (owner or parser).set_defaults(**PRESETS[getattr(given, "preset", "draft")])
     return parser.parse_args(argv)
 
 
-def add_lora_option(parser: argparse.ArgumentParser) -> None:
+def add_lora_option(parser: ArgumentParser) -> None:
     """Add --lora."""
-    parser.add_argument(
+    parser.group("input and output").add_argument(
         "--lora",
         type=lora_option,
         action="append",
@@ -130,48 +144,49 @@ def add_lora_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_parallelism_options(parser: argparse.ArgumentParser) -> None:
+def add_parallelism_options(parser: ArgumentParser) -> None:
     """Add how the chips share a denoising step."""
-    positive = number(int, 1)
-    parser.add_argument(
+    group, positive = parser.group("devices"), number(int, 1)
+    group.add_argument(
         "--use_dp",
         action=argparse.BooleanOptionalAction,
         default=USE_DP,
         help="use data parallelism (dp): split videos, and the two prompts of guidance, over the chips",
     )
-    parser.add_argument(
+    group.add_argument(
         "--videos_at_once",
         type=positive,
-        metavar="N",
         help="of several videos, how many are made at a time (default: what makes the most an hour, by prediction)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--sp_num",
         type=positive,
         help="chips that split the sequence (sp); the others split attention heads (default: all that dp leaves)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--layout",
+        choices=LAYOUTS,
         default=LAYOUT,
         help="layout of the weights: tp splits them over tp alone, fsdp keeps even shares of them on all chips",
     )
-    parser.add_argument(
+    group.add_argument(
         "--use_fsdp", dest="layout", action="store_const", const="fsdp", help="the same as --layout fsdp"
     )
     for name in ("--use_tp", "--no-use_fsdp"):
-        parser.add_argument(name, dest="layout", action="store_const", const="tp", help="the same as --layout tp")
-    parser.add_argument(
-        "--mesh_order", help="order of the mesh axes; chips along the last one are neighbours (default: dp,sp,tp)"
+        group.add_argument(name, dest="layout", action="store_const", const="tp", help="the same as --layout tp")
+    group.add_argument(
+        "--mesh_order",
+        metavar="AXES",
+        help="order of the mesh axes; chips along the last one are neighbours (default: dp,sp,tp)",
     )
 
 
-def add_step_cache_options(parser: argparse.ArgumentParser) -> None:
+def add_step_cache_options(parser: ArgumentParser) -> None:
     """Add which steps skip the blocks."""
-    cache = parser.add_mutually_exclusive_group()
+    cache = parser.group("speed and memory").add_mutually_exclusive_group()
     cache.add_argument(
         "--cache_threshold",
         type=number(float, 0),
-        metavar="X",
         help="skip the blocks in steps whose time embedding hardly changes, the more the larger X (default: in none)",
     )
     cache.add_argument(
@@ -179,102 +194,108 @@ def add_step_cache_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_attention_options(parser: argparse.ArgumentParser) -> None:
+def add_attention_options(parser: ArgumentParser) -> None:
     """Add the choice of the attention implementation and its own options."""
-    parser.add_argument(
+    group = parser.group("speed and memory")
+    group.add_argument(
         "--attention",
-        help="implementation of attention: splash_exp2, splash or xla (default: splash_exp2 on a TPU, else xla)",
+        choices=ATTENTIONS,
+        help="implementation of attention (default: splash_exp2 on a TPU, else xla)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--block_sizes",
         type=int,
         nargs="+",
         help="block sizes of the attention kernel, in the order of its BlockSizes (default: the kernel's choice)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--use_k_smooth",
         action=argparse.BooleanOptionalAction,
         help="subtract the mean of the keys in attention (default: the kernel's choice)",
     )
 
 
-def add_decoding_options(parser: argparse.ArgumentParser) -> None:
+def add_decoding_options(parser: ArgumentParser) -> None:
     """Add the options of the split in space, which a decoder's programs depend on beside the size."""
-    positive = number(int, 1)
-    parser.add_argument(
+    group = parser.group("devices")
+    group.add_argument(
         "--chip_rows",
-        type=positive,
+        type=number(int, 1),
         help="rows of chips that a frame is split over (default: the split with the least work for each chip)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--strips", type=number(int, 1, 1000), help="bands of rows on each chip (default: 8 on a TPU, else 1)"
     )
 
 
-def add_dump_options(parser: argparse.ArgumentParser, unit: str) -> None:
+def add_dump_options(parser: ArgumentParser, unit: str) -> None:
     """Add what a stage writes of the tensors inside it; `unit` is what it does many of, "step" or "chunk"."""
-    parser.add_argument("--dump", type=file_path, metavar="DIR", help="write tensors inside the model to this folder")
-    parser.add_argument(
+    group = parser.group("looking inside")
+    group.add_argument("--dump", type=folder_path, help="write tensors inside the model to this folder")
+    group.add_argument(
         "--dump_names",
         nargs="+",
         metavar="PATTERN",
         help="patterns over diffusers' names of modules, such as 'transformer_blocks.7.attn1.*' (default: all)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--dump_steps", metavar="NUMBERS", help=f"{unit}s whose tensors are written, such as 0,3-5,-1 (default: all)"
     )
     if unit == "step":
-        parser.add_argument(
+        group.add_argument(
             "--dump_queries",
             metavar="NUMBERS",
             help="tokens whose attention weights are written if --dump_names has '*.attn1.weights'; those of the text "
             f"are first (default: {SOME_QUERIES}, evenly spread)",
         )
-        parser.add_argument("--dump_heads", metavar="NUMBERS", help="heads whose are written (default: all)")
-    parser.add_argument(
+        group.add_argument(
+            "--dump_heads", metavar="NUMBERS", help="heads whose attention weights are written (default: all)"
+        )
+    group.add_argument(
         "--dump_stats",
         action="store_true",
         help=f"write the statistics of every named tensor in every {unit}; whole tensors only with --dump_names",
     )
-    parser.add_argument(
+    group.add_argument(
         "--dump_shards", action="store_true", help="say which chips differ where they should be equal, and --dump_stats"
     )
 
 
-def add_host_options(parser: argparse.ArgumentParser) -> None:
+def add_host_options(parser: ArgumentParser) -> None:
     """Add the options that say which processes make up the run; see `join`."""
+    group = parser.group("devices")
     slice_finds = "(default: found on a TPU slice, else a single process)"
-    parser.add_argument(
+    group.add_argument(
         "--num_processes", type=number(int, 1), help=f"processes that run this stage together {slice_finds}"
     )
-    parser.add_argument(
+    group.add_argument(
         "--process_id", type=number(int, 0), help=f"which of them this one is; process 0 writes the files {slice_finds}"
     )
-    parser.add_argument(
+    group.add_argument(
         "--coordinator_address", metavar="HOST:PORT", help=f"where process 0 listens for the others {slice_finds}"
     )
 
 
-def add_compilation_options(parser: argparse.ArgumentParser, what: str) -> None:
+def add_compilation_options(parser: ArgumentParser, what: str) -> None:
     """Add where the compiled programs come from and go to; `what` is their name for the help."""
-    parser.add_argument(
+    group = parser.group("speed and memory")
+    group.add_argument(
         "--executable",
         type=file_path,
         help=f"load {what} from this file, if it fits this run; trust the file like a program, for it is code",
     )
-    parser.add_argument(
+    group.add_argument(
         "--compilation_cache",
-        type=file_path,
-        metavar="DIR",
+        type=folder_path,
         help="folder where compiled programs are kept for the next start, or none to keep nothing "
         "(default: JAX_COMPILATION_CACHE_DIR, or cogvideox-tpu in the user's cache folder)",
     )
 
 
-def add_profile_option(parser: argparse.ArgumentParser, what: str) -> None:
+def add_profile_option(parser: ArgumentParser, what: str) -> None:
     """Add --profile; `what` is traced, such as "step"."""
-    parser.add_argument(
+    parser.group("looking inside").add_argument(
         "--profile",
-        type=file_path,
+        type=folder_path,
         help=f"write a trace of two {what}s to this folder, for XProf and TensorBoard, and print what takes the time",
     )

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from cogvideox.cli.signals import Interruption
+from cogvideox import packages
 from cogvideox.cli.terminal import fitted
 from cogvideox.errors import UserError, as_user_error, one_line
+from cogvideox.signals import MESSAGE, Interruption
 
 BACKGROUND = "background"  # the name of threads whose work is given up when the process ends
 
@@ -35,7 +36,10 @@ def run(
         program: the name before the line of an error; by default that of the script that runs.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # what the terminal cannot show
-    Interruption.install()
+    if program is None:
+        script = Path(sys.argv[0])
+        program = script.parent.name if script.name == "__main__.py" else script.name  # `python -m` runs a package
+    Interruption.install(program)
     try:
         main(argv)
         sys.stdout.flush()
@@ -43,10 +47,11 @@ def run(
         _stop_printing()
         _leave(128 + signal.SIGPIPE)
     except KeyboardInterrupt as interrupt:
-        message = str(interrupt) or "interrupted; existing files are unchanged"
-        _exit(message, 128 + (Interruption.number or signal.SIGINT), program)
+        _exit(str(interrupt) or MESSAGE, 128 + (Interruption.number or signal.SIGINT), program)
     except Exception as error:
         shown = as_user_error(error)
+        if isinstance(error, ModuleNotFoundError) and error.name and packages.is_required(error.name):
+            shown = UserError(packages.missing(error.name))
         if isinstance(shown, UserError):
             if isinstance(error, OSError) and error.filename is None:  # a file of ours has its name
                 _stop_printing()
@@ -64,11 +69,8 @@ def _stop_printing() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _exit(message: str, status: int, program: str | None) -> NoReturn:
+def _exit(message: str, status: int, program: str) -> NoReturn:
     """Print one line on stderr that begins with the program's name, and end the process."""
-    if program is None:
-        script = Path(sys.argv[0])
-        program = script.parent.name if script.name == "__main__.py" else script.name  # `python -m` runs a package
     print(fitted(one_line(f"{program}: {message}"), sys.stderr), file=sys.stderr)
     _leave(status)
 

@@ -21,9 +21,9 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from cogvideox.cli import terminal
-from cogvideox.cli.signals import Interruption
 from cogvideox.errors import UserError, as_user_error
 from cogvideox.files import timings
+from cogvideox.signals import MESSAGE, Interruption
 from cogvideox.versions import LIBRARIES, versions
 
 LOG_BEGINS = b'{"time": "'  # as each line of a log of events
@@ -117,16 +117,23 @@ class Report:
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
     def __enter__(self) -> "Report":
+        self._until_end = contextlib.ExitStack()
+        self._until_end.enter_context(Interruption.cleaned_up(lambda: self._end_early(KeyboardInterrupt(MESSAGE))))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         """Write to the log what ends the stage before its end, and close it."""
+        self._until_end.close()
         if error is not None:
-            shown = as_user_error(error)
-            bug = not isinstance(shown, (UserError, KeyboardInterrupt))
-            text = "".join(traceback.format_exception(error)) if bug else None
-            self.event("error", kind=type(shown).__name__, message=str(shown), traceback=text)
+            self._end_early(error)
         self._log.close()
+
+    def _end_early(self, error: BaseException) -> None:
+        """Write to the log what ends the stage before its end."""
+        shown = as_user_error(error)
+        bug = not isinstance(shown, (UserError, KeyboardInterrupt))
+        text = "".join(traceback.format_exception(error)) if bug else None
+        self.event("error", kind=type(shown).__name__, message=str(shown), traceback=text)
 
     def event(self, event: str, **fields: Any) -> None:
         """Write an event with these fields to the log."""
@@ -204,7 +211,6 @@ class Report:
 
         The yielded object has `note`, text for the row that the body may set, and at the end `seconds`.
         """
-        Interruption.check()
         self.event("phase_start", phase=name)
         phase, start, counts = SimpleNamespace(note=""), self._now(), self.counts.copy()
         yield phase
@@ -225,7 +231,10 @@ class Report:
     def progress(self, description: str, unit: str, total: int, done: int = 0) -> Iterator["Progress"]:
         """Show a progress bar, on which `done` units are done, or lines where stderr is no terminal; see `Progress`."""
         options = {"desc": f"  {description}", "unit": unit, "disable": self._quiet} | terminal.bar_options()
-        with tqdm(total=total, initial=done, **options) as bar:
+        with (
+            tqdm(total=total, initial=done, **options) as bar,
+            Interruption.cleaned_up(bar.close),  # so that its line ends
+        ):
             yield Progress(self, bar, unit, total)
 
     def step(self, unit: str, done: int, total: int, seconds: float) -> None:
@@ -282,7 +291,6 @@ class Progress:
 
     def update(self, units: int = 1) -> None:
         """End a step, in which `units` were done."""
-        Interruption.check()
         self.n += units
         self._bar.update(units)
         now = self._report._now()

@@ -44,13 +44,21 @@ def utf8(text: str) -> str:
 
 
 def file_path(text: str) -> Path:
-    """Return `text` as a path with ~ expanded; an argparse type that rejects an empty path."""
+    """Return `text` as a path with ~ expanded; an argparse type that rejects what is no path for safetensors."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the path is empty")
     try:
-        return Path(text).expanduser()
+        return Path(utf8(text)).expanduser()
     except RuntimeError as error:  # there is no such home
         raise argparse.ArgumentTypeError(f"{text}: {first_line(error)}") from None
+
+
+def folder_path(text: str) -> Path:
+    """Return `text` as the path of a folder; an argparse type that rejects what is plainly a video's name."""
+    path = file_path(text)
+    if path.suffix.lower() in VIDEO_SUFFIXES and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is the name of a video, not of a folder")
+    return path
 
 
 def model_id(text: str) -> str:
@@ -104,4 +112,4 @@ def lora_option(text: str) -> str:
     except ValueError:
         raise argparse.ArgumentTypeError(f"the scale of {text} is {scale!r}, no number") from None
     is_id = HUB_ID.fullmatch(path) and not path.endswith(".safetensors") and not Path(path).exists()
-    return f"{path if is_id else file_path(utf8(path)).absolute()}:{factor}"
+    return f"{path if is_id else utf8(str(file_path(path).absolute()))}:{factor}"

@@ -52,7 +52,7 @@ def model_folder(model_id: str, patterns: list[str], download: bool = True, opti
 
     try:
         return Path(snapshot_download(model_id, allow_patterns=patterns, local_files_only=not download))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # the last where there is no home folder
         raise UserError(
             f"model '{model_id}' is neither a local folder nor available from the Hugging Face Hub "
             f"({first_line(error)}); correct {option} or check the network"

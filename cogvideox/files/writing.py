@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import glob
 import json
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from cogvideox.errors import UserError, reason, refusal
+from cogvideox.signals import Interruption
 
 LOCK = ".lock"
 HELD = ".lock.held"  # beside it, where the file system has no locks
@@ -81,24 +83,27 @@ def replacing(path: Path) -> Iterator[str]:
     """Yield a temporary path in the folder of `path`, and rename the file there to `path` on success.
 
     A reader of `path` finds either the old file or the complete new one. What a killed process left there is removed.
+    A signal waits for the end of the body.
 
     Raises:
         UserError: the file cannot be written (no permission, no space, or a folder has this name).
     """
-    with write_errors(path):
+    with write_errors(path), Interruption.held_back():
         temporary = _temporary_beside(path)
+        remove = functools.partial(os.unlink, temporary)
         try:
-            yield temporary
-            _let_others_read(temporary)
-            os.replace(temporary, path)
+            with Interruption.cleaned_up(remove):
+                yield temporary
+                _let_others_read(temporary)
+                os.replace(temporary, path)
         except BaseException:
-            os.unlink(temporary)
+            remove()
             raise
 
 
 def check_writable(path: Path) -> None:
     """Raise UserError if `path` cannot be written; change no existing file."""
-    with write_errors(path):
+    with write_errors(path), Interruption.held_back():
         os.unlink(_temporary_beside(path))
 
 
@@ -169,20 +174,22 @@ def committing(folder: Path, stage: str) -> Iterator[Path]:
     """Yield an empty folder; on success its files replace those of `folder`: all of them, or none.
 
     They count from the moment when READY is among them: some file systems rename no folders. If the process is killed
-    while they are moved, `finish` moves the others.
+    while they are moved, `finish` moves the others. A signal waits for the end of the body.
 
     Raises:
         UserError: the files cannot be written.
     """
-    with write_errors(folder):
+    with write_errors(folder), Interruption.held_back():
         new = Path(tempfile.mkdtemp(prefix=f".{stage}-", suffix=".new", dir=folder))
+        remove = functools.partial(shutil.rmtree, new, ignore_errors=True)  # the reason why it ends is what counts
         try:
-            yield new
-            for path in new.iterdir():
-                _let_others_read(path)
-                to_disk(path)
+            with Interruption.cleaned_up(remove):
+                yield new
+                for path in new.iterdir():
+                    _let_others_read(path)
+                    to_disk(path)
         except BaseException:
-            shutil.rmtree(new, ignore_errors=True)  # the reason why it ends is what counts
+            remove()
             raise
         (new / READY).touch()
         finish(folder)
@@ -220,32 +227,46 @@ def claimed(
     if place in CLAIMED:
         yield
         return
-    with write_errors(asked or folder):
+    release = contextlib.ExitStack()
+    with Interruption.cleaned_up(release.close):
+        try:
+            with Interruption.held_back():
+                _claim(folder, place, stage, asked or folder, release)
+                if warn:
+                    with write_errors(folder):
+                        _try_commit(folder, warn)
+            yield
+        finally:
+            with Interruption.held_back():
+                release.close()
+
+
+def _claim(folder: Path, place: Path, stage: str, asked: Path, release: contextlib.ExitStack) -> None:
+    """Do the work of `claimed` at its beginning; `release` gets that of its end."""
+    with write_errors(asked):
         is_new = not os.path.lexists(folder)
         if is_new:
             folder.mkdir(parents=True, exist_ok=True)
+            release.callback(_remove_if_empty, folder)
         lock = _locked_file(folder)
+    release.callback(os.close, lock)
+    for name in (LOCK, HELD):
+        release.callback((folder / name).unlink, missing_ok=True)
     CLAIMED.add(place)
-    try:
-        owner = {"stage": stage, "host": socket.gethostname(), "process": os.getpid(), "since": now()}
-        with write_errors(folder):
-            os.ftruncate(lock, 0)
-            os.pwrite(lock, json.dumps(owner).encode(), 0)
-        finish(folder)
-        for left in folder.glob(".*.new"):
-            shutil.rmtree(left, ignore_errors=True)
-        if warn:
-            with write_errors(folder):
-                _try_commit(folder, warn)
-        yield
-    finally:
-        CLAIMED.discard(place)
-        (folder / HELD).unlink(missing_ok=True)
-        (folder / LOCK).unlink(missing_ok=True)
-        os.close(lock)
-        if is_new:
-            with contextlib.suppress(OSError):  # it is no longer empty
-                folder.rmdir()
+    release.callback(CLAIMED.discard, place)
+    owner = {"stage": stage, "host": socket.gethostname(), "process": os.getpid(), "since": now()}
+    with write_errors(folder):
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, json.dumps(owner).encode(), 0)
+    finish(folder)
+    for left in folder.glob(".*.new"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder in which nothing was written."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _locked_file(folder: Path) -> int:

@@ -7,9 +7,10 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
-from cogvideox.errors import UserError, first_line
+from cogvideox.errors import UserError, first_line, reason
+from cogvideox.signals import Interruption
 
 if TYPE_CHECKING:
     import jax
@@ -21,7 +22,14 @@ def prepare_libraries() -> None:
     Without a TPU, jax would still try libtpu and print many errors before it falls back to another platform; with one
     that another process holds, it would fall back to the CPU. This function therefore sets `JAX_PLATFORMS`, unless the
     user has set it.
+
+    Raises:
+        UserError: there is no temporary folder, without which torch does not start.
     """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise UserError(f"{reason(error)}; name a folder that can be written with TMPDIR") from error
     has_cuda = os.path.exists("/dev/nvidia0") and importlib.metadata.entry_points(group="jax_plugins")
     os.environ.setdefault("JAX_PLATFORMS", "tpu,cpu" if has_tpu() else "cuda,cpu" if has_cuda else "cpu")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -40,11 +48,12 @@ def devices(debug: bool = False) -> "list[jax.Device]":
     """
     import jax
 
-    with _scratch() as printed:
+    with tempfile.TemporaryFile() as printed:
         stderr = os.dup(2)
         os.dup2(printed.fileno(), 2)
         try:
-            return jax.devices()
+            with Interruption.cleaned_up(lambda: os.dup2(stderr, 2)):
+                return jax.devices()
         except (RuntimeError, AssertionError) as error:  # the second from CUDA without a GPU
             platforms = os.environ.get("JAX_PLATFORMS")
             raise UserError(
@@ -57,14 +66,6 @@ def devices(debug: bool = False) -> "list[jax.Device]":
             if debug:
                 printed.seek(0)
                 sys.stderr.write(printed.read().decode(errors="replace"))
-
-
-def _scratch() -> "IO[bytes]":
-    """Open a file that nobody needs later; where there is no temporary folder, it keeps nothing."""
-    try:
-        return tempfile.TemporaryFile()
-    except OSError:
-        return open(os.devnull, "w+b")
 
 
 def has_tpu() -> bool:

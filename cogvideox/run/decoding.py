@@ -16,6 +16,7 @@ from cogvideox.files.video_file import video_writer
 from cogvideox.run.hosts import Hosts
 from cogvideox.run.jobs import Video
 from cogvideox.run.plans import dump_recorder, dump_wanted, plan_errors
+from cogvideox.signals import Interruption
 
 if TYPE_CHECKING:
     import jax
@@ -220,6 +221,7 @@ def write_video(
             for frame in frames:
                 append(frame)
             bar.update(len(frames))
+            Interruption.check()
             if keep:
                 kept.append(frames)
     return kept

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cogvideox.cli.report import Report
-from cogvideox.cli.signals import Interruption
 from cogvideox.defaults import PRESETS
 from cogvideox.files import checkpoint, tensor_dump
 from cogvideox.files.lora import Lora
@@ -19,6 +18,7 @@ from cogvideox.models.shared.sizes import spatial_compression_ratio
 from cogvideox.run.hosts import Hosts
 from cogvideox.run.jobs import Group, Task
 from cogvideox.run.plans import attention_wanted, dump_recorder, dump_wanted, plan_errors, skipped_steps
+from cogvideox.signals import Interruption
 
 if TYPE_CHECKING:
     import jax
@@ -206,8 +206,8 @@ class DenoisingRun:
                 if bar.n < steps and state_file.is_due(bar.n, now=is_interrupted):
                     with self.report.aside("keeping the state"):
                         state_file.keep(denoising.saved(state), now=is_interrupted)
-                if is_interrupted and bar.n < steps:
-                    raise KeyboardInterrupt(state_file.interruption_message(bar.n, steps))
+                if bar.n < steps:
+                    Interruption.check(state_file.interruption_message(bar.n, steps))
         return state
 
     def warn_unless_finite(self, state: "State") -> None:

@@ -173,11 +173,11 @@ def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> Hosts:
     hosts = Hosts(process=place[2], processes=place[1])
     ENDS_AT_ONCE.append(lambda: hosts.are_many)  # an orderly end would wait for the other processes
     BEFORE_FAILURE.append(hosts.wait_for_end)
+    accelerator.prepare_libraries()
     scratch = Path(tempfile.mkdtemp(prefix="cogvideox-"))
     _start_relay(hosts.process, scratch)
     if hosts.is_first and not arguments.quiet:
         print(f"process 0 of {place[1]}, which waits for the others at {place[0]}", flush=True)
-    accelerator.prepare_libraries()
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM

@@ -267,7 +267,8 @@ def videos_to_decode(arguments: argparse.Namespace) -> list[Video]:
                 "--input_dir"
             )
     found = [
-        Video(folder, stage_files.read_config(folder, VideoConfig), output=arguments.output_video) for folder in folders
+        Video(folder, stage_files.read_config(folder, VideoConfig), output=encoded_video(folder, arguments))
+        for folder in folders
     ]
     for video in found[1:]:
         for name in (*SIZE, "model_id"):
@@ -280,9 +281,16 @@ def videos_to_decode(arguments: argparse.Namespace) -> list[Video]:
     return found
 
 
-def decoding_folder(found: Sequence[Video], arguments: argparse.Namespace) -> Path:
-    """Return the folder of the only video's output, or the one around those of all."""
-    return found[0].encoded.parent if len(found) == 1 else arguments.input_dir
+def encoded_video(folder: Path, arguments: argparse.Namespace) -> Path | None:
+    """Return the file of the video whose latents are in `folder`; None for that in `folder` itself."""
+    if arguments.output_video or not arguments.output_dir:
+        return arguments.output_video
+    return arguments.output_dir / folder.relative_to(arguments.input_dir) / VIDEO
+
+
+def decoding_folder(arguments: argparse.Namespace) -> Path:
+    """Return the folder of the timings, and of what --output_video and --output_frames do not name."""
+    return arguments.output_dir or arguments.input_dir
 
 
 def check_files_to_decode(
@@ -303,9 +311,10 @@ def check_files_to_decode(
         )["latents"]
         provenance.check_inputs(video.latents, report.refuse)
     model_id = check_model(found, arguments.model_id, report.refuse)
-    options = [("--output_video", video.encoded) for video in found] + [("--output_frames", arguments.output_frames)]
+    option = "--output_video" if arguments.output_video or not arguments.output_dir else "--output_dir"
+    options = [(option, video.encoded) for video in found] + [("--output_frames", arguments.output_frames)]
     configs = [video.folder / CONFIG for video in found]
-    timings = decoding_folder(found, arguments) / TIMINGS
+    timings = decoding_folder(arguments) / TIMINGS
     inputs = [*shapes, *configs, timings, arguments.executable, arguments.log_json]
     writing.check_outputs(options if hosts.is_first else [], inputs, model_id)
     return model_id, shapes

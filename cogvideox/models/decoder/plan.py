@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from cogvideox.defaults import DECODERS
 from cogvideox.errors import PlanError
 from cogvideox.models.decoder.decoder import Decoder, chunk_programs, chunk_sizes
 from cogvideox.models.decoder.spatial_split import Split, choose_split
@@ -16,8 +17,6 @@ from cogvideox.models.decoder.vae_layers import ACTIVATIONS
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.plan import Plan
 from cogvideox.models.shared.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
-
-DECODERS = ("torchax", "flax")  # of each there is a module vae_<name>.py with a function make_decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cogvideox.models.shared.sizes import MOST_ELEMENTS
+
 MESH_AXES = ("rows", "columns")
 STRIPS = {"tpu": 8}  # by platform; elsewhere 1
 
@@ -23,7 +25,8 @@ STRIPS = {"tpu": 8}  # by platform; elsewhere 1
 class Split:
     """A frame of `height` x `width` latent pixels on the chips of `mesh`, `strips` on each.
 
-    With `for_tpu` the layers use the forms that are fast on a TPU, a Pallas kernel among them.
+    With `for_tpu` the layers use the forms that are fast on a TPU, a Pallas kernel among them. No convolution takes or
+    makes more than `most_elements` at a time, where that is not None.
 
     The methods `image`, `inside`, `sum` and `neighbours` are for use inside `shard_map`.
     """
@@ -33,6 +36,7 @@ class Split:
     height: int
     width: int
     for_tpu: bool
+    most_elements: int | None = None
 
     @property
     def platform(self) -> str:
@@ -170,12 +174,13 @@ def choose_split(
     platform = devices[0].platform
     strips = strips or STRIPS.get(platform, 1)
     for_tpu = platform == "tpu" if for_tpu is None else for_tpu
+    most_elements = MOST_ELEMENTS.get(platform)
     divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
     if rows is not None and rows not in divisors:
         raise ValueError(f"{rows} rows do not divide {len(devices)} chips; {divisors} work")
 
     def split(n: int) -> Split:
-        return Split(Mesh(np.asarray(devices).reshape(n, -1), MESH_AXES), strips, height, width, for_tpu)
+        return Split(Mesh(np.asarray(devices).reshape(n, -1), MESH_AXES), strips, height, width, for_tpu, most_elements)
 
     return min(
         (split(n) for n in ([rows] if rows else divisors)),

@@ -103,7 +103,7 @@ class ResnetBlock3D(NamedModule):
         hidden = self.norm2(hidden, latents, split).with_activation(self.activation)
         hidden, new_cache["conv2"] = self.conv2(hidden, cache.get("conv2"), split)
         if hasattr(self, "conv_shortcut"):
-            x = shortcut(x, self.conv_shortcut.kernel[0, 0, 0], value(self.conv_shortcut.bias))
+            x = shortcut(x, self.conv_shortcut.kernel[0, 0, 0], value(self.conv_shortcut.bias), split)
             tap_output(f"{self.name}.conv_shortcut", x, split)
         return x + hidden, new_cache
 

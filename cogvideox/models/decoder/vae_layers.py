@@ -130,10 +130,11 @@ def pointwise_conv(
     return y + bias.astype(y.dtype)
 
 
-def shortcut(x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
+def shortcut(x: jax.Array, weight: jax.Array, bias: jax.Array, split: Split) -> jax.Array:
     """Apply `conv_shortcut` of `CogVideoXResnetBlock3D`, a pointwise convolution."""
+    convolve = functools.partial(pointwise_conv, weight=weight, bias=bias)
     # The barrier makes XLA fuse the addition after it, and the sums of the next norm, with the larger convolution.
-    return jax.lax.optimization_barrier(pointwise_conv(x, weight, bias))
+    return jax.lax.optimization_barrier(_in_parts(convolve, x, (1, 1), split.most_elements))
 
 
 def causal_conv(
@@ -159,7 +160,8 @@ def causal_conv(
     padded, cache = _padded_input(x, split, cache=cache, history=history, packed=packed)
     if few_outputs:
         return _convolve_columns(padded, weight, bias), cache
-    return _convolve(padded, _pack_columns(weight) if packed else weight, bias), cache
+    convolve = functools.partial(_convolve, weight=_pack_columns(weight) if packed else weight, bias=bias)
+    return _in_parts(convolve, padded, weight.shape[:2], split.most_elements), cache
 
 
 def upsample(x: jax.Array, weight: jax.Array, bias: jax.Array, compress_time: bool, split: Split) -> jax.Array:
@@ -172,7 +174,8 @@ def upsample(x: jax.Array, weight: jax.Array, bias: jax.Array, compress_time: bo
     if compress_time and frames > 1:
         frames = 2 * frames - frames % 2
     padded, _ = _padded_input(_zero_outside(x, split), split, frames=frames, factor=2)
-    return _convolve(padded, weight[None], bias)
+    convolve = functools.partial(_convolve, weight=weight[None], bias=bias)
+    return _in_parts(convolve, padded, (1, len(weight)), split.most_elements)
 
 
 def precision(x: jax.Array) -> jax.lax.Precision:
@@ -236,6 +239,29 @@ def _convolve(padded: jax.Array, weight: jax.Array, bias: jax.Array, stride: int
         padded, weight, (1, 1, stride), "VALID", dimension_numbers=DIMENSIONS, precision=precision(padded)
     )
     return y + bias
+
+
+def _in_parts(
+    convolve: Callable[[jax.Array], jax.Array], x: jax.Array, window: tuple[int, ...], most: int | None
+) -> jax.Array:
+    """Return convolve(x), computed in parts: none takes or makes more than `most` elements, None for any number.
+
+    Args:
+        convolve: a convolution without padding.
+        x: [frames, height, width, strips, channels].
+        window: the convolution's size in frames and rows.
+        most: at least as many as one row of one frame needs.
+    """
+    if most is None:
+        return convolve(x)
+    result = jax.eval_shape(convolve, x)
+    axis = 0 if result.shape[0] > 1 else 1
+    size = result.shape[axis]
+    if max(x.size, result.size) <= most or size == 1:
+        return convolve(x)
+    parts = (0, size // 2), (size // 2, size)
+    inputs = [jax.lax.slice_in_dim(x, start, stop + window[axis] - 1, axis=axis) for start, stop in parts]
+    return jnp.concatenate([_in_parts(convolve, part, window, most) for part in inputs], axis)
 
 
 def _pack_columns(weight: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ def make_decoder(config: Mapping) -> Decoder:
             CogVideoXSpatialNorm3D: functools.partial(_spatial_norm, split=split),
             CogVideoXCausalConv3d: functools.partial(_causal_conv, split=split),
             CogVideoXUpsample3D: functools.partial(_upsample, split=split),
-            CogVideoXSafeConv3d: _shortcut,
+            CogVideoXSafeConv3d: functools.partial(_shortcut, split=split),
             torch.nn.Dropout: lambda layer, weights, x: x,
         }
         for name, activation in ACTIVATIONS.items():
@@ -91,8 +91,8 @@ def _upsample(layer: CogVideoXUpsample3D, weights: Weights, x: jax.Array, *, spl
     return upsample(x, weights["conv.weight"], weights["conv.bias"], layer.compress_time, split)
 
 
-def _shortcut(layer: CogVideoXSafeConv3d, weights: Weights, x: jax.Array) -> jax.Array:
-    return shortcut(x, weights["weight"][0, 0, 0], weights["bias"])
+def _shortcut(layer: CogVideoXSafeConv3d, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array:
+    return shortcut(x, weights["weight"][0, 0, 0], weights["bias"], split)
 
 
 def _activation(layer: torch.nn.Module, weights: Weights, x: Deferred, *, activation: Callable) -> Deferred:

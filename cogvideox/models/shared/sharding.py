@@ -1,4 +1,4 @@
-"""Where arrays live on the dp/sp/tp mesh: for each layout a map from logical axes to mesh axes.
+"""Where arrays live on the dp/sp/tp mesh, in one of the layouts of models/shared/layouts.py.
 
 The declarations of the parameters (models/transformer/parameters.py) and ACTIVATION_AXES say what the axes of an array
 stand for.
@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cogvideox.errors import PlanError
+from cogvideox.models.shared.layouts import ACTIVATIONS, LAYOUTS
 
 MESH_AXES = ("dp", "sp", "tp")
 
@@ -30,23 +31,6 @@ ACTIVATION_AXES = {
     "attention weights": ("batch", "chosen heads", "queries", "keys"),
     "rotary embedding": ("gathered tokens", "rotary"),
     "time embedding": ("time",),
-}
-
-# Logical axis -> mesh axes; an axis that is not named is replicated. Every layout splits the activations in the same
-# way. In "fsdp" each chip stores an equal share of the weights, and each block gathers its weights over sp and dp when
-# it runs.
-ACTIVATIONS = {
-    "batch": ("dp",),
-    "tokens": ("sp", "tp"),
-    "gathered tokens": ("sp",),
-    "split heads": ("tp",),
-    "exchanged heads": ("tp", "sp"),
-}
-# In every layout tp, named first, splits heads and MLP and nothing else of the weights, because a block computes on
-# that share; sp and dp may split one axis of each weight.
-LAYOUTS = {
-    "tp": ACTIVATIONS | {"heads": ("tp",), "mlp": ("tp",)},
-    "fsdp": ACTIVATIONS | {"heads": ("tp", "sp", "dp"), "mlp": ("tp", "sp", "dp")},
 }
 
 

@@ -1,8 +1,12 @@
-"""Sizes of a video and of its latents, computed from the VAE's config."""
+"""Sizes of a video and of its latents, computed from the VAE's config, and the most that an operation may have."""
 
 from collections.abc import Mapping
 
 from cogvideox.errors import PlanError
+
+# What a convolution or an attention may take or make, by platform: cuDNN has nothing fast for what its 32-bit indices
+# do not reach. diffusers cuts such inputs of convolutions, too (`CogVideoXSafeConv3d`).
+MOST_ELEMENTS = {"gpu": 2**31 - 1}
 
 
 def spatial_compression_ratio(vae: Mapping) -> int:

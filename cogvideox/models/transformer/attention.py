@@ -20,15 +20,25 @@ import custom_splash_attention
 from cogvideox.errors import PlanError
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import activation_spec
+from cogvideox.models.shared.sizes import MOST_ELEMENTS
 
 
 def xla_attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, kv_length: int, use_cudnn: bool = False
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    kv_length: int,
+    use_cudnn: bool = False,
+    most_elements: int | None = None,
 ) -> jax.Array:
     """Compute plain softmax attention by XLA, which keeps the scores [batch, heads, sequence, sequence] in memory.
 
     With `use_cudnn`, for NVIDIA GPUs, arrays of 16 bits take cuDNN's fused attention, which does not keep the scores.
+    Batches of which an array has more than `most_elements` are attended one sequence after the other.
     """
+    if most_elements is not None and max(query.size, key.size) > most_elements and len(query) > 1:
+        one = functools.partial(xla_attention, kv_length=kv_length, use_cudnn=use_cudnn)
+        return jax.lax.map(lambda arrays: one(*(x[None] for x in arrays))[0], (query, key, value))
     fused = use_cudnn and query.dtype.itemsize == 2
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     lengths = jnp.full(query.shape[0], kv_length, jnp.int32) if kv_length < key.shape[1] else None
@@ -147,7 +157,9 @@ IMPLEMENTATIONS = {
         tiled=Tiled(custom_splash_attention.tiled_attention, custom_splash_attention.tiled_online_heads),
     ),
     "splash": Implementation(splash_attention, BlockSizes),
-    "xla": Implementation(xla_attention, platform_options={"gpu": {"use_cudnn": True}}),
+    "xla": Implementation(
+        xla_attention, platform_options={"gpu": {"use_cudnn": True, "most_elements": MOST_ELEMENTS["gpu"]}}
+    ),
 }
 
 

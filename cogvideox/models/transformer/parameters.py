@@ -22,7 +22,7 @@ class Parameter(NamedTuple):
 
     Attributes:
         axes: what each of its axes stands for. That gives the sizes (`axis_sizes`), and the mesh axes that split them
-            (LAYOUTS in models/shared/sharding.py).
+            (LAYOUTS in models/shared/layouts.py).
         only_with: the entry of the config without which the model has no such parameter; None if every model has it.
         rotary: whether its rows are reordered, so that the rotary pairs of a head are its two halves.
         read_in_stack: whether the block of kernels reads it in the stack of all blocks, not in a copy of its layer.
