@@ -80,15 +80,16 @@ def _wrapped(line: str, width: int) -> str:
 
 def _wrapped_command(line: str, width: int) -> str:
     """Return a command in lines that end with a backslash, between its arguments or within a long one's quotes."""
-    lines = [NEXT.rstrip()]
+    lines, most = [NEXT.rstrip()], width // 2
     for argument in shlex.split(line.removeprefix(NEXT)):
-        if len(lines[-1]) + len(shlex.quote(argument)) + 3 > width:
+        pieces = [argument]
+        if len(shlex.quote(argument)) + 6 > width:
+            pieces = re.findall(rf"(?s).{{1,{most}}}(?: |$)|.{{1,{most}}}", argument)
+        if len(lines[-1]) + len(shlex.quote(pieces[0])) + 3 > width:
             lines[-1] += " \\"
             lines.append("   ")
-        first, *others = re.findall(rf"(?s).{{1,{width // 2}}}(?: |$)|.{{1,{width // 2}}}", argument) or [""]
-        whole = len(shlex.quote(argument)) + 6 <= width
-        lines[-1] += f" {shlex.quote(argument if whole else first)}"
-        for piece in [] if whole else others:  # a shell joins them again
+        lines[-1] += f" {shlex.quote(pieces[0])}"
+        for piece in pieces[1:]:  # at the beginning of a line, so that a shell joins it to the one before
             lines[-1] += "\\"
             lines.append(shlex.quote(piece))
     return "\n".join(lines)
