@@ -6,8 +6,8 @@
 
 The programs of reproduce_tables.py are far from the limit of the matrix unit (MXU). These kernels are near it, so they
 show how accurate the predictions of compile_for_tpu are there. All are causal attention of 32 heads of 256 in bfloat16
-on one device, with the versions that their measurements name. The rows are saved in
-benchmarks/results/measured_kernels.json.
+on one device, with the versions that their measurements name. The rows are saved in reports/measured_kernels.json, with
+--publish in benchmarks/results/.
 
 Blocks that the causal mask hides are skipped by loops and conditions that depend on data. How often each of these
 regions runs was found by reading the kernels' sources beside their schedules, and is written down here.
@@ -28,13 +28,11 @@ from typing import NamedTuple
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.errors import UserError
-from cogvideox.files import writing
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.versions import versions
 from compile_for_tpu import compiler, kernel_schedule, report, topologies
 
 HEADS, HEAD_DIM = 32, 256
-RESULTS = report.RESULTS / "measured_kernels.json"
 
 
 class Row(NamedTuple):
@@ -163,7 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the rows that are asked for, and replace them in the file of results."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.measured_kernels")
     parser.add_argument("--rows", nargs="+", default=[*ROWS], help=f"rows to predict, of {', '.join(ROWS)}")
-    names = parser.parse_args(argv).rows
+    report.add_publish_option(parser)
+    arguments = parser.parse_args(argv)
+    names = arguments.rows
     if unknown := set(names) - ROWS.keys():
         raise UserError(f"--rows {min(unknown)} is unknown; known are {', '.join(ROWS)}")
     for name in names:
@@ -178,10 +178,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in names
     }
     print(table(results))
-    saved = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | results
-    with writing.replacing(RESULTS) as temporary:
-        Path(temporary).write_text(json.dumps({name: saved[name] for name in ROWS if name in saved}, indent=2) + "\n")
-    print(f"\nwrote {os.path.relpath(RESULTS)}")
+    path = report.folder(arguments.publish) / report.MEASURED_KERNELS.name
+    report.save_rows(path, results, order=ROWS)
+    print(f"\nwrote {os.path.relpath(path)}")
 
 
 def table(results: dict) -> str:

@@ -8,7 +8,8 @@ For each caption, diffusers' CogVideoXPipeline in float32 and our three stages m
 videos are scored by image processing (tools/moving_shapes.py). Options after `--` go to our stage 2 alone, so that the
 quality of a speed option can be measured. So do those of each --variant, whose videos are made beside the others and
 compared with ours. Scored beside them are true clips, the same clips encoded and decoded by the VAE, videos by
-untrained weights (a control that must fail), and chance. The results are a report (JSON) and a contact sheet.
+untrained weights (a control that must fail), and chance. The results are a report (JSON) and a contact sheet, in
+reports/, with --publish in benchmarks/results/.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -44,7 +46,7 @@ from cogvideox.files.names import EMBEDDINGS, ROOT
 from cogvideox.run import accelerator, decoding, denoising, plans
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.signals import Interruption
-from compile_for_tpu.report import RESULTS
+from compile_for_tpu import report
 from tools.moving_shapes import (
     CHANCE,
     FRAMES,
@@ -79,13 +81,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--num_inference_steps", type=number(int, 1), default=NUM_STEPS, help="denoising steps, of all videos"
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of our stages")
-    parser.add_argument("--output", type=file_path, default=RESULTS / "quality.json", help="file for the report, JSON")
+    parser.add_argument(
+        "--output", type=file_path, help=f"file for the report, JSON (default: {report.REPORTS}/quality.json)"
+    )
     parser.add_argument(
         "--sheet",
         type=file_path,
-        default=RESULTS / "quality.png",
-        help="file for a contact sheet of the held-out captions, PNG",
+        help=f"file for a contact sheet of the held-out captions, PNG (default: {report.REPORTS}/quality.png)",
     )
+    report.add_publish_option(parser)
     parser.add_argument(
         "--animation", type=file_path, help="also write an animation of eight of our videos, .gif or .webp"
     )
@@ -97,7 +101,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="options of stage 2 beside those after --, in one string, for one more video of each case; repeatable",
     )
     parser.add_argument("stage2_options", nargs="*", help="options of our stage 2, after --")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    arguments.output = arguments.output or report.folder(arguments.publish) / "quality.json"
+    arguments.sheet = arguments.sheet or report.folder(arguments.publish) / "quality.png"
+    return arguments
 
 
 def parse_stage2_options(arguments: argparse.Namespace, variant: str = "") -> argparse.Namespace:
@@ -125,15 +132,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases = choose_cases(arguments)
     with Interruption.raised(), tempfile.TemporaryDirectory() as folder:
         made = make_videos(arguments, options, cases, Path(folder))
-    report = judge(arguments, cases, made)
+    found = judge(arguments, cases, made)
     with writing.replacing(arguments.output) as temporary:
-        Path(temporary).write_text(json.dumps(report, indent=2) + "\n")
-    print(as_text(report))
+        Path(temporary).write_text(json.dumps(found, indent=2) + "\n")
+    print(as_text(found))
     print(f"wrote {os.path.relpath(arguments.output)}")
     sources = ("ours", "diffusers", *arguments.variant)
     shown = [case for case in zip(cases, *(made[name] for name in sources), strict=True) if case[0].held_out]
     with writing.replacing(arguments.sheet) as temporary:
-        write_sheet(temporary, shown[:: arguments.videos])
+        write_sheet(temporary, shown[:: arguments.videos], sources)
     print(f"wrote {os.path.relpath(arguments.sheet)}")
     if arguments.animation:
         with writing.replacing(arguments.animation) as temporary:
@@ -356,33 +363,32 @@ def judge(arguments: argparse.Namespace, cases: Sequence[Case], made: dict[str, 
     }
 
 
-def as_text(report: dict) -> str:
+def as_text(found: dict) -> str:
     """Return the report as text to print."""
     lines = ["share of the videos that show what the caption says"]
-    for group, rows in report["adherence"].items():
+    for group, rows in found["adherence"].items():
         width = max(18, *map(len, rows))
         lines.append(
             f"{f'captions {group}':<{width + 2}}" + "".join(f"{attribute:>12}" for attribute in Caption._fields)
         )
         for source, shares in rows.items():
             lines.append(f"  {source:<{width}}" + "".join(f"{share:>12.1%}" for share in shares.values()))
-    for name, psnr in report["psnr"].items():
+    for name, psnr in found["psnr"].items():
         lines.append(f"PSNR of {name}: median {psnr['median']:.1f} dB, least {psnr['least']:.1f} dB")
     return "\n".join(lines)
 
 
-def write_sheet(path: str, shown: Sequence[tuple], columns: int = 4) -> None:
-    """Write a contact sheet: first, middle and last frame of our video of each case, and of others below it.
+def write_sheet(path: str, shown: Sequence[tuple], sources: Sequence[str], columns: int = 4) -> None:
+    """Write a contact sheet: of each case first, middle and last frame, in a row for each source, named at the left.
 
-    `shown` has for each case the case, our video, diffusers' and those of the variants.
+    `shown` has for each case the case and a video of each source.
     """
     frames = (0, FRAMES // 2, FRAMES - 1)
 
-    def cell(case: Case, *videos: np.ndarray) -> np.ndarray:
+    def cell(videos: Sequence[np.ndarray]) -> np.ndarray:
         return np.concatenate([np.concatenate([video[frame] for frame in frames], axis=1) for video in videos])
 
-    pictures = [(case, cell(case, *videos)) for case, *videos in shown]
-    labelled(pictures, columns).save(path, "PNG")
+    labelled([(case, cell(videos)) for case, *videos in shown], columns, sources).save(path, "PNG")
 
 
 def write_animation(path: str, shown: Sequence[tuple]) -> None:
@@ -395,19 +401,28 @@ def write_animation(path: str, shown: Sequence[tuple]) -> None:
     pictures[0].save(path, quality=95, save_all=True, append_images=pictures[1:], duration=1000 // FPS, loop=0)
 
 
-def labelled(pictures: Sequence[tuple[Case, np.ndarray]], columns: int) -> "Image.Image":
-    """Return one picture that holds pictures of the same size, each above its caption."""
+def labelled(pictures: Sequence[tuple[Case, np.ndarray]], columns: int, rows: Sequence[str] = ()) -> "Image.Image":
+    """Return one picture that holds pictures of the same size, each above its caption.
+
+    Each consists of `rows` of the same height, whose names stand at the left of each line of pictures.
+    """
     from PIL import Image, ImageDraw
 
     gap, text_height = 4, 30
+    names = [textwrap.fill(name, 24, break_long_words=False) for name in rows]
+    left = max((6 * len(line) + 12 for name in names for line in name.splitlines()), default=0)  # 6 pixels a letter
     height, width, _ = pictures[0][1].shape
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (width + gap), rows * (height + text_height)), "white")
+    lines = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (left + columns * (width + gap), lines * (height + text_height)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (case, picture) in enumerate(pictures):
-        x, y = i % columns * (width + gap), i // columns * (height + text_height)
+        x, y = left + i % columns * (width + gap), i // columns * (height + text_height)
         sheet.paste(Image.fromarray(picture), (x, y))
         draw.text((x + 2, y + height + 1), str(case.caption).replace(" on ", "\non "), fill="black")
+    for line in range(lines):
+        for i, name in enumerate(names):
+            middle = line * (height + text_height) + (i + 0.5) * height / len(names)
+            draw.text((left - 6, middle), name, fill="black", anchor="rm", align="right")
     return sheet
 
 

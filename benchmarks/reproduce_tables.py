@@ -8,7 +8,7 @@ show how accurate the predictions of compile_for_tpu are. Each row has a configu
 through TorchAx, partitioned by GSPMD with their parameter shardings, and Splash Attention in shard_map. One block is
 compiled and counted 42 times; the operations before and after the blocks are not counted. With --ours, each row also
 has a prediction for our own stage 2 in the same size on the same chips. The new rows replace those in
-benchmarks/results/tables.json.
+reports/tables.json, with --publish in benchmarks/results/, and the picture beside it is drawn again.
 
 The original's exp2 kernel is not in this repository. In its rows, the kernel's time is computed from 451 useful scores
 a cycle, the result of that kernel's own schedule at the Wan2.1 blocks; the other times come from the compiler. The
@@ -212,19 +212,11 @@ def predict_row(name: str, ours: dict | None, saved: dict | None) -> dict:
     return found
 
 
-def read_saved() -> dict:
-    """Return the rows in tables.json."""
-    return json.loads(report.TABLES.read_text()) if report.TABLES.exists() else {}
-
-
-def save(results: dict) -> None:
-    """Replace or add rows in tables.json, and draw tables.png again."""
-    saved = read_saved()
-    rows = {name: (saved | results)[name] for name in ROWS if name in saved | results}
-    with writing.replacing(report.TABLES) as temporary:
-        Path(temporary).write_text(json.dumps(rows, indent=2) + "\n")
-    plot(rows, report.TABLES.with_suffix(".png"))
-    print(f"wrote {os.path.relpath(report.TABLES)} and {report.TABLES.stem}.png")
+def save(results: dict, folder: Path) -> None:
+    """Replace or add rows in a folder's tables.json, and draw its tables.png again."""
+    path = folder / report.TABLES.name
+    plot(report.save_rows(path, results, order=ROWS), path.with_suffix(".png"))
+    print(f"wrote {os.path.relpath(path)} and {path.stem}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -241,8 +233,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--original",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="predict the original's configurations; without it, what is saved of them stays",
+        help="predict the original's configurations; without it, what is published of them stays",
     )
+    report.add_publish_option(parser)
     arguments = parser.parse_args(argv)
     names = list(ROWS) if arguments.rows == ["all"] else arguments.rows
     if unknown := set(names) - ROWS.keys():
@@ -255,13 +248,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
 
     ours: dict | None = {} if arguments.ours else None
-    saved = {} if arguments.original else read_saved()
+    saved = {} if arguments.original else json.loads(report.TABLES.read_text())
     results = {name: predict_row(name, ours, saved.get(name)) for name in names}
     print(table(results))
     if len(results) > 1:
         print(summary(results))
     if arguments.ours:
-        save(results)
+        save(results, report.folder(arguments.publish))
 
 
 def table(results: dict) -> str:
@@ -297,36 +290,38 @@ def summary(results: dict) -> str:
 
 
 def plot(results: dict, path: Path) -> None:
-    """Draw predicted against measured seconds on logarithmic axes, as a PNG."""
-    from PIL import Image, ImageDraw
+    """Draw predicted against measured seconds on logarithmic axes, each dot with the name of its row, as a PNG."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
-    side, margin = 640, 60
-    seconds = [value for row in results.values() for value in (row["measured"], row["predicted_seconds"])]
-    low, high = math.log(min(seconds) / 1.3), math.log(max(seconds) * 1.3)
-
-    def place(value):
-        return (math.log(value) - low) / (high - low) * (side - 2 * margin)
-
-    image = Image.new("RGB", (side, side), "white")
-    draw = ImageDraw.Draw(image)
-    corner = (margin, side - margin)
-    draw.rectangle([margin, margin, side - margin, side - margin], outline="black")
-    draw.line([*corner, side - margin, margin], fill="gray")
-    for tick in (0.5, 1, 2, 4):
-        if low < math.log(tick) < high:
-            offset = place(tick)
-            draw.line([corner[0] + offset, corner[1], corner[0] + offset, corner[1] + 5], fill="black")
-            draw.line([corner[0] - 5, corner[1] - offset, corner[0], corner[1] - offset], fill="black")
-            draw.text((corner[0] + offset - 6, corner[1] + 10), f"{tick} s", fill="black")
-            draw.text((corner[0] - 36, corner[1] - offset - 6), f"{tick} s", fill="black")
-    draw.text((side / 2 - 90, side - 24), "measured by the original project", fill="black")
-    draw.text((10, 24), "predicted", fill="black")
-    for name, row in results.items():
-        x, y = corner[0] + place(row["measured"]), corner[1] - place(row["predicted_seconds"])
-        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill="steelblue")
-        draw.text((x + 8, y - 6), name, fill="black")
+    rows = sorted(results.items(), key=lambda item: item[1]["measured"])
+    seconds = [row[key] for _, row in rows for key in ("measured", "predicted_seconds")]
+    limits = min(seconds) / 1.3, max(seconds) * 1.3
+    figure = Figure(figsize=(7, 7), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xscale="log", yscale="log", aspect="equal")
+    axes.set_title("Steps of the original project, one dot for each row of the table")
+    axes.set_xlabel("measured by its authors, seconds a step")
+    axes.set_ylabel("predicted from the compiler's output, seconds a step")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks([0.5, 1, 2, 4], minor=False)
+        axis.set_major_formatter(FormatStrFormatter("%g"))
+        axis.set_minor_formatter(NullFormatter())
+    axes.set(xlim=limits, ylim=limits)
+    axes.plot(limits, limits, color="gray", linewidth=1)
+    axes.annotate(
+        "predicted = measured", (limits[1] / 1.35,) * 2, (6, -6), textcoords="offset points", rotation=45, color="gray",
+        rotation_mode="anchor", ha="center", va="top",
+    )  # fmt: skip
+    for i, (name, row) in enumerate(rows):  # names stand on both sides in turn, so that none hides another
+        place, away = (row["measured"], row["predicted_seconds"]), (-14, 10) if i % 2 else (10, -16)
+        axes.plot(*place, "o", color="tab:blue")
+        axes.annotate(
+            f"row {name}" if name.isdigit() else name, place, away, textcoords="offset points",
+            ha="right" if i % 2 else "left", arrowprops={"arrowstyle": "-", "color": "gray"},
+        )  # fmt: skip
     with writing.replacing(path) as temporary:
-        image.save(temporary)
+        figure.savefig(temporary, format="png")
 
 
 if __name__ == "__main__":

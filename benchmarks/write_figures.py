@@ -40,6 +40,7 @@ BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(^<!-- / -->$)", re.MULTILINE
 SLICES = ("v6e-1", "v6e-4", "v6e-8", "v6e-16", "v6e-32")
 GUIDED = "stage2-v6e-8-768x1360x81-guided.json"  # the step of the default video
 HEADS = 48  # of CogVideoX1.5-5B
+CHIP_HOUR = 2.70  # dollars of a v6e chip on demand, by Google's price list in 2026; docs/tpu-vm.md says to check it
 LARGE, MIDDLE, SMALL = (768, 1360, 81), (720, 1280, 81), (640, 1280, 61)
 
 
@@ -179,9 +180,21 @@ def several_hosts() -> str:
     return table(["", *slices], rows)
 
 
+def other_tpus() -> str:
+    """Return memory and seconds of the guided step of the default video on TPUs other than v6e."""
+    paths = sorted(report.RESULTS.glob("stage2-*-768x1360x81-guided*.json"))
+    rows = []
+    for found in (result(path.name) for path in paths if "v6e" not in path.name):
+        sizes, options = found["memory"], found["options"]
+        seconds = f"{found['predicted_seconds']:.2f} s" if "predicted_seconds" in found else "not predicted"
+        fits = f"{sizes['peak']:.1f} GiB of {sizes['limit']:.1f}"
+        rows.append([found["topology"], options["attention"], fits, seconds])
+    return table(["slice", "attention", "memory of a chip (on v4 and 7x, a core)", "a step, predicted"], rows)
+
+
 def compile_report() -> str:
     """Return the parts of a report that the page of the compile tool explains, as the tool prints them."""
-    lines = [line for line in report.text(result(GUIDED)).splitlines() if not line.startswith("  caution")]
+    lines = report.text(result(GUIDED)).splitlines()
     slowest = lines.index("  slowest operations, predicted")
     attention = next(i for i, line in enumerate(lines) if line.startswith("  kernel "))
     shown = [*lines[: slowest + 3], "    ...", *lines[attention : attention + 2]]
@@ -262,6 +275,32 @@ def measured_kernels() -> str:
         predicted = [f"{row['predicted']:.0f}", f"{row['ratio']:.2f}", f"{row['mxu']:.0%}"]
         rows.append([name, label, chip, f"{row['tokens']:,}", measured, *predicted])
     return table(heading, rows)
+
+
+def trust(sentence: str = "") -> str:
+    """Return the sentence that says how far to trust predicted seconds, in the lines of a page.
+
+    `sentence` is a translation of the compile tool's, with places for the least, the largest, and how many there are.
+    """
+    found = report.times_predicted()
+    text = sentence.format(min(found), max(found), len(found)) if sentence else report.trust()
+    return f"**{text}**" if sentence else textwrap.fill(f"**{text}**", 120)
+
+
+def span(values: Iterable[float]) -> str:
+    """Return the least and the largest of some values."""
+    found = list(values)
+    return f"{min(found):.2f} to {max(found):.2f}"
+
+
+def fifty_steps(factor: float = 1) -> str:
+    """Return the predicted seconds of 50 steps of the default video, or some times as many."""
+    return f"{50 * result(GUIDED)['predicted_seconds'] * factor:.0f}"
+
+
+def dollars(minutes: float) -> str:
+    """Return what v6e-8 costs in some minutes, on demand."""
+    return f"{8 * CHIP_HOUR * minutes / 60:.2f}"
 
 
 def original_ratios() -> list[float]:
@@ -358,23 +397,33 @@ FIGURES: dict[str, Callable[[], str]] = {
     "expected scores at 45,106": lambda: f"{round(kernel(GUIDED)['useful_scores_per_cycle'] * busy_ratio(), -1):.0f}",
     "attention in a step": lambda: f"{attention_seconds(GUIDED):.2f}",
     "attention in a step, expected": lambda: f"{attention_seconds(GUIDED) / busy_ratio():.2f}",
-    "least ratio": lambda: f"{min(original_ratios()):.2f}",
-    "largest ratio": lambda: f"{max(original_ratios()):.2f}",
-    "ratio of busy kernels": lambda: f"{busy_ratio():.1f}",
-    "expect at least": lambda: f"{1 / busy_ratio():.1f}",
+    "count of measured programs": lambda: str(len(report.times_predicted())),
+    "steps, measured to predicted": lambda: span(1 / ratio for ratio in original_ratios()),
+    "kernels, measured to predicted": lambda: span(1 / busy_ratio(row) for row in MEASURED_KERNELS),
+    "flywheel, measured to predicted": lambda: f"{1 / busy_ratio():.1f}",
+    "one second, in the range": lambda: span(report.times_predicted()),
     "rank correlation": lambda: summary(r"rank correlation ([\d.]+)"),
     "median error": lambda: summary(r"median error (\d+%)"),
     "fitted factor": lambda: summary(r"times ([\d.]+)"),
     "median error with the factor": lambda: summary(r"rows, median error (\d+%)"),
     "ten steps": lambda: f"{10 * result(GUIDED)['predicted_seconds']:.1f}",
-    "least minutes of stage 3": lambda: f"{min(compile_seconds()) / 60:.0f}",
-    "most minutes of stage 3": lambda: f"{max(compile_seconds()) / 60:.0f}",
+    "fifty steps": fifty_steps,
+    "fifty steps, in the range": lambda: " to ".join(fifty_steps(f(report.times_predicted())) for f in (min, max)),
+    "least seconds of stage 2": lambda: f"{compile_seconds('stage2')[0]:.0f}",
+    "most seconds of stage 2": lambda: f"{compile_seconds('stage2')[1]:.0f}",
+    "least minutes of stage 3": lambda: f"{compile_seconds('stage3')[0] / 60:.0f}",
+    "most minutes of stage 3": lambda: f"{compile_seconds('stage3')[1] / 60:.0f}",
+    "a chip an hour": lambda: f"{CHIP_HOUR:.2f}",
+    "v6e-8 an hour": lambda: dollars(60),
+    "v6e-8 half an hour": lambda: dollars(30),
+    "v6e-8 two minutes": lambda: dollars(2),
 }
 
 
-def compile_seconds() -> list[float]:
-    """Return the seconds that compiling stage 3 for v6e-8 took, with either decoder."""
-    return [result(f"stage3-v6e-8-768x1360x81{kind}.json")["compile_seconds"] for kind in ("", "-flax")]
+def compile_seconds(what: str) -> tuple[float, float]:
+    """Return the least and the most seconds that compiling a stage took, over the reports for slices of v6e."""
+    found = [result(path.name)["compile_seconds"] for path in report.RESULTS.glob(f"{what}-v6e-*.json")]
+    return min(found), max(found)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -388,6 +437,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "on an NVIDIA GPU": on_gpu,
     "quality": quality,
     "quality options": quality_options,
+    "other TPUs": other_tpus,
+    "trust": trust,
+    "trust in Chinese": lambda: trust(
+        "请预期预测秒数的 {:.2f} 到 {:.2f} 倍：别人在 TPU 上实测过的 {} 个程序都落在这个范围内，"
+        "整步靠近下限，attention kernel 靠近上限。"
+    ),
     "speed": lambda: speed(
         [
             "CogVideoX1.5-5B in bfloat16",

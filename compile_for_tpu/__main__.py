@@ -50,9 +50,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             metavar="SLICE",
             help=f"slice to compile for, one of {', '.join(topologies.TOPOLOGIES)}",
         )
-        sub.group("input and output").add_argument(
-            "--output", type=file_path, help="file for the report, JSON (default: a name in benchmarks/results)"
+        output = sub.group("input and output").add_mutually_exclusive_group()
+        output.add_argument(
+            "--output", type=file_path, help=f"file for the report, JSON (default: a name in {report.REPORTS}/)"
         )
+        report.add_publish_option(output)
         kind.add_options(sub)
     return parse_with_preset(parser, argv, by_kind["stage2"])
 
@@ -69,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(compiler.compile_and_report(arguments.what, arguments.topology, trace, dump, save)))
         return
     labels = programs.labels(arguments, defaults=parse_arguments([arguments.what]))
-    output = arguments.output or report.RESULTS / report.file_name(arguments.what, arguments.topology, labels)
+    name = report.file_name(arguments.what, arguments.topology, labels)
+    output = arguments.output or report.folder(arguments.publish) / name
     described = f"{arguments.what} for {arguments.topology}"
     found = compiler.in_a_process("compile_for_tpu", command, arguments.topology, described)
     with writing.replacing(output) as temporary:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogvideox import hlo_schedule
+from cogvideox.errors import UserError
 from compile_for_tpu import kernel_schedule, topologies
 
 if TYPE_CHECKING:
@@ -153,9 +154,16 @@ def memory(compiled: Sequence, topology: str) -> dict:
 
 
 def out_of_memory(message: str, advice: str) -> dict:
-    """Return the GiB in the compiler's out-of-memory error and a line about them; raise RuntimeError for others."""
-    from cogvideox.run.compilation import memory_shortage
+    """Return the GiB in the compiler's out-of-memory error and a line about them.
 
+    Raises:
+        UserError: a kernel needs more VMEM than there is.
+        RuntimeError: the message is about something else.
+    """
+    from cogvideox.run.compilation import kernel_shortage, memory_shortage
+
+    if kernel := kernel_shortage(message):
+        raise UserError(kernel)
     shortage = memory_shortage(message)
     if not shortage:
         raise RuntimeError(message)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 BUILT_IN_MODEL = str(CONFIGS / "CogVideoX1.5-5B")  # the configs of zai-org's model
 
 # Options that are not in a report's name as key=value: its other labels have them, or they change no program.
-NOT_IN_NAME = {"what", "topology", "output", "save", "model_id", "num_inference_steps"}
+NOT_IN_NAME = {"what", "topology", "output", "publish", "save", "model_id", "num_inference_steps"}
 NOT_IN_NAME |= {"height", "width", "frames", "guidance_scale", "decoder", "tokens", "preset", "fps"}
 
 

@@ -1,18 +1,45 @@
-"""Format a report as text, and name the files of reports."""
+"""Format a report as text, say how far to trust it, and name and write the files of reports."""
 
+import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from cogvideox.files import writing
 from cogvideox.files.names import ROOT
 
-RESULTS = ROOT / "benchmarks" / "results"
+REPORTS = Path("reports")  # where reports go; git ignores it
+RESULTS = ROOT / "benchmarks" / "results"  # where published ones go, from which the figures of the pages come
 TABLES = RESULTS / "tables.json"  # written by benchmarks/reproduce_tables.py
+MEASURED_KERNELS = RESULTS / "measured_kernels.json"  # written by benchmarks/measured_kernels.py
 
 
 def file_name(what: str, topology: str, labels: Sequence[str]) -> str:
     """Return the default name of a report's file, such as "stage2-v6e-8-768x1360x81-guided.json"."""
     return "-".join([what, topology, *labels]) + ".json"
+
+
+def add_publish_option(parser: argparse._ActionsContainer) -> None:
+    """Add --publish, which `folder` takes."""
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help=f"write to benchmarks/results/, where the figures of the pages come from, instead of {REPORTS}/",
+    )
+
+
+def folder(publish: bool) -> Path:
+    """Return the folder of reports."""
+    return RESULTS if publish else REPORTS
+
+
+def save_rows(path: Path, rows: Mapping[str, dict], order: Iterable[str]) -> dict[str, dict]:
+    """Add named rows to those in a JSON file, in the place of those of the same names; return all, in `order`."""
+    found = {**(json.loads(path.read_text()) if path.exists() else {}), **rows}
+    saved = {name: found[name] for name in order if name in found}
+    with writing.replacing(path) as temporary:
+        Path(temporary).write_text(json.dumps(saved, indent=2) + "\n")
+    return saved
 
 
 def text(report: Mapping) -> str:
@@ -32,6 +59,8 @@ def text(report: Mapping) -> str:
     lines.append(f"  work       {report['flops']:.3g} FLOP a chip")
     if "predicted_seconds" in report:
         lines += _prediction_lines(report)
+    if "unpredicted" in report:
+        lines.append(f"  predicted  nothing, as a schedule cannot be read: {report['unpredicted']}")
     if "saved" in report:
         lines.append(f"  saved      {report['saved']}")
     return "\n".join(lines)
@@ -40,11 +69,11 @@ def text(report: Mapping) -> str:
 def _prediction_lines(report: Mapping) -> list[str]:
     """Return the lines about predicted seconds and kernels."""
     total, floor = report["predicted_seconds"], report["floor"]
-    lines = [f"  caution    {caution()}"] if report["what"] == "stage2" else []
-    lines.append(
+    lines = [
         f"  predicted  {total:.4g} s, {floor['ratio']:.2f} x the floor"
-        f" (compute {floor['compute']:.4g} s, bytes {floor['bytes']:.4g} s)"
-    )
+        f" (compute {floor['compute']:.4g} s, bytes {floor['bytes']:.4g} s)",
+        f"  caution    {trust()}",
+    ]
     lines += [f"    {seconds:9.4f} s  {seconds / total:4.0%}  {name}" for name, seconds in report["split"].items()]
     lines.append("  slowest operations, predicted")
     lines += [f"    {seconds:9.4f} s  {name}" for name, seconds in report["slowest"].items()]
@@ -56,16 +85,17 @@ def _prediction_lines(report: Mapping) -> list[str]:
     return lines
 
 
-def caution(tables: Path = TABLES) -> str:
-    """Return how predictions compare with measurements, from the rows that benchmarks.reproduce_tables has saved."""
-    rows = json.loads(tables.read_text()).values() if tables.exists() else ()
-    ratios = [row["ratio"] for row in rows]
-    if not ratios:
-        return (
-            "the following is predicted, not measured "
-            "(python -m benchmarks.reproduce_tables compares predictions with measurements)"
-        )
+def times_predicted() -> list[float]:
+    """Return measured to predicted seconds of all programs that others measured and we predicted."""
+    files = (TABLES, MEASURED_KERNELS)
+    return [1 / row["ratio"] for file in files for row in json.loads(file.read_text()).values()]
+
+
+def trust() -> str:
+    """Return how far to trust predicted seconds, in the one sentence that the tool and the pages share."""
+    found = times_predicted()
     return (
-        f"such predictions were {min(ratios):.2f} to {max(ratios):.2f} x what the original project measured "
-        "(python -m benchmarks.reproduce_tables)"
+        f"Expect {min(found):.2f} to {max(found):.2f} times the predicted seconds: "
+        f"all {len(found)} programs of others that were measured on TPUs lay in this range, "
+        "whole steps at its lower end and attention kernels at its upper one."
     )

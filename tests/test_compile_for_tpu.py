@@ -21,8 +21,8 @@ from cogvideox.errors import UserError
 from cogvideox.run import executable
 from cogvideox.run.executable import operations_digest
 from compile_for_tpu import __main__ as tool
-from compile_for_tpu import programs, report, topologies
-from tests.helpers import LATENTS, SIZE, needs_libtpu, values
+from compile_for_tpu import prediction, programs, report, topologies
+from tests.helpers import LATENTS, ROOT, SIZE, needs_libtpu, values
 
 TINY_STEP = [*SIZE[:-2], "--dtype", "float32"]
 
@@ -232,17 +232,56 @@ def test_reports_in_the_repository_can_be_printed():
         found = json.loads(path.read_text())
         lines = report.text(found).splitlines()
         assert ("CogVideoX1.5-5B" in lines[0]) == (found["what"] != "kernel"), lines[0]
-        assert any(f"{found['predicted_seconds']:.4g} s" in line for line in lines if "predicted " in line)
+        said = f"{found['predicted_seconds']:.4g} s" if "predicted_seconds" in found else found["unpredicted"]
+        assert any(said in line for line in lines if "predicted " in line)
 
 
-def test_caution_is_what_the_tables_say(tmp_path):
-    tables = tmp_path / "tables.json"
-    without = report.caution(tables)
-    assert "not measured" in without and not any(character.isdigit() for character in without)
-    tables.write_text("{}")
-    assert report.caution(tables) == without
-    tables.write_text(json.dumps({"1": {"ratio": 1.111}, "2": {"ratio": 3.0}, "3": {"ratio": 2.0}}))
-    assert "1.11 to 3.00 x" in report.caution(tables)
+def test_a_kernel_that_needs_too_much_vmem_is_one_line():
+    """As the compiler says it for v4; a step that does not fit the memory of a chip is another error."""
+    words = "RESOURCE_EXHAUSTED: Ran out of memory in memory space {0}. Used 29.78{1} of 16.00{1} {0}. Exceeded"
+    with pytest.raises(
+        UserError, match=r"29.78 MiB of VMEM, and a core of this TPU has 16.00 MiB; use --attention splash"
+    ):
+        prediction.out_of_memory(words.format("vmem", "M"), "")
+    assert not prediction.out_of_memory(words.format("hbm", "G"), "")["fits"]
+
+
+def test_a_schedule_that_cannot_be_read_leaves_the_memory():
+    found = json.loads((report.RESULTS / "kernel-v6e-1-25826.json").read_text())
+    del found["predicted_seconds"]
+    lines = report.text(found | {"unpredicted": "norm: a region is not there"}).splitlines()
+    assert "fits" in lines[2] and lines[-1].endswith("cannot be read: norm: a region is not there")
+
+
+def test_trust_is_the_range_of_what_was_measured():
+    """Of steps and of kernels, whose rate was measured instead of the seconds; every report has the sentence."""
+    steps = [row["measured"] / row["predicted_seconds"] for row in json.loads(report.TABLES.read_text()).values()]
+    kernels = json.loads(report.MEASURED_KERNELS.read_text()).values()
+    ratios = [*steps, *(row["predicted"] / row["measured"] for row in kernels)]
+    assert report.times_predicted() == pytest.approx(ratios)
+    words = report.trust().split()
+    assert [float(words[1]), float(words[3])] == [round(min(ratios), 2), round(max(ratios), 2)]
+    assert max(steps) < 1 < min(ratios[len(steps) :]), (
+        "whole steps are at the lower end no more, or kernels at the upper"
+    )
+    for name in ("kernel-v6e-1-25826.json", "stage3-v6e-8-768x1360x81.json"):
+        assert " ".join(words) in " ".join(report.text(json.loads((report.RESULTS / name).read_text())).split())
+
+
+def test_reports_are_published_on_demand_alone(tmp_path, monkeypatch, capsys):
+    """Otherwise they go to a folder that git ignores."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(topologies, "check", lambda topology: None)
+    found = json.loads((ROOT / "benchmarks/results/kernel-v6e-1-25826.json").read_text())
+    monkeypatch.setattr(tool.compiler, "in_a_process", lambda *_: found)
+    for options, folder in (([], "reports"), (["--publish"], "results")):
+        tool.main(["kernel", "--topology", "v6e-1", *options])
+        assert json.loads((tmp_path / folder / "kernel-v6e-1-25826.json").read_text()) == found
+        assert f"wrote {folder}/kernel-v6e-1-25826.json" in capsys.readouterr().out
+    assert f"/{report.REPORTS}/" in (ROOT / ".gitignore").read_text().splitlines()
+    with pytest.raises(SystemExit):
+        tool.main(["kernel", "--publish", "--output", "report.json"])
 
 
 @pytest.mark.parametrize(("main", "command"), [(tool.main, "stage2 --topology v6e-1"), (reproduce_tables.main, "")])

@@ -17,7 +17,7 @@ def test_blocks_that_the_mask_leaves(block_q, block_kv):
 
 
 def test_rows_of_the_repository_are_those_of_the_code():
-    saved = json.loads(measured_kernels.RESULTS.read_text())
+    saved = json.loads(measured_kernels.report.MEASURED_KERNELS.read_text())
     assert saved.keys() == measured_kernels.ROWS.keys()
     clocks = {"v6e-1": 1.75e9, "7x-4": 2.2e9}
     for name, found in saved.items():

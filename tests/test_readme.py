@@ -20,6 +20,7 @@ import pytest
 
 from benchmarks import write_figures
 from cogvideox.cli.parser import ALIASES, plain
+from compile_for_tpu import report
 from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, run_command
 from tests.in_process import run_here
 
@@ -57,7 +58,6 @@ RUN_ELSEWHERE = {
 
 # What a page's reader has before its first command.
 BEFORE = {
-    "docs/options.md": ["printf 'a red circle\\n\\na blue square\\n' > prompts.txt"],
     "docs/files.md": ["python stage1_text_encoder.py --model_id tiny_model --prompt 'a red circle'"],
 }
 
@@ -138,6 +138,8 @@ def checkout(tmp_path, monkeypatch, random_model) -> Path:
         (folder / ".venv" / marker).unlink(missing_ok=True)
         (folder / ".venv" / marker).touch()
     monkeypatch.chdir(folder)
+    for command in (["git", "init", "--quiet"], ["git", "add", "--all"]):
+        subprocess.run(command, check=True)
     return folder
 
 
@@ -163,7 +165,7 @@ def run_line(command: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PAGES if any(is_run(*command) for command in commands(page(name)))])
 def test_every_command_runs(name, checkout):
-    """In a folder, as a person would go through the page."""
+    """In a folder, as a person would go through the page; git sees nothing of it afterwards."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     names: dict[str, object] = {"__name__": "__main__"}
     for language, command in [*(("bash", line) for line in BEFORE.get(name, [])), *commands(page(name))]:
@@ -173,6 +175,9 @@ def test_every_command_runs(name, checkout):
             exec(compile(command, name, "exec"), names)
         else:
             run_line(command)
+    unstaged = ["git", "diff", "--name-only"], ["git", "ls-files", "--others", "--exclude-standard"]
+    left = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in unstaged]
+    assert not any(left), f"the commands change files of the repository, or leave some that git sees: {left}"
 
 
 def test_what_does_not_run_here():
@@ -234,6 +239,15 @@ def test_a_figure_that_differs_is_written(tmp_path):
     for wrong in ("tables.json 5/nothing .2f", "tables.json 5 .2f", "nothing.json 5 .2f", "nothing"):
         with pytest.raises(write_figures.UserError):
             write_figures.figure(wrong)
+
+
+def test_pages_say_how_far_to_trust_predictions_as_the_tool_does():
+    """In the same sentence, with the same range; a Chinese one has its figures."""
+    sentence = report.trust()
+    for name in (ENGLISH, "docs/compile-for-tpu.md", "docs/performance.md", "docs/tpu-vm.md"):
+        assert sentence in " ".join(page(name).split()), name
+    figures = re.findall(r"[\d.]+\d", sentence)
+    assert len(figures) == 3 and all(figure in write_figures.TABLES["trust in Chinese"]() for figure in figures)
 
 
 def test_no_predicted_figure_stands_alone():

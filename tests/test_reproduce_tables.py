@@ -14,16 +14,14 @@ def test_tokens_of_a_row(row, tokens):
     assert 226 + reproduce_tables.video_tokens(reproduce_tables.ROWS[row].size) == tokens
 
 
-def test_rows_that_ran_join_the_saved_ones(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(report, "TABLES", tmp_path / "tables.json")
+def test_rows_that_ran_join_the_saved_ones(tmp_path):
     row = lambda seconds: {"measured": 1.0, "predicted_seconds": seconds, "ratio": seconds}  # noqa: E731
-    reproduce_tables.save({"splash": row(3.0), "2": row(1.5)})
-    reproduce_tables.save({"10": row(1.2), "2": row(1.4)})
+    report.save_rows(tmp_path / "tables.json", {"splash": row(3.0), "2": row(1.5)}, reproduce_tables.ROWS)
+    reproduce_tables.save({"10": row(1.2), "2": row(1.4)}, tmp_path)
     saved = json.loads((tmp_path / "tables.json").read_text())
     assert list(saved) == ["2", "10", "splash"]
     assert [found["ratio"] for found in saved.values()] == [1.4, 1.2, 3.0]
     assert (tmp_path / "tables.png").read_bytes().startswith(b"\x89PNG")
-    assert "1.20 to 3.00 x" in report.caution(report.TABLES)
 
 
 def test_rows_of_the_repository_are_those_of_the_code():

@@ -1,6 +1,6 @@
 """Train the tiny model, a CogVideoX 1.5, on clips of moving shapes, and save it in diffusers' folder layout.
 
-    python -m tools.train_tiny_model --output_dir tiny_model --work_dir training
+    python -m tools.train_tiny_model --output_dir training/model --work_dir training
 
 The script makes a tokenizer, trains the VAE, and then trains text encoder and transformer together by v-prediction,
 with some prompts dropped for guidance. That takes about 25 minutes on a CPU core or two. The script saves a checkpoint
@@ -76,7 +76,7 @@ PARTS = {
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m tools.train_tiny_model")
-    parser.add_argument("--output_dir", type=folder_path, default=Path("tiny_model"), help="where the model goes")
+    parser.add_argument("--output_dir", type=folder_path, default=Path("training/model"), help="where the model goes")
     parser.add_argument("--work_dir", type=folder_path, default=Path("training"), help="where the checkpoints go")
     parser.add_argument(
         "--effort", type=number(float, 0), default=1.0, help="factor on the numbers of batches and clips"

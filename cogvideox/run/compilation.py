@@ -260,6 +260,8 @@ def memory_errors(what: str, advice: str) -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         shortage = memory_shortage(str(error))
+        if kernel := kernel_shortage(str(error)):
+            raise UserError(f"the {what}: {kernel}") from None
         if shortage is None:
             raise
         needed, available = shortage
@@ -267,6 +269,15 @@ def memory_errors(what: str, advice: str) -> Iterator[None]:
             f"the {what} needs {needed:.1f} GiB of a chip's {available:.2f} GiB of memory; "
             f"use a slice of more chips, or {advice}"
         ) from None
+
+
+def kernel_shortage(message: str) -> str | None:
+    """Return in words that a kernel needs more VMEM than a core has, or None if the compiler's error is another one."""
+    match = re.search(r"memory space vmem\. Used ([\d.]+)M of ([\d.]+)M vmem", message)
+    if not match:
+        return None
+    needed, available = match.groups()
+    return f"a kernel needs {needed} MiB of VMEM, and a core of this TPU has {available} MiB; use --attention splash"
 
 
 def memory_shortage(message: str) -> tuple[float, float] | None:
