@@ -11,22 +11,20 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
+from cogvideox.cli import terminal
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.types import file_path, number, png_path
 from cogvideox.errors import UserError
 from cogvideox.files import writing
-from cogvideox.inspection import pictures, seconds
-from cogvideox.inspection.comparison import compare_runs, conclusion_of, provenance_lines
+from cogvideox.inspection import causes, pictures, seconds
+from cogvideox.inspection.comparison import compare_runs, conclusion_of
 from cogvideox.inspection.description import described
-from cogvideox.inspection.items import items, opened
+from cogvideox.inspection.items import items, opened, other_runs
 from cogvideox.inspection.tables import comparison_table, table
-
-if TYPE_CHECKING:
-    pass
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,28 +66,58 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.compare is None:
         if arguments.noise is not None or arguments.tolerance is not None:
             raise UserError("--noise and --tolerance belong to --compare")
-        found = [entry for path in arguments.paths for entry in described(path)]
-        print(json.dumps(found, indent=2) if arguments.json else table(found))
-        for line in itertools.chain(*map(seconds.lines, [] if arguments.json else arguments.paths)):
-            print(line)
-        if arguments.plot:
-            pictures.plot(arguments.plot, [(path, items(path)) for path in arguments.paths])
+        describe_runs(arguments)
         return
     if len(arguments.paths) != 1:
         raise UserError(f"--compare takes one path to compare with, not {len(arguments.paths)}")
-    ours, theirs = items(arguments.paths[0]), items(arguments.compare)
+    sys.exit(compare_two_runs(arguments))
+
+
+def describe_runs(arguments: argparse.Namespace) -> None:
+    """Print and draw what the paths hold."""
+    found = [entry for path in arguments.paths for entry in described(path)]
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(table(found), *itertools.chain(*map(seconds.lines, arguments.paths)), *left_out(arguments.paths))
+    if arguments.plot:
+        pictures.plot(arguments.plot, [(path, items(path)) for path in arguments.paths])
+        wrote(arguments)
+
+
+def compare_two_runs(arguments: argparse.Namespace) -> bool:
+    """Print and draw how two runs differ; return whether they do."""
+    paths = arguments.paths[0], arguments.compare
+    ours, theirs = map(items, paths)
     rows = compare_runs(arguments, ours, theirs)
     conclusion = conclusion_of(rows)
     if arguments.json:
-        print(json.dumps({"tensors": rows, "conclusion": conclusion}, indent=2))
+        found = {"tensors": rows, "causes": [cause._asdict() for cause in causes.causes(*paths)]}
+        print(json.dumps(found | {"conclusion": conclusion}, indent=2))
     else:
-        print("\n".join([*provenance_lines(ours, theirs), comparison_table(rows)]))
-        for line in seconds.lines(arguments.paths[0], arguments.compare):
-            print(line)
-        print(conclusion)
+        show(*causes.lines(*paths), comparison_table(rows), *seconds.lines(*paths), *left_out(paths), conclusion)
     if arguments.plot:
-        pictures.plot_comparison(arguments.plot, (arguments.paths[0], ours), (arguments.compare, theirs), rows)
-    sys.exit(any(row["differs"] for row in rows))
+        pictures.plot_comparison(arguments.plot, (paths[0], ours), (paths[1], theirs), rows)
+        wrote(arguments)
+    return any(row["differs"] for row in rows)
+
+
+def show(*lines: str) -> None:
+    """Print lines, each where the terminal has room for it."""
+    for line in lines:
+        print(terminal.fitted(line))
+
+
+def left_out(paths: Iterable[Path]) -> Iterator[str]:
+    """Yield a line for each folder of another run, which is no part of the run around it."""
+    for path in paths:
+        for other in other_runs(path):
+            yield f"{other} is a run of its own, and no part of {path}"
+
+
+def wrote(arguments: argparse.Namespace) -> None:
+    """Say where the picture is; beside JSON on stderr."""
+    print(f"wrote {arguments.plot}", file=sys.stderr if arguments.json else sys.stdout)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 config = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
                 tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
                 with report.aside("save"):
-                    save(tensors, config, provenance.as_metadata("stage1", weights, arguments), prompt.folder)
+                    made = provenance.as_metadata("stage1", weights, arguments, {"dtype": encoder.dtype})
+                    save(tensors, config, made, prompt.folder)
                 report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
 
         for name, tensor in tensors.items():

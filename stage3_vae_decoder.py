@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
             report.plan(plan, hosts.own(plan.devices))
             hosts.agree_on_model(model_id, "vae", arguments.variant)
             traced = decoding.trace_chunks(arguments, plan, vae, files)
-            recorder = decoding.recorder(arguments, videos[0], plan, traced)
+            recorder = decoding.recorder(arguments, videos[0], model_id, plan, traced)
             compiling = Compiling(arguments, f"{decoder} decoder", plan, traced, cache, report)
             weights = decoding.load_weights(files, plan.on_devices(files), report)
         with report.phase("compile") as compile_phase:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
+from cogvideox.cli.terminal import fitted
 from cogvideox.cli.types import folder_path
 from cogvideox.defaults import (
     FPS,
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "folder", type=folder_path, nargs="?", metavar="DIR", default=STAGE_OUTPUTS, help="the stages' output folder"
     )
     for line in status(parser.parse_args(argv).folder):
-        print(line)
+        print(fitted(line))
 
 
 if __name__ == "__main__":

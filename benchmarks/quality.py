@@ -38,6 +38,7 @@ from cogvideox.cli.options import (
 )
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
+from cogvideox.cli.terminal import bar_options
 from cogvideox.cli.types import file_path, number
 from cogvideox.defaults import FPS, NUM_STEPS, SEED
 from cogvideox.files import checkpoint, lora, stage_files, videos, writing
@@ -204,7 +205,7 @@ def one_by_one(name: str, function: Callable, items: Sequence) -> list[np.ndarra
     """Return the video that `function` makes of each item; show the progress."""
     from tqdm import tqdm
 
-    return [function(item) for item in tqdm(items, desc=name, unit="video")]
+    return [function(item) for item in tqdm(items, desc=name, unit="video", **bar_options())]
 
 
 def in_batches(name: str, function: Callable, items: Sequence, size: int = 13) -> list[np.ndarray]:

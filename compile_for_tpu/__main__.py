@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from cogvideox.cli import terminal
 from cogvideox.cli.options import parse_with_preset
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = compiler.in_a_process("compile_for_tpu", command, arguments.topology, described)
     with writing.replacing(output) as temporary:
         Path(temporary).write_text(json.dumps(found, indent=2) + "\n")
-    print(report.text(found))
+    print(terminal.fitted(report.text(found)))
     print(f"\nwrote {os.path.relpath(output)}")
     if not found["memory"]["fits"]:
         sys.exit(1)

@@ -1,6 +1,7 @@
 """What --dump writes, and five runs that were spoiled on purpose, in which the tools must name what was spoiled."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -174,6 +175,20 @@ def test_a_dump_changes_nothing(good, tmp_path, run_stage):
             np.testing.assert_allclose(values[step], truth, rtol=1e-4, atol=1e-6, err_msg=f"step {step}, {name}")
 
 
+def test_attention_weights_of_a_run(outputs, run_stage, tmp_path):
+    """On four chips, of which two share the heads; the file says of which tokens and heads they are."""
+    options = ("--dump", "dump", "--dump_names", "*.1.attn1.weights", "--dump_steps", 1, "--dump_queries", "0,-1")
+    run_stage(STAGE2, "--input_dir", outputs, *SIZE, *options, "--dump_heads", 1, virtual_devices=4)
+    with safe_open(tmp_path / "dump" / "stage2_tensors.safetensors", "pt") as file:
+        weights = file.get_tensor("step_001/transformer_blocks.1.attn1.weights")
+        tokens = json.loads(file.metadata()["tokens"])
+        assert len(file.keys()) == 1 and json.loads(file.metadata()["provenance"])["plan"]["attention"] == "xla"
+    last = tokens["text"] + math.prod(tokens["video"]) - 1
+    assert tokens["queries"] == [0, last] and tokens["heads"] == [1] and tokens["video"] == [2, 2, 3]
+    assert weights.dtype == torch.float32 and weights.shape == (2, 1, 2, last + 1)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 1, 2))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -184,6 +199,14 @@ def test_a_dump_changes_nothing(good, tmp_path, run_stage):
             ("--dump", "d", "--dump_names", "*.to_w"),
             "no module is called *.to_w; the nearest: ",
         ),
+        (
+            ("--dump", "d", "--dump_names", "*.attn1"),
+            "*.attn1 has no output of its own; name what is inside it, '*.attn1.*' or one of norm_k, ",
+        ),
+        (("--dump_queries", "0"), "--dump_queries belongs to --dump"),
+        (("--dump", "d", "--dump_queries", "300"), "--dump_queries 300: '300' is not within 0 to "),
+        (("--dump", "d", "--dump_queries", "0-99"), "--dump_queries names 100 tokens; "),
+        (("--dump", "d", "--dump_heads", "9"), "--dump_heads 9: '9' is not within 0 to "),
         (("--dump", "outputs/generation_config.json/d"), "cannot write outputs/generation_config.json/d/"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",

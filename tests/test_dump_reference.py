@@ -329,8 +329,8 @@ def edit_json(file: str, **entries):
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (None, ("--dump_names", "transformer_blocks.0.attn.to_q"), r"nearest are transformer_blocks\.\*\.attn1\.to_q"),
-        (None, ("--stage", "3", "--dump_names", "decoder.conv"), "nearest are decoder.conv_in"),
+        (None, ("--dump_names", "transformer_blocks.0.attn.to_q"), r"nearest: transformer_blocks\.\*\.attn1\.to_q"),
+        (None, ("--stage", "3", "--dump_names", "decoder.conv"), "nearest: decoder.conv_in"),
         (None, ("--dump_steps", "0-4"), "not within 0 to 3"),
         (None, ("--from_step", "1"), "belong together"),
         (None, ("--stage", "3", "--from_step", "1", "--latents", "x"), "belongs to --stage 2"),

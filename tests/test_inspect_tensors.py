@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import imageio.v3 as imageio
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from cogvideox.inspection import causes
 from cogvideox.inspection.description import appearance, statistics
 from cogvideox.inspection.items import execution_order, items
+from tests.helpers import SIZE, STAGE2, edit_latents
 
 TOOL = "inspect_tensors.py"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
@@ -95,6 +98,46 @@ def test_comparison_names_the_first_difference(two_runs, run_stage):
     assert "nothing differs" in run_stage(TOOL, a, "--compare", a).stdout
     run_stage(TOOL, a, "--compare", b, "--tolerance", latents["relative"] * 1.01)
     run_stage(TOOL, a, "--compare", b, "--tolerance", latents["relative"] * 0.99, status=1)
+
+
+def test_what_decided_two_runs_is_said(outputs, run_stage):
+    """Of a run inside the folder of another one, which has the embeddings of both: they are no difference."""
+    run_stage(STAGE2, "--input_dir", outputs, *SIZE, "--no-use_k_smooth", "--output_dir", outputs / "inside")
+    (outputs / "output_video.mp4").unlink()
+    printed = run_stage(TOOL, outputs, "--compare", outputs / "inside").stdout
+    assert re.search(r"^  k_smooth +True and False \(stage2_latents", printed, re.MULTILINE), printed
+    assert f"{outputs / 'inside'} is a run of its own, and no part of {outputs}\n" in printed, printed
+    assert printed.endswith("nothing differs: 1 compared; 2 in one of the two alone\n"), printed
+    assert "inside/" not in run_stage(TOOL, outputs).stdout
+    edit_latents(outputs / "inside", lambda latents: latents + 1)
+    report = json.loads(run_stage(TOOL, outputs, "--compare", outputs / "inside", "--json", status=1).stdout)
+    assert report["conclusion"].startswith("first in the order of execution: latents differs"), report["conclusion"]
+    assert [cause["name"] for cause in report["causes"]] == ["k_smooth"]
+
+
+def test_causes_of_every_kind(tmp_path):
+    """Of entries that both have, wherever the files lie; what is the same in several files is said once."""
+    made = {"plan": {"attention": "xla", "mesh": "{'sp': 1}"}, "versions": {"jax": "1"}, "inputs": {"../e": "a" * 64}}
+    made["inputs"]["transformer of one"] = "b" * 64
+    other = {"plan": {"attention": "splash", "mesh": "{'sp': 1}"}, "versions": {"jax": "2"}, "inputs": {"e": "c" * 64}}
+    other["inputs"]["transformer of another"] = "d" * 64
+    for folder, record, seed in (("a", made, 42), ("b", other, 43), ("c", {}, 44)):
+        (tmp_path / folder).mkdir()
+        for name in ("x", "y"):
+            metadata = {"provenance": json.dumps(record), "made_from": json.dumps({"seed": seed, "lora": []})}
+            save_file({name: torch.zeros(1)}, tmp_path / folder / f"{name}.safetensors", metadata)
+    found = {cause.name: cause[1:3] for cause in causes.causes(tmp_path / "a", tmp_path / "b")}
+    assert found == {
+        "seed": ("42", "43"),
+        "attention": ("xla", "splash"),
+        "jax": ("1", "2"),
+        "e": ("a" * 8, "c" * 8),
+        "weights of the transformer": ("b" * 8, "d" * 8),
+    }
+    assert [cause.name for cause in causes.causes(tmp_path / "a", tmp_path / "c")] == ["seed"]
+    x, y = tmp_path / "a" / "x.safetensors", tmp_path / "b" / "y.safetensors"
+    assert f"  seed{' ' * 24}42 and 43 (x.safetensors)" in list(causes.lines(x, y))
+    assert not list(causes.lines(tmp_path / "a", tmp_path / "a"))
 
 
 def test_noise_sets_the_tolerance(two_runs, run_stage, tmp_path):

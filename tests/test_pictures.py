@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from cogvideox.errors import UserError
 from cogvideox.files import latent_pictures
 from cogvideox.files.latent_pictures import COMPONENTS, NOT_FINITE, LatentMap
-from cogvideox.inspection import figure, pictures
-from cogvideox.inspection.items import items
+from cogvideox.inspection import figure, heat_maps, pictures
+from cogvideox.inspection.items import items, opened
 from cogvideox.inspection.pictures import Entry
 from tests.helpers import LATENTS, ROOT, STAGE1, STAGE2, STAGE3, TINY_MODEL
 from tools import fit_latent_rgb
@@ -337,15 +337,108 @@ def test_a_figure_of_two_runs_has_more_rows(two_runs, tmp_path):
     assert one.std() > 20 and two.std() > 20
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (301, 900), (1000, 451)], ids=str)
+def test_a_matrix_that_is_reduced_keeps_what_is_largest(shape):
+    """Wherever the largest value is, and whatever its sign; NaN stays too."""
+    random = np.random.default_rng(0)
+    for value in (9.0, -9.0, np.nan):
+        matrix = random.uniform(-1, 1, shape).astype(np.float32)
+        row, column = (int(random.integers(length)) for length in shape)
+        matrix[row, column] = value
+        found = heat_maps.reduced(matrix)
+        assert found.shape == (min(shape[0], heat_maps.MOST_ROWS), min(shape[1], heat_maps.MOST_COLUMNS))
+        place = tuple(np.argwhere((found == value) | (np.isnan(found) & np.isnan(value)))[0])
+        expected = [
+            index * length / whole for index, length, whole in zip((row, column), found.shape, shape, strict=True)
+        ]
+        assert np.abs(np.subtract(place, expected)).max() <= 1, (place, expected)
+
+
+TOKENS = {"text": 5, "video": [2, 3, 4], "queries": [1, 5, 28], "heads": [0, 2]}
+
+
+def dumped(folder, name, tensor, steps=1) -> dict:
+    """Save a tensor as a dump of stage 2 does, for some steps, and return the items of the dump."""
+    metadata = {"order": "execution", "tokens": json.dumps(TOKENS)}
+    opened.cache_clear()
+    save_file(
+        {f"step_{i:03}/{name}": tensor.clone() for i in range(steps)}, folder / "stage2_tensors.safetensors", metadata
+    )
+    return items(folder)
+
+
+def test_tokens_as_a_matrix_and_as_frames(tmp_path):
+    """Each token's place is that of its number, in text and video or in the video alone; heads are channels."""
+    tokens = torch.arange(2 * 29 * 6, dtype=torch.float32).reshape(2, 29, 6)
+    for name, tensor, text in (
+        ("transformer_blocks.1.attn1.to_q", tokens, 5),
+        ("transformer_blocks.1.attn1.norm_q", tokens.reshape(2, 29, 2, 3).transpose(1, 2).contiguous(), 5),
+        ("norm_out", tokens[:, 5:].contiguous(), 0),
+    ):
+        ((full_name, item),) = dumped(tmp_path, name, tensor).items()
+        found = heat_maps.heat_map(full_name, item)
+        assert (found.rows, found.columns, found.shape) == ("token", "channel", (24 + text, 6))
+        np.testing.assert_array_equal(found.matrices["sample 1 of 2"], tokens[1, 5 - text :])
+        sheet = heat_maps.frames_of_tokens(full_name, item)
+        assert sheet.columns == ["frame 0 of tokens", "frame 1 of tokens"]
+        truth = np.sqrt(np.square(tokens[0, 5:].numpy()).mean(-1)).reshape(2, 3, 4)
+        np.testing.assert_array_equal(sheet.rows["sample 0 of 2"], heat_maps.colours(truth))
+
+
+def test_attention_weights_as_frames(tmp_path):
+    """Of the last sample, which is that of the prompt: the mean over the heads, and how much is on the text."""
+    weights = torch.softmax(torch.randn(2, 2, 3, 29, generator=torch.Generator().manual_seed(0)) * 3, dim=-1)
+    ((name, item),) = dumped(tmp_path, "transformer_blocks.1.attn1.weights", weights).items()
+    assert heat_maps.heat_map(name, item).shape == (6, 29)
+    sheet = heat_maps.frames_of_tokens(name, item)
+    mean = weights[1].mean(0)
+    share = mean[:, :5].sum(-1)
+    assert list(sheet.rows) == [
+        f"token 1\ntext\n{share[0]:.0%} on text",
+        f"token 5\nframe 0\nat (0, 0)\n{share[1]:.0%} on text",
+        f"token 28\nframe 1\nat (2, 3)\n{share[2]:.0%} on text",
+    ]
+    for row, picture in zip(mean[:, 5:].reshape(3, 2, 3, 4).numpy(), sheet.rows.values(), strict=True):
+        np.testing.assert_array_equal(picture, heat_maps.colours(row))
+    assert "heads 0,2;" in sheet.title
+
+
+def test_plot_of_a_single_tensor(tmp_path, monkeypatch):
+    """Its histogram stands beside its heat map; of many steps some are drawn, evenly spread."""
+    tensor = torch.randn(1, 29, 6)
+    tensor[0, 3, 2] = torch.nan
+    pictures.plot(tmp_path / "x.png", [(tmp_path, dumped(tmp_path, "transformer_blocks.1", tensor))])
+    pixels = picture(tmp_path / "x.png")
+    assert (pixels == NOT_FINITE).all(axis=-1).any() and pixels[:400, 500:].std() > 20  # text is not in the frames
+    drawn = []
+    monkeypatch.setattr(pictures, "draw_figure", lambda *arguments: drawn.extend(arguments[2:]))
+    pictures.plot(tmp_path / "x.png", [(tmp_path, dumped(tmp_path, "transformer_blocks.1", tensor, steps=20))])
+    histograms, sheets, maps = drawn
+    assert len(histograms) == len(sheets) == len(maps) == 6 and all(maps)
+    assert [sheet.title[5:8] for sheet in sheets] == ["000", "004", "008", "011", "015", "019"]
+
+
+def test_what_has_no_heat_map(tmp_path):
+    """A vector, nothing, and what no file says of where tokens lie."""
+    for name, tensor in (("x", torch.zeros(4)), ("y", torch.zeros(0, 3)), ("step_000/z", torch.ones(1, 29, 6))):
+        save_file({name: tensor}, tmp_path / f"{name[-1]}.safetensors")
+        found = items(tmp_path / f"{name[-1]}.safetensors")
+        assert (heat_maps.heat_map(name, found[name]) is None) == (name in "xy")
+        assert heat_maps.frames_of_tokens(name, found[name]) is None
+        pictures.plot(tmp_path / "x.png", [(tmp_path, found)])
+        assert picture(tmp_path / "x.png").std() > 0
+
+
 @pytest.mark.slow
 def test_plot_of_a_run_and_of_two(two_runs, run_stage, tmp_path):
     """The picture is there beside what is printed without it, and the exit status is the comparison's."""
     a, b = two_runs
     plain = run_stage(TOOL, a).stdout
-    assert run_stage(TOOL, a, "--plot", "one.png").stdout == plain
+    assert run_stage(TOOL, a, "--plot", "one.png").stdout == f"{plain}wrote one.png\n"
     assert run_stage(TOOL, a, b, "--plot", "both.PNG").stdout
     plain = run_stage(TOOL, a, "--compare", b, "--json", status=1).stdout
-    assert run_stage(TOOL, a, "--compare", b, "--json", "--plot", "two.png", status=1).stdout == plain
+    beside = run_stage(TOOL, a, "--compare", b, "--json", "--plot", "two.png", status=1)
+    assert (beside.stdout, beside.stderr) == (plain, "wrote two.png\n")
     run_stage(TOOL, a, "--compare", a, "--plot", "equal.png")
     found = {name: picture(tmp_path / name) for name in ("one.png", "both.PNG", "two.png", "equal.png")}
     for name, pixels in found.items():

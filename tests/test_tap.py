@@ -1,5 +1,6 @@
 """The seam for looking inside: what it returns is what diffusers' modules give, and when it is off it is not there."""
 
+import dataclasses
 import functools
 import re
 
@@ -8,14 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
 
 from cogvideox.files.tensor_dump import merged, statistics_of
 from cogvideox.models.decoder.decoder import chunk_programs
 from cogvideox.models.decoder.spatial_split import choose_split
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import Parallelism, make_mesh
-from cogvideox.models.transformer import block
+from cogvideox.models.transformer import block, taps
 from cogvideox.models.transformer.attention import Attention, xla_attention
 from cogvideox.models.transformer.embeddings import rotary_embedding
 from cogvideox.models.transformer.parameters import load_parameters
@@ -30,6 +31,8 @@ IN_A_BLOCK = (
 )
 OUTSIDE = ("time_embedding.linear_2", "patch_embed", "norm_final", "norm_out.linear", "norm_out", "proj_out")
 EVERYTHING = tap.Wanted(arrays=["*"], statistics=["*"], checksums=True)
+WEIGHTS = [f"transformer_blocks.{i}.attn1.weights" for i in (0, 2)]
+QUERIES, HEADS = [39, 0, 12, 25], [6, 0, 1, 7]
 OF_THE_BLOCKS = [
     f"transformer_blocks.{i}{name}" for i in range(LAYERS) for name in ("", *(f".{n}" for n in IN_A_BLOCK))
 ]
@@ -63,6 +66,15 @@ def diffusers_outputs(module) -> dict[str, np.ndarray]:
         module(latents, prompts, torch.full((SHAPE[0],), 37), image_rotary_emb=rotary, return_dict=False)
     for handle in handles:
         handle.remove()
+    for name in WEIGHTS:
+        q, k = (torch.from_numpy(seen[name.replace("weights", f"norm_{letter}")]) for letter in "qk")
+        q, k = (
+            torch.cat([x[:, :, :TEXT], apply_rotary_emb(x[:, :, TEXT:], rotary)], dim=2).double().numpy()[:, HEADS]
+            for x in (q, k)
+        )
+        scores = q[:, :, QUERIES] @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1])
+        exponentials = np.exp(scores - scores.max(-1, keepdims=True))
+        seen[name] = exponentials / exponentials.sum(-1, keepdims=True)
     return seen
 
 
@@ -99,20 +111,23 @@ def test_transformer_modules_match_diffusers(mesh, attention, monkeypatch):
     monkeypatch.setattr(block, "FEED_FORWARD_TOKENS", 32)  # so that the MLP runs on several pieces
     module = make_module(SMALL)
     function, devices, arguments = make_transformer(module, mesh, attention)
-    prediction, collected = jax.jit(tap.collecting(function, EVERYTHING, devices))(*arguments)
+    wanted = dataclasses.replace(EVERYTHING, arrays=["*", "*.[02].attn1.weights"], queries=QUERIES, heads=HEADS)
+    prediction, collected = jax.jit(tap.collecting(function, wanted, devices))(*arguments)
     for found in collected:
         for name in [name for name in found if name.endswith("online_heads")]:
             assert not np.asarray(found.pop(name).array).any(), name
     np.testing.assert_allclose(prediction, jax.jit(function)(*arguments), rtol=1e-4, atol=1e-4)
     theirs = diffusers_outputs(module)
-    assert {*OF_THE_BLOCKS, *OUTSIDE} == set(theirs) == set(collected.arrays) == set(collected.statistics)
-    assert list(collected.arrays) == list(collected.statistics)
+    assert {*OF_THE_BLOCKS, *OUTSIDE, *WEIGHTS} == set(theirs) == set(collected.arrays)
+    assert [name for name in collected.arrays if name not in WEIGHTS] == list(collected.statistics)
     order = [name for name in collected.arrays if name.startswith("transformer_blocks")]
     assert [name.split(".")[1] for name in order] == sorted(name.split(".")[1] for name in order), "not block by block"
     for name, expected in theirs.items():
         ours = collected.arrays[name].without_padding()
         assert ours.shape == expected.shape, f"{name}: {ours.shape}, diffusers {expected.shape}"
         assert (error := relative_error(ours, expected)) < 1e-5, f"{name} on mesh {mesh}: {error:.1e}"
+        if name in WEIGHTS:  # of which no statistics are made
+            continue
         row, truth = merged(np.asarray(collected.statistics[name].array)), statistics_of(expected)
         error = np.abs(row - truth).max() / np.abs(truth).max()
         assert error < 1e-5, f"statistics of {name} on mesh {mesh}: {row}, of diffusers' array {truth}"
@@ -126,6 +141,19 @@ def test_only_what_is_asked_for():
     assert list(found.statistics) == [f"transformer_blocks.{i}.attn1.to_v" for i in range(LAYERS)]
     with pytest.raises(tap.NoSuchNameError, match=r"no module is called \*.to_x; the nearest: .*to_[qkv]"):
         jax.eval_shape(tap.collecting(function, tap.Wanted(arrays=["*.to_x", "proj_out"]), mesh), *arguments)
+    inside = r"transformer_blocks.1.attn1 has no output of its own; .*'transformer_blocks.1.attn1.\*' or one of .*to_q"
+    with pytest.raises(tap.NoSuchNameError, match=inside):
+        jax.eval_shape(tap.collecting(function, tap.Wanted(arrays=["transformer_blocks.1.attn1"]), mesh), *arguments)
+
+
+def test_weights_of_a_few_queries_and_of_all_heads_unless_others_are_named():
+    function, mesh, arguments = make_transformer(make_module(SMALL), (1, 2, 1))
+    _, found = jax.eval_shape(tap.collecting(function, tap.Wanted(arrays=["*.1.attn1.weights"]), mesh), *arguments)
+    tokens = TEXT + SHAPE[1] * SHAPE[3] * SHAPE[4] // 8
+    assert {name: tapped.array.shape for name, tapped in found.arrays.items()} == {
+        "transformer_blocks.1.attn1.weights": (SHAPE[0], SMALL["num_attention_heads"], 8, tokens)
+    }
+    assert taps.some_queries(tokens)[::7] == [0, tokens - 1] and taps.some_queries(3) == [0, 1, 2]
 
 
 def test_one_block_takes_the_memory_of_one_block():

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
+from cogvideox.cli.terminal import bar_options
 from cogvideox.cli.types import file_path, number
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, lora, stage_files, tensor_dump
@@ -161,7 +162,7 @@ def dump_denoising(arguments: argparse.Namespace) -> Dump:
     recorder = open_recorder(arguments, "step", selected, config)
     attach(transformer, TRANSFORMER, "", of_tokens, recorder)
     follow_steps(pipeline, recorder, plan.batch, first, last, start)
-    with tqdm(total=(last + 1 - first) * len(blocks), desc="denoising", unit="block") as bar:
+    with tqdm(total=(last + 1 - first) * len(blocks), desc="denoising", unit="block", **bar_options()) as bar:
         advance(bar, blocks.values())
         run_pipeline(pipeline, load_file(path), plan, config["seed"], dtype, start if first == 0 else None)
     return recorder.dump
@@ -341,7 +342,7 @@ def dump_decoding(arguments: argparse.Namespace) -> Dump:
     latents = load_file(path)["latents"].to(arguments.device, dtype)
     frames = chunk_sizes(shape[2]) if arguments.dump_stats else chunk_sizes(shape[2])[: chunks[-1] + 1]
     recorder = open_recorder(arguments, "chunk", selected, config)
-    with tqdm(total=len(frames), desc="decoding", unit="chunk") as bar:
+    with tqdm(total=len(frames), desc="decoding", unit="chunk", **bar_options()) as bar:
         advance(bar, [pipeline.vae.decoder])
         decode(pipeline, latents[:, :, : sum(frames)], recorder)
     return recorder.dump
@@ -540,8 +541,7 @@ def select(
     names = {name for arrays in planned.values() for name in arrays}
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
-            near = tap.nearest(pattern, names)
-            raise UserError(f"--dump_names {pattern}: nothing has such a name; the nearest are {near}")
+            raise UserError(f"--dump_names: {tap.no_such_name(pattern, names)}")
     return {
         number: {name: arrays[name] for name in arrays if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
         for number, arrays in planned.items()

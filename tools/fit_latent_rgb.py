@@ -15,6 +15,7 @@ import numpy as np
 
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
+from cogvideox.cli.terminal import bar_options
 from cogvideox.cli.types import number
 from cogvideox.files import checkpoint, writing
 from cogvideox.files.latent_pictures import MAP_FILE
@@ -78,7 +79,8 @@ def encode(vae_folder: Path, clips: Sequence[np.ndarray]) -> np.ndarray:
         vae = AutoencoderKLCogVideoX.from_pretrained(vae_folder, torch_dtype=torch.float32)
     with torch.inference_mode():
         encoded = [
-            vae.encode(to_tensor([clip], "cpu")).latent_dist.mean for clip in tqdm(clips, "encoding", unit="clip")
+            vae.encode(to_tensor([clip], "cpu")).latent_dist.mean
+            for clip in tqdm(clips, "encoding", unit="clip", **bar_options())
         ]
     return torch.cat(encoded).numpy() * vae.config.scaling_factor
 

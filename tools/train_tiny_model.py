@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
+from cogvideox.cli.terminal import bar_options
 from cogvideox.cli.types import folder_path, number
 from cogvideox.run.accelerator import prepare_libraries
 from tools import moving_shapes
@@ -194,7 +195,7 @@ def encoded_clips(pipeline: CogVideoXPipeline, arguments: argparse.Namespace) ->
         generator = np.random.default_rng([arguments.seed, 2])
         encoded: list[torch.Tensor] = []
         prompts: list[str] = []
-        for _ in tqdm(range(share(CLIPS, arguments) // 10 + 1), desc="encoding", unit="batch"):
+        for _ in tqdm(range(share(CLIPS, arguments) // 10 + 1), desc="encoding", unit="batch", **bar_options()):
             clips, captions = random_clips(generator, 10, VARIETY)
             with torch.autocast(torch.device(arguments.device).type, torch.bfloat16):
                 encoded.append(pipeline.vae.encode(to_tensor(clips, arguments.device)).latent_dist.mean.float().cpu())
@@ -332,7 +333,7 @@ def fit(
     done, seconds = optimization.load(path, arguments.device) if path.exists() else (0, 0.0)
     start = saved_at = time.monotonic()
     shown = None
-    with tqdm(total=steps, initial=done, desc=name, unit="step") as bar:
+    with tqdm(total=steps, initial=done, desc=name, unit="step", **bar_options()) as bar:
         for step in range(done, steps):
             generator = np.random.default_rng([arguments.seed, 3, step])
             torch.manual_seed(generator.integers(2**63))

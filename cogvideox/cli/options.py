@@ -20,6 +20,7 @@ from cogvideox.defaults import (
     MOST_PIXELS,
     NUM_STEPS,
     PRESETS,
+    SOME_QUERIES,
     USE_DP,
     USE_DYNAMIC_CFG,
     WIDTH,
@@ -240,6 +241,16 @@ def add_dump_options(parser: ArgumentParser, unit: str) -> None:
     group.add_argument(
         "--dump_steps", metavar="NUMBERS", help=f"{unit}s whose tensors are written, such as 0,3-5,-1 (default: all)"
     )
+    if unit == "step":
+        group.add_argument(
+            "--dump_queries",
+            metavar="NUMBERS",
+            help="tokens whose attention weights are written if --dump_names has '*.attn1.weights'; those of the text "
+            f"are first (default: {SOME_QUERIES}, evenly spread)",
+        )
+        group.add_argument(
+            "--dump_heads", metavar="NUMBERS", help="heads whose attention weights are written (default: all)"
+        )
     group.add_argument(
         "--dump_stats",
         action="store_true",

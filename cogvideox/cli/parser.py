@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
+from cogvideox.cli.terminal import fitted
 from cogvideox.errors import one_line
 
 # The titles of groups of options, in the order of the help.
@@ -119,7 +120,7 @@ class ArgumentParser(argparse.ArgumentParser):
         option, _, fault = message.removeprefix("argument ").partition(": ")
         if fault.endswith("one argument"):
             message += f"; a value that begins with a dash is written {option}=-VALUE"
-        self.exit(2, one_line(f"{self.prog}: error: {message} (see --help)") + "\n")
+        self.exit(2, fitted(one_line(f"{self.prog}: error: {message} (see --help)"), sys.stderr) + "\n")
 
     def _spellings(self) -> dict[str, str]:
         """Return the options of this program by their names without hyphens."""

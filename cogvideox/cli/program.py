@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cogvideox import packages
+from cogvideox.cli.terminal import fitted
 from cogvideox.errors import UserError, as_user_error, one_line
 from cogvideox.signals import MESSAGE, Interruption
 
@@ -70,7 +71,7 @@ def _stop_printing() -> None:
 
 def _exit(message: str, status: int, program: str) -> NoReturn:
     """Print one line on stderr that begins with the program's name, and end the process."""
-    print(one_line(f"{program}: {message}"), file=sys.stderr)
+    print(fitted(one_line(f"{program}: {message}"), sys.stderr), file=sys.stderr)
     _leave(status)
 
 

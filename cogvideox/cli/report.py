@@ -13,13 +13,14 @@ import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
 
 from tqdm import tqdm
 
+from cogvideox.cli import terminal
 from cogvideox.errors import UserError, as_user_error
 from cogvideox.files import timings
 from cogvideox.signals import MESSAGE, Interruption
@@ -158,7 +159,7 @@ class Report:
         """Print a warning; with --quiet on stderr, because stdout stays empty then."""
         self.event("warning", text=line)
         if self._quiet:
-            print(f"WARNING: {line}", file=sys.stderr)
+            print(terminal.fitted(f"WARNING: {line}", sys.stderr), file=sys.stderr)
         else:
             self._print(f"  WARNING: {line}")
 
@@ -172,7 +173,7 @@ class Report:
         """Print on stdout, unless --quiet is given; above the progress bar, if there is one."""
         if not self._quiet:
             with tqdm.external_write_mode():
-                print(text, flush=True)
+                print(terminal.fitted(text), flush=True)
 
     def plan(self, plan: Any, own_devices: Sequence[Any]) -> None:
         """Tell the plan of the run, a dataclass, and its devices; the memory of `own_devices` is told from now on."""
@@ -184,8 +185,9 @@ class Report:
             self.detail(f"device {number}: {kind}" + (f" at {list(coords)}" if coords else ""))
         fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
         self.event("plan", **fields)
-        for name, value in fields.items():
-            self.detail(f"plan: {name} = {value}")
+        self.detail("plan:")
+        for line in terminal.table(list(entries_of(fields)), indent=2):
+            self.detail(line)
 
     def _now(self) -> float:
         """Return the seconds on a clock that stands still during `aside`."""
@@ -227,9 +229,10 @@ class Report:
 
     @contextlib.contextmanager
     def progress(self, description: str, unit: str, total: int, done: int = 0) -> Iterator["Progress"]:
-        """Show a progress bar, on which `done` units are done; see `Progress`."""
+        """Show a progress bar, on which `done` units are done, or lines where stderr is no terminal; see `Progress`."""
+        options = {"desc": f"  {description}", "unit": unit, "disable": self._quiet} | terminal.bar_options()
         with (
-            tqdm(total=total, initial=done, desc=f"  {description}", unit=unit, disable=self._quiet) as bar,
+            tqdm(total=total, initial=done, **options) as bar,
             Interruption.cleaned_up(bar.close),  # so that its line ends
         ):
             yield Progress(self, bar, unit, total)
@@ -293,6 +296,20 @@ class Progress:
         now = self._report._now()
         self._report.step(self._unit, self.n, self._total, now - self._last)
         self._last = now
+
+
+def entries_of(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the name and the value of each entry of a plan, those inside configs and other parts by dotted names."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            yield from entries_of(value, f"{prefix}{name}.")
+        elif dataclasses.is_dataclass(value):
+            inside = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            yield from entries_of(inside, f"{prefix}{name}.")
+        elif isinstance(shape := getattr(value, "shape", None), Mapping):  # a mesh: how many devices along each axis
+            yield from entries_of(shape, f"{prefix}{name}.")
+        else:
+            yield prefix + name, ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def memory_of(devices: Sequence[Any]) -> list[dict[str, int]]:

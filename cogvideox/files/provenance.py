@@ -83,7 +83,9 @@ def differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str
     return [x for x in names if found.get(x) != wanted.get(x) and not (WEIGHTS.match(x) and x not in found)]
 
 
-def as_metadata(stage: str, inputs: Mapping[str, str], arguments: Namespace) -> dict[str, str]:
+def as_metadata(
+    stage: str, inputs: Mapping[str, str], arguments: Namespace, plan: Mapping[str, object] | None = None
+) -> dict[str, str]:
     """Return the metadata that says how an output comes about, now: `provenance`, as JSON.
 
     Args:
@@ -91,10 +93,12 @@ def as_metadata(stage: str, inputs: Mapping[str, str], arguments: Namespace) -> 
         inputs: what it is made from: the `digest` of each safetensors file of the run, by what it is `known_as`, the
             `file_digest` of each other file, by its absolute path, and the `weights` of the model.
         arguments: the parsed options.
+        plan: what came of them: everything else that decides the output, by names for people.
     """
     made = {
         "stage": stage,
         "inputs": dict(inputs),
+        "plan": {name: str(value) for name, value in (plan or {}).items()},
         "options": {name: _plain(value) for name, value in vars(arguments).items() if value is not None},
         "versions": versions(*LIBRARIES),
         "time": writing.now(),
@@ -133,6 +137,35 @@ def recorded(path: Path) -> dict:
         return TypeAdapter(dict[str, JsonValue]).validate_json(text)
     except ValidationError:  # a comment of somebody else
         return {}
+
+
+def decided_by(path: Path) -> dict[str, str]:
+    """Return what decided the content of a file of a run, by names for people; nothing if it does not say.
+
+    These are the entries of generation_config.json that it was made from, its plan, beginnings of the digests of its
+    inputs, and the versions of the libraries.
+
+    Raises:
+        UserError: the file cannot be read, or what it says of itself is damaged.
+    """
+    made = recorded(path)
+    plan = _object(made, "plan")
+    if path.suffix not in VIDEO_SUFFIXES:
+        plan = stage_files.read_made_from(path, stage_files.metadata(path)) | plan
+    inputs = {_role(name): digest[:8] for name, digest in _object(made, "inputs").items()}
+    return {name: str(value) for name, value in (plan | inputs | _object(made, "versions")).items()}
+
+
+def _role(name: str) -> str:
+    """Return what an input is called where two runs are compared, which have it in other places."""
+    if match := WEIGHTS.fullmatch(name):
+        return f"weights of the {match['component']}"
+    return name if Path(name).is_absolute() else Path(name).name
+
+
+def input_names(path: Path) -> set[str]:
+    """Return the names, without folders, of the stages' files that a file was made from."""
+    return {Path(name).name for name in _object(recorded(path), "inputs") if not WEIGHTS.fullmatch(name)}
 
 
 def stale_inputs(path: Path) -> Iterator[str]:

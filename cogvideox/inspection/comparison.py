@@ -2,26 +2,35 @@
 
 import argparse
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cogvideox.errors import UserError
-from cogvideox.files import stage_files, tensor_dump
+from cogvideox.files import provenance, tensor_dump
 from cogvideox.inspection.description import CHUNK, coordinate
 from cogvideox.inspection.items import Item, items, progress
 
 
 def compare_runs(arguments: argparse.Namespace, ours: Mapping[str, Item], theirs: Mapping[str, Item]) -> list[dict]:
-    """Compare the tensors of two runs, by name, in the order of execution; return a row for each."""
+    """Compare the tensors of two runs, by name, in the order of execution; return a row for each.
+
+    What one run lacks is a difference, unless it is an input of that run, which lies elsewhere, or stands in a dump,
+    which has what was asked for.
+    """
     if len(ours) == len(theirs) == 1:  # two files: their only tensors, whatever they are called
         theirs = dict(zip(ours, theirs.values(), strict=True))
+    inputs = [set().union(*map(provenance.input_names, {item.file for item in run.values()})) for run in (ours, theirs)]
     noise = items(arguments.noise) if arguments.noise else None
     rows = []
     for name in [*ours, *(name for name in theirs if name not in ours)]:
         if name not in ours or name not in theirs:
-            where = arguments.compare if name in ours else arguments.paths[0]
-            one = ours.get(name) or theirs[name]  # a dump has what was asked for, so what it lacks is no difference
-            rows.append({"name": name, "differs": not tensor_dump.in_order(one.metadata), "what": f"is not in {where}"})
+            one, where, needed = (
+                (ours[name], arguments.compare, inputs[1])
+                if name in ours
+                else (theirs[name], arguments.paths[0], inputs[0])
+            )
+            is_note = one.file.name in needed or tensor_dump.in_order(one.metadata)
+            rows.append({"name": name, "differs": not is_note, "what": f"is not in {where}"})
             continue
         pair = ours[name], theirs[name]
         beside: dict[str, Any] = {}
@@ -120,7 +129,7 @@ def conclusion_of(rows: Sequence[dict]) -> str:
     """Say in one sentence whether two runs differ, and where first."""
     different = [row for row in rows if row["differs"]]
     alone = sum("is not in" in row.get("what", "") for row in rows if not row["differs"])
-    left_out = f", {alone} are in one dump alone" if alone else ""
+    left_out = f"; {alone} in one of the two alone" if alone else ""
     if not different:
         return f"nothing differs: {len(rows) - alone} compared{left_out}"
     first = different[0]
@@ -138,20 +147,3 @@ def conclusion_of(rows: Sequence[dict]) -> str:
 def shares_text(row: dict) -> str:
     """Say which chips' shares differ."""
     return f"the share of {len(row['shares'])} of {row['chips']} chips: {'; '.join(row['shares'])}"
-
-
-def provenance_lines(one: Mapping[str, Item], other: Mapping[str, Item]) -> Iterator[str]:
-    """Yield a line for each entry in which the files of two runs say that they were made from something else."""
-    said = []
-    for found in (one, other):
-        files = {item.file: item.metadata for item in found.values()}
-        said.append(
-            {
-                name: value
-                for file, data in files.items()
-                for name, value in stage_files.read_made_from(file, data).items()
-            }
-        )
-    for name in said[0].keys() & said[1].keys():
-        if said[0][name] != said[1][name]:
-            yield f"made from {name}: {said[0][name]} and {said[1][name]}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cogvideox.files import writing
-from cogvideox.files.latent_pictures import columns_for
+from cogvideox.files.latent_pictures import NOT_FINITE, columns_for
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,6 +32,21 @@ class Histogram(NamedTuple):
     alarming: bool
 
 
+class HeatMap(NamedTuple):
+    """A tensor as matrices, such as one of each prompt.
+
+    Attributes:
+        rows, columns: what stands along them.
+        shape: how many of them the matrices stand for, which may have been reduced.
+        matrices: by label, float [rows, columns].
+    """
+
+    rows: str
+    columns: str
+    shape: tuple[int, int]
+    matrices: dict[str, np.ndarray]
+
+
 class Sheet(NamedTuple):
     """A contact sheet.
 
@@ -48,6 +63,7 @@ class Sheet(NamedTuple):
 
 WIDTH = 14.0  # of the figure; all lengths are inches
 HISTOGRAM_COLUMNS, HISTOGRAM_HEIGHT = 4, 2.5
+HEAT_MAP_HEIGHT = 3.6
 LEAST_COLUMNS, MOST_COLUMNS = 7, 8  # of a contact sheet
 AREA: dict = {"color": "tab:blue", "fill": True, "alpha": 0.6}
 LOOKS: dict = {"": AREA, "A": AREA, "B": {"color": "tab:orange", "linewidth": 1.2}}
@@ -64,8 +80,16 @@ STYLE: dict = {
 }
 
 
-def draw_figure(path: Path, title: str, histograms: Sequence[Histogram], sheets: Sequence[Sheet]) -> None:
+def draw_figure(
+    path: Path,
+    title: str,
+    histograms: Sequence[Histogram],
+    sheets: Sequence[Sheet],
+    heat_maps: Sequence[HeatMap | None] = (),
+) -> None:
     """Draw histograms, and contact sheets below them, to a PNG file.
+
+    If there are heat maps, there is one for each histogram, or None, and stands beside it.
 
     Raises:
         UserError: the file cannot be written.
@@ -74,13 +98,15 @@ def draw_figure(path: Path, title: str, histograms: Sequence[Histogram], sheets:
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE), writing.replacing(path) as temporary:
-        heights = [histograms_height(histograms)] if histograms else []
+        heights = [HEAT_MAP_HEIGHT] * len(heat_maps) or ([histograms_height(histograms)] if histograms else [])
         heights += [sheet_height(sheet) for sheet in sheets]
         title_height = 0.25 * (1 + wrapped(title).count("\n")) + 0.1
         figure = Figure(figsize=(WIDTH, sum(heights) + title_height), layout="constrained")
         figure.suptitle(wrapped(title), **TITLE)
         parts = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
-        if histograms:
+        for histogram, heat_map in zip(histograms, heat_maps, strict=False):
+            draw_heat_map(parts.pop(0), histogram, heat_map)
+        if histograms and not heat_maps:
             draw_histograms(parts.pop(0), histograms)
         for part, sheet in zip(parts, sheets, strict=True):
             draw_sheet(part, sheet)
@@ -128,6 +154,37 @@ def draw_histogram(axis: "Axes", histogram: Histogram) -> None:
     axis.set_ylim(bottom=0.5)
     axis.yaxis.set_major_formatter(EngFormatter(sep=""))
     axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def draw_heat_map(figure: "SubFigure", histogram: Histogram, heat_map: HeatMap | None) -> None:
+    """Draw a histogram, and the matrices of the same tensor beside it, which share their colours."""
+    import matplotlib as mpl
+
+    matrices = heat_map.matrices if heat_map else {"": np.zeros((1, 1))}
+    axes = figure.subplots(1, 1 + len(matrices), width_ratios=[1, *[3 / len(matrices)] * len(matrices)])
+    draw_histogram(axes[0], histogram)
+    if heat_map is None:
+        axes[1].axis("off")
+        return
+    finite = np.concatenate([matrix[np.isfinite(matrix)] for matrix in matrices.values()])
+    most = float(np.quantile(np.abs(finite), 0.999)) if finite.size else 0.0
+    signed = bool(finite.size) and finite.min() < 0
+    colours = mpl.colormaps["RdBu_r" if signed else "viridis"].with_extremes(bad=tuple(NOT_FINITE / 255))
+    rows, columns = heat_map.shape
+    for axis, (label, matrix) in zip(axes[1:], matrices.items(), strict=True):
+        axis.set_title(label)
+        image = axis.imshow(
+            np.where(np.isfinite(matrix), matrix, np.nan),
+            aspect="auto",
+            interpolation="nearest",
+            cmap=colours,
+            vmin=-most if signed else 0.0,
+            vmax=most or 1.0,
+            extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
+        )
+        axis.set_xlabel(heat_map.columns)
+        axis.set_ylabel(heat_map.rows)
+    figure.colorbar(image, ax=axes[1:], extend="both" if signed else "max", pad=0.01)
 
 
 def blocks(sheet: Sheet) -> list[slice]:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogvideox.errors import UserError
-from cogvideox.files import tensor_dump
-from cogvideox.files.names import VIDEO_SUFFIXES
+from cogvideox.files import tensor_dump, videos
+from cogvideox.files.names import CONFIG, VIDEO_SUFFIXES
 from cogvideox.files.tensors import unreadable
 from cogvideox.files.video_file import read_video
 
@@ -71,13 +71,15 @@ def items(path: Path) -> dict[str, Item]:
     """Return the tensors and videos of a file or a folder by name, in the order of the stages and of numbers in names.
 
     The name of a tensor is its own, below the folder of its file, so that files may be split in other places. Rows of
-    statistics are named as the tensors of a dump are; where a dump has both, there is the tensor.
+    statistics are named as the tensors of a dump are; where a dump has both, there is the tensor. Of a run, the folders
+    of other runs inside its own are no part.
 
     Raises:
         UserError: there is nothing to look at, or a file is not what its name says.
     """
-    suffixes = {".safetensors", *VIDEO_SUFFIXES}
+    suffixes, others = {".safetensors", *VIDEO_SUFFIXES}, other_runs(path)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+    files = [file for file in files if not any(file.is_relative_to(other) for other in others)]
     if not files:
         raise UserError(f"{path} has no safetensors file and no video" if path.is_dir() else f"{path} does not exist")
     found = []
@@ -92,6 +94,14 @@ def items(path: Path) -> dict[str, Item]:
             found += [(f"{folder}{row}/{name}", Item(file, name, i), place) for i, row in enumerate(rows)]
             found += [(folder + name, Item(file, name), place)] * (not rows)
     return {name: item for name, item, place in sorted(found, key=lambda each: execution_order(*each))}
+
+
+def other_runs(path: Path) -> list[Path]:
+    """Return the folders in that of a run, or of several videos, which are runs of their own."""
+    prompts, own = videos.prompts(path), {path, *videos.prompts(path), *videos.videos(path)}
+    if prompts == [path] and not (path / CONFIG).exists():
+        return []
+    return sorted(file.parent for file in path.rglob(CONFIG) if file.parent not in own)
 
 
 def execution_order(name: str, item: Item, place: int) -> tuple:

@@ -23,6 +23,7 @@ from cogvideox.files.latent_pictures import (
     to_bytes,
 )
 from cogvideox.inspection.figure import Histogram, Sheet, draw_figure
+from cogvideox.inspection.heat_maps import frames_of_tokens, heat_map
 
 if TYPE_CHECKING:
     import torch
@@ -64,11 +65,23 @@ def plot(path: Path, runs: "Sequence[tuple[Path, Mapping[str, Item]]]") -> None:
         for name, item in items.items()
     ]
     tensors = [entry for entry in entries if is_tensor(entry)]
-    chosen = tensors[:MOST_HISTOGRAMS]
     title = ", ".join(str(folder) for folder, _ in runs)
+    names = {entry.name.partition("/")[2] or entry.name for entry in tensors}  # without the step
+    if len(names) == 1 and not has_sheet(tensors[0]):
+        draw_single(path, title, tensors)
+        return
+    chosen = tensors[:MOST_HISTOGRAMS]
     if len(chosen) < len(tensors):
         title += f"\nhistograms of the first {len(chosen)} of {len(tensors)} tensors in the order of execution"
     draw(path, title, chosen, entries, [""])
+
+
+def draw_single(path: Path, title: str, entries: Sequence[Entry]) -> None:
+    """Draw a tensor, or the same of several steps, with heat maps beside the histograms, and its tokens as frames."""
+    shown = some(entries)
+    found = [(entry.name, item) for entry in shown for item in entry.items if item]
+    sheets = [sheet for one in found if (sheet := frames_of_tokens(*one))]
+    draw_figure(path, title, [histogram_of(entry, [""]) for entry in shown], sheets, [heat_map(*one) for one in found])
 
 
 def plot_comparison(
@@ -116,11 +129,17 @@ def draw(path: Path, title: str, tensors: Sequence[Entry], all_entries: Sequence
     shown = [entry for entry in all_entries if has_sheet(entry)]
     if len(shown) > MOST_SHEETS:
         title += f"\npictures of {MOST_SHEETS} of {len(shown)} that have some, evenly spread"
-        shown = [shown[i] for i in np.linspace(0, len(shown) - 1, MOST_SHEETS).round().astype(int)]
+        shown = some(shown)
     sheets = [sheet for entry in shown if (sheet := sheet_of(entry, labels))]
     if not histograms and not sheets:
         raise UserError(f"there is nothing to plot in {title.splitlines()[0]}: it has no whole tensor and no video")
     draw_figure(path, title, histograms, sheets)
+
+
+def some(entries: Sequence[Entry]) -> list[Entry]:
+    """Return at most MOST_SHEETS entries, evenly spread."""
+    count = min(MOST_SHEETS, len(entries))
+    return [entries[i] for i in np.linspace(0, len(entries) - 1, count).round().astype(int)]
 
 
 def is_tensor(entry: Entry) -> bool:

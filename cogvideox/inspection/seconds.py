@@ -1,7 +1,7 @@
 """Show the seconds of one run, or of two runs side by side."""
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from cogvideox.files.timings import read_timings
@@ -24,7 +24,6 @@ def lines(folder: Path, other: Path | None = None) -> Iterator[str]:
     for stage in stages:
         entries = [run[stage] for run in runs if stage in run]
         yield f"  {stage}: {_both(entry.get('devices') or 'the host' for entry in entries)}"
-        yield from _versions(entries)
         found = [_seconds(run[stage]) if stage in run else {} for run in runs]
         for name in dict.fromkeys(name for seconds in found for name in seconds):
             values = [seconds[name] for seconds in found if name in seconds]
@@ -37,14 +36,6 @@ def lines(folder: Path, other: Path | None = None) -> Iterator[str]:
 def _both(values: Iterable[object]) -> str:
     """Return two values, or one if they are equal, as text."""
     return " | ".join(dict.fromkeys(map(str, values)))
-
-
-def _versions(entries: Sequence[Mapping]) -> Iterator[str]:
-    """Yield a line for each library whose version differs in two runs."""
-    versions = [entry["versions"] for entry in entries]
-    for name in sorted(set().union(*versions)):
-        if len({found.get(name) for found in versions}) > 1:
-            yield f"    {name}: {_both(found.get(name) for found in versions)}"
 
 
 def _seconds(entry: Mapping) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from cogvideox.cli import terminal
 from cogvideox.inspection.comparison import shares_text
 
 SHOWN = 40  # lines of a comparison
@@ -13,7 +14,7 @@ def table(found: Sequence[dict]) -> str:
     """Return tensors and videos as lines for people."""
     lines: list[str] = []
     file, before = None, None
-    width = max((len(one["tensor"]) for one in found if "tensor" in one), default=0)
+    tensors = iter(terminal.table([tensor_cells(one) for one in found if "tensor" in one]))
     for one in found:
         if one["file"] != file:
             file = one["file"]
@@ -24,44 +25,44 @@ def table(found: Sequence[dict]) -> str:
             else:
                 lines += [f"  made from {name}: {value}" for name, value in made_from.items()]
             before = made_from
-        lines += (
-            statistics_lines(one)
-            if "steps" in one
-            else tensor_lines(one, width)
-            if "tensor" in one
-            else video_lines(one)
-        )
+        if "tensor" not in one:
+            lines += statistics_lines(one) if "steps" in one else video_lines(one)
+            continue
+        lines.append(next(tensors))
+        if one["first_not_finite"] is not None:
+            lines.append(
+                f"    NOT FINITE: {one['nan']:,} NaN, {one['inf']:,} Inf, the first at {one['first_not_finite']}"
+            )
     return "\n".join(lines)
 
 
-def tensor_lines(one: dict, width: int) -> Iterator[str]:
-    """Yield the lines of a tensor."""
-    numbers = " ".join(
-        f"{name} {'-' if one[name] is None else format(one[name], '.4g'):<10}" for name in ("min", "max", "mean", "std")
-    )
+def tensor_cells(one: dict) -> list[str]:
+    """Return what the table has of a tensor."""
+    names = ("min", "max", "mean", "std")
+    numbers = [f"{name} {'-' if one[name] is None else format(one[name], '.4g')}" for name in names]
     shape = "x".join(map(str, one["shape"])) or "scalar"
-    yield f"  {one['tensor']:<{width}}  {shape} {one['dtype']}  {numbers} zeros {one['zeros']:.1%}  {one['digest']}"
-    if one["first_not_finite"] is not None:
-        yield f"    NOT FINITE: {one['nan']:,} NaN, {one['inf']:,} Inf, the first at {one['first_not_finite']}"
+    return [one["tensor"], f"{shape} {one['dtype']}", *numbers, f"zeros {one['zeros']:.1%}", one["digest"]]
 
 
-def statistics_lines(one: dict) -> Iterator[str]:
-    """Yield the lines of a file of statistics: for each module its extremes over all steps, then what stands out."""
-    width = max(map(len, one["statistics"]))
-    yield f"  {one['steps'][0]} to {one['steps'][-1]}, in the order of execution; std of the first and of the last"
-    for name, rows in one["statistics"].items():
-        if isinstance(rows[0][0], list):
-            share = [sum(map(sum, row)) / sum(map(len, row)) for row in rows]
-            yield f"  {name:<{width}}  {sum(share) / len(share):.2%} of the heads"
+def statistics_lines(one: dict) -> list[str]:
+    """Return the lines of a file of statistics: for each module its extremes over all steps, then what stands out."""
+    rows = []
+    for name, values in one["statistics"].items():
+        if isinstance(values[0][0], list):
+            share = [sum(map(sum, row)) / sum(map(len, row)) for row in values]
+            rows.append([name, f"{sum(share) / len(share):.2%} of the heads"])
             continue
-        bad = [step for step, row in zip(one["steps"], rows, strict=True) if not all(map(math.isfinite, row))]
-        columns = list(zip(*rows, strict=True))
-        extremes = f"min {min(columns[0]):<10.4g} max {max(columns[1]):<10.4g} std {rows[0][3]:.4g} {rows[-1][3]:.4g}"
-        yield f"  {name:<{width}}  " + (f"NOT FINITE from {bad[0]} on" if bad else extremes)
+        bad = [step for step, row in zip(one["steps"], values, strict=True) if not all(map(math.isfinite, row))]
+        least, most, _, _ = zip(*values, strict=True)
+        extremes = [f"min {min(least):.4g}", f"max {max(most):.4g}", f"std {values[0][3]:.4g} {values[-1][3]:.4g}"]
+        rows.append([name, f"NOT FINITE from {bad[0]} on"] if bad else [name, *extremes])
+    order = f"  {one['steps'][0]} to {one['steps'][-1]}, in the order of execution; std of the first and of the last"
+    lines = [order, *terminal.table(rows)]
     if one["first_not_finite"]:
-        yield f"  first not finite: {one['first_not_finite']}"
+        lines.append(f"  first not finite: {one['first_not_finite']}")
     if one["largest_growth"]:
-        yield "  largest growth from a block to the next: {:.3g} times at {}".format(*one["largest_growth"])
+        lines.append("  largest growth from a block to the next: {:.3g} times at {}".format(*one["largest_growth"]))
+    return lines
 
 
 def video_lines(one: dict) -> Iterator[str]:
@@ -77,8 +78,8 @@ def comparison_table(rows: Sequence[dict]) -> str:
     if len(shown) > SHOWN:
         different = [row for row in shown if row["differs"]]
         shown = different or sorted(shown, key=lambda row: -(row["relative"] or 0.0))[:WORST]
-    width = max((len(row["name"]) for row in shown[:SHOWN]), default=0)
-    lines = [line for row in shown[:SHOWN] for line in comparison_lines(row, width)]
+    texts = zip(terminal.table([comparison_cells(row) for row in shown[:SHOWN]], indent=0), shown, strict=False)
+    lines = [line for text, row in texts for line in (text, *comparison_notes(row))]
     if len(rows) > SHOWN and shown:
         lines.append(
             f"  {len(rows):,} tensors; these are {'the first that differ' if shown[0]['differs'] else 'the worst'}"
@@ -86,20 +87,23 @@ def comparison_table(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def comparison_lines(row: dict, width: int) -> Iterator[str]:
-    """Yield the lines of one tensor of a comparison."""
-    mark = "!" if row["differs"] else " "
+def comparison_cells(row: dict) -> list[str]:
+    """Return what the table of a comparison has of one tensor."""
+    name = f"{'!' if row['differs'] else ' '} {row['name']}"
     if "what" in row:
-        yield f"{mark} {row['name']:<{width}}  {row['what']}"
-        return
+        return [name, row["what"]]
     cosine = "-" if row["cosine"] is None else f"{row['cosine']:.6f}"
-    line = f"{mark} {row['name']:<{width}}  max {row['max']:<10.3g} relative {row['relative']:<10.3g} cosine {cosine}"
+    cells = [name, f"max {row['max']:.3g}", f"relative {row['relative']:.3g}", f"cosine {cosine}"]
     if "noise" in row:
-        line += f" noise {row['noise']:.3g}"
+        cells.append(f"noise {row['noise']:.3g}")
     if row["worst"] and row["max"]:
         ours, theirs = row["worst"]["values"]
-        line += f"  worst at {row['worst']['place']}: {ours:.6g} and {theirs:.6g}"
-    yield line
+        cells.append(f"worst at {row['worst']['place']}: {ours:.6g} and {theirs:.6g}")
+    return cells
+
+
+def comparison_notes(row: dict) -> Iterator[str]:
+    """Yield what stands below the row of a tensor or a video."""
     if "shares" in row:
         yield f"    only in {shares_text(row)}"
     if "psnr" in row:

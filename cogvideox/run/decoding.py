@@ -62,12 +62,16 @@ def trace_chunks(
 
 
 def recorder(
-    arguments: argparse.Namespace, video: Video, plan: "DecodingPlan", traced: "Sequence[jax.stages.Traced]"
+    arguments: argparse.Namespace,
+    video: Video,
+    model_id: str,
+    plan: "DecodingPlan",
+    traced: "Sequence[jax.stages.Traced]",
 ) -> "Recorder | NoRecorder":
     """Make what writes the files of --dump, which takes a single video."""
-    made_from = stage_files.made_from(video.config, LATENT_ENTRIES)
+    metadata = stage_files.made_from(video.config, LATENT_ENTRIES) | made(video, model_id, plan, arguments)
     runs = [program for program, n in zip(traced, plan.runs, strict=True) for _ in range(n)]
-    return dump_recorder(arguments, "stage3", "chunk", made_from, plan.split.mesh, runs)
+    return dump_recorder(arguments, "stage3", "chunk", metadata, plan.split.mesh, runs)
 
 
 def load_weights(files: Any, abstract: Any, report: Report | None = None) -> Any:
@@ -155,9 +159,7 @@ class DecodingRun:
 
         latents = scaled(stage_files.read_latents(video.latents, allow_nan=True), self.plan)
         # What the video is made from is read before the timed run.
-        inputs = {provenance.known_as(video.latents, video.encoded.parent): provenance.digest(video.latents)}
-        inputs |= provenance.weights(self.model_id, "vae", self.arguments.variant)
-        made = provenance.as_metadata("stage3", inputs, self.arguments)
+        made_of_video = made(video, self.model_id, self.plan, self.arguments)
         frames_file, report = self.arguments.output_frames, self.report
         fps = frames_per_second(video, self.arguments)
         with (
@@ -167,14 +169,28 @@ class DecodingRun:
         ):
             chunks = decode(functions, self.weights, latents, self.plan.split)
             if self.hosts.is_first:
-                frames = write_video(chunks, video.encoded, fps, made, bar, keep=frames_file is not None)
+                frames = write_video(chunks, video.encoded, fps, made_of_video, bar, keep=frames_file is not None)
             else:
                 collections.deque(chunks, maxlen=0)  # its share of each is decoded
         if frames_file and self.hosts.is_first:
             with report.phase("save frames"):
-                save_frames(frames, frames_file, stage_files.made_from(video.config, LATENT_ENTRIES) | made)
+                save_frames(frames, frames_file, stage_files.made_from(video.config, LATENT_ENTRIES) | made_of_video)
         report.say(f"wrote {video.encoded}" + (f" and {frames_file}" if frames_file else ""))
         return latents, phase.seconds
+
+
+def made(video: Video, model_id: str, plan: "DecodingPlan", arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the metadata that say what a video is made from, and how."""
+    inputs = {provenance.known_as(video.latents, video.encoded.parent): provenance.digest(video.latents)}
+    inputs |= provenance.weights(model_id, "vae", arguments.variant)
+    decides = {
+        "decoder": plan.decoder,
+        "mesh": dict(plan.mesh.shape),
+        "dtype": plan.dtype,
+        "devices": f"{len(plan.devices)} x {plan.devices[0].device_kind}",
+        "fps": frames_per_second(video, arguments),
+    }
+    return provenance.as_metadata("stage3", inputs, arguments, decides)
 
 
 def report_plan(plan: "DecodingPlan", arguments: argparse.Namespace, report: Report) -> None:

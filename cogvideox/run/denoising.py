@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,14 +11,13 @@ import numpy as np
 
 from cogvideox.cli.report import Report
 from cogvideox.defaults import PRESETS
-from cogvideox.files import checkpoint, stage_files, tensor_dump
+from cogvideox.files import checkpoint, tensor_dump
 from cogvideox.files.lora import Lora
 from cogvideox.files.names import CONFIG, PREVIEW
-from cogvideox.files.schemas import LATENT_ENTRIES
 from cogvideox.models.shared.sizes import spatial_compression_ratio
 from cogvideox.run.hosts import Hosts
 from cogvideox.run.jobs import Group, Task
-from cogvideox.run.plans import dump_recorder, dump_wanted, plan_errors, skipped_steps
+from cogvideox.run.plans import attention_wanted, dump_recorder, dump_wanted, plan_errors, skipped_steps
 from cogvideox.signals import Interruption
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def trace_steps(
     """
     from cogvideox.models.transformer.step import abstract_arguments, make_step
 
-    wanted = dump_wanted(arguments)
+    wanted = dump_wanted(arguments, plan)
     with plan_errors():
         skipped = skipped_steps(arguments, plan, model_id, read)
         kinds = plan.kinds(skipped)
@@ -98,8 +98,14 @@ def trace_steps(
 
 def recorder(arguments: argparse.Namespace, task: Task, steps: Steps) -> "Recorder | NoRecorder":
     """Make what writes the files of --dump, which takes a single video."""
-    made_from = stage_files.made_from(task.config, LATENT_ENTRIES)
-    return dump_recorder(arguments, "stage2", "step", made_from, steps.plan.parallelism.mesh, steps.programs)
+    made = task.made(arguments) | {"tokens": json.dumps(tokens_of(arguments, steps.plan))}
+    return dump_recorder(arguments, "stage2", "step", made, steps.plan.parallelism.mesh, steps.programs)
+
+
+def tokens_of(arguments: argparse.Namespace, plan: "DenoisingPlan") -> dict[str, object]:
+    """Return what a dump says of the tokens: how many are text, the grid of the others, and of which it has weights."""
+    attention = {} if arguments.dump is None else attention_wanted(arguments, plan)
+    return {"text": plan.tokens - plan.video_tokens, "video": plan.token_grid} | attention
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,13 +139,14 @@ class Task(NamedTuple):
     Attributes:
         video: which.
         config: the entries that generation_config.json has after stage 2.
-        inputs: see `provenance.as_metadata`.
+        inputs, plan: see `provenance.as_metadata`.
         fingerprint: all that the latents depend on, to the last bit, by names for people.
     """
 
     video: Video
     config: Mapping
     inputs: Mapping[str, str]
+    plan: Mapping[str, object]
     fingerprint: dict[str, str]
 
     @property
@@ -157,13 +158,17 @@ class Task(NamedTuple):
         except (OSError, SafetensorError, ValueError, AttributeError):
             return False
 
+    def made(self, arguments: argparse.Namespace) -> dict[str, str]:
+        """Return the metadata that say what the latents, and what lies on the way to them, are made from."""
+        made_from = stage_files.made_from(self.config, LATENT_ENTRIES)
+        return made_from | provenance.as_metadata("stage2", self.inputs, arguments, self.plan)
+
     def save(self, latents: "np.ndarray", arguments: argparse.Namespace) -> None:
         """Write the latents [1, C, T, H, W] and the config to the folder of the video."""
         import numpy as np
         from safetensors.numpy import save_file
 
-        metadata = stage_files.made_from(self.config, LATENT_ENTRIES) | {"fingerprint": json.dumps(self.fingerprint)}
-        metadata |= provenance.as_metadata("stage2", self.inputs, arguments)
+        metadata = self.made(arguments) | {"fingerprint": json.dumps(self.fingerprint)}
         with writing.committing(self.video.folder, "stage2") as new:
             save_file({"latents": np.ascontiguousarray(latents)}, new / LATENTS, metadata=metadata)
             stage_files.write_config(new, self.config)
@@ -186,7 +191,10 @@ def tasks_of(
         "timestep_spacing": plan.scheduler.get("timestep_spacing"),
         "skipped_steps": tensor_dump.as_text(skipped),
     }
-    of_run = {"dtype": plan.dtype, "devices": f"{len(plan.devices)} x {plan.devices[0].device_kind}"}
+    of_run = plan.program_options | {
+        "dtype": plan.dtype,
+        "devices": f"{len(plan.devices)} x {plan.devices[0].device_kind}",
+    }
 
     def task(video: Video) -> Task:
         known = vars(arguments) | of_plan | {"seed": video.config["seed"]}
@@ -195,9 +203,9 @@ def tasks_of(
         inputs = {provenance.known_as(video.embeddings, video.folder): digests[video.embeddings]}
         inputs |= {str(path): digests[path] for path in lora_files} | weights
         made_from = {name: config.get(name) for name in LATENT_ENTRIES}
-        fingerprint = made_from | plan.program_options | of_run | inputs
+        fingerprint = made_from | of_run | inputs
         fingerprint |= versions("jax", "jaxlib", "libtpu", "torch")
-        return Task(video, config, inputs, {name: str(value) for name, value in fingerprint.items()})
+        return Task(video, config, inputs, of_run, {name: str(value) for name, value in fingerprint.items()})
 
     return [task(video) for video in found]
 

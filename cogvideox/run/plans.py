@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,26 +23,55 @@ if TYPE_CHECKING:
     from cogvideox.models.transformer.plan import DenoisingPlan
     from cogvideox.run import recorder
 
+MOST_QUERIES = 64  # whose attention weights a dump has
+
 # What else the command line can say about a wrong field of a plan.
 REMEDIES = {"use_dynamic_cfg": "add --no-use_dynamic_cfg"}
 
 
-def dump_wanted(arguments: argparse.Namespace) -> "tap.Wanted | None":
+def dump_wanted(arguments: argparse.Namespace, plan: "DenoisingPlan | None" = None) -> "tap.Wanted | None":
     """Return what the options of `add_dump_options` ask the programs to return, or None without --dump.
 
+    Args:
+        arguments: the parsed options.
+        plan: of stage 2, whose tokens and heads the options name.
+
     Raises:
-        UserError: an option belongs to --dump, which is not there.
+        UserError: an option belongs to --dump, which is not there, or names tokens or heads that are not there.
     """
     from cogvideox.models.shared import tap
 
     if arguments.dump is None:
-        for name in ("dump_names", "dump_steps", "dump_stats", "dump_shards"):
-            if getattr(arguments, name):
+        for name in ("dump_names", "dump_steps", "dump_queries", "dump_heads", "dump_stats", "dump_shards"):
+            if getattr(arguments, name, None):
                 raise UserError(f"--{name} belongs to --dump, which says where the files go")
         return None
     statistics = arguments.dump_stats or arguments.dump_shards
     arrays = arguments.dump_names or ([] if statistics else ["*"])
-    return tap.Wanted(tuple(arrays), ("*",) if statistics else (), checksums=arguments.dump_shards)
+    wanted = tap.Wanted(tuple(arrays), ("*",) if statistics else (), checksums=arguments.dump_shards)
+    if plan is None:
+        return wanted
+    chosen = attention_wanted(arguments, plan)
+    return dataclasses.replace(wanted, queries=chosen["queries"], heads=chosen["heads"])
+
+
+def attention_wanted(arguments: argparse.Namespace, plan: "DenoisingPlan") -> dict[str, list[int]]:
+    """Return of which queries and heads --dump writes attention weights, if it does.
+
+    Raises:
+        UserError: they are not there, or so many queries that the weights would be a matrix of all.
+    """
+    from cogvideox.models.transformer.taps import some_queries
+
+    queries = some_queries(plan.tokens)
+    if arguments.dump_queries:
+        queries = tensor_dump.steps(arguments.dump_queries, plan.tokens, "--dump_queries")
+        if len(queries) > MOST_QUERIES:
+            raise UserError(
+                f"--dump_queries names {len(queries)} tokens; each has a weight for all, name {MOST_QUERIES}"
+            )
+    heads = plan.transformer["num_attention_heads"]
+    return {"queries": queries, "heads": tensor_dump.steps(arguments.dump_heads, heads, "--dump_heads")}
 
 
 def check_dump(arguments: argparse.Namespace, steps: int) -> None:
@@ -54,17 +84,17 @@ def dump_recorder(
     arguments: argparse.Namespace,
     stage: str,
     unit: str,
-    made_from: Mapping[str, str],
+    made: Mapping[str, str],
     mesh: "jax.sharding.Mesh",
     programs: "Sequence[jax.stages.Traced]",
 ) -> "recorder.Recorder | recorder.NoRecorder":
-    """Make what writes the files of --dump while programs run, one for each step; see `Recorder`."""
+    """Make what writes the files of --dump, with the metadata `made`, while programs run, one for each step."""
     from cogvideox.run import recorder
 
     if arguments.dump is None:
         return recorder.NoRecorder()
     chosen = tensor_dump.steps(arguments.dump_steps, len(programs))
-    return recorder.Recorder(arguments.dump, stage, unit, made_from, mesh, programs, chosen)
+    return recorder.Recorder(arguments.dump, stage, unit, made, mesh, programs, chosen)
 
 
 def denoising_plan(

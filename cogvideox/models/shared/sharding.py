@@ -28,6 +28,7 @@ ACTIVATION_AXES = {
     "gathered heads": ("batch", "gathered tokens", "split heads"),
     "projected heads": ("batch", "split heads", "gathered tokens", "head_dim"),
     "attended heads": ("batch", "exchanged heads"),
+    "attention weights": ("batch", "chosen heads", "queries", "keys"),
     "rotary embedding": ("gathered tokens", "rotary"),
     "time embedding": ("time",),
 }

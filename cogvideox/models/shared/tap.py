@@ -29,10 +29,12 @@ from cogvideox.models.shared.sharding import mesh_axes
 
 Bounds = Mapping[int, tuple[int, int]]
 LEAST, MOST, CHECKSUMS = 3, 4, slice(5, None)  # places in what `sums` returns
+MOST_NAMED = 12  # modules inside another one, in a message
+COSTLY = {"weights"}  # last parts of names that a pattern has to spell: "*" does not mean what costs so much
 
 
 class NoSuchNameError(ValueError):
-    """A pattern matches no name that is tapped; the message names the nearest."""
+    """A pattern matches no name that is tapped; the message is what `no_such_name` says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +45,15 @@ class Wanted:
         arrays: shell patterns of the names whose arrays are returned, such as "transformer_blocks.*.ff.*".
         statistics: patterns of the names of which the `sums` of each chip are returned.
         checksums: whether the `sums` have checksums, by which copies on several chips can be compared.
+        queries, heads: of which attention weights are returned, where they are asked for: numbers of tokens and of
+            heads; None for some tokens and for all heads.
     """
 
     arrays: Sequence[str] = ()
     statistics: Sequence[str] = ()
     checksums: bool = False
+    queries: Sequence[int] | None = None
+    heads: Sequence[int] | None = None
 
     def __bool__(self) -> bool:
         return bool(self.arrays or self.statistics)
@@ -99,7 +105,7 @@ class _Collector:
 
     def wants(self, kind: str, name: str) -> bool:
         self.names.add(name)
-        matching = {pattern for pattern in getattr(self.wanted, kind) if fnmatch.fnmatchcase(name, pattern)}
+        matching = {pattern for pattern in getattr(self.wanted, kind) if matches(name, pattern)}
         self.matched.update(matching)
         return bool(matching)
 
@@ -107,17 +113,39 @@ class _Collector:
         """Raise NoSuchNameError if a pattern has matched nothing."""
         for pattern in (*self.wanted.arrays, *self.wanted.statistics):
             if pattern not in self.matched:
-                raise NoSuchNameError(f"no module is called {pattern}; the nearest: {nearest(pattern, self.names)}")
+                raise NoSuchNameError(no_such_name(pattern, self.names))
 
 
-def nearest(pattern: str, names: Iterable[str]) -> str:
-    """Return the names that are nearest to a pattern, joined by commas; all blocks are one name, with a *."""
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a shell pattern means a name."""
+    last = name.rpartition(".")[2]
+    return fnmatch.fnmatchcase(name, pattern) and (last not in COSTLY or pattern.rpartition(".")[2] == last)
+
+
+def no_such_name(pattern: str, names: Iterable[str]) -> str:
+    """Say that a pattern means none of the names: what is inside the module that it names, or else what is nearest."""
     general = sorted({re.sub(r"\b\d+\b", "*", name) for name in names})
-    return ", ".join(difflib.get_close_matches(pattern, general, n=3, cutoff=0.0))
+    inside = {}
+    for name in names:
+        parts = name.split(".")
+        for i in range(1, len(parts)):
+            if fnmatch.fnmatchcase(".".join(parts[:i]), pattern):
+                inside[re.sub(r"\b\d+\b", "*", ".".join(parts[i:]))] = name
+    if inside:
+        some = ", ".join(sorted(inside)[:MOST_NAMED]) + ", ..." * (len(inside) > MOST_NAMED)
+        return f"{pattern} has no output of its own; name what is inside it, '{pattern}.*' or one of {some}"
+    near = ", ".join(difflib.get_close_matches(pattern, general, n=3, cutoff=0.0))
+    return f"no module is called {pattern}; the nearest: {near}"
 
 
 _collector: contextvars.ContextVar[_Collector | None] = contextvars.ContextVar("collector", default=None)
 _path: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar("path", default=())
+
+
+def wanted() -> Wanted:
+    """Return what the current trace is to collect."""
+    collector = _collector.get()
+    return collector.wanted if collector else Wanted()
 
 
 def tap(

@@ -47,6 +47,7 @@ class Block(BaseBlock):
             # From a share of the tokens with all heads of this chip to all tokens with a share of the heads, and back.
             exchange = functools.partial(jax.lax.all_to_all, axis_name="sp", tiled=True)
             query, key, value = (exchange(y.astype(x.dtype), split_axis=1, concat_axis=2) for y in (query, key, value))
+            taps.tap_weights(lambda: (query, key), self.length, self.config["num_attention_heads"])
             y = self.attention(query, key, value, kv_length=self.length)
             y = exchange(y, split_axis=2, concat_axis=1)
 

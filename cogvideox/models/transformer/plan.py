@@ -94,11 +94,16 @@ class DenoisingPlan(Plan):
         return self.batch, frames + self.surplus_frames, self.transformer["in_channels"], height, width
 
     @property
-    def video_tokens(self) -> int:
-        """Tokens of one sample that stand for patches of the video."""
+    def token_grid(self) -> tuple[int, int, int]:
+        """Patches of the video along its frames, its height and its width, each of which is a token."""
         _, frames, _, height, width = self.latent_shape
         patch = self.transformer["patch_size"]
-        return frames // self.transformer["patch_size_t"] * (height // patch) * (width // patch)
+        return frames // self.transformer["patch_size_t"], height // patch, width // patch
+
+    @property
+    def video_tokens(self) -> int:
+        """Tokens of one sample that stand for patches of the video."""
+        return math.prod(self.token_grid)
 
     @property
     def tokens(self) -> int:

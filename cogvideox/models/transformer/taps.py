@@ -1,12 +1,13 @@
 """What the transformer computes only where it is tapped: as diffusers' modules return it, not as our blocks have it."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from cogvideox.defaults import SOME_QUERIES
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import HIDDEN_STATES, activation_spec
 from cogvideox.models.transformer.kernels import Weight
@@ -57,6 +58,41 @@ def tap_heads(x: jax.Array, parameters: Mapping, heads: int, bounds: tap.Bounds)
     for letter in "qk":
         array, same_values = functools.partial(output_of_norm, letter), functools.partial(normalized, letter)
         tap.tap(f"norm_{letter}", array, activation_spec("projected heads"), bounds, same_values)
+
+
+def tap_weights(queries_and_keys: Callable[[], tuple[jax.Array, jax.Array]], length: int, heads: int) -> None:
+    """Tap the attention weights of the queries and heads that are wanted, over all keys, float32.
+
+    They are computed for the tap, exactly: a kernel keeps no weights. They come out as [batch, heads, queries, keys].
+
+    Args:
+        queries_and_keys: computes what the kernel takes, [batch / dp, heads of this chip, tokens, head_dim] each.
+        length: tokens that are not padding; they are the first.
+        heads: of the model.
+    """
+
+    def weights() -> jax.Array:
+        wanted = tap.wanted()
+        query, key = (x.astype(jnp.float32) for x in queries_and_keys())
+        query = query[:, :, jnp.asarray(wanted.queries if wanted.queries is not None else some_queries(length))]
+        precision = jax.lax.Precision.HIGHEST
+        scores = jnp.einsum("bnqh,bnkh->bnqk", query, key[:, :, :length], precision=precision) * key.shape[-1] ** -0.5
+        own = jax.nn.softmax(scores, axis=-1)
+        # The chip's heads are neighbours; of the axes that split them, tp is the outer and sp the inner one. Each chip
+        # has zeros in the place of those that are not its own.
+        first = (jax.lax.axis_index("tp") * jax.lax.axis_size("sp") + jax.lax.axis_index("sp")) * own.shape[1]
+        place = jnp.asarray(range(heads) if wanted.heads is None else wanted.heads) - first
+        is_own = (place >= 0) & (place < own.shape[1])
+        chosen = jnp.where(is_own[:, None, None], jnp.take(own, place, axis=1, mode="clip"), 0.0)
+        return jax.lax.psum(chosen, ("sp", "tp"))
+
+    tap.tap("weights", weights, activation_spec("attention weights"))
+
+
+def some_queries(length: int) -> list[int]:
+    """Return a few of so many tokens, evenly spread."""
+    count = min(SOME_QUERIES, length)
+    return [i * (length - 1) // max(count - 1, 1) for i in range(count)]
 
 
 def tap_mlp(x: jax.Array, bounds: tap.Bounds) -> None:

@@ -50,6 +50,7 @@ class TiledBlock(BaseBlock):
 
             query, key = project("q", self.norm("q")), project("k", self.norm("k"))
             value = project("v", None)
+            taps.tap_weights(lambda: (rows(query), rows(key)), self.length, self.config["num_attention_heads"])
             y = self.attention.tiled(query, key, value, self.length)
             y = exchanged(y.reshape(sp, -1, *y.shape[1:]))
             weight = self.weight("attn1.to_out.0.weight")
@@ -104,6 +105,12 @@ class TiledBlock(BaseBlock):
     def text_tokens(self) -> jax.Array:
         """How many of the chip's own tokens are text: they are the first."""
         return self.is_text.sum(dtype=jnp.int32)
+
+
+def rows(tiles: jax.Array) -> jax.Array:
+    """Turn tiles [tiles, batch, heads, head_dim, 128] into rows [batch, heads, tokens, head_dim]."""
+    _, batch, heads, head_dim, _ = tiles.shape
+    return tiles.transpose(1, 2, 0, 4, 3).reshape(batch, heads, -1, head_dim)
 
 
 def exchanged(y: jax.Array) -> jax.Array:
