@@ -200,7 +200,7 @@ def gpu_trace(in_a_graph: bool) -> ProfileData:
 
 @pytest.mark.parametrize("in_a_graph", [False, True])
 def test_table_of_a_gpu(in_a_graph):
-    """Products by cuBLAS and attention by cuDNN have their modules; where all is a graph, the names of their kernels."""
+    """Products by cuBLAS and attention by cuDNN have their modules, or in a graph the names of their kernels."""
     operations = list(profiling.operations_of(gpu_trace(in_a_graph)))
     found = {row.name: row.nanoseconds for row in profiling.table(operations, GPU_HLO)}
     attention, product = "blocks.*.attn1", "blocks.*.ff"
