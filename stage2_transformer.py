@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         until_end.enter_context(hosts.claimed(output_dir, "stage2", report.warn))
         model_id, shapes = jobs.check_files_to_denoise(videos, arguments, loras, hosts, report)
 
-        accelerator.prepare_libraries(profiled=arguments.profile is not None)
+        accelerator.prepare_libraries(arguments.profile is not None, arguments.verbose)
         devices = accelerator.devices(arguments.debug)
         plan = denoising_plan(arguments, model_id, devices, devices[0].platform, len(videos))
         jobs.check_embeddings(shapes, plan)

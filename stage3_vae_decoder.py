@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
         model_id, shapes = jobs.check_files_to_decode(videos, arguments, hosts, report)
         check_ffmpeg()
 
-        accelerator.prepare_libraries(profiled=arguments.profile is not None)
+        accelerator.prepare_libraries(arguments.profile is not None, arguments.verbose)
         devices = accelerator.devices(arguments.debug)
         stored = stage_files.read_latents(videos[0].latents, arguments.allow_nan)
         size = {name: videos[0].config[name] for name in jobs.SIZE}

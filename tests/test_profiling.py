@@ -225,6 +225,7 @@ def test_no_graphs_in_a_trace(platforms, flags, profiled, expected, monkeypatch)
     monkeypatch.setattr(os, "environ", {"JAX_PLATFORMS": platforms} | ({"XLA_FLAGS": flags} if flags else {}))
     accelerator.prepare_libraries(profiled)
     assert os.environ.get("XLA_FLAGS") == expected
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"  # without the warnings of the autotuner
 
 
 # --- A trace of this machine -------------------------------------------------------------------------------------

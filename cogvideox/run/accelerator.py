@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
 
 
-def prepare_libraries(profiled: bool = False) -> None:
+def prepare_libraries(profiled: bool = False, verbose: bool = False) -> None:
     """Set environment variables and warning filters before jax, torch and the Hugging Face libraries are imported.
 
     Without a TPU, jax would still try libtpu and print many errors before it falls back to another platform; with one
     that another process holds, it would fall back to the CPU. This function therefore sets `JAX_PLATFORMS`, unless the
-    user has set it. If the run is to be `profiled`, a GPU runs each operation by itself.
+    user has set it. If the run is to be `profiled`, a GPU runs each operation by itself. XLA's own warnings, such as
+    those of a GPU's autotuner, are shown if `verbose`.
 
     Raises:
         UserError: there is no temporary folder, without which torch does not start.
@@ -39,6 +40,7 @@ def prepare_libraries(profiled: bool = False) -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if profiled and "cuda" in os.environ["JAX_PLATFORMS"] and NO_GRAPHS not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {NO_GRAPHS}".strip()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1" if verbose else "2")  # 1 for warnings, 2 for errors
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

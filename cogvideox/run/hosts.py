@@ -173,7 +173,7 @@ def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> Hosts:
     hosts = Hosts(process=place[2], processes=place[1])
     ENDS_AT_ONCE.append(lambda: hosts.are_many)  # an orderly end would wait for the other processes
     BEFORE_FAILURE.append(hosts.wait_for_end)
-    accelerator.prepare_libraries(profiled=arguments.profile is not None)
+    accelerator.prepare_libraries(arguments.profile is not None, arguments.verbose)
     scratch = Path(tempfile.mkdtemp(prefix="cogvideox-"))
     _start_relay(hosts.process, scratch)
     if hosts.is_first and not arguments.quiet:
