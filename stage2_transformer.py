@@ -21,6 +21,7 @@ from cogvideox.cli.options import (
     add_preset_option,
     add_profile_option,
     add_weight_options,
+    models_or,
     parse_with_preset,
 )
 from cogvideox.cli.parser import ArgumentParser
@@ -28,7 +29,7 @@ from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
 from cogvideox.cli.types import file_path, frame_rate, model_id, number
 from cogvideox.defaults import MOST_SEED
-from cogvideox.files import lora
+from cogvideox.files import generation_defaults, lora
 from cogvideox.run import accelerator, denoising, jobs
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
@@ -71,7 +72,7 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="videos of each prompt, from the seeds --seed to --seed + N - 1, each in a folder of its own",
     )
-    parser.add_argument("--fps", type=frame_rate, default=FPS, help="frames per second, for stage 3")
+    parser.add_argument("--fps", type=frame_rate, help=f"frames per second, for stage 3 {models_or(FPS)}")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         hosts.agree_on_files([file for one in loras for file in one.files])
         until_end.enter_context(hosts.claimed(output_dir, "stage2", report.warn))
         model_id, shapes = jobs.check_files_to_denoise(videos, arguments, loras, hosts, report)
+        made_for = generation_defaults.of_model(model_id)
+        taken = [*generation_defaults.complete(arguments, made_for)]
+        hosts.agree({f"--{name} of the model": str(getattr(arguments, name)) for name in generation_defaults.OURS})
 
         accelerator.prepare_libraries()
         devices = accelerator.devices(arguments.debug)
@@ -120,6 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_dump(arguments, plan.num_inference_steps)
 
         report.title(f"Stage 2: transformer of {model_id}")
+        for line in (*taken, *made_for.untrained(plan.height, plan.width, plan.frames)):
+            report.say(line)
         cache = until_end.enter_context(Cache(arguments.compilation_cache, report))
         with report.phase("load"):
             read_weight = denoising.weight_reader(model_id, plan, loras, arguments.variant, report.say)

@@ -19,7 +19,7 @@ from pathlib import Path
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.types import file_path
-from cogvideox.files import writing
+from cogvideox.files import generation_defaults, writing
 from cogvideox.run.accelerator import prepare_libraries
 from compile_for_tpu import compiler, programs, report, topologies
 
@@ -37,7 +37,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
             "--output", type=file_path, help="file for the report, JSON (default: a name in benchmarks/results)"
         )
         kind.add_options(sub)
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if hasattr(arguments, "model_id"):
+        generation_defaults.complete(arguments, generation_defaults.of_model(arguments.model_id))
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:

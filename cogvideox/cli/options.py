@@ -19,7 +19,6 @@ from cogvideox.defaults import (
     NUM_STEPS,
     PRESETS,
     USE_DP,
-    USE_DYNAMIC_CFG,
     WIDTH,
 )
 from cogvideox.models.transformer.scheduler import CHOICES
@@ -53,28 +52,35 @@ def add_weight_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def models_or(default: object) -> str:
+    """Return what the help says of an option that `generation_defaults.complete` sets where nobody gives it."""
+    return f"(default: the model's, or {default})"
+
+
 def add_size_options(parser: argparse.ArgumentParser) -> None:
     """Add the video's height, width and frames."""
     pixels = number(int, 1, MOST_PIXELS)
-    parser.add_argument("--height", type=pixels, default=HEIGHT, help="height of the video in pixels")
-    parser.add_argument("--width", type=pixels, default=WIDTH, help="width of the video in pixels")
+    parser.add_argument("--height", type=pixels, help=f"height of the video in pixels {models_or(HEIGHT)}")
+    parser.add_argument("--width", type=pixels, help=f"width of the video in pixels {models_or(WIDTH)}")
     parser.add_argument(
         "--frames",
         type=number(int, 1, MOST_FRAMES),
-        default=FRAMES,
-        help="frames of the video, of the form 4n + 1",
+        help=f"frames of the video, of the form 4n + 1 {models_or(FRAMES)}",
     )
 
 
 def add_denoising_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding."""
-    parser.add_argument("--num_inference_steps", type=number(int, 1), default=NUM_STEPS, help="denoising steps")
+    """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding.
+
+    Size and settings are None where nobody gives them; see `generation_defaults.complete`.
+    """
+    parser.add_argument("--num_inference_steps", type=number(int, 1), help=f"denoising steps {models_or(NUM_STEPS)}")
     add_size_options(parser)
     parser.add_argument(
         "--guidance_scale",
         type=number(float, 0, MOST_GUIDANCE),
-        default=GUIDANCE_SCALE,
-        help="scale of classifier-free guidance; 1 or less switches it off, and a step costs half",
+        help="scale of classifier-free guidance; 1 or less switches it off, and a step costs half "
+        f"{models_or(GUIDANCE_SCALE)}",
     )
     parser.add_argument(
         "--guidance_interval",
@@ -85,8 +91,7 @@ def add_denoising_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--use_dynamic_cfg",
         action=argparse.BooleanOptionalAction,
-        default=USE_DYNAMIC_CFG,
-        help="let the guidance scale change from step to step, as in CogVideoXPipeline",
+        help=f"let the guidance scale change from step to step, as in CogVideoXPipeline {models_or('off')}",
     )
     parser.add_argument(
         "--scheduler",
@@ -104,15 +109,16 @@ def add_preset_option(parser: argparse.ArgumentParser) -> None:
         "--preset",
         type=preset,
         choices=PRESETS,
-        default="draft",
-        help="set steps, guidance, scheduler and fps at once: to a draft's, or to those of the model's authors",
+        help="set steps, guidance, scheduler and fps at once: to a draft's, or to those of the model's authors "
+        "(default: those that the model says, and for the others a draft's)",
     )
 
 
 def parse_with_preset(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse options whose defaults are those of the preset that is chosen among them."""
+    """Parse options whose defaults are those of the preset that is chosen among them, if one is."""
     given, _ = parser.parse_known_args(argv)
-    parser.set_defaults(**PRESETS[given.preset])
+    if given.preset:
+        parser.set_defaults(**PRESETS[given.preset])
     return parser.parse_args(argv)
 
 
