@@ -42,15 +42,16 @@ class ModelDefaults(NamedTuple):
 def of_model(model_id: str) -> ModelDefaults:
     """Return what a model is made for: what its folder says, or configs/ for its name, or for the published model.
 
+    Nothing is downloaded: for a model of the hub it is what configs/ says.
+
     Args:
         model_id: a folder, or a name on the Hugging Face Hub.
 
     Raises:
-        UserError: there is no such model, or its file is wrong.
+        UserError: the file is not of that form.
     """
-    name, published = Path(model_id).name, Path(MODEL_NAME).name
-    own = checkpoint.model_folder(model_id, [FILE]) / FILE
-    files = {own: name, CONFIGS / name / FILE: name, CONFIGS / published / FILE: published}
+    name, published = Path(checkpoint.resolve_model_id(model_id)).name, Path(MODEL_NAME).name
+    files = {Path(model_id) / FILE: name, CONFIGS / name / FILE: name, CONFIGS / published / FILE: published}
     path = next(path for path in files if path.is_file())
     entries = read_json(path, GenerationDefaults, f"{path} is no file")
     return ModelDefaults(files[path], {entry: value for entry, value in entries.items() if value is not None})
