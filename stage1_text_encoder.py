@@ -7,11 +7,11 @@ each prompt has a folder of its own there; see cogvideox/files/videos.py.
 import argparse
 import contextlib
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from cogvideox.cli import next_command
 from cogvideox.cli.options import add_log_options, add_weight_options
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
@@ -95,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         for name, tensor in tensors.items():
             report.add_array(name, tensor)
-        report.close(output_dir, shlex.join(["python", "stage2_transformer.py", "--input_dir", str(output_dir)]))
+        before = next_command.options_of_run(output_dir, model_id)
+        options = before | next_command.only_of_weights(vars(arguments))
+        report.close(output_dir, next_command.stage2(output_dir, output_dir, model_id, options))
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:

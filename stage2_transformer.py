@@ -7,9 +7,9 @@ cogvideox/files/videos.py.
 
 import argparse
 import contextlib
-import shlex
 from collections.abc import Sequence
 
+from cogvideox.cli import next_command
 from cogvideox.cli.options import (
     add_compilation_options,
     add_denoising_options,
@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             tasks = jobs.tasks_of(videos, arguments, plan, steps.skipped, loras)
             groups = jobs.groups_of(tasks, plan, arguments, hosts, report)
             if not groups:
+                report.next(next_command.stage3(output_dir, next_command.only_of_weights(vars(arguments))))
                 return
             recorder = denoising.recorder(arguments, tasks[0], steps)
             compiling = Compiling(arguments, "denoising step", plan, [*steps.traced.values()], cache, report)
@@ -150,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.add_array("latents", latents)
         report.add_rows(recorder.summary())
         if hosts.is_first:
-            report.close(output_dir, shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
+            report.close(output_dir, next_command.stage3(output_dir, next_command.only_of_weights(vars(arguments))))
 
 
 if __name__ == "__main__":

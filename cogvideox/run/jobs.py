@@ -157,13 +157,17 @@ class Task(NamedTuple):
         except (OSError, SafetensorError, ValueError, AttributeError):
             return False
 
+    def about(self, arguments: argparse.Namespace) -> dict[str, str]:
+        """Return the metadata that say from what the latents, or the state before them, are made."""
+        made_from = stage_files.made_from(self.config, LATENT_ENTRIES)
+        return made_from | provenance.as_metadata("stage2", self.inputs, arguments)
+
     def save(self, latents: "np.ndarray", arguments: argparse.Namespace) -> None:
         """Write the latents [1, C, T, H, W] and the config to the folder of the video."""
         import numpy as np
         from safetensors.numpy import save_file
 
-        metadata = stage_files.made_from(self.config, LATENT_ENTRIES) | {"fingerprint": json.dumps(self.fingerprint)}
-        metadata |= provenance.as_metadata("stage2", self.inputs, arguments)
+        metadata = self.about(arguments) | {"fingerprint": json.dumps(self.fingerprint)}
         with writing.committing(self.video.folder, "stage2") as new:
             save_file({"latents": np.ascontiguousarray(latents)}, new / LATENTS, metadata=metadata)
             stage_files.write_config(new, self.config)
@@ -228,7 +232,8 @@ def groups_of(
         fingerprint = group[0].fingerprint.copy()
         for task in group[1:]:
             fingerprint |= {f"{name} of {task.video.folder}": value for name, value in task.fingerprint.items()}
-        state_file = StateFile(group[0].video.folder, fingerprint, arguments.checkpoint_every if keeps_state else 0)
+        every, about = arguments.checkpoint_every if keeps_state else 0, group[0].about(arguments)
+        state_file = StateFile(group[0].video.folder, fingerprint, every, about)
         groups.append(Group(group, state_file, state_file.load(arguments.restart) if keeps_state else None))
     return groups
 
