@@ -19,6 +19,7 @@ from cogvideox.cli.report import Report
 from cogvideox.cli.types import file_path, model_id, utf8
 from cogvideox.errors import UserError, shortened
 from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
+from cogvideox.files.names import INDEX
 from cogvideox.files.schemas import TEXT_ENTRIES
 from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors, values_by_dtype
 from cogvideox.run.accelerator import prepare_libraries
@@ -93,6 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     save(tensors, config, provenance.as_metadata("stage1", weights, arguments), prompt.folder)
                 report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
 
+        if arguments.prompt_file:
+            videos.record(output_dir, [videos.Entry(prompt.folder, prompt.text) for prompt in prompts], anew=True)
+            report.say(f"wrote {output_dir / INDEX}, which lists all videos")
         for name, tensor in tensors.items():
             report.add_array(name, tensor)
         before = next_command.options_of_run(output_dir, model_id)
@@ -101,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
-    """Return the prompts of the options, at least one; lines of --prompt_file that are empty count, but are none.
+    """Return the prompts of the options, at least one; lines of --prompt_file that are empty are passed over.
 
     Raises:
         UserError: --prompt_file cannot be read, or has no prompt.
@@ -113,12 +117,10 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise UserError(f"--prompt_file {arguments.prompt_file} cannot be read: {reason}") from error
+    of_lines = [(n, text) for n, line in enumerate(lines, 1) if (text := line.strip())]
     prompts = [
-        Prompt(
-            line.strip(), videos.of_prompt(arguments.output_dir, n), f"{arguments.prompt_file}, line {n},", is_line=True
-        )
-        for n, line in enumerate(lines, 1)
-        if line.strip()
+        Prompt(text, videos.of_prompt(arguments.output_dir, i), f"{arguments.prompt_file}, line {n},", is_line=True)
+        for i, (n, text) in enumerate(of_lines, 1)
     ]
     if not prompts:
         raise UserError(f"--prompt_file {arguments.prompt_file} has no prompt; write one on each line")
@@ -128,6 +130,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
 def check_outputs(prompts: Sequence[Prompt], arguments: argparse.Namespace) -> None:
     """Raise UserError if a file of the stage would replace an input or the log, or cannot be written."""
     outputs = [prompt.folder / name for prompt in prompts for name in (EMBEDDINGS, CONFIG)]
+    outputs += [arguments.output_dir / INDEX] if arguments.prompt_file else []
     there = [("--output_dir", path) for path in outputs if path.parent.is_dir()]
     writing.check_outputs(there, [arguments.log_json, arguments.prompt_file], arguments.model_id)
 

@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         loras = [lora.read_lora(option) for option in arguments.lora]
         hosts.agree_on_files([file for one in loras for file in one.files])
         until_end.enter_context(hosts.claimed(output_dir, "stage2", report.warn))
-        model_id, shapes = jobs.check_files_to_denoise(videos, arguments, loras, hosts, report)
+        model_id, shapes = jobs.check_files_to_denoise(videos, arguments, output_dir, loras, hosts, report)
         made_for = generation_defaults.of_model(model_id)
         taken = [*generation_defaults.complete(arguments, made_for)]
         hosts.agree({f"--{name} of the model": str(getattr(arguments, name)) for name in generation_defaults.OURS})
@@ -135,6 +135,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             denoising.report_plan(steps, loras, arguments, hosts, report)
             tasks = jobs.tasks_of(videos, arguments, plan, steps.skipped, loras)
             groups = jobs.groups_of(tasks, plan, arguments, hosts, report)
+            if hosts.is_first:
+                jobs.record_start(tasks, groups, output_dir)
             if not groups:
                 report.next(next_command.stage3(output_dir, next_command.only_of_weights(vars(arguments))))
                 return

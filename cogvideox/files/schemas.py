@@ -68,6 +68,17 @@ class VideoConfig(TextConfig):
     lora: list[str] = []
 
 
+class IndexEntry(Entries):
+    """A line of videos.jsonl; its paths are relative to the folder of the file."""
+
+    remedy = "the next stage writes it again"
+    folder: str
+    prompt: str
+    seed: int | None  # None before stage 2
+    file: str | None  # of the encoded video; None before stage 3
+    state: Literal["encoded", "denoised", "decoded"]  # by stage 1, 2 or 3
+
+
 class GenerationDefaults(Entries):
     """generation_defaults.json of a model: what it is made for, as options of stage 2, and what it was trained on."""
 

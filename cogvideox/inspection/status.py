@@ -43,11 +43,20 @@ def status_of_prompt(source: Path) -> Generator[str, None, set[str]]:
         yield str(error)
     embeddings, *others = CHAIN
     needed = yield from status_of_files(origin, [embeddings], config, None if config else embeddings[0])
-    scripts = [needed]
+    scripts, elsewhere = [needed], encoded_elsewhere(source)
     for video in videos_of(source):
         of_video = config if video == source else read_text(video) or config
-        scripts.append((yield from status_of_files(video, others, of_video, needed)))
+        scripts.append((yield from status_of_files(video, others, of_video, needed, elsewhere.get(video))))
     return set(filter(None, scripts))
+
+
+def encoded_elsewhere(source: Path) -> dict[Path, Path]:
+    """Return the encoded videos that the index of a prompt's videos names in other folders than their own."""
+    index = videos.index_file(source)
+    found = ((entry["folder"], entry["file"]) for entry in videos.read_index(index).values() if entry["file"])
+    place = {os.path.abspath(video): video for video in videos.videos(source)}
+    paths = {os.path.normpath(index.parent / folder): os.path.normpath(index.parent / file) for folder, file in found}
+    return {place[folder]: Path(next_command.here(file)) for folder, file in paths.items() if folder in place}
 
 
 def origin_of(source: Path) -> Path:
@@ -81,11 +90,18 @@ def read_text(folder: Path) -> dict:
 
 
 def status_of_files(
-    folder: Path, chain: Iterable[tuple[str, str]], config: Mapping, todo: str | None
+    folder: Path,
+    chain: Iterable[tuple[str, str]],
+    config: Mapping,
+    todo: str | None,
+    elsewhere: Path | None = None,
 ) -> Generator[str, None, str | None]:
-    """Yield a line on each file of a part of CHAIN; return the first script to run, `todo` if it is given."""
+    """Yield a line on each file of a part of CHAIN; return the first script to run, `todo` if it is given.
+
+    The encoded video may be `elsewhere`.
+    """
     for script, name in chain:
-        path = folder / name
+        path = elsewhere if name == VIDEO and elsewhere and not (folder / VIDEO).exists() else folder / name
         fault = fault_of(path, config)
         if fault is None and todo:
             fault = "is to be made again, after what comes before it"

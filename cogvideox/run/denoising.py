@@ -11,7 +11,7 @@ import numpy as np
 from cogvideox.cli.report import Report
 from cogvideox.cli.signals import Interruption
 from cogvideox.defaults import PRESETS
-from cogvideox.files import checkpoint, stage_files, tensor_dump
+from cogvideox.files import checkpoint, stage_files, tensor_dump, videos
 from cogvideox.files.lora import Lora
 from cogvideox.files.names import CONFIG, PREVIEW
 from cogvideox.files.schemas import LATENT_ENTRIES
@@ -233,6 +233,8 @@ class DenoisingRun:
         if self.hosts.is_first:
             for i, task in enumerate(group.tasks):
                 task.save(latents[i : i + 1], self.arguments)
+            output_dir = self.arguments.output_dir or self.arguments.input_dir
+            videos.record(output_dir, [task.video.entry("denoised") for task in group.tasks])
             group.state_file.remove()
         return latents
 
