@@ -227,7 +227,9 @@ class Shown:
     @property
     def strip(self) -> np.ndarray:
         """The frames beside each other, uint8 [height, width, 3]."""
-        return np.concatenate(contact_sheet.enlarged(np.stack(self._found), SHOWN_SIZE // 2), axis=1)
+        pictures = contact_sheet.enlarged(np.stack(self._found), SHOWN_SIZE // 2)
+        lines = np.pad(pictures, [(0, 0), (0, 0), (0, 2), (0, 0)], constant_values=255)
+        return np.concatenate(lines, axis=1)[:, :-2]
 
 
 def report_plan(plan: "DecodingPlan", arguments: argparse.Namespace, report: Report) -> None:
