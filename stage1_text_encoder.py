@@ -94,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                     save(tensors, config, provenance.as_metadata("stage1", weights, arguments), prompt.folder)
                 report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
 
-        if arguments.prompt_file:
-            videos.record(output_dir, [videos.Entry(prompt.folder, prompt.text) for prompt in prompts], anew=True)
+        entries = [videos.Entry(prompt.folder, prompt.text) for prompt in prompts]
+        videos.record(output_dir, entries, anew=prompts[0].is_line)
+        if prompts[0].is_line:
             report.say(f"wrote {output_dir / INDEX}, which lists all videos")
         for name, tensor in tensors.items():
             report.add_array(name, tensor)

@@ -146,7 +146,8 @@ def record(folder: Path, found: Iterable[Entry], anew: bool = False, only_forwar
     if not new or (not entries and not anew and [*new] == ["."]):
         return
     # A prompt without videos, and a video with a seed of its own in the folder of the prompt, exclude each other.
-    kept = {name: entry for name, entry in entries.items() if not any(_is_around(name, other) for other in new)}
+    kept = {name: entry for name, entry in entries.items() if (path.parent / name).is_dir()}
+    kept = {name: entry for name, entry in kept.items() if not any(_is_around(name, other) for other in new)}
     lines = sorted((kept | new).items(), key=lambda item: [int(number) for number in re.findall(r"\d+", item[0])])
     with writing.replacing(path) as temporary:
         text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for _, entry in lines)

@@ -151,13 +151,13 @@ def next_of_stage1(folder: Path, origin: Path) -> str:
     """Return the line with the command of stage 1, for all prompts of a folder or for that of the folder `origin`."""
     embeddings = origin / EMBEDDINGS
     options = next_command.recorded_options(embeddings)
-    prompts = Path(str(options.get("prompt_file", "")))
-    if folder != origin and prompts.is_file():
-        return f"Next: {next_command.stage1(folder, ['--prompt_file', next_command.here(prompts)], options)}"
     text = read_text(origin)
     with contextlib.suppress(UserError, OSError, SafetensorError):
         text = text or stage_files.read_made_from(embeddings, stage_files.metadata(embeddings))
     options |= {name: text[name] for name in ("model_id", "negative_prompt") if name in text}
+    prompts = Path(str(options.get("prompt_file", "")))
+    if folder != origin and prompts.is_file():
+        return f"Next: {next_command.stage1(folder, ['--prompt_file', next_command.here(prompts)], options)}"
     line = next_command.stage1(origin, [f"--prompt={text['prompt']}"] if text else ["--prompt", "PROMPT"], options)
     return f"Next: {line}" if text else f"Next, with what the video shows for PROMPT: {line}"
 

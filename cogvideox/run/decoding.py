@@ -137,13 +137,15 @@ class DecodingRun:
         """Decode all videos, and return the scaled latents of the last one, [1, C, T, H, W]."""
         functions = [*map(recorder.recording, profile.traced(compiled, sum(self.plan.runs)))]
         total, strips, folder = 0.0, [], self.arguments.input_dir
-        if self.hosts.is_first:
+        # One video that goes elsewhere, such as with another rate, is not the one that the index is to name.
+        is_listed = self.hosts.is_first and (len(videos) > 1 or self.arguments.output_video is None)
+        if is_listed:
             of_index.record(folder, [video.entry("denoised") for video in videos], only_forward=True)
         for n, video in enumerate(videos, 1):
             shown = Shown(self.plan.frames)
             latents, seconds = self.decode(video, functions, shown, f", video {n} of {len(videos)}" if n > 1 else "")
             total += seconds
-            if self.hosts.is_first:
+            if is_listed:
                 of_index.record(folder, [video.entry("decoded")])
                 strips += [shown.strip] if n <= MOST_SHOWN else []
         self.report.add("per frame", f"{total / len(videos) / self.plan.frames:.3f} s")
