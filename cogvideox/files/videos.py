@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from cogvideox.errors import UserError
@@ -146,14 +146,11 @@ def record(folder: Path, found: Iterable[Entry], anew: bool = False, only_forwar
     if not new or (not entries and not anew and [*new] == ["."]):
         return
     # A prompt without videos, and a video with a seed of its own in the folder of the prompt, exclude each other.
-    kept = {name: entry for name, entry in entries.items() if (path.parent / name).is_dir()}
-    kept = {name: entry for name, entry in kept.items() if not any(_is_around(name, other) for other in new)}
+    around = {str(parent) for name in new for parent in PurePath(name).parents}
+    inside = {name for name in entries if not {str(parent) for parent in PurePath(name).parents}.isdisjoint(new)}
+    gone = {name for name in entries if not (path.parent / name).is_dir()}
+    kept = {name: entry for name, entry in entries.items() if name not in around | inside | gone}
     lines = sorted((kept | new).items(), key=lambda item: [int(number) for number in re.findall(r"\d+", item[0])])
     with writing.replacing(path) as temporary:
         text = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for _, entry in lines)
         Path(temporary).write_text(text, encoding="utf-8")
-
-
-def _is_around(one: str, other: str) -> bool:
-    """Return whether one of two folders lies in the other."""
-    return one.startswith(f"{other}/") or other.startswith(f"{one}/")
