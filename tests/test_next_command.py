@@ -48,11 +48,20 @@ def encoded(made_once) -> Path:
     return made_once("encoded_by_the_tiny_model", make)
 
 
+keep = StateFile.keep
+
+
+def keep_and_end(self, *arguments, **named):
+    keep(self, *arguments, **named)
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
 def folder(encoded, tmp_path) -> Path:
     return Path(shutil.copytree(encoded, tmp_path / "work"))
 
 
+@pytest.mark.slow
 def test_from_stage_to_stage(folder):
     """Of the tiny model, whose size nobody types; what each stage prints, and what `status` prints after it."""
     printed = (folder / "printed").read_text()
@@ -79,6 +88,7 @@ def test_from_stage_to_stage(folder):
     assert values(folder / "out put" / LATENTS) == before
 
 
+@pytest.mark.slow
 def test_an_unfinished_run(folder, monkeypatch):
     """`status` says how far it is, and the command that goes on with it, with all options that decide it."""
     lora = {"lora_A": np.ones((2, 192), np.float32) / 9, "lora_B": np.ones((192, 2), np.float32) / 9}
@@ -89,12 +99,6 @@ def test_an_unfinished_run(folder, monkeypatch):
     options = ("--preset", "authors", "--num_inference_steps", 4, "--seed", 11, "--fps", 7.5, "--height", 48)
     options += ("--guidance_interval", "0,2", "--scheduler", "ddim", "--cache_schedule", "1-2", "--attention", "xla")
     options += ("--lora", "l.safetensors:0.5", "--no-use_dp", "--dtype", "float32", "--frames", 9)
-    keep = StateFile.keep
-
-    def keep_and_end(self, *arguments, **named):
-        keep(self, *arguments, **named)
-        raise KeyboardInterrupt
-
     directories = ("--input_dir", "out put", "--output_dir", "other")
     run_here(STAGE2, *directories, *options, folder=folder)
     whole = values(folder / "other" / LATENTS)
@@ -115,9 +119,29 @@ def test_an_unfinished_run(folder, monkeypatch):
     assert values(folder / "other" / LATENTS) != whole
     assert printed_command(process.stdout)[2:] == ["--input_dir", "other", "--dtype", "float32"]
 
-    (folder / "other" / LATENTS).write_bytes(b"")  # damaged: generation_config.json still says all of it
+    # Without latents generation_config.json says what decided them.
+    (folder / "other" / LATENTS).unlink()
     words = printed_command(run_here("utils.py", "status", "other", folder=folder).stdout)
-    assert Path(words[1]).name == STAGE1 or {"--guidance_interval", "0,2"} <= set(words), words
+    assert Path(words[1]).name == STAGE1, words  # for nothing says any more that stage 1's files are elsewhere
+    shutil.copy(folder / "out put" / EMBEDDINGS, folder / "other")
+    said = run_here("utils.py", "status", "other", folder=folder).stdout
+    expected = "--height 48 --frames 9 --num_inference_steps 4 --guidance_scale 6.0 --scheduler ddim --use_dynamic_cfg"
+    assert expected in said and "--fps 7.5 --seed 12 --lora" in said and "--guidance_interval 0,2" in said, said
+    assert "--cache_schedule 1-2" in said, said
+
+
+@pytest.mark.slow
+def test_after_another_prompt(folder, monkeypatch):
+    """A state of the prompt before is in the way, so the command says --restart; the settings stay."""
+    with monkeypatch.context() as patched:
+        patched.setattr(StateFile, "keep", keep_and_end)
+        options = ("--input_dir", "out put", "--num_inference_steps", 3, "--checkpoint_every", 1)
+        assert run_here(STAGE2, *options, folder=folder).returncode == 130
+    options = ("--prompt", "a blue square", "--model_id", TINY_MODEL, "--output_dir", "out put")
+    printed = run_here(STAGE1, *options, folder=folder).stdout
+    assert printed_command(printed)[2:] == ["--input_dir", "out put", "--num_inference_steps", "3", "--restart"]
+    assert printed_command(run_here("utils.py", "status", "out put", folder=folder).stdout) == printed_command(printed)
+    run_printed(printed, folder)
 
 
 def test_the_interpreter(tmp_path, monkeypatch):

@@ -131,20 +131,10 @@ def next_line(folder: Path, script: str, prompt: Path) -> str:
     of_stage1 = next_command.recorded_options(origin / EMBEDDINGS)
     options = next_command.only_of_weights(of_stage1) | next_command.options_of_run(folder)
     if script == STAGE2:
-        states = [path for video in videos.videos(folder) if (path := video / STATE).exists()]
-        options["restart"] = any(map(is_stale, states))
         model_id = read_text(origin).get("model_id")
         return f"Next: {next_command.stage2(input_dir, folder, model_id, options)}"
     encoded = (next_command.recorded_options(video / VIDEO) for video in videos.videos(folder))
     return f"Next: {next_command.stage3(folder, next(filter(None, encoded), next_command.only_of_weights(options)))}"
-
-
-def is_stale(state_file: Path) -> bool:
-    """Return whether stage 2 cannot go on from a state, because its inputs are others now or it is damaged."""
-    try:
-        return any(stale_inputs(state_file))
-    except UserError:
-        return True
 
 
 def next_of_stage1(folder: Path, origin: Path) -> str:
