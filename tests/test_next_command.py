@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import stage1_text_encoder
+import stage2_transformer
+import stage3_vae_decoder
 from cogvideox.cli import next_command
+from cogvideox.files import generation_defaults
 from cogvideox.files.names import STATE, VIDEO
 from cogvideox.files.state import StateFile
 from tests.helpers import EMBEDDINGS, LATENTS, STAGE1, STAGE2, STAGE3, TINY_MODEL, values
@@ -142,6 +146,56 @@ def test_after_another_prompt(folder, monkeypatch):
     assert printed_command(printed)[2:] == ["--input_dir", "out put", "--num_inference_steps", "3", "--restart"]
     assert printed_command(run_here("utils.py", "status", "out put", folder=folder).stdout) == printed_command(printed)
     run_printed(printed, folder)
+
+
+# What decides no result: where files are, what is printed and written beside them, how the run starts and ends.
+DECIDES_NOTHING = {
+    *("input_dir", "output_dir", "output_video", "output_frames", "log_json", "verbose", "quiet", "debug", "force"),
+    *("dump", "dump_names", "dump_steps", "dump_stats", "dump_shards", "profile", "executable", "compilation_cache"),
+    *("num_processes", "process_id", "coordinator_address", "warmup", "warmup_steps", "preview_every"),
+    *("checkpoint_every", "prompt", "prompt_file", "model_id", "preset", "decoder"),
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "known"),
+    [
+        (stage1_text_encoder.parse_arguments(["--prompt", "a"]), next_command.OF_STAGE1),
+        (stage2_transformer.parse_arguments([]), next_command.OF_STAGE2 | generation_defaults.OURS),
+        (stage3_vae_decoder.parse_arguments([], "flax"), next_command.OF_STAGE3),
+    ],
+    ids=[STAGE1, STAGE2, STAGE3],
+)
+def test_no_option_is_forgotten(options, known):
+    """Each that decides a result comes into the command, and has the default that the stage gives it."""
+    assert vars(options).keys() - DECIDES_NOTHING == known.keys() - {"model_id"}
+    defaults = {
+        name: value for name, value in vars(options).items() if name in known.keys() - generation_defaults.OURS.keys()
+    }
+    assert defaults == {name: known[name] for name in defaults}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"use_dp": False, "use_k_smooth": True, "restart": False}, ["--use_k_smooth", "--no-use_dp"]),
+        (
+            {"lora": ["a:1", "b:2"], "block_sizes": [1, 2]},
+            ["--lora", "a:1", "--lora", "b:2", "--block_sizes", "1", "2"],
+        ),
+        ({"preset": "authors", "fps": 16, "scheduler": "ddim"}, ["--scheduler", "ddim", "--preset", "authors"]),
+        ({"preset": "draft", "guidance_scale": 6.0, "height": 64}, ["--preset", "draft"]),
+        ({"guidance_scale": 2.0, "frames": 17, "seed": 42, "attention": None}, []),
+    ],
+    ids=str,
+)
+def test_words_of_options(options, expected):
+    """As they are typed; without what stage 2 takes by itself from the tiny model."""
+    line = next_command.stage2(Path("o"), Path("o"), str(TINY_MODEL), options)
+    assert sorted(shlex.split(line)[4:]) == sorted(expected), line
+    arguments = stage2_transformer.parse_arguments(shlex.split(line)[2:])
+    generation_defaults.complete(arguments, generation_defaults.of_model(str(TINY_MODEL)))
+    assert all(vars(arguments)[name] == value or name == "lora" for name, value in options.items()), arguments
 
 
 def test_the_interpreter(tmp_path, monkeypatch):
