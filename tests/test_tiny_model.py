@@ -29,7 +29,7 @@ def demo_prompt() -> str:
 
 @pytest.mark.slow
 def test_the_demo_shows_what_its_prompt_says(one_device, tmp_path):
-    """In the model's own dtype, size and settings, as `make demo` makes it, by both decoders, judged on the mp4 itself."""
+    """In the model's own dtype, size and settings, as `make demo`, by both decoders, judged on the mp4 itself."""
     caption = next(caption for caption in held_out() if str(caption) == demo_prompt())
     stage1_text_encoder.main(["--prompt", str(caption), "--model_id", str(TINY_MODEL)])
     stage2_transformer.main([])
