@@ -23,7 +23,7 @@ help:  ## list the targets
 
 demo: $(VENV)/installed  ## run the three stages on the tiny model, and say where the video is
 	$(RUN) stage1_text_encoder.py --model_id tiny_model --output_dir $(OUT) --prompt $(call quoted,$(PROMPT))
-	$(RUN) stage2_transformer.py --input_dir $(OUT) --height 64 --width 64 --frames 17 --guidance_scale 2
+	$(RUN) stage2_transformer.py --input_dir $(OUT)
 	$(RUN) stage3_vae_decoder.py --input_dir $(OUT)
 	@echo "The video is $(OUT)/output_video.mp4"
 

@@ -7,17 +7,18 @@ each prompt has a folder of its own there; see cogvideox/files/videos.py.
 import argparse
 import contextlib
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from cogvideox.cli import next_command
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
 from cogvideox.cli.stages import STAGES, add_stage1_options
 from cogvideox.errors import UserError, shortened
 from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
+from cogvideox.files.names import INDEX
 from cogvideox.files.schemas import TEXT_ENTRIES
 from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors, values_by_dtype
 from cogvideox.run.accelerator import prepare_libraries
@@ -89,13 +90,19 @@ def main(argv: Sequence[str] | None = None) -> None:
                     save(tensors, config, made, prompt.folder)
                 report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
 
+        entries = [videos.Entry(prompt.folder, prompt.text) for prompt in prompts]
+        videos.record(output_dir, entries, anew=prompts[0].is_line)
+        if prompts[0].is_line:
+            report.say(f"wrote {output_dir / INDEX}, which lists all videos")
         for name, tensor in tensors.items():
             report.add_array(name, tensor)
-        report.close(output_dir, shlex.join(["python", "stage2_transformer.py", "--input_dir", str(output_dir)]))
+        before = next_command.options_of_run(output_dir, model_id)
+        options = before | next_command.only_of_weights(vars(arguments))
+        report.close(output_dir, next_command.stage2(output_dir, output_dir, model_id, options))
 
 
 def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
-    """Return the prompts of the options, at least one; lines of --prompt_file that are empty count, but are none.
+    """Return the prompts of the options, at least one; lines of --prompt_file that are empty are passed over.
 
     Raises:
         UserError: --prompt_file cannot be read, or has no prompt.
@@ -107,12 +114,10 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise UserError(f"--prompt_file {arguments.prompt_file} cannot be read: {reason}") from error
+    of_lines = [(n, text) for n, line in enumerate(lines, 1) if (text := line.strip())]
     prompts = [
-        Prompt(
-            line.strip(), videos.of_prompt(arguments.output_dir, n), f"{arguments.prompt_file}, line {n},", is_line=True
-        )
-        for n, line in enumerate(lines, 1)
-        if line.strip()
+        Prompt(text, videos.of_prompt(arguments.output_dir, i), f"{arguments.prompt_file}, line {n},", is_line=True)
+        for i, (n, text) in enumerate(of_lines, 1)
     ]
     if not prompts:
         raise UserError(f"--prompt_file {arguments.prompt_file} has no prompt; write one on each line")
@@ -122,6 +127,7 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
 def check_outputs(prompts: Sequence[Prompt], arguments: argparse.Namespace) -> None:
     """Raise UserError if a file of the stage would replace an input or the log, or cannot be written."""
     outputs = [prompt.folder / name for prompt in prompts for name in (EMBEDDINGS, CONFIG)]
+    outputs += [arguments.output_dir / INDEX] if arguments.prompt_file else []
     there = [("--output_dir", path) for path in outputs if path.parent.is_dir()]
     writing.check_outputs(there, [arguments.log_json, arguments.prompt_file], arguments.model_id)
 

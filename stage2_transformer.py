@@ -7,15 +7,15 @@ cogvideox/files/videos.py.
 
 import argparse
 import contextlib
-import shlex
 from collections.abc import Sequence
 
+from cogvideox.cli import next_command
 from cogvideox.cli.options import parse_with_preset
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
 from cogvideox.cli.stages import STAGES, add_stage2_options
-from cogvideox.files import lora
+from cogvideox.files import generation_defaults, lora
 from cogvideox.run import accelerator, denoising, jobs
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         loras = [lora.read_lora(option) for option in arguments.lora]
         hosts.agree_on_files([file for one in loras for file in one.files])
         until_end.enter_context(hosts.claimed(output_dir, "stage2", report.warn))
-        model_id, shapes = jobs.check_files_to_denoise(videos, arguments, loras, hosts, report)
+        model_id, shapes = jobs.check_files_to_denoise(videos, arguments, output_dir, loras, hosts, report)
+        made_for = generation_defaults.of_model(model_id)
+        taken = [*generation_defaults.complete(arguments, made_for)]
+        hosts.agree({f"--{name} of the model": str(getattr(arguments, name)) for name in generation_defaults.OURS})
 
         accelerator.prepare_libraries(arguments.profile is not None, arguments.verbose)
         devices = accelerator.devices(arguments.debug)
@@ -58,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_dump(arguments, plan.num_inference_steps)
 
         report.title(f"Stage 2: transformer of {model_id}")
+        for line in (*taken, *made_for.untrained(plan.height, plan.width, plan.frames)):
+            report.say(line)
         cache = until_end.enter_context(Cache(arguments.compilation_cache, report))
         with report.phase("load"):
             read_weight = denoising.weight_reader(model_id, plan, loras, arguments.variant, report.say)
@@ -67,7 +72,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             denoising.report_plan(steps, loras, arguments, hosts, report)
             tasks = jobs.tasks_of(videos, arguments, plan, steps.skipped, loras)
             groups = jobs.groups_of(tasks, plan, arguments, hosts, report)
+            if hosts.is_first:
+                jobs.record_start(tasks, groups, output_dir)
             if not groups:
+                report.next(next_command.stage3(output_dir, next_command.only_of_weights(vars(arguments))))
                 return
             recorder = denoising.recorder(arguments, tasks[0], steps)
             compiling = Compiling(arguments, "denoising step", plan, [*steps.traced.values()], cache, report)
@@ -82,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.add_array("latents", latents)
         report.add_rows(recorder.summary())
         if hosts.is_first:
-            report.close(output_dir, shlex.join(["python", "stage3_vae_decoder.py", "--input_dir", str(output_dir)]))
+            report.close(output_dir, next_command.stage3(output_dir, next_command.only_of_weights(vars(arguments))))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 
+from cogvideox.cli import next_command
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
@@ -21,26 +22,25 @@ from cogvideox.run.plans import check_dump, decoding_plan, with_compute_dtype
 from cogvideox.run.profiling import Profile
 from utils import CONFIG, LATENTS
 
-PROGRAMS = {"torchax": "stage3_vae_decoder.py", "flax": "stage3_vae_decoder_flax.py"}  # by decoder
 
-
-def parse_arguments(argv: Sequence[str] | None, program: str) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None, decoder: str) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(
         "Stage 3 of CogVideoX text to video: decode the latents.",
         others=STAGES,
-        prog=program,
+        prog=next_command.STAGE3[decoder],
         usage="%(prog)s [options]",
     )
     add_stage3_options(parser)
+    parser.set_defaults(decoder=decoder)  # which the files say of themselves
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
-    """Run stage 3 with these options, by default those of the command line, and one of PROGRAMS' decoders."""
-    arguments = parse_arguments(argv, PROGRAMS[decoder])
+    """Run stage 3 with these options, by default those of the command line, and a decoder, "torchax" or "flax"."""
+    arguments = parse_arguments(argv, decoder)
     hosts = join(arguments, inputs=(CONFIG, LATENTS))
-    with Report("stage3", PROGRAMS[decoder], arguments) as report, contextlib.ExitStack() as until_end:
+    with Report("stage3", next_command.STAGE3[decoder], arguments) as report, contextlib.ExitStack() as until_end:
         profile = Profile(arguments.profile, "chunk", report)
         videos = jobs.videos_to_decode(arguments)
         output_dir = jobs.decoding_folder(arguments)

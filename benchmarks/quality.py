@@ -41,7 +41,7 @@ from cogvideox.cli.program import run
 from cogvideox.cli.terminal import bar_options
 from cogvideox.cli.types import file_path, number
 from cogvideox.defaults import FPS, NUM_STEPS, SEED
-from cogvideox.files import checkpoint, lora, stage_files, videos, writing
+from cogvideox.files import checkpoint, generation_defaults, lora, stage_files, videos, writing
 from cogvideox.files.names import EMBEDDINGS, ROOT
 from cogvideox.run import accelerator, decoding, denoising, plans
 from cogvideox.run.accelerator import prepare_libraries
@@ -118,7 +118,9 @@ def parse_stage2_options(arguments: argparse.Namespace, variant: str = "") -> ar
     of_all |= {"height": SIZE, "width": SIZE, "frames": FRAMES}
     words = [f"--{name}={value}" for name, value in of_all.items()]
     words += [*arguments.stage2_options, *shlex.split(variant)]
-    return parse_with_preset(parser, words)
+    options = parse_with_preset(parser, words)
+    generation_defaults.complete(options, generation_defaults.of_model(arguments.model_id))
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> None:

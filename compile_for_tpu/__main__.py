@@ -22,7 +22,7 @@ from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.stages import STAGES
 from cogvideox.cli.types import file_path
-from cogvideox.files import writing
+from cogvideox.files import generation_defaults, writing
 from cogvideox.run.accelerator import prepare_libraries
 from compile_for_tpu import compiler, programs, report, topologies
 
@@ -56,7 +56,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         report.add_publish_option(output)
         kind.add_options(sub)
-    return parse_with_preset(parser, argv, by_kind["stage2"])
+    arguments = parse_with_preset(parser, argv, by_kind["stage2"])
+    if hasattr(arguments, "model_id"):
+        generation_defaults.complete(arguments, generation_defaults.of_model(arguments.model_id))
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -787,7 +787,7 @@ def test_lines_of_a_prompt_file(tmp_path):
     file.write_bytes(b"\xef\xbb\xbf" + LINES.encode())
     prompts = stage1_text_encoder.read_prompts(argparse.Namespace(prompt_file=file, output_dir=tmp_path))
     assert [prompt.text for prompt in prompts] == ["a \u2028b", "c\x0bd\x85e\x1cf", "# g"]
-    assert [prompt.folder.name for prompt in prompts] == ["prompt_0001", "prompt_0003", "prompt_0004"]
+    assert [prompt.folder.name for prompt in prompts] == ["prompt_0001", "prompt_0002", "prompt_0003"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from safetensors.numpy import load_file, save_file
 
+from cogvideox.cli import next_command
 from cogvideox.cli.report import Report
 from cogvideox.errors import UserError, as_user_error
 from cogvideox.files import provenance, stage_files, writing
@@ -497,7 +498,7 @@ def rewrite(path: Path, value: float) -> None:
 
 def test_status(chain):
     """Each kind of file that does not belong to the others is named, and the stage that makes it."""
-    lines = lambda: "\n".join(status.status(chain))  # noqa: E731
+    lines = lambda: "\n".join(status.status(chain)).replace(f"{next_command.interpreter()} ", "python ")  # noqa: E731
     assert lines().endswith("All is there and fits together."), lines()
     assert lines().count(": made 20") == 3, lines()
 
@@ -506,14 +507,17 @@ def test_status(chain):
     assert lines().endswith(f"Next: python stage3_vae_decoder.py --input_dir {chain}"), lines()
     rewrite(chain / EMBEDDINGS, 2)
     assert f"{LATENTS}: is stale: it was made from another {EMBEDDINGS}" in lines(), lines()
-    assert lines().endswith(f"Next: python stage2_transformer.py --input_dir {chain}"), lines()
+    assert lines().endswith(f"Next: python stage2_transformer.py --input_dir {chain} --seed 1"), lines()
     edit_config(chain, prompt="another one")
     assert f"{EMBEDDINGS}: is stale: it was made with prompt = 'p', but" in lines(), lines()
-    assert lines().endswith(f"--output_dir {chain} --prompt 'another one'"), lines()
+    script = "Next: python stage1_text_encoder.py"
+    assert lines().endswith(f"{script} '--prompt=another one' --output_dir {chain} --model_id m"), lines()
     (chain / LATENTS).write_bytes(b"broken")
     assert f"{LATENTS}: is damaged" in lines(), lines()
     (chain / CONFIG).unlink()
-    assert f"{CONFIG} does not exist" in lines() and "Next: python stage1_text_encoder.py" in lines(), lines()
+    assert f"{CONFIG} does not exist" in lines() and f"{script} --prompt=p --output_dir" in lines(), lines()
+    (chain / EMBEDDINGS).unlink()
+    assert f"for PROMPT: {script.removeprefix('Next: ')} --prompt PROMPT --output_dir {chain}" in lines(), lines()
 
 
 def test_what_does_not_belong_together_is_refused(chain, capsys):

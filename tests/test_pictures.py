@@ -15,9 +15,9 @@ from cogvideox.errors import UserError
 from cogvideox.files import latent_pictures
 from cogvideox.files.latent_pictures import COMPONENTS, NOT_FINITE, LatentMap
 from cogvideox.inspection import figure, heat_maps, pictures
-from cogvideox.inspection.items import items, opened
+from cogvideox.inspection.items import Item, items, opened
 from cogvideox.inspection.pictures import Entry
-from tests.helpers import LATENTS, ROOT, STAGE1, STAGE2, STAGE3, TINY_MODEL
+from tests.helpers import CONFIG, LATENTS, ROOT, STAGE1, STAGE2, STAGE3, TINY_MODEL
 from tools import fit_latent_rgb
 from tools.moving_shapes import ALL, held_out, render
 
@@ -501,3 +501,29 @@ def test_pictures_of_the_tiny_model(run_stage, tmp_path):
     correlation = np.corrcoef(colours.flatten(), truth.flatten())[0, 1]
     print(f"correlation of the latents' colours with the decoded video's: {correlation:.4f}")
     assert correlation > 0.97, correlation
+
+
+@pytest.mark.parametrize(("number", "shown"), [(2, [0, 1]), (6, range(6)), (11, range(0, 11, 2))], ids=str)
+def test_of_several_videos_the_same_are_shown_in_latents_and_pictures(number, shown, tmp_path):
+    """Each with its latents beside its video; in one folder, as of a dump, what is shown is evenly spread."""
+    folders = [tmp_path / f"prompt_{n:04}" for n in range(number)]
+    tensors = [Entry(f"{folder.name}/latents", [Item(folder / LATENTS, "latents")]) for folder in folders]
+    videos = [Entry(f"{folder.name}/video.mp4", [Item(folder / "video.mp4", None)]) for folder in folders]
+    chosen, note = pictures.chosen_for_sheets([*tensors, *videos])
+    assert chosen == [entry for n in shown for entry in (tensors[n], videos[n])]
+    assert ("pictures of 6 of 11 videos" in note) == (number == 11), note
+    of_dump = [Entry(f"step_{n:03}/latents", [Item(tmp_path / "dump", f"step_{n:03}/latents")]) for n in range(number)]
+    assert pictures.chosen_for_sheets(of_dump)[0] == [of_dump[n] for n in shown]
+
+
+def test_prompts_stand_in_the_titles_of_pictures(tmp_path):
+    """Of latents from the file itself, of an encoded video from the config beside it."""
+    save_file({"latents": torch.ones(1, 2, 1, 2, 2)}, tmp_path / LATENTS, {"made_from": '{"prompt": "a red circle"}'})
+    entry = Entry("latents", [items(tmp_path)["latents"]])
+    assert pictures.sheet_of(entry, [""]).title.startswith("latents of «a red circle»: ")
+    video = Entry("video.mp4", [Item(tmp_path / "video.mp4", None)])
+    assert pictures.prompt_of(video) == ""
+    texts = {"model_id": "m", "prompt": "a blue square", "negative_prompt": ""}
+    (tmp_path / CONFIG).write_text(json.dumps(texts))
+    assert pictures.prompt_of(video) == " of «a blue square»"
+    assert pictures.prompt_of(Entry("both", [*entry.items, *video.items])) == ""

@@ -2,14 +2,18 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 import stage2_transformer
 from cogvideox.defaults import PRESETS
+from cogvideox.errors import UserError
+from cogvideox.files import generation_defaults
+from compile_for_tpu.__main__ import parse_arguments as compile_arguments
 from tests import oracle
-from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, SIZE, STAGE1, STAGE2
+from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, SIZE, STAGE1, STAGE2, TINY_MODEL
 
 STEPS, SEED, SCALE = 6, 11, 3.5
 TOLERANCE = 1e-3  # of the latents' scale
@@ -40,8 +44,14 @@ def test_latents_of_the_authors_settings(model, request, run_stage, tmp_path):
     }
 
 
-def parsed(*options: str) -> dict:
-    return vars(stage2_transformer.parse_arguments(options))
+PUBLISHED = "zai-org/CogVideoX1.5-5B"
+
+
+def parsed(*options: str, model: str | Path = PUBLISHED) -> dict:
+    """Return the options of stage 2 as a run with this model has them."""
+    arguments = stage2_transformer.parse_arguments(options)
+    generation_defaults.complete(arguments, generation_defaults.of_model(str(model)))
+    return vars(arguments)
 
 
 def test_presets():
@@ -49,11 +59,67 @@ def test_presets():
     draft, authors = PRESETS["draft"], PRESETS["authors"]
     assert draft.keys() == authors.keys() and len(draft) == 5
     assert parsed().items() >= draft.items()
-    assert parsed("--preset", "seed") == parsed()
+    assert parsed("--preset", "seed") == parsed() | {"preset": "draft"}
     assert parsed("--preset", "authors").items() >= authors.items()
     options = ("--fps", "3", "--preset", "authors", "--no-use_dynamic_cfg", "--scheduler", "ddim")
     expected = authors | {"fps": 3, "use_dynamic_cfg": False, "scheduler": "ddim"}
     assert parsed(*options).items() >= expected.items()
+
+
+PUBLISHED_SIZE = {"height": 768, "width": 1360, "frames": 81}
+TINY = {"height": 64, "width": 64, "frames": 17, "num_inference_steps": 10, "guidance_scale": 2.0, "fps": 8}
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "expected"),
+    [
+        (None, (), PUBLISHED_SIZE | PRESETS["draft"]),  # a copy of the published one, or another training of it
+        (TINY, (), PRESETS["draft"] | TINY),
+        (TINY, ("--preset", "draft"), TINY | PRESETS["draft"]),  # what is asked for wins over the model
+        (TINY, ("--preset", "authors"), TINY | PRESETS["authors"]),
+        (TINY, ("--preset", "authors", "--height", "32"), TINY | PRESETS["authors"] | {"height": 32}),
+        ({"frames": 9, "height": None}, (), PUBLISHED_SIZE | {"frames": 9}),
+    ],
+    ids=["no file", "tiny", "draft", "authors", "options", "some entries"],
+)
+def test_what_a_model_is_made_for(content, options, expected, tmp_path):
+    if content:
+        (tmp_path / generation_defaults.FILE).write_text(json.dumps(content))
+    assert parsed(*options, model=tmp_path).items() >= expected.items()
+    compiled_for = compile_arguments(["stage2", "--model_id", str(tmp_path)]) if not options else None
+    assert not compiled_for or all(getattr(compiled_for, name, value) == value for name, value in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("model", "video", "remarks"),
+    [
+        (PUBLISHED, (768, 1360, 81), []),
+        (PUBLISHED, (1360, 768, 161), []),
+        (PUBLISHED, (480, 720, 49), ["768 x 1360 and 1360 x 768; 480 x 720 may", "81 and 161 frames; 49 may"]),
+        ("/a/copy", (2400, 2400, 81), ["CogVideoX1.5-5B was trained on 768 x 1360 and 1360 x 768; 2400 x 2400 may"]),
+        (TINY_MODEL, (64, 64, 17), []),
+        (TINY_MODEL, (480, 480, 17), ["tiny_model was trained on 64 x 64; 480 x 480 may look worse"]),
+    ],
+)
+def test_what_a_model_was_not_trained_on(model, video, remarks):
+    found = [*generation_defaults.of_model(str(model)).untrained(*video)]
+    assert len(found) == len(remarks) and all(map(str.__contains__, found, remarks)), found
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"num_frames": 17}', "num_frames: Extra inputs are not permitted"),
+        ('{"height": 64.5}', "height: Input should be a valid integer"),
+        ('{"trained_sizes": [[64]]}', "trained_sizes.0: "),
+        ("[", "JSON"),
+    ],
+)
+def test_wrong_generation_defaults(content, words, tmp_path):
+    (tmp_path / generation_defaults.FILE).write_text(content)
+    with pytest.raises(UserError, match="correct the file, or remove it") as error:
+        generation_defaults.of_model(str(tmp_path))
+    assert words in str(error.value) and "\n" not in str(error.value), error.value
 
 
 @pytest.mark.slow
@@ -64,7 +130,7 @@ def test_contradictions_and_remarks(outputs, run_stage):
     assert "--guidance_scale 1" in error and "--no-use_dynamic_cfg" in error and error.count("\n") == 1, error
     printed = run_stage(STAGE2, "--input_dir", outputs, *SIZE).stdout
     assert "; 32 x 48 may look worse" in printed, printed
-    assert "16n + 1 frames, 81 and 161; 9 may look worse" in printed, printed
+    assert "81 and 161 frames; 9 may look worse" in printed, printed
     assert "settings of a draft; --preset authors" not in printed, "--num_inference_steps is not a draft's"
 
 

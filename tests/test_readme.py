@@ -58,7 +58,10 @@ RUN_ELSEWHERE = {
 
 # What a page's reader has before its first command.
 BEFORE = {
-    "docs/files.md": ["python stage1_text_encoder.py --model_id tiny_model --prompt 'a red circle'"],
+    "docs/files.md": [
+        "printf 'a red circle\\na blue square\\n' > prompts.txt",
+        "python stage1_text_encoder.py --model_id tiny_model --prompt_file prompts.txt",
+    ],
 }
 
 MODEL = "random_model"  # in the place of the published one

@@ -2,15 +2,18 @@
 
 import itertools
 import json
+import shlex
 import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from cogvideox.files import videos
+from cogvideox.files.names import INDEX, SHEET, VIDEO
 from cogvideox.models.transformer import throughput
 from cogvideox.models.transformer.plan import make_denoising_plan
 from cogvideox.run import hosts, jobs
@@ -26,6 +29,7 @@ from tests.helpers import (
     STAGE3,
     check,
     contents,
+    edit_config,
     values,
 )
 from tests.in_process import run_here
@@ -36,7 +40,7 @@ OPTIONS = (*SIZE[:-2], "--num_inference_steps", STEPS, "--guidance_scale", SCALE
 TWO_SEEDS = ("--seed", SEED, "--num_videos_per_prompt", 2)
 TOLERANCE = 1e-3  # of the latents' scale
 
-FOLDERS = [f"prompt_000{line}/seed_{seed}" for line, seed in itertools.product((1, 3), (SEED, SEED + 1))]
+FOLDERS = [f"prompt_000{n}/seed_{seed}" for n, seed in itertools.product((1, 2), (SEED, SEED + 1))]
 
 
 def encoded(folder: Path, model: Path) -> Path:
@@ -79,7 +83,7 @@ def test_one_after_the_other(several, random_model, run_stage, tmp_path):
     assert all((several / folder / "output_video.mp4").stat().st_size for folder in FOLDERS)
 
     alone = tmp_path / "alone"
-    prompt = several / "prompt_0003"
+    prompt = several / "prompt_0002"
     run_stage(STAGE2, "--input_dir", prompt, "--output_dir", alone, *OPTIONS, "--seed", SEED + 1)
     assert values(alone / LATENTS) == values(several / FOLDERS[3] / LATENTS)
     assert json.loads((alone / CONFIG).read_text()) == json.loads((several / FOLDERS[3] / CONFIG).read_text())
@@ -94,6 +98,71 @@ def test_one_after_the_other(several, random_model, run_stage, tmp_path):
     assert values(frames[0]) == values(frames[1])
     said = run_stage("utils.py", "status", several).stdout
     assert said.count("output_video.mp4: made") == 4 and "fits together" in said, said
+
+
+def index(outputs: Path) -> list[dict]:
+    return [json.loads(line) for line in (outputs / INDEX).read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_index(several, random_model, run_stage, tmp_path):
+    """It has each video once, in the state in which the last stage left it, whichever of the folders is made again."""
+    whole = [
+        {"folder": folder, "prompt": PROMPTS[i // 2], "seed": SEED + i % 2, "file": f"{folder}/{VIDEO}"}
+        for i, folder in enumerate(FOLDERS)
+    ]
+    whole = [entry | {"state": "decoded"} for entry in whole]
+    assert index(several) == whole
+    assert Image.open(several / SHEET).size[0] > 4 * 100
+
+    outputs = shutil.copytree(several, tmp_path / "outputs")
+    (outputs / FOLDERS[1] / LATENTS).unlink()
+    run_stage(STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS)
+    again = whole[1] | {"file": None, "state": "denoised"}
+    assert index(outputs) == [whole[0], again, *whole[2:]]
+    (outputs / INDEX).write_text("{broken")
+    name = {"--output_video": "all/a.mov", "--output_frames": "all/a.safetensors"}
+    printed = run_stage(STAGE3, "--input_dir", outputs, *itertools.chain(*name.items())).stdout
+    for entry in index(outputs):
+        stem = f"all/a_{entry['folder'].replace('/', '_')}"
+        assert f"wrote {stem}.mov and {stem}.safetensors" in printed, printed
+        assert (tmp_path / f"{stem}.mov").samefile(outputs / entry["file"])
+        assert (tmp_path / f"{stem}.safetensors").stat().st_size
+    assert len(index(outputs)) == 4
+
+    shutil.rmtree(outputs / "prompt_0002")
+    (outputs / FOLDERS[0] / VIDEO).unlink()
+    said = run_stage("utils.py", "status", outputs).stdout
+    assert said.count("a_prompt_0001_seed_7.mov: made") == 1 and "fits together" in said, said
+    edit_config(outputs / "prompt_0001", negative_prompt="a cat")
+    said = run_stage("utils.py", "status", outputs).stdout
+    options = f"--prompt_file {several.parent / 'prompts.txt'} --output_dir {outputs} --model_id {random_model}"
+    assert said.strip().endswith(f"{STAGE1} {options} --negative_prompt 'a cat'"), said
+    (outputs / "prompt_0001" / EMBEDDINGS).unlink()
+    words = shlex.split(run_stage("utils.py", "status", outputs).stdout.strip().splitlines()[-1])
+    run_stage(STAGE1, *words[3:])
+    assert words[3:6] == ["--prompt=a red circle", "--output_dir", str(outputs / "prompt_0001")], words
+    of_prompt = {"folder": "prompt_0001", "seed": None, "file": None, "state": "encoded"}
+    assert index(outputs) == [whole[0] | of_prompt]
+    run_stage(STAGE2, "--input_dir", outputs / "prompt_0001", *OPTIONS, *TWO_SEEDS, "--restart")
+    assert index(outputs) == [entry | {"file": None, "state": "denoised"} for entry in whole[:2]]
+    assert not (outputs / "prompt_0001" / INDEX).exists()
+
+
+@pytest.mark.slow
+def test_status_of_videos_that_stage_2_did_not_come_to(several, run_stage, tmp_path):
+    """They are named, and the command makes them too: with all seeds, and no others."""
+    outputs = shutil.copytree(several, tmp_path / "outputs")
+    shutil.rmtree(outputs / FOLDERS[3])
+    said = run_stage("utils.py", "status", outputs).stdout
+    assert f"{FOLDERS[3]}/{LATENTS}: is not there" in said, said
+    words = shlex.split(said.strip().splitlines()[-1])
+    assert Path(words[2]).name == STAGE2, said
+    printed = run_stage(STAGE2, *words[3:]).stdout
+    assert "already finished: 3 of 4" in printed and printed.strip().endswith(f"{STAGE3} --input_dir {outputs}"), (
+        printed
+    )
+    assert values(outputs / FOLDERS[3] / LATENTS) == values(several / FOLDERS[3] / LATENTS)
 
 
 @pytest.mark.slow
@@ -120,7 +189,7 @@ def test_a_rerun_makes_what_is_missing(several, run_stage, tmp_path):
     printed = run_stage(STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS).stdout
     assert "already finished: 3 of 4 videos" in printed, printed
     after = contents(outputs)
-    changed = {name for name in after if before.get(name) != after[name]} - {"timings.json"}
+    changed = {name for name in after if before.get(name) != after[name]} - {"timings.json", INDEX}
     assert f"{FOLDERS[2]}/{LATENTS}" in changed and all(name.startswith(FOLDERS[2]) for name in changed), changed
     assert values(outputs / FOLDERS[2] / LATENTS) == values(several / FOLDERS[2] / LATENTS)
     printed = run_stage(STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS).stdout
@@ -160,14 +229,13 @@ def test_folders_that_do_not_fit_together(several, random_model, run_stage, tmp_
         (
             STAGE1,
             ("--prompt_file", one, "--model_id", random_model, "--output_dir", outputs),
-            "prompt_0003 has another",
+            "prompt_0002 has another",
         ),
         (STAGE1, ("--prompt", "a cat", "--model_id", random_model, "--output_dir", outputs), "prompt_0001 has another"),
         (STAGE2, ("--input_dir", outputs, *OPTIONS), "seed_7: the folder of another video"),
         (STAGE2, ("--input_dir", outputs, *OPTIONS, *TWO_SEEDS, "--dump", "d"), "--dump takes one video"),
         (STAGE2, ("--input_dir", outputs, *TWO_SEEDS, "--seed", 2**64 - 1), "--num_videos_per_prompt exceed"),
-        (STAGE3, ("--input_dir", outputs, "--output_video", "v.mp4"), "--output_video is for one video"),
-        (STAGE3, ("--input_dir", outputs, "--output_frames", "f"), "--output_frames is for one video"),
+        (STAGE3, ("--input_dir", outputs, "--dump", "d"), "--dump is for one video"),
     ]
     for script, options, words in cases:
         error = run_stage(script, *options, status=2).stderr

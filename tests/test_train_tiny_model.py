@@ -1,11 +1,14 @@
 """The training script: all its parts on a few batches, and a run that goes on where it was interrupted."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import CogVideoXPipeline
 
+from cogvideox.files.generation_defaults import FILE
+from tests.helpers import TINY_MODEL
 from tools import train_tiny_model
 from tools.moving_shapes import held_out
 
@@ -30,6 +33,9 @@ def test_all_parts_and_the_folder_that_comes_out(tmp_path, monkeypatch, capsys):
     assert pipeline.vae.config.scaling_factor != start.vae.config.scaling_factor
     video = pipeline(str(held_out()[0]), height=32, width=32, num_frames=9, num_inference_steps=1, output_type="np")
     assert video.frames.shape == (1, 9, 32, 32, 3)
+
+    said, expected = (json.loads((folder / FILE).read_text()) for folder in (tmp_path / "once", TINY_MODEL))
+    assert said == expected
 
     # Started again it has nothing left to do, and writes the same model.
     train_tiny_model.main([*FEW, "--output_dir", "again"])

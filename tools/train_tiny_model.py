@@ -8,6 +8,7 @@ in --work_dir each minute, and continues from there when it is started again.
 """
 
 import argparse
+import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -27,10 +28,12 @@ from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.terminal import bar_options
 from cogvideox.cli.types import folder_path, number
+from cogvideox.defaults import FPS, NUM_STEPS
+from cogvideox.files import generation_defaults
 from cogvideox.run.accelerator import prepare_libraries
 from tools import moving_shapes
 from tools.make_tiny_model import make_pipeline
-from tools.moving_shapes import FRAMES, SIZE, Caption
+from tools.moving_shapes import FRAMES, GUIDANCE_SCALE, SIZE, Caption
 
 MODEL: dict[str, Any] = dict(
     num_attention_heads=4,  # so that 2 or 4 chips can share them evenly
@@ -103,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     shutil.copytree(start, arguments.output_dir, dirs_exist_ok=True)
     for name in ("vae", "text_encoder", "transformer"):
         getattr(pipeline, name).to("cpu", torch.bfloat16).save_pretrained(arguments.output_dir / name)
+    made_for: dict[str, float] = {"height": SIZE, "width": SIZE, "frames": FRAMES, "num_inference_steps": NUM_STEPS}
+    made_for |= {"guidance_scale": GUIDANCE_SCALE, "fps": FPS}
+    (arguments.output_dir / generation_defaults.FILE).write_text(json.dumps(made_for, indent=2) + "\n")
     print(f"wrote {arguments.output_dir}")
 
 

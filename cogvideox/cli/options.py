@@ -22,7 +22,6 @@ from cogvideox.defaults import (
     PRESETS,
     SOME_QUERIES,
     USE_DP,
-    USE_DYNAMIC_CFG,
     WIDTH,
 )
 from cogvideox.models.shared.layouts import LAYOUTS
@@ -62,29 +61,36 @@ def add_weight_options(parser: ArgumentParser) -> None:
     )
 
 
+def models_or(default: object) -> str:
+    """Return what the help says of an option that `generation_defaults.complete` sets where nobody gives it."""
+    return f"(default: the model's, or {default})"
+
+
 def add_size_options(parser: ArgumentParser) -> None:
     """Add the video's height, width and frames."""
     group, pixels = parser.group("video"), number(int, 1, MOST_PIXELS)
-    group.add_argument("--height", type=pixels, default=HEIGHT, help="height of the video in pixels")
-    group.add_argument("--width", type=pixels, default=WIDTH, help="width of the video in pixels")
+    group.add_argument("--height", type=pixels, help=f"height of the video in pixels {models_or(HEIGHT)}")
+    group.add_argument("--width", type=pixels, help=f"width of the video in pixels {models_or(WIDTH)}")
     group.add_argument(
         "--frames",
         type=number(int, 1, MOST_FRAMES),
-        default=FRAMES,
-        help="frames of the video, of the form 4n + 1",
+        help=f"frames of the video, of the form 4n + 1 {models_or(FRAMES)}",
     )
 
 
 def add_denoising_options(parser: ArgumentParser) -> None:
-    """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding."""
+    """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding.
+
+    Size and settings are None where nobody gives them; see `generation_defaults.complete`.
+    """
     group = parser.group("sampling")
-    group.add_argument("--num_inference_steps", type=number(int, 1), default=NUM_STEPS, help="denoising steps")
+    group.add_argument("--num_inference_steps", type=number(int, 1), help=f"denoising steps {models_or(NUM_STEPS)}")
     add_size_options(parser)
     group.add_argument(
         "--guidance_scale",
         type=number(float, 0, MOST_GUIDANCE),
-        default=GUIDANCE_SCALE,
-        help="scale of classifier-free guidance; 1 or less switches it off, and a step costs half",
+        help="scale of classifier-free guidance; 1 or less switches it off, and a step costs half "
+        f"{models_or(GUIDANCE_SCALE)}",
     )
     group.add_argument(
         "--guidance_interval",
@@ -95,8 +101,7 @@ def add_denoising_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--use_dynamic_cfg",
         action=argparse.BooleanOptionalAction,
-        default=USE_DYNAMIC_CFG,
-        help="let the guidance scale change from step to step, as in CogVideoXPipeline",
+        help=f"let the guidance scale change from step to step, as in CogVideoXPipeline {models_or('off')}",
     )
     group.add_argument(
         "--scheduler",
@@ -114,20 +119,21 @@ def add_preset_option(parser: ArgumentParser) -> None:
         "--preset",
         type=preset,
         choices=PRESETS,
-        default="draft",
-        help="set steps, guidance, scheduler and fps at once: to a draft's, or to those of the model's authors",
+        help="set steps, guidance, scheduler and fps at once: to a draft's, or to those of the model's authors "
+        "(default: those that the model says, and for the others a draft's)",
     )
 
 
 def parse_with_preset(
     parser: ArgumentParser, argv: Sequence[str] | None, owner: ArgumentParser | None = None
 ) -> argparse.Namespace:
-    """Parse options whose defaults are those of the preset that is chosen among them.
+    """Parse options whose defaults are those of the preset that is chosen among them, if one is.
 
     `owner` is the parser of the subcommand that has --preset; None if there are no subcommands.
     """
     given, _ = parser.parse_known_args(argv)
-    (owner or parser).set_defaults(**PRESETS[getattr(given, "preset", "draft")])
+    if chosen := getattr(given, "preset", None):
+        (owner or parser).set_defaults(**PRESETS[chosen])
     return parser.parse_args(argv)
 
 

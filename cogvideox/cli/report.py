@@ -264,6 +264,10 @@ class Report:
         """Add a row with the shape and the dtype of an array or a torch tensor."""
         self.add(name, f"{list(array.shape)} {str(array.dtype).removeprefix('torch.')}")
 
+    def next(self, command: str) -> None:
+        """Print the command to run next."""
+        self._print(f"\nNext: {command}")
+
     def close(self, folder: Path, next_command: str | None = None) -> None:
         """Write the timings to `folder`, print the table, and the command to run next if there is one."""
         if warning := timings.write_timings(folder, self._stage, self._timings):
@@ -273,7 +277,7 @@ class Report:
         width = max(len(name) for name, _ in self._rows)
         self._print("\n".join(["", *(f"  {name:<{width}}  {value}" for name, value in self._rows)]))
         if next_command:
-            self._print(f"\nNext: {next_command}")
+            self.next(next_command)
         self.event("end", seconds=round(time.perf_counter() - self._started, 6), results=dict(self._rows))
 
 

@@ -19,6 +19,7 @@ from cogvideox.cli.options import (
     add_preset_option,
     add_profile_option,
     add_weight_options,
+    models_or,
 )
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.types import file_path, folder_path, frame_rate, model_id, number, utf8, video_path
@@ -107,7 +108,7 @@ def _add_model_option(files: argparse._ArgumentGroup) -> None:
 def _add_video_options(parser: ArgumentParser) -> None:
     """Add what decides the videos beside the options of a denoising step."""
     group = parser.group("video")
-    group.add_argument("--fps", type=frame_rate, default=FPS, help="frames per second, for stage 3")
+    group.add_argument("--fps", type=frame_rate, help=f"frames per second, for stage 3 {models_or(FPS)}")
     group.add_argument("--seed", type=number(int, 0, MOST_SEED), default=SEED, help="seed of the noise")
     group.add_argument(
         "--num_videos_per_prompt",

@@ -2,15 +2,13 @@
 
 import contextlib
 import json
-import math
-import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from cogvideox.errors import UserError
-from cogvideox.files import writing
+from cogvideox.files.contact_sheet import draw_grid, enlarged
 
 # --- Colours of latents ------------------------------------------------------------------------------------------
 MAP_FILE = "latent_rgb.json"  # in the folder of a model's VAE; tools/fit_latent_rgb.py writes it
@@ -120,33 +118,9 @@ def preview(latents: np.ndarray, path: Path, mapping: LatentMap | None, title: s
     Raises:
         UserError: the file cannot be written.
     """
-    from PIL import Image, ImageDraw, ImageFont
-
     pictures = latents_to_rgb(latents, mapping)
     if not np.isfinite(latents).all():
         title += f"; {NOT_FINITE_TEXT}"
-    count, height, width, _ = pictures.shape
-    factor = max(1, round(160 / width))
-    pictures = pictures.repeat(factor, axis=1).repeat(factor, axis=2)
-    height, width = height * factor, width * factor
-
-    gap, line = 8, 20
-    columns = columns_for(count, most=max(1, 1400 // width))
-    font = ImageFont.load_default(14)
-    lines = textwrap.wrap(title, max(60, columns * width // 8)) or [""]
-    top = gap + line * len(lines)
-    sheet_width = max(columns * (width + gap), *(math.ceil(font.getlength(text)) + gap for text in lines)) + gap
-    sheet = Image.new("RGB", (sheet_width, top + math.ceil(count / columns) * (line + height + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.multiline_text((gap, gap), "\n".join(lines), fill="black", font=font)
-    for i, picture in enumerate(pictures):
-        x, y = gap + i % columns * (width + gap), top + i // columns * (line + height + gap)
-        draw.text((x, y + 1), f"latent frame {i}" if width > 100 else str(i), fill="black", font=font)
-        sheet.paste(Image.fromarray(picture), (x, y + line))
-    with writing.replacing(path) as temporary:
-        sheet.save(temporary, "PNG")
-
-
-def columns_for(count: int, most: int) -> int:
-    """Return how many columns spread `count` pictures evenly over as few rows as `most` columns allow."""
-    return math.ceil(count / math.ceil(count / most)) if count else 1
+    pictures = enlarged(pictures, 160)
+    names = [f"latent frame {i}" if pictures.shape[2] > 100 else str(i) for i in range(len(pictures))]
+    draw_grid(path, title, pictures, names)

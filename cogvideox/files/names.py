@@ -12,5 +12,7 @@ LATENTS = "stage2_latents.safetensors"
 PREVIEW = "stage2_preview.png"
 STATE = "stage2_state.safetensors"  # of an unfinished run
 TIMINGS = "timings.json"
+INDEX = "videos.jsonl"  # of several videos
+SHEET = "videos.png"  # of several videos
 VIDEO = "output_video.mp4"
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi")  # containers for H.264

@@ -116,8 +116,10 @@ def known_as(path: Path, folder: Path) -> str:
 
 
 def _plain(value: object) -> object:
-    """Return an option as JSON can hold it."""
-    return value if isinstance(value, (int, float)) else str(value)
+    """Return an option as JSON can hold it; a path is absolute, for whoever reads it may be in another folder."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, (int, float)) else str(value.absolute() if isinstance(value, Path) else value)
 
 
 def recorded(path: Path) -> dict:

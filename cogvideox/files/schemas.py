@@ -24,6 +24,13 @@ def plain_number(value: float) -> float:
     return int(value) if value.is_integer() else value
 
 
+# Of a video.
+Pixels = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
+Frames = Annotated[int, Field(ge=1, le=MOST_FRAMES)]
+FrameRate = Annotated[float, Field(ge=1, le=MOST_FPS), AfterValidator(plain_number)]
+Guidance = Annotated[float, Field(ge=0, le=MOST_GUIDANCE)]
+
+
 class Entries(BaseModel):
     """Entries of a JSON object, with types and bounds; other entries are kept as they are."""
 
@@ -44,12 +51,12 @@ class VideoConfig(TextConfig):
     """What generation_config.json has after stage 2."""
 
     remedy = "run stage 2 again"
-    height: Annotated[int, Field(ge=1, le=MOST_PIXELS)]
-    width: Annotated[int, Field(ge=1, le=MOST_PIXELS)]
-    frames: Annotated[int, Field(ge=1, le=MOST_FRAMES)]
-    fps: Annotated[float, Field(ge=1, le=MOST_FPS), AfterValidator(plain_number)]
+    height: Pixels
+    width: Pixels
+    frames: Frames
+    fps: FrameRate
     num_inference_steps: Count
-    guidance_scale: Annotated[float, Field(ge=0, le=MOST_GUIDANCE)]
+    guidance_scale: Guidance
     seed: Annotated[int, Field(ge=0, lt=2**64)]
     scheduler: str
     # Files of earlier versions and of the original project lack these. Stage 2 writes each from its option of the same
@@ -59,6 +66,33 @@ class VideoConfig(TextConfig):
     skipped_steps: str = ""
     guidance_interval: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
     lora: list[str] = []
+
+
+class IndexEntry(Entries):
+    """A line of videos.jsonl; its paths are relative to the folder of the file."""
+
+    remedy = "the next stage writes it again"
+    folder: str
+    prompt: str
+    seed: int | None  # None before stage 2
+    file: str | None  # of the encoded video; None before stage 3
+    state: Literal["encoded", "denoised", "decoded"]  # by stage 1, 2 or 3
+
+
+class GenerationDefaults(Entries):
+    """generation_defaults.json of a model: what it is made for, as options of stage 2, and what it was trained on."""
+
+    model_config = ConfigDict(extra="forbid")  # a misspelt entry would change nothing, and nobody would see it
+    remedy = "correct the file, or remove it"
+    height: Pixels | None = None
+    width: Pixels | None = None
+    frames: Frames | None = None
+    num_inference_steps: Count | None = None
+    guidance_scale: Guidance | None = None
+    use_dynamic_cfg: bool | None = None
+    fps: FrameRate | None = None
+    trained_sizes: list[Annotated[list[Pixels], Field(min_length=2, max_length=2)]] = []  # height and width
+    trained_frames: list[Frames] = []
 
 
 class LoraConfig(Entries):

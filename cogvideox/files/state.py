@@ -1,5 +1,6 @@
 """Keep the state of stage 2 on the disk while it runs, so that the same command goes on from there."""
 
+import contextlib
 import json
 import time
 from collections.abc import Mapping
@@ -24,10 +25,13 @@ class StateFile:
         fingerprint: everything that the result of the run depends on, by name; another run does not go on from the
             file.
         every: after how many steps the state is kept; 0 for never, None for as often as SHARE allows.
+        about: other metadata of the file.
     """
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, object], every: int | None):
-        self.path = folder / STATE
+    def __init__(
+        self, folder: Path, fingerprint: Mapping[str, object], every: int | None, about: Mapping[str, str] | None = None
+    ):
+        self.path, self._about = folder / STATE, dict(about or {})
         self._fingerprint = {name: str(value) for name, value in fingerprint.items()}
         self._every = every
         self._written, self._cost = time.perf_counter(), 0.0
@@ -71,7 +75,8 @@ class StateFile:
 
         start = time.perf_counter()
         with writing.replacing(self.path) as temporary:
-            save_file(dict(arrays), temporary, metadata={"fingerprint": json.dumps(self._fingerprint)})
+            metadata = self._about | {"fingerprint": json.dumps(self._fingerprint)}
+            save_file(dict(arrays), temporary, metadata=metadata)
             if now:
                 writing.to_disk(temporary)
         self._written = time.perf_counter()
@@ -85,6 +90,14 @@ class StateFile:
     def remove(self) -> None:
         """Remove the file: the run is complete."""
         self.path.unlink(missing_ok=True)
+
+
+def progress(path: Path) -> str:
+    """Return how far the unfinished run of a state file is, in words; nothing if it cannot be read."""
+    with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError), safe_open(path, framework="np") as file:
+        steps = json.loads(fingerprint_of(file.metadata()) or "{}")["num_inference_steps"]
+        return f"{file.get_tensor('done')} of {steps} steps are done"
+    return ""
 
 
 def fingerprint_of(metadata: Mapping[str, str] | None) -> str | None:

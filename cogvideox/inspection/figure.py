@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cogvideox.files import writing
-from cogvideox.files.latent_pictures import NOT_FINITE, columns_for
+from cogvideox.files.contact_sheet import columns_for
+from cogvideox.files.latent_pictures import NOT_FINITE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

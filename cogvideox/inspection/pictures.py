@@ -3,15 +3,16 @@
 `plot` and `plot_comparison` choose what the figure of `inspect_tensors.py --plot` shows; figure.py draws it.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from cogvideox.errors import UserError
+from cogvideox.errors import UserError, shortened
 from cogvideox.files import stage_files
 from cogvideox.files.latent_pictures import (
     NOT_FINITE,
@@ -22,6 +23,7 @@ from cogvideox.files.latent_pictures import (
     principal_components,
     to_bytes,
 )
+from cogvideox.files.schemas import TextConfig
 from cogvideox.inspection.figure import Histogram, Sheet, draw_figure
 from cogvideox.inspection.heat_maps import frames_of_tokens, heat_map
 
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 MOST_HISTOGRAMS = 24
 MOST_SHEETS = 6
+MOST_OF_VIDEO = 3  # sheets: latents, frames, encoded video
 LATENTS = ("latents", "pred_original_sample")  # names in stage 2's file and in its dumps
 MOST_FRAMES = 8  # of a video
 MOST_BINS = 80  # of a histogram
@@ -78,7 +81,7 @@ def plot(path: Path, runs: "Sequence[tuple[Path, Mapping[str, Item]]]") -> None:
 
 def draw_single(path: Path, title: str, entries: Sequence[Entry]) -> None:
     """Draw a tensor, or the same of several steps, with heat maps beside the histograms, and its tokens as frames."""
-    shown = some(entries)
+    shown = evenly_spread(entries)
     found = [(entry.name, item) for entry in shown for item in entry.items if item]
     sheets = [sheet for one in found if (sheet := frames_of_tokens(*one))]
     draw_figure(path, title, [histogram_of(entry, [""]) for entry in shown], sheets, [heat_map(*one) for one in found])
@@ -126,20 +129,37 @@ def plot_comparison(
 def draw(path: Path, title: str, tensors: Sequence[Entry], all_entries: Sequence[Entry], labels: Sequence[str]) -> None:
     """Draw histograms of `tensors`, and contact sheets of what has one among `all_entries`, to a PNG file."""
     histograms = [histogram_of(entry, labels) for entry in tensors]
-    shown = [entry for entry in all_entries if has_sheet(entry)]
-    if len(shown) > MOST_SHEETS:
-        title += f"\npictures of {MOST_SHEETS} of {len(shown)} that have some, evenly spread"
-        shown = some(shown)
+    shown, note = chosen_for_sheets([entry for entry in all_entries if has_sheet(entry)])
+    title += note
     sheets = [sheet for entry in shown if (sheet := sheet_of(entry, labels))]
     if not histograms and not sheets:
         raise UserError(f"there is nothing to plot in {title.splitlines()[0]}: it has no whole tensor and no video")
     draw_figure(path, title, histograms, sheets)
 
 
-def some(entries: Sequence[Entry]) -> list[Entry]:
-    """Return at most MOST_SHEETS entries, evenly spread."""
-    count = min(MOST_SHEETS, len(entries))
-    return [entries[i] for i in np.linspace(0, len(entries) - 1, count).round().astype(int)]
+def chosen_for_sheets(entries: Sequence[Entry]) -> tuple[list[Entry], str]:
+    """Return the entries whose pictures are drawn, and a line that says so if they are not all.
+
+    Of several videos, each with latents, frames or an encoded video in a folder of its own, the same are chosen in all
+    of these, and what belongs to a video stands together.
+    """
+    videos: dict[Path, list[Entry]] = {}
+    for entry in entries:
+        videos.setdefault(next(item.file.parent for item in entry.items if item), []).append(entry)
+    are_videos = len(videos) > 1 and all(len(of_video) <= MOST_OF_VIDEO for of_video in videos.values())
+    groups = [*videos.values()] if are_videos else [[entry] for entry in entries]
+    note = ""
+    if len(groups) > MOST_SHEETS:
+        what = "videos" if are_videos else "that have some"
+        note = f"\npictures of {MOST_SHEETS} of {len(groups)} {what}, evenly spread"
+        groups = evenly_spread(groups)
+    return [entry for group in groups for entry in group], note
+
+
+def evenly_spread(things: Sequence[Any]) -> list[Any]:
+    """Return at most MOST_SHEETS of these."""
+    count = min(MOST_SHEETS, len(things))
+    return [things[i] for i in np.linspace(0, len(things) - 1, count).round().astype(int)]
 
 
 def is_tensor(entry: Entry) -> bool:
@@ -224,11 +244,23 @@ def sheet_of(entry: Entry, labels: Sequence[str]) -> Sheet | None:
         batch, channels = next(iter(tensors.values())).shape[:2]
         latents = {label: tensor[0].float().numpy() for label, tensor in tensors.items()}
         name = entry.name + (f", the first of {batch} videos" if batch > 1 else "")
-        return latents_sheet(name, latents, map_of(first, channels))
+        return latents_sheet(name + prompt_of(entry), latents, map_of(first, channels))
     videos = {label: tensor.numpy() for label, tensor in tensors.items() if str(tensor.dtype) == "torch.uint8"}
     if len(videos) == len(tensors) and all(video.ndim == 4 and video.shape[3] == 3 for video in videos.values()):
-        return frames_sheet(entry.name, videos)
+        return frames_sheet(entry.name + prompt_of(entry), videos)
     return None
+
+
+def prompt_of(entry: Entry) -> str:
+    """Return the prompt of an entry's tensors or videos for a title; nothing if it is not known, or not the same."""
+    found = set()
+    for item in filter(None, entry.items):
+        made_from = stage_files.read_made_from(item.file, item.metadata)
+        with contextlib.suppress(UserError):
+            made_from = made_from or stage_files.read_config(item.file.parent, TextConfig)  # a video's
+        found.add(made_from.get("prompt"))
+    (prompt, *others) = found
+    return f" of «{shortened(str(prompt))}»" if prompt and not others else ""
 
 
 def map_of(item: "Item", channels: int) -> LatentMap | None:

@@ -3,20 +3,26 @@
 import argparse
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cogvideox.cli import next_command
 from cogvideox.cli.report import Progress, Report
-from cogvideox.files import checkpoint, provenance, stage_files, tensors, writing
+from cogvideox.files import checkpoint, contact_sheet, provenance, stage_files, tensors, writing
+from cogvideox.files import videos as of_index
+from cogvideox.files.names import SHEET
 from cogvideox.files.schemas import LATENT_ENTRIES
 from cogvideox.files.video_file import video_writer
 from cogvideox.run.hosts import Hosts
-from cogvideox.run.jobs import Video
+from cogvideox.run.jobs import Video, decoding_folder
 from cogvideox.run.plans import dump_recorder, dump_wanted, plan_errors
 from cogvideox.signals import Interruption
+
+SHOWN_FRAMES, SHOWN_SIZE = 4, 240  # frames of each video on a contact sheet, and their longer side in pixels at most
+MOST_SHOWN = 100  # videos on a contact sheet
 
 if TYPE_CHECKING:
     import jax
@@ -135,21 +141,44 @@ class DecodingRun:
     ) -> np.ndarray:
         """Decode all videos, and return the scaled latents of the last one, [1, C, T, H, W]."""
         functions = [*map(recorder.recording, profile.traced(compiled, sum(self.plan.runs)))]
-        total = 0.0
+        total, strips, folder = 0.0, [], decoding_folder(self.arguments)
+        # One video that goes elsewhere, such as with another rate, is not the one that the index is to name.
+        is_listed = self.hosts.is_first and (len(videos) > 1 or videos[0].output is None)
+        if is_listed:
+            of_index.record(folder, [video.entry("denoised") for video in videos], only_forward=True)
         for n, video in enumerate(videos, 1):
-            latents, seconds = self.decode(video, functions, f", video {n} of {len(videos)}" if n > 1 else "")
+            shown = Shown(self.plan.frames)
+            latents, seconds = self.decode(video, functions, shown, f", video {n} of {len(videos)}" if n > 1 else "")
             total += seconds
+            if is_listed:
+                of_index.record(folder, [video.entry("decoded")])
+                strips += [shown.strip] if n <= MOST_SHOWN else []
         self.report.add("per frame", f"{total / len(videos) / self.plan.frames:.3f} s")
         if len(videos) > 1:
             self.report.add("run of all videos", f"{total:.2f} s")
+            if self.hosts.is_first:
+                self.draw_sheet(videos, strips)
         return latents
 
-    def decode(self, video: Video, functions: Sequence[Callable], label: str = "") -> tuple[np.ndarray, float]:
+    def draw_sheet(self, videos: Sequence[Video], strips: Sequence[np.ndarray]) -> None:
+        """Draw some frames of several videos, of at most MOST_SHOWN, with their prompts."""
+        folder, around = decoding_folder(self.arguments), self.arguments.input_dir
+        names = [f"{video.folder.relative_to(around)}: {video.config['prompt']}" for video in videos[:MOST_SHOWN]]
+        first = f"the first {MOST_SHOWN} of " if len(videos) > MOST_SHOWN else ""
+        title = f"{folder}: {first}{len(videos)} videos"
+        contact_sheet.draw_grid(folder / SHEET, title, np.stack(strips), names)
+        index = next_command.here(of_index.index_file(folder))
+        self.report.say(f"wrote {folder / SHEET}, which shows the videos; {index} lists them")
+
+    def decode(
+        self, video: Video, functions: Sequence[Callable], shown: "Shown", label: str = ""
+    ) -> tuple[np.ndarray, float]:
         """Decode latents and write the video, and its frames if asked for.
 
         Args:
             video: whose latents are read.
             functions: the compiled programs, see `chunk_programs`.
+            shown: is given the frames that a contact sheet shows.
             label: the part of the phase's name after "run".
 
         Returns:
@@ -160,14 +189,14 @@ class DecodingRun:
         latents = scaled(stage_files.read_latents(video.latents, allow_nan=True), self.plan)
         # What the video is made from is read before the timed run.
         made_of_video = made(video, self.model_id, self.plan, self.arguments)
-        frames_file, report = self.arguments.output_frames, self.report
+        frames_file, report = video.frames, self.report
         fps = frames_per_second(video, self.arguments)
         with (
             report.phase(f"run, with encoding{label}", in_table=not label) as phase,
             self.hosts.claimed(video.encoded.parent, "stage3"),
             report.progress("decoding", "frame", self.plan.frames) as bar,
         ):
-            chunks = decode(functions, self.weights, latents, self.plan.split)
+            chunks = shown.passing(decode(functions, self.weights, latents, self.plan.split))
             if self.hosts.is_first:
                 frames = write_video(chunks, video.encoded, fps, made_of_video, bar, keep=frames_file is not None)
             else:
@@ -191,6 +220,35 @@ def made(video: Video, model_id: str, plan: "DecodingPlan", arguments: argparse.
         "fps": frames_per_second(video, arguments),
     }
     return provenance.as_metadata("stage3", inputs, arguments, decides)
+
+
+class Shown:
+    """A few frames of a video, made small, for a contact sheet; `frames` is how many the video has."""
+
+    def __init__(self, frames: int):
+        self._numbers = {*np.linspace(0, frames - 1, SHOWN_FRAMES).round().astype(int).tolist()}
+        self._found: list[np.ndarray] = []
+
+    def passing(self, chunks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Yield the chunks, uint8 [frames, height, width, 3], of a video, and keep what is shown."""
+        from PIL import Image
+
+        passed = 0
+        for chunk in chunks:
+            for number, frame in enumerate(chunk, passed):
+                if number in self._numbers:
+                    picture = Image.fromarray(frame)
+                    picture.thumbnail((SHOWN_SIZE, SHOWN_SIZE))
+                    self._found.append(np.asarray(picture))
+            passed += len(chunk)
+            yield chunk
+
+    @property
+    def strip(self) -> np.ndarray:
+        """The frames beside each other, uint8 [height, width, 3]."""
+        pictures = contact_sheet.enlarged(np.stack(self._found), SHOWN_SIZE // 2)
+        lines = np.pad(pictures, [(0, 0), (0, 0), (0, 2), (0, 0)], constant_values=255)
+        return np.concatenate(lines, axis=1)[:, :-2]
 
 
 def report_plan(plan: "DecodingPlan", arguments: argparse.Namespace, report: Report) -> None:

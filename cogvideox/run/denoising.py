@@ -4,17 +4,16 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from cogvideox.cli.report import Report
 from cogvideox.defaults import PRESETS
-from cogvideox.files import checkpoint, tensor_dump
+from cogvideox.files import checkpoint, tensor_dump, videos
 from cogvideox.files.lora import Lora
 from cogvideox.files.names import CONFIG, PREVIEW
-from cogvideox.models.shared.sizes import spatial_compression_ratio
 from cogvideox.run.hosts import Hosts
 from cogvideox.run.jobs import Group, Task
 from cogvideox.run.plans import attention_wanted, dump_recorder, dump_wanted, plan_errors, skipped_steps
@@ -240,6 +239,8 @@ class DenoisingRun:
         if self.hosts.is_first:
             for i, task in enumerate(group.tasks):
                 task.save(latents[i : i + 1], self.arguments)
+            output_dir = self.arguments.output_dir or self.arguments.input_dir
+            videos.record(output_dir, [task.video.entry("denoised") for task in group.tasks])
             group.state_file.remove()
         return latents
 
@@ -274,9 +275,8 @@ def report_plan(
     report.say(f"scheduler: {scheduler}, {spacing} timesteps, {plan.num_inference_steps} steps")
     if all(getattr(arguments, name) == value for name, value in PRESETS["draft"].items()):
         report.say("these are the settings of a draft; --preset authors sets those of the model's authors")
-    for line in (*untrained(plan), *(one.summary for one in loras)):
-        report.say(line)
     for one in loras:
+        report.say(one.summary)
         if one.changes_nothing:
             report.warn(f"{one.files[0]} changes nothing: all products of its matrices are zero")
     if plan.step_cache:
@@ -294,13 +294,3 @@ def report_step_cache(steps: Steps, report: Report) -> None:
     )
     factor = number / (number - len(skipped))
     report.add("step cache", f"{len(skipped)} of {number} steps skipped, {factor:.2f} x fewer blocks to run")
-
-
-def untrained(plan: "DenoisingPlan") -> Iterator[str]:
-    """Say what the model was not trained on, by its config and by its authors: it runs, but may look worse."""
-    scale = spatial_compression_ratio(plan.vae)
-    height, width = (plan.transformer[f"sample_{name}"] * scale for name in ("height", "width"))
-    if (plan.height, plan.width) != (height, width):
-        yield f"the model's config names {height} x {width}; {plan.height} x {plan.width} may look worse"
-    if (plan.frames - 1) % 16:
-        yield f"CogVideoX 1.5 was trained on 16n + 1 frames, 81 and 161; {plan.frames} may look worse"

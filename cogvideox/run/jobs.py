@@ -17,7 +17,7 @@ from cogvideox.defaults import MOST_SEED
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, provenance, stage_files, tensor_dump, videos, writing
 from cogvideox.files.lora import Lora
-from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, TIMINGS, VIDEO
+from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, SHEET, TIMINGS, VIDEO
 from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES, VIDEO_ENTRIES, TextConfig, VideoConfig
 from cogvideox.files.state import StateFile, fingerprint_of
 from cogvideox.run.hosts import Hosts
@@ -41,12 +41,14 @@ class Video:
         config: the entries of generation_config.json that are known when the stage begins.
         prompt_folder: of stage 1's files, if it is another one.
         output: the file of the encoded video, if it is another one than `folder` / VIDEO.
+        frames: the file of --output_frames, if it is asked for.
     """
 
     folder: Path
     config: Mapping
     prompt_folder: Path | None = None
     output: Path | None = None
+    frames: Path | None = None
 
     @property
     def embeddings(self) -> Path:
@@ -62,6 +64,11 @@ class Video:
     def encoded(self) -> Path:
         """The file of the encoded video."""
         return self.output or self.folder / VIDEO
+
+    def entry(self, state: str) -> videos.Entry:
+        """Return the line of the index for a video in this state."""
+        file = self.encoded if state == "decoded" else None
+        return videos.Entry(self.folder, self.config["prompt"], self.config["seed"], file, state)
 
 
 def check_model(found: Sequence[Video], model_id: str | None, refuse: Callable[[str], None]) -> str:
@@ -100,7 +107,12 @@ def videos_to_denoise(arguments: argparse.Namespace, output_dir: Path, hosts: Ho
 
 
 def check_files_to_denoise(
-    found: Sequence[Video], arguments: argparse.Namespace, loras: Sequence[Lora], hosts: Hosts, report: Report
+    found: Sequence[Video],
+    arguments: argparse.Namespace,
+    output_dir: Path,
+    loras: Sequence[Lora],
+    hosts: Hosts,
+    report: Report,
 ) -> tuple[str, dict[Path, dict[str, tuple[int, ...]]]]:
     """Check the files of the videos.
 
@@ -122,6 +134,7 @@ def check_files_to_denoise(
     outputs = [video.folder / name for video in found for name in (LATENTS, CONFIG)]
     lora_files = [file for one in loras for file in one.files]
     inputs = [*shapes, *lora_files, arguments.executable, arguments.log_json]
+    outputs += [videos.index_file(output_dir)] if len(found) > 1 else []
     there = [("--output_dir", path) for path in outputs if hosts.is_first and path.parent.is_dir()]
     writing.check_outputs(there, inputs, model_id)
     return model_id, shapes
@@ -236,9 +249,18 @@ def groups_of(
         fingerprint = group[0].fingerprint.copy()
         for task in group[1:]:
             fingerprint |= {f"{name} of {task.video.folder}": value for name, value in task.fingerprint.items()}
-        state_file = StateFile(group[0].video.folder, fingerprint, arguments.checkpoint_every if keeps_state else 0)
+        every, about = arguments.checkpoint_every if keeps_state else 0, group[0].made(arguments)
+        state_file = StateFile(group[0].video.folder, fingerprint, every, about)
         groups.append(Group(group, state_file, state_file.load(arguments.restart) if keeps_state else None))
     return groups
+
+
+def record_start(tasks: Sequence[Task], groups: Sequence[Group], output_dir: Path) -> None:
+    """Put the videos of a run into the index: those of the groups are to be made, the others are finished."""
+    todo = [task for group in groups for task in group.tasks]
+    finished = [task.video.entry("denoised") for task in tasks if task not in todo]
+    videos.record(output_dir, finished, only_forward=True)
+    videos.record(output_dir, [task.video.entry("encoded") for task in todo])
 
 
 def reason_for_batch(plan: "DenoisingPlan", arguments: argparse.Namespace) -> str:
@@ -260,14 +282,25 @@ def videos_to_decode(arguments: argparse.Namespace) -> list[Video]:
         UserError: a config is missing or wrong, or the options are for a single video, or sizes differ.
     """
     folders = videos.videos(arguments.input_dir)
-    for option in ("output_video", "output_frames", "dump"):
-        if len(folders) > 1 and getattr(arguments, option):
-            raise UserError(
-                f"--{option} is for one video, and {arguments.input_dir} has {len(folders)}; give the folder of one as "
-                "--input_dir"
-            )
+    if len(folders) > 1 and arguments.dump:
+        raise UserError(
+            f"--dump is for one video, and {arguments.input_dir} has {len(folders)}; give the folder of one as "
+            "--input_dir"
+        )
+
+    def of_video(path: Path | None, folder: Path) -> Path | None:
+        """Return the file that an option names, of several videos with the name of the video's folder in it."""
+        if path is None or len(folders) == 1:
+            return path
+        return path.with_name(f"{path.stem}_{videos.label(folder, arguments.input_dir)}{path.suffix}")
+
     found = [
-        Video(folder, stage_files.read_config(folder, VideoConfig), output=encoded_video(folder, arguments))
+        Video(
+            folder,
+            stage_files.read_config(folder, VideoConfig),
+            output=of_video(arguments.output_video, folder) or video_elsewhere(folder, arguments),
+            frames=of_video(arguments.output_frames, folder),
+        )
         for folder in folders
     ]
     for video in found[1:]:
@@ -281,10 +314,10 @@ def videos_to_decode(arguments: argparse.Namespace) -> list[Video]:
     return found
 
 
-def encoded_video(folder: Path, arguments: argparse.Namespace) -> Path | None:
-    """Return the file of the video whose latents are in `folder`; None for that in `folder` itself."""
-    if arguments.output_video or not arguments.output_dir:
-        return arguments.output_video
+def video_elsewhere(folder: Path, arguments: argparse.Namespace) -> Path | None:
+    """Return the file in --output_dir of the video whose latents are in `folder`; None without that option."""
+    if not arguments.output_dir:
+        return None
     return arguments.output_dir / folder.relative_to(arguments.input_dir) / VIDEO
 
 
@@ -312,7 +345,11 @@ def check_files_to_decode(
         provenance.check_inputs(video.latents, report.refuse)
     model_id = check_model(found, arguments.model_id, report.refuse)
     option = "--output_video" if arguments.output_video or not arguments.output_dir else "--output_dir"
-    options = [(option, video.encoded) for video in found] + [("--output_frames", arguments.output_frames)]
+    options: list[tuple[str, Path | None]] = [(option, video.encoded) for video in found]
+    options += [("--output_frames", video.frames) for video in found]
+    if len(found) > 1:
+        folder = decoding_folder(arguments)
+        options += [("--output_dir", path) for path in (videos.index_file(folder), folder / SHEET)]
     configs = [video.folder / CONFIG for video in found]
     timings = decoding_folder(arguments) / TIMINGS
     inputs = [*shapes, *configs, timings, arguments.executable, arguments.log_json]
