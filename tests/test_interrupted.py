@@ -30,6 +30,7 @@ from cogvideox.files import tensors as tensors_module
 from cogvideox.files.names import STATE, VIDEO
 from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES
 from cogvideox.files.state import StateFile
+from cogvideox.files.video_file import video_writer
 from cogvideox.inspection import status
 from cogvideox.models.transformer import denoising
 from cogvideox.models.transformer.plan import make_denoising_plan
@@ -209,6 +210,17 @@ def test_a_signal_where_it_must_wait_and_where_it_must_not(case, tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and errors == "-c: interrupted; the files that are there are whole\n", errors
     assert [file.name for file in tmp_path.iterdir()] == left
+
+
+def test_ffmpeg_ends_with_an_interrupted_video(tmp_path, monkeypatch):
+    """Else it would write the file after that was removed."""
+    started: list[subprocess.Popen] = []
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(start(*a, **k)) or started[-1])
+    with pytest.raises(KeyboardInterrupt) as error, video_writer(str(tmp_path / VIDEO), 8) as append:
+        append(np.zeros((16, 16, 3), np.uint8))
+        raise KeyboardInterrupt
+    assert error and started and all(process.poll() is not None for process in started)
 
 
 @pytest.mark.slow
@@ -479,8 +491,6 @@ def chain(tmp_path) -> Path:
         tmp_path / LATENTS,
         stage_files.made_from(config, LATENT_ENTRIES) | made,
     )
-    from cogvideox.files.video_file import video_writer
-
     comment = provenance.as_metadata("stage3", {LATENTS: provenance.digest(tmp_path / LATENTS)}, arguments)[
         "provenance"
     ]

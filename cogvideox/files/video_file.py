@@ -67,7 +67,7 @@ def video_writer(path: str, fps: float, comment: str = "") -> Iterator[Callable]
 
     def append(frame: "np.ndarray") -> None:
         nonlocal appended
-        writer.append_data(frame)  # type: ignore[attr-defined]  # missing in imageio's stub
+        writer.append_data(frame)
         appended += 1
 
     try:
@@ -75,7 +75,9 @@ def video_writer(path: str, fps: float, comment: str = "") -> Iterator[Callable]
         # size is rounded up: H.264 needs only even sizes, and ours are even.
         settings: dict[str, Any] = {"quality": 5.0, "macro_block_size": 2, "ffmpeg_log_level": "quiet"}
         metadata = ["-metadata", f"comment={comment}"]
-        with imageio.get_writer(path, format="FFMPEG", fps=fps, output_params=metadata, **settings) as writer:
+        writer = imageio.get_writer(path, format="FFMPEG", fps=fps, output_params=metadata, **settings)
+        # The writer's own `with` leaves ffmpeg running after an error, and that makes the file anew once it is removed.
+        with contextlib.closing(writer):
             yield append
         # imageio does not check how ffmpeg ended: on a full disk, half a file may be left without an error.
         written, _ = count_frames_and_secs(path)
