@@ -217,9 +217,14 @@ def test_ffmpeg_ends_with_an_interrupted_video(tmp_path, monkeypatch):
     started: list[subprocess.Popen] = []
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(start(*a, **k)) or started[-1])
-    with pytest.raises(KeyboardInterrupt) as error, video_writer(str(tmp_path / VIDEO), 8) as append:
-        append(np.zeros((16, 16, 3), np.uint8))
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with video_writer(str(tmp_path / VIDEO), 8) as append:
+            append(np.zeros((16, 16, 3), np.uint8))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as error:  # which is kept, and with it the writer
+        interrupted()
     assert error and started and all(process.poll() is not None for process in started)
 
 
