@@ -86,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 config = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
                 tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
                 with report.aside("save"):
-                    made = provenance.as_metadata("stage1", weights, arguments, {"dtype": encoder.dtype})
+                    made = provenance.as_metadata(
+                        "stage1", weights, arguments, {"dtype": str(encoder.dtype).removeprefix("torch.")}
+                    )
                     save(tensors, config, made, prompt.folder)
                 report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
 

@@ -78,7 +78,8 @@ def test_from_stage_to_stage(folder):
     assert printed_command(said) == printed_command(process.stdout)
     run_printed(process.stdout, folder)
     assert (folder / "out put" / VIDEO).stat().st_size
-    assert "fits together" in run_here("utils.py", "status", "out put", folder=folder).stdout
+    said = run_here("utils.py", "status", "out put", folder=folder).stdout
+    assert "fits together" in said and "; mesh dp 1 sp 1 tp 1, layout tp, attention xla," in said, said
 
     (folder / "out put" / EMBEDDINGS).unlink()
     said = run_here("utils.py", "status", "out put", folder=folder).stdout
@@ -151,7 +152,18 @@ def test_after_another_prompt(folder, monkeypatch):
 # What decides no result: where files are, what is printed and written beside them, how the run starts and ends.
 DECIDES_NOTHING = {
     *("input_dir", "output_dir", "output_video", "output_frames", "log_json", "verbose", "quiet", "debug", "force"),
-    *("dump", "dump_names", "dump_steps", "dump_stats", "dump_shards", "profile", "executable", "compilation_cache"),
+    *(
+        "dump",
+        "dump_names",
+        "dump_steps",
+        "dump_stats",
+        "dump_shards",
+        "dump_queries",
+        "dump_heads",
+        "profile",
+        "executable",
+        "compilation_cache",
+    ),
     *("num_processes", "process_id", "coordinator_address", "warmup", "warmup_steps", "preview_every"),
     *("checkpoint_every", "prompt", "prompt_file", "model_id", "preset", "decoder"),
 }

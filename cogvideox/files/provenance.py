@@ -98,12 +98,17 @@ def as_metadata(
     made = {
         "stage": stage,
         "inputs": dict(inputs),
-        "plan": {name: str(value) for name, value in (plan or {}).items()},
+        "plan": {name: _in_words(value) for name, value in (plan or {}).items()},
         "options": {name: _plain(value) for name, value in vars(arguments).items() if value is not None},
         "versions": versions(*LIBRARIES),
         "time": writing.now(),
     }
     return {"provenance": json.dumps(made)}
+
+
+def _in_words(value: object) -> str:
+    """Return a part of a plan as text; a mesh is "dp 1 sp 8 tp 1"."""
+    return " ".join(f"{axis} {n}" for axis, n in value.items()) if isinstance(value, dict) else str(value)
 
 
 def known_as(path: Path, folder: Path) -> str:
@@ -156,6 +161,12 @@ def decided_by(path: Path) -> dict[str, str]:
         plan = stage_files.read_made_from(path, stage_files.metadata(path)) | plan
     inputs = {_role(name): digest[:8] for name, digest in _object(made, "inputs").items()}
     return {name: str(value) for name, value in (plan | inputs | _object(made, "versions")).items()}
+
+
+def how(made: Mapping) -> str:
+    """Say how a file was made that says this of itself: what was decided beside its options, and the main versions."""
+    versions = {name: version for name, version in _object(made, "versions").items() if name in ("jax", "torch")}
+    return ", ".join(f"{name} {value}" for name, value in (_object(made, "plan") | versions).items())
 
 
 def _role(name: str) -> str:

@@ -11,7 +11,7 @@ from cogvideox.cli import next_command
 from cogvideox.errors import UserError, first_line
 from cogvideox.files import schemas, stage_files, state, videos
 from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, STATE, VIDEO, VIDEO_SUFFIXES
-from cogvideox.files.provenance import WEIGHTS, knows_weights, recorded, stale_inputs
+from cogvideox.files.provenance import WEIGHTS, how, knows_weights, recorded, stale_inputs
 
 STAGE1, STAGE2, STAGE3 = next_command.STAGE1, next_command.STAGE2, next_command.STAGE3["torchax"]
 # The files of a run, each made from the one before, and the stages that make them.
@@ -108,7 +108,8 @@ def status_of_files(
         if fault is None:
             made = recorded(path)
             weights = "" if knows_weights(made) else "; with which weights is not known"
-            yield f"{path}: made {made.get('time', 'at an unknown time')}{weights}"
+            way = f"; {told}" if (told := how(made)) else ""
+            yield f"{path}: made {made.get('time', 'at an unknown time')}{way}{weights}"
         else:
             yield f"{path}: {fault}"
             todo = todo or script
