@@ -108,7 +108,7 @@ def make_transformer(module, mesh: tuple[int, int, int], attention=xla_attention
     ids=lambda value: str(value) if isinstance(value, tuple) else getattr(value, "name", "xla"),
 )
 def test_transformer_modules_match_diffusers(mesh, attention, monkeypatch):
-    monkeypatch.setattr(block, "FEED_FORWARD_TOKENS", 32)  # so that the MLP runs on several pieces
+    monkeypatch.setattr(block, "ELSEWHERE", 32)  # so that the MLP runs on several pieces
     module = make_module(SMALL)
     function, devices, arguments = make_transformer(module, mesh, attention)
     wanted = dataclasses.replace(EVERYTHING, arrays=["*", "*.[02].attn1.weights"], queries=QUERIES, heads=HEADS)

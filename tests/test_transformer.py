@@ -17,6 +17,7 @@ from cogvideox.models.shared.sharding import Parallelism, make_mesh, mesh_sizes
 from cogvideox.models.transformer.attention import Attention, xla_attention
 from cogvideox.models.transformer.embeddings import rotary_embedding
 from cogvideox.models.transformer.parameters import (
+    abstract_parameters,
     declaration,
     load_parameters,
     parameter_shapes,
@@ -138,6 +139,20 @@ def test_kernels_match_xla(name):
     query, key, value = (jnp.asarray(random.standard_normal((2, 2, 300, 64)), jnp.float32) for _ in range(3))
     ours = Attention(name, "cpu")(query, key, value, kv_length=270)
     assert (error := relative_error(ours, xla_attention(query, key, value, 270))) < 1e-3, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize(("platform", "pieces", "barriers"), [("tpu", 4, 9), ("gpu", 1, 0), ("cpu", 1, 0)])
+def test_the_mlp_has_the_form_of_the_platform(platform, pieces, barriers, monkeypatch):
+    """In 8,192 tokens a TPU has four pieces, with barriers before their products; others have neither."""
+    config = dict(make_module(SMALL | {"num_layers": 1}).config)
+    parallelism = Parallelism(make_mesh(dict.fromkeys(("dp", "sp", "tp"), 1), jax.devices()[:1]))
+    monkeypatch.setattr(Parallelism, "platform", platform)
+    shapes = abstract_parameters(config, jnp.bfloat16, parallelism)
+    latents, prompts = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((1, 2, 4, 128, 254), (1, 10, 24)))
+    rotary = (jax.ShapeDtypeStruct((8128, 8), jnp.float32),) * 2
+    run = functools.partial(transformer, config=config, parallelism=parallelism, attention=xla_attention)
+    text = str(jax.make_jaxpr(run)(shapes, latents, prompts, jax.ShapeDtypeStruct((), jnp.int32), rotary))
+    assert (text.count("tanh"), text.count("optimization_barrier")) == (pieces, barriers)
 
 
 def test_attention_of_one_sequence_after_the_other():

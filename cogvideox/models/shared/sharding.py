@@ -97,6 +97,11 @@ class Parallelism:
         """Chips that split attention heads and MLP."""
         return self.mesh.shape["tp"]
 
+    @property
+    def platform(self) -> str:
+        """Platform of the chips: "tpu", "cpu" or "gpu"."""
+        return self.mesh.devices.flat[0].platform
+
     def sharding(self, *spec: str | tuple[str, ...] | None) -> NamedSharding:
         """Return `NamedSharding(mesh, PartitionSpec(*spec))`; without arguments, that of replicated arrays."""
         return NamedSharding(self.mesh, PartitionSpec(*spec))

@@ -17,7 +17,10 @@ from cogvideox.models.transformer import taps
 from cogvideox.models.transformer.base_block import SEQUENCE_TILE, BaseBlock
 from cogvideox.models.transformer.layers import QK_NORM_EPS, affine, layer_norm, linear, moments, project_heads
 
-FEED_FORWARD_TOKENS = 2048  # tokens of a chip that go through the MLP at a time
+# Tokens of a chip that go through the MLP at a time: what lies between its two products stays in a TPU's VMEM. Another
+# device is to be filled by them, with less memory than attention takes.
+FEED_FORWARD_TOKENS = {"tpu": 2048}
+ELSEWHERE = 16384
 TOKENS = 1  # the axis of the hidden states
 
 
@@ -62,7 +65,7 @@ class Block(BaseBlock):
             x = jax.nn.gelu(linear(x, self.parameters, "ff.net.0.proj"), approximate=True).astype(hidden.dtype)
             taps.tap_mlp(x, self.bounds)
             weight = self.parameters["ff.net.2.weight"]
-            x = jnp.einsum("bsi,oi->bso", materialized(x), weight, preferred_element_type=jnp.float32)
+            x = jnp.einsum("bsi,oi->bso", self.materialized(x), weight, preferred_element_type=jnp.float32)
             return self.gated_residual(hidden, x, "ff.net.2", gates, is_text)
 
     def modulated_norm(self, hidden: jax.Array, is_text: jax.Array, name: str) -> tuple[jax.Array, jax.Array]:
@@ -73,15 +76,19 @@ class Block(BaseBlock):
             x = x * (1 + jnp.where(is_text, scales[0], scales[1])) + jnp.where(is_text, shifts[0], shifts[1])
             x = x.astype(hidden.dtype)
             tap.tap("", x, HIDDEN_STATES, self.bounds)
-            return materialized(jax.lax.all_gather(x, "tp", axis=1, tiled=True)), gates
+            return self.materialized(jax.lax.all_gather(x, "tp", axis=1, tiled=True)), gates
 
     @property
     def cuts(self) -> list[int]:
-        """Where to cut the chip's own tokens for the MLP, so that what lies between its two products stays in VMEM."""
+        """Where to cut the chip's own tokens for the MLP."""
         share = len(self.is_text)
-        pieces = round(share * self.parallelism.tp / FEED_FORWARD_TOKENS)
+        pieces = round(share * self.parallelism.tp / FEED_FORWARD_TOKENS.get(self.parallelism.platform, ELSEWHERE))
         pieces = min(max(pieces, 1), share // SEQUENCE_TILE)
         return [share * i // pieces // SEQUENCE_TILE * SEQUENCE_TILE for i in range(1, pieces)]
+
+    def materialized(self, x: jax.Array) -> jax.Array:
+        """Prevent XLA, for a TPU, from computing `x` again for every tile of a matrix product that reads it."""
+        return jax.lax.optimization_barrier(x) if self.parallelism.platform == "tpu" else x
 
 
 def normalized_and_rotated(x: jax.Array, parameters: Mapping, name: str, rotary: tuple) -> jax.Array:
@@ -96,8 +103,3 @@ def normalized_and_rotated(x: jax.Array, parameters: Mapping, name: str, rotary:
         affine((x[..., part] - mean) * scale, parameters, name, part) for part in (slice(half), slice(half, None))
     )
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-def materialized(x: jax.Array) -> jax.Array:
-    """Prevent XLA from computing `x` again for every tile of a matrix product that reads it."""
-    return jax.lax.optimization_barrier(x)
