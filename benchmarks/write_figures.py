@@ -246,14 +246,16 @@ def speed(heading: Sequence[str], labels: Sequence[str], small_decode: str) -> s
 
 
 def on_gpu() -> str:
-    """Return the steps that benchmarks.on_device has measured on an NVIDIA H200."""
-    entries = result("on_device-nvidia-h200.json")["entries"]
-    rows = [
-        [name.removeprefix("step, "), f"{entry['seconds']:.2f} s", f"{entry['allotted_gib']:.1f} GiB"]
-        for name, entry in entries.items()
-        if name.startswith("step, ") and entry["status"] == "measured"
-    ]
-    return table(["size", "a step, measured, median of five", "memory"], sorted(rows))
+    """Return the steps that benchmarks.on_device has measured on an NVIDIA H200, beside diffusers on the same one."""
+    entries, theirs = (result(f"{of}-nvidia-h200.json")["entries"] for of in ("on_device", "diffusers"))
+    rows = []
+    for name, entry in entries.items():
+        if name.startswith("step, ") and entry["status"] == "measured":
+            row = [name.removeprefix("step, "), f"{entry['seconds']:.2f} s", f"{entry['allotted_gib']:.1f} GiB"]
+            other = theirs.get(name)
+            rows.append(row + ([f"{other['seconds']:.2f} s", f"{other['peak_gib']:.1f} GiB"] if other else ["-", "-"]))
+    heading = ["size", "a step, median of five", "memory", "a step of diffusers", "its memory"]
+    return table(heading, sorted(rows))
 
 
 MEASURED_KERNELS = {
