@@ -14,14 +14,14 @@ quoted = '$(subst ','\'',$1)'
 .PHONY: help demo video lint test-fast test clean
 
 help:  ## list the targets
-	@echo "Targets. The first run of any but help and clean installs what it needs into $(VENV)."
+	@echo "Targets. All but help and clean install at first what they need."
 	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'Variables, with their values:'
 	@echo '  PROMPT='$(call quoted,"$(PROMPT)")
 	@echo '  OUT=$(OUT), the folder of the outputs; PYTHON=$(PYTHON)'
 	@echo '  MODEL=$(MODEL), of video; its OPTIONS are those of stage 2'
 
-demo: $(VENV)/installed  ## run the three stages on the tiny model, and say where the video is
+demo: $(VENV)/installed  ## run the stages on the tiny model; says where the video is
 	$(RUN) stage1_text_encoder.py --model_id tiny_model --output_dir $(OUT) --prompt $(call quoted,$(PROMPT))
 	$(RUN) stage2_transformer.py --input_dir $(OUT)
 	$(RUN) stage3_vae_decoder.py --input_dir $(OUT)
@@ -33,7 +33,7 @@ video: $(VENV)/installed  ## the same with any model: make video MODEL=... PROMP
 	$(RUN) stage3_vae_decoder.py --input_dir $(OUT)
 	@echo "The video is $(OUT)/output_video.mp4"
 
-lint: $(VENV)/installed-for-tests  ## check style and format (ruff), types (mypy), and who imports whom (import-linter)
+lint: $(VENV)/installed-for-tests  ## check style, format, types and imports
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
@@ -45,7 +45,7 @@ test-fast: $(VENV)/installed-for-tests  ## run the quick tests: under two minute
 test: lint  ## check everything: lint, and all tests
 	$(RUN) -m pytest -n 2 --dist worksteal
 
-clean:  ## remove caches; the environment (.venv) and the outputs (stage_outputs) stay
+clean:  ## remove caches; .venv and stage_outputs stay
 	rm -rf .pytest_cache .ruff_cache .mypy_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 

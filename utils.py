@@ -23,6 +23,7 @@ from cogvideox.defaults import (
     WARMUP_STEPS,
     WIDTH,
 )
+from cogvideox.errors import UserError
 from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, PREVIEW, STAGE_OUTPUTS, VIDEO, VIDEO_SUFFIXES
 from cogvideox.files.schemas import TextConfig, VideoConfig
 from cogvideox.files.stage_files import made_from, metadata, read_config, write_config
@@ -93,7 +94,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "folder", type=folder_path, nargs="?", metavar="DIR", default=STAGE_OUTPUTS, help="the stages' output folder"
     )
-    for line in status(parser.parse_args(argv).folder):
+    folder = parser.parse_args(argv).folder
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; give that of the stages' outputs")
+    for line in status(folder):
         print(fitted(line))
 
 

@@ -56,7 +56,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         report.add_publish_option(output)
         kind.add_options(sub)
-    arguments = parse_with_preset(parser, argv, by_kind["stage2"])
+    words = list(sys.argv[1:] if argv is None else argv)
+    if found := next((word for word in words if word in by_kind), None):  # it may stand behind options
+        words.insert(0, words.pop(words.index(found)))
+    arguments = parse_with_preset(parser, words, by_kind["stage2"])
     if hasattr(arguments, "model_id"):
         generation_defaults.complete(arguments, generation_defaults.of_model(arguments.model_id))
     return arguments

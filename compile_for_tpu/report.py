@@ -72,6 +72,7 @@ def _prediction_lines(report: Mapping) -> list[str]:
     lines = [
         f"  predicted  {total:.4g} s, {floor['ratio']:.2f} x the floor"
         f" (compute {floor['compute']:.4g} s, bytes {floor['bytes']:.4g} s)",
+        f"  in range   {total * min(times_predicted()):.4g} to {total * max(times_predicted()):.4g} s",
         f"  caution    {trust()}",
     ]
     lines += [f"    {seconds:9.4f} s  {seconds / total:4.0%}  {name}" for name, seconds in report["split"].items()]
@@ -97,5 +98,5 @@ def trust() -> str:
     return (
         f"Expect {min(found):.2f} to {max(found):.2f} times the predicted seconds: "
         f"all {len(found)} programs of others that were measured on TPUs lay in this range, "
-        "whole steps at its lower end and attention kernels at its upper one."
+        "whole steps at its lower end, and attention kernels, most of what a step of ours is, at its upper one."
     )

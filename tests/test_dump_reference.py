@@ -347,7 +347,7 @@ def edit_json(file: str, **entries):
             r"has no diffusion_pytorch_model\.safetensors",
         ),
         (lambda folder: edit_config(folder, prompt="a blue square"), (), "was made with prompt"),
-        (lambda folder: edit_config(folder, seed=None), (), "seed: Field required; run stage 2"),
+        (lambda folder: edit_config(folder, seed=None), (), "seed is missing; run stage 2"),
         (lambda folder: edit_config(folder, height=64), ("--stage", "3"), "was made with height"),
         (edit_json("model/transformer/config.json", patch_size_t=None), (), "not a CogVideoX 1.5"),
         (lambda folder: edit_config(folder, scheduler="NoScheduler"), (), "is not supported"),

@@ -18,7 +18,7 @@ from cogvideox.cli import next_command
 from cogvideox.files import generation_defaults
 from cogvideox.files.names import STATE, VIDEO
 from cogvideox.files.state import StateFile
-from tests.helpers import EMBEDDINGS, LATENTS, STAGE1, STAGE2, STAGE3, TINY_MODEL, values
+from tests.helpers import EMBEDDINGS, LATENTS, STAGE1, STAGE2, STAGE3, TINY_MODEL, edit_config, values
 from tests.in_process import run_here
 
 PROMPT = "it's a red circle"
@@ -93,6 +93,11 @@ def test_from_stage_to_stage(folder):
     assert values(folder / "out put" / LATENTS) == before
 
 
+def test_status_of_no_folder(folder):
+    process = run_here("utils.py", "status", "nowhere", folder=folder)
+    assert process.returncode == 2 and "nowhere is no folder" in process.stderr, process
+
+
 @pytest.mark.slow
 def test_an_unfinished_run(folder, monkeypatch):
     """`status` says how far it is, and the command that goes on with it, with all options that decide it."""
@@ -122,6 +127,9 @@ def test_an_unfinished_run(folder, monkeypatch):
     process = run_printed(said, folder)
     assert "going on after step 1 of 4" in process.stdout, process.stdout
     assert values(folder / "other" / LATENTS) != whole
+    edit_config(folder / "out put", seed=99)  # as another run there does
+    said = run_here("utils.py", "status", "other", folder=folder).stdout
+    assert "stale" not in said and STAGE3 in said, said
     assert printed_command(process.stdout)[2:] == ["--input_dir", "other", "--dtype", "float32"]
 
     # Without latents generation_config.json says what decided them.

@@ -51,6 +51,7 @@ def of_compile_tool(*words: str) -> dict:
         (of_stage2, "--model-path m --lora_path a --output_path b", "--model_id m --lora a --output_dir b"),
         (of_stage2, "--torch_dtype float32 --guidance-scale=2", "--dtype float32 --guidance_scale=2"),
         (of_stage3, "--output-path b.mp4 --no_warmup", "--output_video b.mp4 --no-warmup"),
+        (of_compile_tool, "--topology v6e-1 stage2", "stage2 --topology v6e-1"),
         (of_compile_tool, "stage2 --num-frames 9 --model m", "stage2 --frames 9 --model_id m"),
     ],
 )

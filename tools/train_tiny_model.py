@@ -106,6 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     shutil.copytree(start, arguments.output_dir, dirs_exist_ok=True)
     for name in ("vae", "text_encoder", "transformer"):
         getattr(pipeline, name).to("cpu", torch.bfloat16).save_pretrained(arguments.output_dir / name)
+        config = arguments.output_dir / name / "config.json"
+        entries = json.loads(config.read_text())
+        entries.pop("_name_or_path", None)  # where it lay on this machine
+        config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
     made_for: dict[str, float] = {"height": SIZE, "width": SIZE, "frames": FRAMES, "num_inference_steps": NUM_STEPS}
     made_for |= {"guidance_scale": GUIDANCE_SCALE, "fps": FPS}
     (arguments.output_dir / generation_defaults.FILE).write_text(json.dumps(made_for, indent=2) + "\n")

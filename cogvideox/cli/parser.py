@@ -96,6 +96,7 @@ class ArgumentParser(argparse.ArgumentParser):
     ):
         super().__init__(description=description, allow_abbrev=False, formatter_class=HelpFormatter, **options)
         self._others = others or {}
+        self._pairs: set[tuple[str, str]] = set()  # of words that follow each other on the command line
         self._groups = {title: self.add_argument_group(title) for title in GROUPS}  # the help leaves out empty ones
 
     def group(self, title: str) -> argparse._ArgumentGroup:
@@ -109,6 +110,7 @@ class ArgumentParser(argparse.ArgumentParser):
         words = list(sys.argv[1:] if args is None else args)
         end = words.index("--") if "--" in words else len(words)
         words[:end] = map(self._spelled, words[:end])
+        self._pairs = {*itertools.pairwise(words)}
         with self._requiring_nothing():
             found, strays = super().parse_known_args(words)
         if strays:
@@ -118,7 +120,7 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the error as one line on stderr, and end the process with exit status 2."""
         option, _, fault = message.removeprefix("argument ").partition(": ")
-        if fault.endswith("one argument"):
+        if fault.endswith("one argument") and any(one == option and value[:1] == "-" for one, value in self._pairs):
             message += f"; a value that begins with a dash is written {option}=-VALUE"
         self.exit(2, fitted(one_line(f"{self.prog}: error: {message} (see --help)"), sys.stderr) + "\n")
 

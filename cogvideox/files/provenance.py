@@ -219,5 +219,6 @@ def check_inputs(path: Path, refuse: Callable[[str], None]) -> None:
         if WEIGHTS.fullmatch(name):
             refuse(f"{path} was made with other weights than the {name} has now; run the stage that made it again")
             continue
-        which = f"{name} as it is now" if Path(name).is_absolute() else f"the {name} beside it"
+        where = name if Path(name).is_absolute() else os.path.relpath(path.parent / name)
+        which = f"{where} as it is now"
         refuse(f"{path} was not made from {which}; run the stage that made it again")

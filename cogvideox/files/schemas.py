@@ -270,8 +270,11 @@ def parse_json(text: str | bytes, path: Path, kind: type[Entries], defaults: boo
         entry = ".".join(map(str, first["loc"]))
         of_stage_1 = issubclass(kind, TextConfig) and (entry in TextConfig.model_fields or not entry)
         remedy = TextConfig.remedy if of_stage_1 else kind.remedy
-        found = "" if first["type"] in ("missing", "json_invalid") else f", not {reprlib.repr(first['input'])}"
-        raise UserError(f"{path}: {f'{entry}: ' if entry else ''}{first['msg']}{found}; {remedy}") from error
+        found = "" if first["type"] == "json_invalid" else f", not {reprlib.repr(first['input'])}"
+        fault = f"{entry}: {first['msg']}{found}" if entry else f"{first['msg']}{found}"
+        if first["type"] == "missing":
+            fault = f"{entry} is missing"
+        raise UserError(f"{path}: {fault}; {remedy}") from error
 
 
 TEXT_ENTRIES = tuple(TextConfig.model_fields)

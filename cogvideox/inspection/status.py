@@ -45,7 +45,7 @@ def status_of_prompt(source: Path) -> Generator[str, None, set[str]]:
     needed = yield from status_of_files(origin, [embeddings], config, None if config else embeddings[0])
     scripts, elsewhere = [needed], encoded_elsewhere(source)
     for video in videos_of(source):
-        of_video = config if video == source else read_text(video) or config
+        of_video = read_text(video) or config
         scripts.append((yield from status_of_files(video, others, of_video, needed, elsewhere.get(video))))
     return set(filter(None, scripts))
 
