@@ -54,8 +54,7 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
         check_ffmpeg()
 
         accelerator.prepare_libraries(arguments.profile is not None, arguments.verbose)
-        if not hosts.are_many:  # which may share a disk that is slow for each of them
-            page_cache.warm(model_id, "vae", arguments.variant)
+        page_cache.warm(model_id, "vae", arguments.variant)
         devices = accelerator.devices(arguments.debug)
         stored = stage_files.read_latents(videos[0].latents, arguments.allow_nan)
         size = {name: videos[0].config[name] for name in jobs.SIZE}
