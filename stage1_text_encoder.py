@@ -21,6 +21,7 @@ from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
 from cogvideox.files.names import INDEX
 from cogvideox.files.schemas import TEXT_ENTRIES
 from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors, values_by_dtype
+from cogvideox.run import page_cache
 from cogvideox.run.accelerator import prepare_libraries
 from utils import CONFIG, EMBEDDINGS
 
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_outputs(prompts, arguments)
         prepare_libraries()
         model_id = checkpoint.resolve_model_id(arguments.model_id)
+        page_cache.warm(model_id, "text_encoder", arguments.variant)
         transformer = checkpoint.read_config(model_id, "transformer")
 
         report.title(f"Stage 1: text encoder of {model_id}")
@@ -176,17 +178,23 @@ def save(tensors: "Mapping[str, torch.Tensor]", config: Mapping, made: dict[str,
         stage_files.write_config(new, config)
 
 
-def load_tokenizer(folder: Path) -> "T5Tokenizer":
-    """Load the tokenizer of a model's folder.
-
-    Raises:
-        UserError: it has no vocabulary, or a file cannot be read.
-    """
+def check_vocabulary(folder: Path) -> None:
+    """Raise UserError if the tokenizer of a model's folder has no vocabulary."""
     vocabulary = [file for name in checkpoint.VOCABULARY if (file := folder / name).is_file() and file.stat().st_size]
     if not vocabulary:  # transformers would know no word, and not say so
         raise UserError(f"{folder} has neither {' nor '.join(checkpoint.VOCABULARY)}; {checkpoint.REMEDY}")
     for file in vocabulary:
         check_pointer(file)
+
+
+def import_modules() -> None:
+    """Import what loading and encoding need, so that no other part of the run waits for it."""
+    import safetensors.torch  # noqa: F401
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer  # noqa: F401
+
+
+def load_tokenizer(folder: Path) -> "T5Tokenizer":
+    """Load the tokenizer of a model's folder; raise UserError if a file cannot be read."""
     from transformers import T5Tokenizer
     from transformers.utils.logging import disable_progress_bar
 
@@ -203,8 +211,8 @@ def load_text_encoder(
     Args:
         model_id: a folder, or a model of the Hugging Face Hub.
         width: of the embeddings that the transformer takes.
-        report: is told of a variant that nobody asked for, of what is converted, and of a tokenizer that knows fewer
-            tokens than expected.
+        report: is told of a variant that nobody asked for, of what is converted, of a tokenizer that knows fewer
+            tokens than expected, and of the seconds of its parts.
         arguments: the parsed options, those of `add_weight_options` among them.
 
     Raises:
@@ -218,7 +226,11 @@ def load_text_encoder(
     embedding = next((name for name in EMBEDDING_NAMES if name in stored), EMBEDDING_NAMES[0])
     # A wrong file is said before transformers is imported.
     read_tensors(files, {embedding: (rows, width)}, checkpoint.REMEDY)
-    tokenizer = load_tokenizer(model / "tokenizer")
+    check_vocabulary(model / "tokenizer")
+    with report.part("imports"):
+        import_modules()
+    with report.part("reading"):
+        tokenizer = load_tokenizer(model / "tokenizer")
     fault = f"{model / 'tokenizer'} has {len(tokenizer):,} tokens, but the text encoder has an embedding of {rows:,}"
     if rows < len(tokenizer):
         raise UserError(f"{fault}; {checkpoint.REMEDY}")
@@ -228,7 +240,8 @@ def load_text_encoder(
     dtype, line = compute_dtype(values_by_dtype(arrays), arguments.dtype, platform=None)
     if line:
         report.say(line)
-    return tokenizer, load_encoder(folder, files, config, dtype)
+    with report.part("reading"):
+        return tokenizer, load_encoder(folder, files, config, dtype)
 
 
 def load_encoder(folder: Path, files: Sequence[Path], config: Mapping, dtype: str) -> "T5EncoderModel":

@@ -16,7 +16,7 @@ from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
 from cogvideox.cli.stages import STAGES, add_stage2_options
 from cogvideox.files import generation_defaults, lora
-from cogvideox.run import accelerator, denoising, jobs
+from cogvideox.run import accelerator, denoising, jobs, page_cache
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
 from cogvideox.run.plans import check_dump, denoising_plan, with_compute_dtype
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         hosts.agree({f"--{name} of the model": str(getattr(arguments, name)) for name in generation_defaults.OURS})
 
         accelerator.prepare_libraries(arguments.profile is not None, arguments.verbose)
+        if not hosts.are_many:  # of which each may read its part alone
+            page_cache.warm(model_id, "transformer", arguments.variant)
         devices = accelerator.devices(arguments.debug)
         plan = denoising_plan(arguments, model_id, devices, devices[0].platform, len(videos))
         jobs.check_embeddings(shapes, plan)
@@ -67,8 +69,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with report.phase("load"):
             read_weight = denoising.weight_reader(model_id, plan, loras, arguments.variant, report.say)
             hosts.agree_on_model(model_id, "transformer", arguments.variant)
+            with report.part("imports"):  # after the files are checked, which takes no time
+                denoising.import_modules()
             plan = with_compute_dtype(plan, read_weight.values, arguments, report.say)
-            steps = denoising.trace_steps(arguments, plan, model_id, read_weight)
+            with report.part("tracing"):
+                steps = denoising.trace_steps(arguments, plan, model_id, read_weight)
             denoising.report_plan(steps, loras, arguments, hosts, report)
             tasks = jobs.tasks_of(videos, arguments, plan, steps.skipped, loras)
             groups = jobs.groups_of(tasks, plan, arguments, hosts, report)

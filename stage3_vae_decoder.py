@@ -15,7 +15,7 @@ from cogvideox.cli.report import Report
 from cogvideox.cli.stages import STAGES, add_stage3_options
 from cogvideox.files import stage_files
 from cogvideox.files.video_file import check_ffmpeg
-from cogvideox.run import accelerator, decoding, jobs
+from cogvideox.run import accelerator, decoding, jobs, page_cache
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
 from cogvideox.run.plans import check_dump, decoding_plan, with_compute_dtype
@@ -54,6 +54,7 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
         check_ffmpeg()
 
         accelerator.prepare_libraries(arguments.profile is not None, arguments.verbose)
+        page_cache.warm(model_id, "vae", arguments.variant)
         devices = accelerator.devices(arguments.debug)
         stored = stage_files.read_latents(videos[0].latents, arguments.allow_nan)
         size = {name: videos[0].config[name] for name in jobs.SIZE}
@@ -65,12 +66,16 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
         cache = until_end.enter_context(Cache(arguments.compilation_cache, report))
         decoding.report_plan(plan, arguments, report)
         with report.phase("load"):
-            vae = plan.make_decoder()
+            with report.part("imports"):
+                decoding.import_modules(decoder)
+            with report.part("tracing"):
+                vae = plan.make_decoder()
             files = decoding.weight_files(vae, model_id, arguments.variant, report.say)
             plan = with_compute_dtype(plan, decoding.values_of(files), arguments, report.say)
             report.plan(plan, hosts.own(plan.devices))
             hosts.agree_on_model(model_id, "vae", arguments.variant)
-            traced = decoding.trace_chunks(arguments, plan, vae, files)
+            with report.part("tracing"):
+                traced = decoding.trace_chunks(arguments, plan, vae, files)
             recorder = decoding.recorder(arguments, videos[0], model_id, plan, traced)
             compiling = Compiling(arguments, f"{decoder} decoder", plan, traced, cache, report)
             weights = decoding.load_weights(files, plan.on_devices(files), report)

@@ -4,9 +4,12 @@ import argparse
 import functools
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +30,7 @@ from cogvideox.models.shared import loading
 from cogvideox.models.shared.layouts import LAYOUTS
 from cogvideox.models.shared.sharding import Parallelism, make_mesh
 from cogvideox.models.transformer import parameters
-from cogvideox.run import decoding
+from cogvideox.run import decoding, page_cache
 from compile_for_tpu import programs, topologies
 from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, needs_libtpu
 
@@ -149,8 +152,12 @@ def test_each_byte_is_read_once(shape, spec, further):
         filled.append(part.size)
         part[...] = whole[index]
 
-    assert_same_bits(loading.load_arrays({"array": array}, fill, scatter=True)["array"], whole, "array")
+    told, start = {}, time.perf_counter()
+    loaded = loading.load_arrays({"array": array}, fill, scatter=True, told=told.__setitem__)
+    assert_same_bits(loaded["array"], whole, "array")
     assert sum(filled) == whole.size, f"{sum(filled)} values were copied for {whole.size}"
+    assert list(told) == ["reading", "placing"] and min(told.values()) > 0
+    assert sum(told.values()) <= time.perf_counter() - start, "of all threads, not of the load"
 
 
 COMPILE_GATHER = """
@@ -346,6 +353,43 @@ def test_truncated_file(weights_folder):
         checkpoint.tensor_reader(str(folder), "vae", {"a": (3, 5, 7)})
 
 
+@pytest.fixture
+def asked_for(monkeypatch) -> list[tuple[str, int]]:
+    """Let warming happen at once; return the name of the file and the offset of each piece that it asks for."""
+    asked = []
+
+    def noted(descriptor: int, begin: int, length: int, advice: int) -> None:
+        asked.append((os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")), begin))
+
+    monkeypatch.setattr(page_cache.os, "posix_fadvise", noted)
+    monkeypatch.setattr(page_cache, "in_background", lambda function, *arguments: function(*arguments))
+    return asked
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not say how much memory is free")
+def test_only_the_weights_that_will_be_read_are_read_ahead(weights_folder, asked_for):
+    """Not other components, variants or files beside them; what is wrong is left to whoever needs it."""
+    folder, _ = weights_folder
+    files = sorted((folder / "vae").glob("*.safetensors"))
+    (folder / "transformer").mkdir()
+    for other in ("vae/other.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors", "transformer/a.safetensors"):
+        shutil.copy(files[0], folder / other)
+    page_cache.warm(str(folder), "vae")
+    assert asked_for == [(file.name, 0) for file in files]
+    files[0].unlink()
+    for model, component in ((folder, "vae"), (folder, "text_encoder"), (folder / "nowhere", "vae")):
+        page_cache.warm(str(model), component)
+    assert asked_for[2:] == [(files[1].name, 0)]
+
+
+def test_no_more_is_read_ahead_than_stays(tmp_path, asked_for, monkeypatch):
+    monkeypatch.setattr(page_cache, "PIECE", 10)
+    for name in "ab":
+        (tmp_path / name).write_bytes(bytes(25))
+    page_cache.read_ahead([tmp_path / "a", tmp_path / "b"], 49)
+    assert asked_for == [("a", 0), ("a", 10), ("a", 20), ("b", 0), ("b", 10)]
+
+
 def test_a_plan_needs_neither_torch_nor_diffusers():
     code = (
         "import sys; from cogvideox.models.decoder import plan, vae_flax; "
@@ -371,3 +415,14 @@ def test_what_the_stages_import(processes):
         assert "numpy" in imported
         assert not (found := imported & set(unneeded[script].split())), f"{script} imports {found}"
         assert "  wrote " in process.stdout, process.stdout
+
+
+@pytest.mark.slow
+def test_imports_have_a_part_of_their_own(processes):
+    """What Python says that the large libraries took is within the part of the load."""
+    for script, process in processes.items():
+        lines = re.findall(r"^import time: +(\d+) \|.*\| +(\w+)", process.stderr, re.M)
+        large = ("torch", "diffusers", "transformers", "flax")
+        seconds = sum(int(microseconds) / 1e6 for microseconds, package in lines if package in large)
+        (imports,) = re.findall(r"^  load .*: imports (\S+), ", process.stdout, re.M)
+        assert 0 < seconds <= float(imports) + 0.01, f"{script}: {seconds} s of imports"

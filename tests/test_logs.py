@@ -62,11 +62,15 @@ def events(log: Path) -> list[dict]:
 
 
 def run_report(clock: Clock, folder: Path, **given) -> Report:
-    """Let a report tell a run: 2 s of loading, steps of 1, 2 and 4 s with an aside of 10 s in the second."""
+    """Let a report tell a run: 2 s of loading in parts, steps of 1, 2 and 4 s with an aside of 10 s in the second."""
     report = Report("stage2", "program", options(seed=7, **given))
     report.title("A run")
     with report.phase("load"):
-        clock.wait(2)
+        for name in ("imports", "tracing", "imports"):
+            with report.part(name):
+                clock.wait(0.5)
+        clock.wait(0.5)
+        report.add_part("reading", 0.25)
         report.warn("odd")
     with report.phase("run") as run, report.progress("denoising", "step", 3) as bar:
         for seconds in (1, 2, 4):
@@ -94,8 +98,11 @@ def test_seconds_of_phases_and_steps(clock, tmp_path, capsys):
     assert ends == {"load": 2, "run": 7}
     assert steps == [(1, 3, 1), (2, 3, 2), (3, 3, 4)]
     assert told[0]["stage"] == "stage2" and told[0]["options"]["seed"] == 7 and "jax" in told[0]["versions"]
-    assert told[-1]["seconds"] == 19 and told[-1]["results"]["load"] == "2.00 s"
-    entry = timings.read_timings(tmp_path)["stage2"]
+    assert told[-1]["seconds"] == 19 and told[-1]["results"]["run"] == "7.00 s"
+    assert told[-1]["results"]["load"] == "2.00 s: imports 1.00, tracing 0.50, reading 0.25"
+    entry, parts = timings.read_timings(tmp_path)["stage2"], {"imports": 1, "tracing": 0.5, "reading": 0.25}
+    assert entry["parts"] == {"load": parts}, "of no other phase"
+    assert [event["parts"] for event in told if event["event"] == "phase_end"] == [parts, {}]
     assert entry["seconds"] == ends and entry["steps"] == [1, 2, 4] and entry["profiled"] == [2]
     printed = capsys.readouterr().out
     assert printed.startswith("A run\n  WARNING: odd\n") and printed.endswith("\nNext: python next.py\n"), printed
@@ -202,6 +209,8 @@ def test_stages_share_the_file_and_replace_their_own(tmp_path):
         ('{"a": 1}', "other than"),
         (json.dumps({"stage1": ENTRY | {"seconds": {"load": "long"}}}), "other than"),
         (json.dumps({"stage1": ENTRY | {"steps": None}}), "other than"),
+        (json.dumps({"stage1": ENTRY | {"parts": {"load": 2.0}}}), "other than"),
+        (json.dumps({"stage1": ENTRY | {"parts": {"load": {"imports": "long"}}}}), "other than"),
         (b"\xff\xfe", "JSON"),
     ],
 )
@@ -225,13 +234,15 @@ def test_lines_for_people(tmp_path):
     """The median and the slowest are of the steps that no profiler slowed down."""
     assert list(seconds.lines(tmp_path)) == []
     timings.write_timings(tmp_path / "a", "stage2", ENTRY)
-    timings.write_timings(tmp_path / "b", "stage2", ENTRY | {"seconds": {"load": 8.0, "save": 1.0}})
+    parts = {"parts": {"load": {"imports": 5.0}}}  # which earlier versions did not write
+    timings.write_timings(tmp_path / "b", "stage2", ENTRY | parts | {"seconds": {"load": 8.0, "save": 1.0}})
     timings.write_timings(tmp_path / "b", "stage3", ENTRY | {"devices": "8 x TPU v6 lite", "steps": []})
     rows = [line.split() for line in seconds.lines(tmp_path / "a")]
     assert ["load", "2.000"] in rows and ["a", "step,", "median", "2.000"] in rows, rows
     assert ["a", "step,", "slowest", "3.000"] in rows, rows
     rows = [line.split() for line in seconds.lines(tmp_path / "a", tmp_path / "b")]
-    for row in ("load 2.000 8.000 0.25", "save - 1.000", "stage3: 8 x TPU v6 lite", "load - 2.000"):
+    expected = ("load 2.000 8.000 0.25", "load: imports - 5.000", "save - 1.000", "stage3: 8 x TPU v6 lite")
+    for row in (*expected, "load - 2.000"):
         assert row.split() in rows, rows
 
 
@@ -323,6 +334,9 @@ def test_timings_of_three_stages(quiet_run):
         told = told[: next(i for i, event in enumerate(told) if event["event"] == "end")]
         assert entry["seconds"] == {e["phase"]: e["seconds"] for e in told if e["event"] == "phase_end"}
         assert entry["steps"] == [event["seconds"] for event in told if event["event"] == "step"]
+        parts = ("imports", "reading") if stage == "stage1" else ("imports", "tracing", "reading", "placing")
+        assert entry["parts"].keys() == {"load"} and entry["parts"]["load"].keys() == {*parts}
+        assert sum(entry["parts"]["load"].values()) <= entry["seconds"]["load"] + 1e-5
     assert read["stage2"]["devices"] == "1 x cpu"
 
 

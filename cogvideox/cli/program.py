@@ -6,8 +6,9 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cogvideox import packages
 from cogvideox.cli.terminal import fitted
@@ -62,6 +63,20 @@ def run(
             prepare(error)
         traceback.print_exc()
         _leave(1)
+
+
+def in_background(function: Callable, *arguments: Any) -> Future:
+    """Run a function in a thread that does not keep the process from ending."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True, name=BACKGROUND).start()
+    return future
 
 
 def _stop_printing() -> None:

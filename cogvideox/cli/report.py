@@ -100,6 +100,7 @@ class Report:
         self._rows: list[tuple[str, object]] = []
         self._started, self._paused = time.perf_counter(), 0.0
         self._asides: dict[str, float] = {}
+        self._parts: dict[str, float] = {}  # of the phase in progress
         self._devices: Sequence[Any] = ()
         self.counts: Counter[str] = Counter()
         self._timings: dict[str, Any] = {
@@ -108,6 +109,7 @@ class Report:
             "versions": {"python": platform.python_version()} | versions(*LIBRARIES),
             "devices": None,
             "seconds": {},
+            "parts": {},
             "steps": [],
             "profiled": [],
         }
@@ -207,25 +209,41 @@ class Report:
 
     @contextlib.contextmanager
     def phase(self, name: str, in_table: bool = True) -> Iterator[SimpleNamespace]:
-        """Time the body of a `with` statement and add a row, unless it is not to be `in_table`.
+        """Time the body of a `with` statement and add a row, with its parts, unless it is not to be `in_table`.
 
         The yielded object has `note`, text for the row that the body may set, and at the end `seconds`.
         """
         self.event("phase_start", phase=name)
-        phase, start, counts = SimpleNamespace(note=""), self._now(), self.counts.copy()
+        phase, start, counts, self._parts = SimpleNamespace(note=""), self._now(), self.counts.copy(), {}
         yield phase
         phase.seconds = self._now() - start
         self._timings["seconds"][name] = round(phase.seconds, 6)
+        parts = {part: round(seconds, 6) for part, seconds in self._parts.items()}
+        self._timings["parts"] |= {name: parts} if parts else {}
         memory = memory_of(self._devices)
         host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        added = {"counts": self.counts - counts}
+        added = {"parts": parts, "counts": self.counts - counts}
         self.event("phase_end", phase=name, seconds=round(phase.seconds, 6), memory=memory, host_peak=host, **added)
         self.detail(f"memory after {name}, host: peak {host / 2**30:.2f} GiB")
         for one in memory:
             sizes = ", ".join(f"{what} {size / 2**30:.2f} GiB" for what, size in one.items() if what != "device")
             self.detail(f"memory after {name}, device {one['device']}: {sizes}")
         if in_table:
-            self.add(name, f"{phase.seconds:.2f} s{phase.note}")
+            of_parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in parts.items())
+            self.add(name, f"{phase.seconds:.2f} s{phase.note}" + (f": {of_parts}" if parts else ""))
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time the body of a `with` statement as a part of the phase around it; parts of one name add up."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self.add_part(name, self._now() - start)
+
+    def add_part(self, name: str, seconds: float) -> None:
+        """Say that `seconds` of the phase in progress, which no other part has, were its part `name`."""
+        self._parts[name] = self._parts.get(name, 0.0) + seconds
 
     @contextlib.contextmanager
     def progress(self, description: str, unit: str, total: int, done: int = 0) -> Iterator["Progress"]:

@@ -37,7 +37,12 @@ def _is_entry(entry: Any) -> bool:
     forms = {"seconds": dict, "steps": list, "versions": dict}
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), form) for name, form in forms.items()):
         return False
-    return all(isinstance(seconds, (int, float)) for seconds in [*entry["seconds"].values(), *entry["steps"]])
+    parts = entry.get("parts", {})  # which earlier versions did not write
+    if not isinstance(parts, dict) or not all(isinstance(of_phase, dict) for of_phase in parts.values()):
+        return False
+    of_parts = [seconds for of_phase in parts.values() for seconds in of_phase.values()]
+    found = [*entry["seconds"].values(), *of_parts, *entry["steps"]]
+    return all(isinstance(seconds, (int, float)) for seconds in found)
 
 
 def write_timings(folder: Path, stage: str, entry: Mapping) -> str | None:

@@ -39,8 +39,11 @@ def _both(values: Iterable[object]) -> str:
 
 
 def _seconds(entry: Mapping) -> dict[str, float]:
-    """Return the seconds of each phase of a stage, and of its steps, without those that the profiler slowed down."""
+    """Return the seconds of each phase and part of a stage, and of its steps, without those under the profiler."""
     profiled = entry.get("profiled", [])
     steps = [seconds for i, seconds in enumerate(entry["steps"], 1) if i not in profiled] or entry["steps"]
     of_steps = {"a step, median": statistics.median(steps), "a step, slowest": max(steps)} if steps else {}
-    return entry["seconds"] | of_steps
+    parts, phases = entry.get("parts", {}), dict[str, float]()
+    for phase, seconds in entry["seconds"].items():
+        phases |= {phase: seconds} | {f"{phase}: {part}": of_part for part, of_part in parts.get(phase, {}).items()}
+    return phases | of_steps

@@ -12,12 +12,11 @@ import re
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogvideox.cli.program import BACKGROUND
+from cogvideox.cli.program import in_background
 from cogvideox.cli.report import Report
 from cogvideox.errors import UserError
 from cogvideox.files import writing
@@ -235,20 +234,6 @@ class Compiling:
         else:
             self._report.say(f"compiled the {self._what} in {seconds:.2f} s{kept}")
         return programs, f", after {before:.2f} s beside the load"
-
-
-def in_background(function: Callable, *arguments: Any) -> Future:
-    """Run a function in a thread that does not keep the process from ending."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True, name=BACKGROUND).start()
-    return future
 
 
 @contextlib.contextmanager

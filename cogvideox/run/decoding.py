@@ -3,6 +3,7 @@
 import argparse
 import collections
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,19 @@ if TYPE_CHECKING:
     from cogvideox.models.decoder.plan import DecodingPlan
     from cogvideox.run.profiling import Profile
     from cogvideox.run.recorder import NoRecorder, Recorder
+
+
+def import_modules(decoder: str) -> None:
+    """Import what loading, a decoder and the encoding need, so that no other part of the run waits for it."""
+    for name in (
+        f"cogvideox.models.decoder.vae_{decoder}",
+        "cogvideox.models.shared.loading",
+        "cogvideox.run.recorder",
+        "imageio.plugins.ffmpeg",
+        "imageio.v2",
+        "PIL.Image",
+    ):
+        importlib.import_module(name)
 
 
 def weight_files(
@@ -90,14 +104,15 @@ def load_weights(files: Any, abstract: Any, report: Report | None = None) -> Any
     """
     import jax
 
-    from cogvideox.models.shared.loading import load_arrays
+    from cogvideox.models.shared.loading import ignore, load_arrays
 
     stored, tree = jax.tree.flatten(files)
 
     def fill(i: int, index: tuple[slice, ...], part: np.ndarray) -> None:
         part[...] = stored[i][index]
 
-    leaves = [*load_arrays(dict(enumerate(jax.tree.leaves(abstract))), fill).values()]
+    told = report.add_part if report else ignore
+    leaves = [*load_arrays(dict(enumerate(jax.tree.leaves(abstract))), fill, told=told).values()]
     if report:
         report.say(f"loaded decoder: {sum(leaf.size for leaf in leaves):,} parameters, {leaves[0].dtype}")
     return jax.tree.unflatten(tree, leaves)

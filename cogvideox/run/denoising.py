@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -45,13 +46,28 @@ def weight_reader(
     return checkpoint.tensor_reader(model_id, "transformer", shapes, variant=variant, say=say)
 
 
+def import_modules() -> None:
+    """Import what loading and denoising need, so that no other part of the run waits for it."""
+    for name in (
+        "cogvideox.models.transformer.denoising",
+        "cogvideox.run.recorder",
+        "diffusers.models.embeddings",
+        "diffusers.schedulers.scheduling_ddim_cogvideox",
+        "diffusers.schedulers.scheduling_dpm_cogvideox",
+        "diffusers.utils.torch_utils",
+        "safetensors.torch",
+    ):
+        importlib.import_module(name)
+
+
 def load_weights(
     read: Callable[[str], np.ndarray], plan: "DenoisingPlan", loras: Sequence[Lora], report: Report
 ) -> "Mapping[str, jax.Array]":
     """Load the weights onto the devices, with the LoRAs added."""
     from cogvideox.models.transformer.parameters import load_parameters
 
-    parameters = load_parameters(read, plan.transformer, plan.parallelism, plan.dtype, [one.add for one in loras])
+    changes = [one.add for one in loras]
+    parameters = load_parameters(read, plan.transformer, plan.parallelism, plan.dtype, changes, report.add_part)
     report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
     return parameters
 

@@ -6,6 +6,7 @@ parts over the links between them, which are faster than the way from the host.
 
 import math
 import mmap
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
@@ -18,6 +19,7 @@ from cogvideox.models.shared.sharding import mesh_axes
 
 Key = TypeVar("Key")
 Index = tuple[slice, ...]
+Told = Callable[[str, float], object]  # is called with the name of a part of a load, and its seconds
 SMALL = 2**22  # bytes of an array that is sent to every chip, because compiling another gather would take longer
 
 
@@ -35,10 +37,15 @@ class Scatter(NamedTuple):
     mesh_axes: tuple[str, ...]
 
 
+def ignore(part: str, seconds: float) -> None:
+    """Do nothing with what `load_arrays` tells."""
+
+
 def load_arrays(
     wanted: Mapping[Key, jax.ShapeDtypeStruct],
     fill: Callable[[Key, Index, np.ndarray], None],
     scatter: bool | None = None,
+    told: Told = ignore,
 ) -> dict[Key, jax.Array]:
     """Load arrays onto the devices of a mesh.
 
@@ -51,7 +58,10 @@ def load_arrays(
             several threads.
         scatter: whether what several devices hold is sent in parts and gathered there; None for a choice by platform:
             the devices that a CPU counts as share its memory, and need no copies at all.
+        told: is called with how many seconds of the load were its parts "reading", which is `fill`, and "placing", the
+            way to the devices; where threads did both at a time, the seconds are split as those of the threads.
     """
+    start = time.perf_counter()
     mesh = next(iter(wanted.values())).sharding.mesh
     if scatter is None:
         scatter = mesh.devices.flat[0].platform != "cpu"
@@ -59,22 +69,31 @@ def load_arrays(
     sent = dict(wanted) | {key: found.sent for key, found in scatters.items()}
     parts = [(key, *part) for key, array in sent.items() for part in distinct_parts(array)]
 
-    def send(key: Key, index: Index, devices: Sequence[jax.Device]) -> list[jax.Array]:
+    def send(key: Key, index: Index, devices: Sequence[jax.Device]) -> tuple[list[jax.Array], float, float]:
+        begin = time.perf_counter()
         part = _zeros(sent[key].sharding.shard_shape(sent[key].shape), sent[key].dtype)
         fill(key, index, part)
-        return jax.block_until_ready([jax.device_put(part, device) for device in devices])
+        filled = time.perf_counter()
+        arrays = jax.block_until_ready([jax.device_put(part, device) for device in devices])
+        return arrays, filled - begin, time.perf_counter() - filled
 
     arrived: dict[Key, list[jax.Array]] = {key: [] for key in sent}
     with ThreadPoolExecutor(len(mesh.local_devices) + 1) as pool:
         gather = pool.submit(compile_gather, wanted, scatters) if scatters else None
-        for (key, *_), arrays in zip(parts, pool.map(send, *zip(*parts, strict=True)), strict=True):
+        reading = placing = 0.0  # of all threads
+        for (key, *_), (arrays, *seconds) in zip(parts, pool.map(send, *zip(*parts, strict=True)), strict=True):
             arrived[key] += arrays
+            reading, placing = reading + seconds[0], placing + seconds[1]
+    until_sent = time.perf_counter() - start
     loaded: dict[Key, jax.Array] = {
         key: jax.make_array_from_single_device_arrays(array.shape, array.sharding, arrived[key])
         for key, array in sent.items()
     }
     if gather:
         loaded |= gather.result()({key: loaded[key] for key in scatters})
+    read = until_sent * reading / (reading + placing)
+    told("reading", read)
+    told("placing", time.perf_counter() - start - read)
     return loaded
 
 

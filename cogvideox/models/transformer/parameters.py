@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cogvideox.models.shared.loading import load_arrays
+from cogvideox.models.shared.loading import Told, ignore, load_arrays
 from cogvideox.models.shared.sharding import Parallelism, layout_spec
 
 # --- Declarations ------------------------------------------------------------------------------------------------
@@ -167,6 +167,7 @@ def load_parameters(
     parallelism: Parallelism,
     dtype: jax.typing.DTypeLike,
     changes: Sequence[Callable[[str, np.ndarray, tuple], None]] = (),
+    told: Told = ignore,
 ) -> dict[str, jax.Array]:
     """Load the parameters as sharded JAX arrays of one dtype.
 
@@ -179,6 +180,7 @@ def load_parameters(
         changes: functions `change(checkpoint name, part, index)`, called one after the other for each part of a
             stored tensor, which they change in place. The part is what the tensor has at `index`: rows (a slice or an
             array of their numbers), and a slice of each other axis.
+        told: see `load_arrays`.
     """
 
     def fill(name: str, index: tuple[slice, ...], part: np.ndarray) -> None:
@@ -196,4 +198,4 @@ def load_parameters(
             for change in changes:
                 change(stored, layer, (order, *columns))
 
-    return load_arrays(abstract_parameters(config, dtype, parallelism), fill)
+    return load_arrays(abstract_parameters(config, dtype, parallelism), fill, told=told)
