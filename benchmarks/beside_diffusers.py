@@ -59,10 +59,14 @@ class Torch:
     Args:
         device: "cuda" or "cpu".
         sizes: gives the plans and configs; its own device, a CPU of jax, computes nothing.
+
+    Attributes:
+        compared: the dtypes of what this project is compared with, the one of the drawn weights first.
     """
 
     def __init__(self, device: str, sizes: Machine):
         self.device, self.sizes = device, sizes
+        self.compared = (COMPUTED, torch.float32) if device == "cuda" else (torch.float32,)
 
     @property
     def name(self) -> str:
@@ -178,10 +182,10 @@ def write_reference(
     inputs: Mapping[str, torch.Tensor],
     compute: Callable[[torch.dtype], torch.Tensor],
 ) -> dict:
-    """Write a module's weights, its inputs and its results: in float32, and on a GPU in bfloat16 before."""
+    """Write a module's weights, its inputs and its results in each dtype that is compared."""
     tensors = {f"weights.{name}": weight.to("cpu", copy=True) for name, weight in module.state_dict().items()}
     tensors |= {f"inputs.{name}": tensor.cpu() for name, tensor in inputs.items()}
-    for dtype in (COMPUTED, torch.float32) if on.device == "cuda" else (torch.float32,):
+    for dtype in on.compared:
         module.to(dtype)
         tensors[f"results.{str(dtype).removeprefix('torch.')}"] = compute(dtype).float().cpu()
     with writing.replacing(path) as temporary:
@@ -199,7 +203,7 @@ def all_entries(on: Torch, folder: Path) -> list[Entry]:
         Entry(name, "check", functools.partial(write, on, folder / FILES[name]), 2.0, quick=True)
         for name, write in writers.items()
     ]
-    rows = []
+    rows: list[Entry] = []
     for size, guided, minutes in STEPS:
         video = on.sizes.scale.videos[size]
         measure = functools.partial(measure_step, on, video, guided)

@@ -151,8 +151,8 @@ def latents(
     plan = compared_plan(machine, dtype=dtype, devices=machine.devices[:1])
     parameters = load_parameters(weights.__getitem__, plan.transformer, plan.parallelism, plan.dtype)
     names = "prompt_embeds", "negative_prompt_embeds"
-    prompts = [torch.from_numpy(inputs[name].astype(np.float32)).bfloat16() for name in names]
-    denoising = Denoising(plan, parameters, *prompts, [LATENT_SEED] * plan.batch)
+    positive, negative = (torch.from_numpy(inputs[name].astype(np.float32)).bfloat16() for name in names)
+    denoising = Denoising(plan, parameters, positive, negative, [LATENT_SEED] * plan.batch)
     programs = dict.fromkeys(plan.kinds(), make_step(plan))
     for state in denoising.run(programs):
         last = state
