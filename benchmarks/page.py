@@ -62,11 +62,8 @@ def pairs(entries: Mapping[str, Mapping]) -> Iterator[tuple[str, Mapping, Mappin
 
 def side_by_side(entries: Mapping[str, Mapping]) -> list[str]:
     """Return the lines of the table of our rows beside those of diffusers; none without such rows."""
-    lines = [
-        "",
-        "Beside diffusers in torch on one of the devices: seconds, medians; GiB of a device, diffusers' at its",
-    ]
-    lines += ["peak, ours as the compiler allots them.", ""]
+    lines = ["", "Beside diffusers in torch on one device: seconds, medians; GiB of a device, diffusers' at its peak,"]
+    lines += ["ours as the compiler allots them.", ""]
     lines += ["| row | diffusers | this project | diffusers / this project | GiB: diffusers | this project |"]
     lines += ["| --- | --- | --- | --- | --- | --- |"]
     rows = []
