@@ -525,6 +525,9 @@ def measure_decode(machine: Machine, video: tuple[int, int, int], decoder: str, 
     return measured(durations(decode_all()), seconds, memory.so_far(programs), expected)
 
 
+# --- The run -----------------------------------------------------------------------------------------------------
+
+
 def made_with() -> dict:
     """Return what decides the results, other than the devices: versions, and the project's sources."""
     from cogvideox.run import executable
@@ -540,9 +543,6 @@ def described(machine: Machine) -> str:
     """Return number and kind of the devices, and the slice if they are TPUs."""
     kind = machine.devices[0].device_kind
     return f"{len(machine.devices)} x {kind}" + (f" ({machine.topology})" if machine.topology else "")
-
-
-# --- The run -----------------------------------------------------------------------------------------------------
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -579,6 +579,14 @@ def find_machine() -> Machine:
     return Machine(devices, SCALES.get(devices[0].platform, FULL))
 
 
+def tell(found: Mapping[str, Mapping], told: Report) -> None:
+    """Add the results to the closing table; a row that diffusers has too says how it compares."""
+    ratios = {name: theirs["seconds"] / ours["seconds"] for name, ours, theirs in pairs(found)}
+    for name, one in found.items():
+        beside = f"; diffusers takes {ratios[name]:.2f} times that" if name in ratios else ""
+        told.add(name, text_of(one) + beside)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the entries, and say what they found."""
     arguments = parse_arguments(argv)
@@ -601,10 +609,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_entries(todo, results, arguments.quick, end - time.perf_counter(), machine.scale.pace, told)
 
         found = {name: results.entries[name] for name in [*theirs, *(entry.name for entry in todo)]}
-        ratios = {name: other["seconds"] / one["seconds"] for name, one, other in pairs(found)}
-        for name, one in found.items():
-            beside = f"; diffusers takes {ratios[name]:.2f} times that" if name in ratios else ""
-            told.add(name, text_of(one) + beside)
+        tell(found, told)
         told.close(arguments.output)
         told.say(f"wrote {results.json} and {results.markdown.name}")
         if any(one["status"] == NO_TIME for one in found.values()):
