@@ -2,46 +2,69 @@
 
     python -m benchmarks.on_device
     python -m benchmarks.on_device --quick
+    python -m benchmarks.on_device --beside diffusers
 
 The checks compare the attention kernel with a float32 reference; and a transformer block, a chunk of the decoder, and
 a step on every mesh of the devices with the CPU. The measurements are a denoising step and a decode in the sizes of
-docs/performance.md. Weights are drawn on the devices, so nothing is downloaded. Without an accelerator, all of it runs
-on the CPU in small sizes.
+docs/performance.md; with --beside diffusers those of diffusers in torch on the same card, too. Weights are drawn on the
+devices, so nothing is downloaded. Without an accelerator, all of it runs on the CPU in small sizes.
 
 Results are kept in the output folder after each entry, and the same command goes on where it ended. The exit status is
 1 if a check failed.
 """
 
 import argparse
-import dataclasses
-import datetime
 import functools
-import gc
 import hashlib
 import itertools
 import json
 import math
-import statistics
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.reproduce_tables import LARGE, MIDDLE, SMALL, video_tokens
+from benchmarks.diffusers_comparison import WRITTEN, comparisons, run_diffusers, torch_device
+from benchmarks.entries import (
+    FAILURES,
+    NO_TIME,
+    NOISE_FACTOR,
+    Entry,
+    Results,
+    durations,
+    judged,
+    measured,
+    relative_error,
+    run_entries,
+)
+from benchmarks.machine import (
+    DECODES,
+    FULL,
+    LATENT_SEED,
+    PROMPT_SEED,
+    SCALES,
+    STEPS,
+    WEIGHT_SEED,
+    Machine,
+    decode_frames,
+    decode_name,
+    draw_prompts,
+    step_name,
+)
+from benchmarks.page import pairs, text_of
+from benchmarks.reproduce_tables import MIDDLE
 from cogvideox.cli.options import add_log_options
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report, memory_of
 from cogvideox.cli.types import folder_path, number
 from cogvideox.errors import UserError
-from cogvideox.files import checkpoint, writing
+from cogvideox.files import writing
 from cogvideox.files.names import STAGE_OUTPUTS
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.versions import LIBRARIES, versions
 from compile_for_tpu import prediction, report
-from compile_for_tpu.programs import BUILT_IN_MODEL
 
 if TYPE_CHECKING:
     import jax
@@ -52,177 +75,14 @@ if TYPE_CHECKING:
     from cogvideox.models.transformer import denoising
     from cogvideox.models.transformer.plan import DenoisingPlan
 
+# What decides the results, beside the sources of the model.
+OWN_SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("on_device", "entries", "machine")]
+NAME = "on_device"  # of the files with the results
 MINUTES, QUICK_MINUTES = 30.0, 5.0
-PROMPT_SEED, LATENT_SEED, WEIGHT_SEED = 0, 1, 2
-GUIDANCE_SCALE = 6.0
-
-# --- Sizes -------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """The sizes at which the entries run.
-
-    Attributes:
-        transformer, vae: entries that differ from the configs of CogVideoX1.5-5B.
-        videos: height, width and frames that are run in the place of each size of the tables.
-        lengths: tokens for the attention kernel, those of the small and of the large video without guidance.
-        heads: attention heads for the kernel.
-        checked_video, chunk_video: height, width and frames for the checks of a step, and of a chunk of the decoder.
-        repetitions: how often something is timed.
-        has_estimates: whether entries take the minutes that they say; otherwise none takes long.
-    """
-
-    transformer: Mapping
-    vae: Mapping
-    videos: Mapping[tuple[int, int, int], tuple[int, int, int]]
-    lengths: tuple[int, int]
-    heads: int
-    checked_video: tuple[int, int, int]
-    chunk_video: tuple[int, int, int]
-    repetitions: int
-    has_estimates: bool
-
-
-FULL = Scale(
-    transformer={},
-    vae={},
-    videos={size: size for size in (LARGE, MIDDLE, SMALL)},
-    lengths=(226 + video_tokens(SMALL), 226 + video_tokens(LARGE)),
-    heads=6,  # what each of eight chips has of 48
-    checked_video=(256, 256, 17),
-    chunk_video=(96, 128, 9),
-    repetitions=5,
-    has_estimates=True,
-)
-ON_A_CPU = Scale(
-    transformer={
-        "num_attention_heads": 8,
-        "attention_head_dim": 16,
-        "num_layers": 2,
-        "time_embed_dim": 32,
-        "text_embed_dim": 24,
-        "max_text_seq_length": 10,
-    },
-    vae={
-        "block_out_channels": [8, 8, 16],
-        "down_block_types": ["CogVideoXDownBlock3D"] * 3,
-        "up_block_types": ["CogVideoXUpBlock3D"] * 3,
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-    },
-    videos={LARGE: (32, 40, 9), MIDDLE: (24, 40, 9), SMALL: (16, 24, 9)},
-    lengths=(270, 530),
-    heads=4,
-    checked_video=(24, 40, 9),
-    chunk_video=(24, 40, 9),
-    repetitions=3,
-    has_estimates=False,
-)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Machine:
-    """The devices at hand, and the sizes for them."""
-
-    devices: Sequence["jax.Device"]
-    scale: Scale
-
-    @property
-    def platform(self) -> str:
-        """Platform of the devices: "tpu", "cpu" or "gpu"."""
-        return self.devices[0].platform
-
-    @property
-    def topology(self) -> str | None:
-        """Name of the TPU slice, such as "v6e-8", as predictions have it; None for other devices."""
-        generation = GENERATIONS.get(self.devices[0].device_kind)
-        return generation and f"{generation}-{len(self.devices)}"
-
-    @property
-    def attention(self) -> str:
-        """The attention that is checked: the default of the platform, but the TPU's kernel on a CPU."""
-        return "xla" if self.platform == "gpu" else "splash_exp2"
-
-    @functools.cached_property
-    def transformer(self) -> dict:
-        """The transformer's config."""
-        return checkpoint.read_config(BUILT_IN_MODEL, "transformer") | dict(self.scale.transformer)
-
-    @functools.cached_property
-    def vae(self) -> dict:
-        """The VAE's config."""
-        return checkpoint.read_config(BUILT_IN_MODEL, "vae") | dict(self.scale.vae)
-
-    def denoising_plan(self, video: tuple[int, int, int], guided: bool, **options: Any) -> "DenoisingPlan":
-        """Make the plan of a denoising; `options` are arguments of `make_denoising_plan` other than the defaults."""
-        from cogvideox.models.transformer.plan import make_denoising_plan
-
-        height, width, frames = video
-        defaults: dict = {"transformer": self.transformer, "devices": self.devices, "platform": self.platform}
-        return make_denoising_plan(
-            vae=self.vae,
-            scheduler=checkpoint.read_config(BUILT_IN_MODEL, "scheduler", "scheduler_config.json"),
-            height=height,
-            width=width,
-            frames=frames,
-            num_inference_steps=1 + self.scale.repetitions,  # the first one is not timed
-            guidance_scale=GUIDANCE_SCALE if guided else 1.0,
-            **defaults | options,
-        )
-
-    def decoding_plan(
-        self, video: tuple[int, int, int], decoder: str, devices: Sequence["jax.Device"], dtype: str = "bfloat16"
-    ) -> "DecodingPlan":
-        """Make the plan of a decode."""
-        from cogvideox.models.decoder.plan import make_decoding_plan
-
-        height, width, frames = video
-        return make_decoding_plan(
-            vae=self.vae, decoder=decoder, devices=devices, dtype=dtype, height=height, width=width, frames=frames
-        )
-
-
-# Generation of a TPU by jax's name for the kind of device.
-GENERATIONS = {
-    "TPU v4": "v4",
-    "TPU v5 lite": "v5e",
-    "TPU v5": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU7x": "7x",
-}
 
 # --- The entries -------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """A check or a measurement.
-
-    Attributes:
-        name: of the entry in all reports.
-        kind: "check" or "row".
-        run: does it, and returns what `judged` or `measured` returns.
-        minutes: what it takes on a TPU, mostly compilation, by that on two cores; with less left it does not start.
-        quick: whether --quick has it.
-    """
-
-    name: str
-    kind: str
-    run: Callable[[], dict]
-    minutes: float
-    quick: bool = False
-
-
-# Steps and decodes in the order of their worth, with their minutes, compilation included.
-STEPS = (
-    (SMALL, False, 2.0),
-    (LARGE, True, 3.5),
-    (MIDDLE, True, 3.0),  # of the original's figures the one with the least doubt
-    (LARGE, False, 2.5),
-    (SMALL, True, 2.5),
-)
-DECODES = ((SMALL, "torchax", 7.0), (LARGE, "torchax", 7.0), (MIDDLE, "torchax", 7.0), (LARGE, "flax", 7.0))
 # Seconds that the original project measured for a decode, where docs/performance.md has no doubt about the size.
 ORIGINAL_DECODES = {("v6e-8", MIDDLE, "torchax"): 0.86}
 
@@ -313,9 +173,8 @@ def step_rows(machine: Machine) -> list[Entry]:
             "predicted_gib": ours.get("ours_gib"),
             "original_seconds": min((row["measured"] for row in same), default=None),
         }
-        name = f"step, {' x '.join(map(str, video))}, {'guidance' if guided else 'no guidance'}"
         measure = functools.partial(measure_step, machine, video, guided, expected)
-        found.append(Entry(name, "row", measure, minutes, quick=not found))
+        found.append(Entry(step_name(video, guided), "row", measure, minutes, quick=not found))
     return found
 
 
@@ -326,7 +185,7 @@ def decode_rows(machine: Machine) -> list[Entry]:
         video, labels = machine.scale.videos[size], [decoder] * (decoder != "torchax")
         expected = predicted("stage3", machine.topology, ["x".join(map(str, size)), *labels])
         expected["original_seconds"] = ORIGINAL_DECODES.get((str(machine.topology), size, decoder))
-        name = f"decode, {' x '.join(map(str, video))}, {decoder}"
+        name = f"{decode_name(video)}, {decoder}"
         found.append(Entry(name, "row", functools.partial(measure_decode, machine, video, decoder, expected), minutes))
     return found
 
@@ -381,15 +240,9 @@ def hashed(shape: tuple[int, ...], seed: int) -> "jax.Array":
 
 def start_denoising(plan: "DenoisingPlan", weights: "Mapping[str, jax.Array]") -> "denoising.Denoising":
     """Return a run of a plan from drawn prompts, which bfloat16 holds exactly, as it does the noise."""
-    import torch
-
     from cogvideox.models.transformer.denoising import Denoising
 
-    config = plan.transformer
-    shape = plan.batch, config["max_text_seq_length"], config["text_embed_dim"]
-    generator = torch.Generator().manual_seed(PROMPT_SEED)
-    positive, negative = (torch.randn(shape, generator=generator).bfloat16() for _ in range(2))
-    return Denoising(plan, weights, positive, negative, [LATENT_SEED] * plan.batch)
+    return Denoising(plan, weights, *draw_prompts(plan), [LATENT_SEED] * plan.batch)
 
 
 def one_step(plan: "DenoisingPlan", weights: "Mapping[str, jax.Array]") -> "np.ndarray":
@@ -423,23 +276,7 @@ def draw_decoder_weights(plan: "DecodingPlan", decoder: "Decoder") -> Any:
 # --- Checks ------------------------------------------------------------------------------------------------------
 
 KERNEL_TOLERANCE = 5e-3  # of bfloat16 results, as in tests/test_splash_attention.py
-NOISE_FACTOR = 2.0  # how much further from float32 a device may be in bfloat16 than the CPU in bfloat16
 REFERENCE_QUERIES = 512  # of which the reference holds the scores at a time
-
-
-def judged(figure: float, tolerance: float, note: str, unmet: str | None = None) -> dict:
-    """Return the result of a check: it fails if the figure is above the tolerance or no number, or for `unmet`."""
-    passed = figure <= tolerance and unmet is None
-    found = {"status": "passed" if passed else "failed", "figure": figure if math.isfinite(figure) else None}
-    return found | {"tolerance": tolerance, "note": f"{unmet}; {note}" if unmet else note}
-
-
-def relative_error(values: "np.ndarray", expected: "np.ndarray") -> float:
-    """Return the norm of the difference by the norm of what is expected."""
-    import numpy as np
-
-    values, expected = (np.asarray(x, np.float64) for x in (values, expected))
-    return float(np.linalg.norm(values - expected) / np.linalg.norm(expected))
 
 
 def layer_normed(query: "np.ndarray", key: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
@@ -591,16 +428,8 @@ def check_chunk(machine: Machine) -> dict:
 
 def decoded(plan: "DecodingPlan") -> "np.ndarray":
     """Decode drawn latents with drawn weights to float32 pixels in [0, 1], [frames, height, width, 3]."""
-    import jax.numpy as jnp
-    import numpy as np
-
-    from cogvideox.models.decoder.decoder import chunk_programs, decode
-
     decoder = plan.make_decoder()
-    weights = draw_decoder_weights(plan, decoder)
-    traced = chunk_programs(decoder, weights, plan.latent_shape, plan.split, jnp.float32)
-    programs = [program.lower().compile() for program in traced]
-    return np.concatenate(list(decode(programs, weights, draw_latents(plan), plan.split)))
+    return decode_frames(plan, decoder, draw_decoder_weights(plan, decoder), draw_latents(plan))
 
 
 def judged_beside_cpu(found: "np.ndarray", on_cpu: "Callable[[str], np.ndarray]") -> dict:
@@ -614,20 +443,6 @@ def judged_beside_cpu(found: "np.ndarray", on_cpu: "Callable[[str], np.ndarray]"
 # --- Measurements ------------------------------------------------------------------------------------------------
 
 
-def measured(seconds: Sequence[float], compile_seconds: float, memory: Mapping, expected: Mapping) -> dict:
-    """Return the result of a measurement: the median with its spread, beside what was expected."""
-    return {
-        "status": "measured",
-        "seconds": statistics.median(seconds),
-        "least": min(seconds),
-        "most": max(seconds),
-        "repetitions": len(seconds),
-        "compile_seconds": compile_seconds,
-        **memory,
-        **expected,
-    }
-
-
 def compiled(traced: "Sequence[jax.stages.Traced]") -> "tuple[list[jax.stages.Compiled], float]":
     """Compile programs at the same time; return them and the seconds."""
     from concurrent.futures import ThreadPoolExecutor
@@ -636,12 +451,6 @@ def compiled(traced: "Sequence[jax.stages.Traced]") -> "tuple[list[jax.stages.Co
     with ThreadPoolExecutor() as pool:
         programs = list(pool.map(lambda program: program.lower().compile(), traced))
     return programs, time.perf_counter() - start
-
-
-def durations(done: Iterable[Any]) -> list[float]:
-    """Return the seconds that an iterator takes for each item, except the first, which warms up."""
-    times = [time.perf_counter() for _ in itertools.chain([None], done)]
-    return [after - before for before, after in itertools.pairwise(times)][1:]
 
 
 class MemoryUse:
@@ -716,122 +525,24 @@ def measure_decode(machine: Machine, video: tuple[int, int, int], decoder: str, 
     return measured(durations(decode_all()), seconds, memory.so_far(programs), expected)
 
 
-# --- Results -----------------------------------------------------------------------------------------------------
-
-STARTED, NO_TIME, NOT_QUICK = "started", "left out: no time", "left out: --quick"
-FAILURES = ("failed", "error")
+# --- The run -----------------------------------------------------------------------------------------------------
 
 
-class Results:
-    """What is known so far: on_device.json and on_device.md in a folder, both replaced after every entry.
-
-    Args:
-        folder: where they are.
-        made_with: devices, versions and sources, which the results that are there must have.
-        again: begin anew.
-
-    Raises:
-        UserError: the folder has results of something else.
-    """
-
-    def __init__(self, folder: Path, made_with: Mapping, again: bool):
-        self.json, self.markdown = folder / "on_device.json", folder / "on_device.md"
-        self._content: dict[str, Any] = {"begun": now(), "made_with": dict(made_with), "entries": {}}
-        if self.json.exists() and not again:
-            self._content = self._read(made_with)
-        self.entries: dict[str, dict] = self._content["entries"]
-
-    def _read(self, made_with: Mapping) -> dict:
-        """Return what the file holds."""
-        mend = "choose another --output, or give --again to replace it"
-        try:
-            content = json.loads(self.json.read_text(encoding="utf-8"))
-            before = content["made_with"]
-            entries = {name: dict(found, status=str(found["status"])) for name, found in content["entries"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{self.json} holds no results of this program; {mend}") from None
-        for name, value in made_with.items():
-            if before.get(name) != value:
-                raise UserError(f"{self.json} has results of other {name}; {mend}")
-        return content | {"entries": entries}
-
-    def is_done(self, name: str) -> bool:
-        """Return whether an entry needs no other run."""
-        return self.entries.get(name, {}).get("status", NO_TIME) not in (STARTED, NO_TIME, NOT_QUICK)
-
-    def keep(self, entry: Entry, found: Mapping) -> None:
-        """Keep what an entry found, and write both files."""
-        self.entries[entry.name] = {"kind": entry.kind, **found}
-        text = json.dumps(self._content | {"updated": now()}, indent=1)
-        for path, content in ((self.json, f"{text}\n"), (self.markdown, as_markdown(self._content))):
-            with writing.replacing(path) as temporary:
-                Path(temporary).write_text(content, encoding="utf-8")
-
-
-def now() -> str:
-    """Return date and time, UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def made_with(machine: Machine) -> dict:
-    """Return what decides the results: devices, versions, and the project's sources."""
+def made_with() -> dict:
+    """Return what decides the results, other than the devices: versions, and the project's sources."""
     from cogvideox.run import executable
 
-    sources = b"".join(path.read_bytes() for path in [*executable.SOURCES, Path(__file__)])
-    kind = machine.devices[0].device_kind
+    sources = b"".join(path.read_bytes() for path in [*executable.SOURCES, *OWN_SOURCES])
     return {
-        "devices": f"{len(machine.devices)} x {kind}" + (f" ({machine.topology})" if machine.topology else ""),
         "versions": versions(*LIBRARIES) | {"python": sys.version.split()[0]},
         "source files": hashlib.sha256(sources).hexdigest()[:16],
     }
 
 
-def text_of(found: Mapping) -> str:
-    """Return the result of an entry as one line."""
-    status = found["status"]
-    if "figure" in found:
-        figure = "not finite" if found["figure"] is None else f"{found['figure']:.1e}"
-        return f"{status}: {figure}, tolerance {found['tolerance']:.1e}; {found['note']}"
-    if status == "measured":
-        beside = f"; predicted {found['predicted_seconds']:.3g} s" if found["predicted_seconds"] else ""
-        return f"{found['seconds']:.4g} s ({found['least']:.4g} to {found['most']:.4g}){beside}"
-    return f"{status}: {found['message']}" if "message" in found else status
-
-
-def as_markdown(content: Mapping) -> str:
-    """Return the results as a page to be posted."""
-
-    def cell(found: Mapping, name: str, form: str = ".3g") -> str:
-        return "-" if found.get(name) is None else format(found[name], form)
-
-    made, found = content["made_with"], content["entries"]
-    lines = [f"# On {made['devices']}", "", f"Begun {content['begun']}; sources {made['source files']}.", ""]
-    lines += [", ".join(f"{name} {version}" for name, version in made["versions"].items()) + ".", ""]
-    lines += ["| check | result | figure | tolerance | note |", "| --- | --- | --- | --- | --- |"]
-    for name, one in found.items():
-        if one["kind"] == "check":
-            figures = [cell(one, "figure", ".1e"), cell(one, "tolerance", ".1e")]
-            note = one.get("note") or one.get("message", "")
-            lines.append(f"| {name} | {one['status']} | {' | '.join(figures)} | {note} |")
-    lines += ["", "Seconds (predicted; median measured; least and most) and GiB of a chip. Peak is -, if it was not"]
-    lines += ["higher than in something before.", ""]
-    columns = ["predicted", "measured", "spread", "measured / predicted", "the original project measured"]
-    columns += ["compilation", "GiB: predicted", "allotted here", "in use", "peak"]
-    lines += [f"| row | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
-    for name, one in found.items():
-        if one["kind"] == "row" and one["status"] == "measured":
-            spread = f"{one['least']:.3g} to {one['most']:.3g}"
-            ratio = one["seconds"] / one["predicted_seconds"] if one["predicted_seconds"] else None
-            cells = [cell(one, "predicted_seconds"), cell(one, "seconds"), spread, cell({"ratio": ratio}, "ratio")]
-            cells += [cell(one, "original_seconds"), cell(one, "compile_seconds")]
-            cells += [cell(one, f"{what}_gib", ".2f") for what in ("predicted", "allotted", "in_use", "peak")]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        elif one["kind"] == "row":
-            lines.append(f"| {name} | - | {text_of(one)} |" + " - |" * (len(columns) - 2))
-    return "\n".join(lines) + "\n"
-
-
-# --- The run -----------------------------------------------------------------------------------------------------
+def described(machine: Machine) -> str:
+    """Return number and kind of the devices, and the slice if they are TPUs."""
+    kind = machine.devices[0].device_kind
+    return f"{len(machine.devices)} x {kind}" + (f" ({machine.topology})" if machine.topology else "")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -845,6 +556,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--output", type=folder_path, default=STAGE_OUTPUTS / "on_device", help="folder for the results"
+    )
+    parser.add_argument(
+        "--beside",
+        choices=("diffusers",),
+        help="also run the steps and decodes of diffusers in torch on one device, and compare latents and frames",
     )
     parser.add_argument("--again", action="store_true", help="run what is done already again too")
     add_log_options(parser)
@@ -860,45 +576,15 @@ def find_machine() -> Machine:
     except RuntimeError:
         raise UserError("jax has no CPU, which results are compared with; unset JAX_PLATFORMS") from None
     devices = jax.devices()
-    return Machine(devices, ON_A_CPU if devices[0].platform == "cpu" else FULL)
+    return Machine(devices, SCALES.get(devices[0].platform, FULL))
 
 
-def attempt(entry: Entry) -> dict:
-    """Run an entry, and return what it found; an error is a result too, so that the others run."""
-    from cogvideox.run.compilation import memory_shortage
-
-    start = time.perf_counter()
-    try:
-        found = entry.run()
-    except Exception as error:
-        message = str(error).strip() or type(error).__name__
-        lack = memory_shortage(message) or "RESOURCE_EXHAUSTED" in message
-        status = "out of memory" if lack and entry.kind == "row" else "error"
-        first = f"{type(error).__name__}: {message.splitlines()[0]}"
-        found = {"status": status, "message": first.replace("|", "/"), "traceback": traceback.format_exc()}
-    gc.collect()
-    return found | {"wall_seconds": round(time.perf_counter() - start, 3), "finished": now()}
-
-
-def run_entries(todo: Sequence[Entry], results: Results, quick: bool, seconds: float, told: Report) -> None:
-    """Run the entries that are not done, as long as there is time for them."""
-    end = time.perf_counter() + seconds
-    cut_off = {entry.name for entry in todo if results.entries.get(entry.name, {}).get("status") == STARTED}
-    with told.progress("on this device", "entry", len(todo)) as bar:
-        for entry in sorted(todo, key=lambda entry: entry.name in cut_off):  # one may have ended the process
-            if results.is_done(entry.name):
-                told.say(f"{entry.name}: done before")
-            elif quick and not entry.quick:
-                results.keep(entry, {"status": NOT_QUICK})
-            elif time.perf_counter() + 60 * entry.minutes > end:
-                results.keep(entry, {"status": NO_TIME})
-            else:
-                told.say(f"{entry.name} ...")
-                results.keep(entry, {"status": STARTED})
-                results.keep(entry, attempt(entry))
-                found = results.entries[entry.name]
-                (told.warn if found["status"] in FAILURES else told.say)(f"{entry.name}: {text_of(found)}")
-            bar.update()
+def tell(found: Mapping[str, Mapping], told: Report) -> None:
+    """Add the results to the closing table; a row that diffusers has too says how it compares."""
+    ratios = {name: theirs["seconds"] / ours["seconds"] for name, ours, theirs in pairs(found)}
+    for name, one in found.items():
+        beside = f"; diffusers takes {ratios[name]:.2f} times that" if name in ratios else ""
+        told.add(name, text_of(one) + beside)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -906,20 +592,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     with Report("on_device", "on_device.py", arguments) as told:
         prepare_libraries()
-        machine = find_machine()
-        results = Results(arguments.output, made_with(machine), arguments.again)
-        writing.check_writable(results.json)
-        told.title(f"On {len(machine.devices)} x {machine.devices[0].device_kind}")
-        todo = entries(machine)
-        if not machine.scale.has_estimates:
-            told.say("there is no accelerator: everything runs on the CPU in small sizes")
-            todo = [dataclasses.replace(entry, minutes=0.0) for entry in todo]
         minutes = arguments.minutes if arguments.minutes is not None else QUICK_MINUTES if arguments.quick else MINUTES
-        run_entries(todo, results, arguments.quick, 60 * minutes, told)
+        end, theirs, made = time.perf_counter() + 60 * minutes, {}, made_with()
+        writing.check_writable(Results(arguments.output, NAME, made, arguments.again).json)
+        if arguments.beside:
+            theirs = run_diffusers(torch_device(), minutes, arguments, told)
+        machine = find_machine()
+        results = Results(arguments.output, NAME, {"devices": described(machine)} | made, arguments.again)
+        told.title(f"On {len(machine.devices)} x {machine.devices[0].device_kind}")
+        if machine.platform == "cpu":
+            told.say("there is no accelerator: everything runs on the CPU in small sizes")
+        todo = [*comparisons(machine, arguments.output, theirs), *entries(machine)]
+        for name, one in theirs.items():
+            if one["status"] != WRITTEN:
+                results.keep(name, one["kind"], one)
+        run_entries(todo, results, arguments.quick, end - time.perf_counter(), machine.scale.pace, told)
 
-        found = {entry.name: results.entries[entry.name] for entry in todo}
-        for name, one in found.items():
-            told.add(name, text_of(one))
+        found = {name: results.entries[name] for name in [*theirs, *(entry.name for entry in todo)]}
+        tell(found, told)
         told.close(arguments.output)
         told.say(f"wrote {results.json} and {results.markdown.name}")
         if any(one["status"] == NO_TIME for one in found.values()):

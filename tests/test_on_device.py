@@ -4,21 +4,28 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from benchmarks import on_device, reproduce_tables
-from benchmarks.on_device import FULL, NO_TIME, NOT_QUICK, ON_A_CPU, STARTED, Entry, Machine
+from benchmarks import beside_diffusers, diffusers_comparison, on_device, reproduce_tables
+from benchmarks.diffusers_comparison import FILES, LATENTS, WRITTEN
+from benchmarks.entries import NO_TIME, NOT_QUICK, STARTED, Entry
+from benchmarks.machine import FULL, ON_A_CPU, ON_A_GPU, STEPS, Machine
 from cogvideox.errors import UserError
-from cogvideox.models.transformer import attention
+from cogvideox.models.transformer import attention, parameters
 from cogvideox.models.transformer import plan as plan_module
 from compile_for_tpu import report
-from tests.helpers import VIRTUAL_DEVICES, stage_command, stage_environment
+from tests.helpers import ROOT, VIRTUAL_DEVICES, stage_command, stage_environment
+from tests.in_process import run_here
 
 # Beginnings of the names of the entries, in parts that tests can run beside each other.
 PARTS = ("attention", "transformer block", "decoder chunk", "mesh", "step", "decode,")
@@ -179,7 +186,7 @@ def test_errors_are_results_and_the_rest_goes_on(run, tmp_path, capsys):
 
 def test_what_has_no_time_is_left_out_and_run_later(run, capsys):
     rows = [entry("long", minutes=20.0), entry("rare", minutes=1.0, quick=False), entry("short", minutes=1.0)]
-    timed = dataclasses.replace(ON_A_CPU, has_estimates=True)
+    timed = dataclasses.replace(ON_A_CPU, pace=1.0)
     status, found = run("--quick", entries=rows, scale=timed)
     assert status == 0 and statuses(found) == {"long": NO_TIME, "rare": NOT_QUICK, "short": "passed"}
     assert "run the same command again" in capsys.readouterr().out
@@ -230,6 +237,142 @@ def test_killed_in_the_middle_it_keeps_what_it_has(run, tmp_path):
     assert after[begun]["finished"] > after[new]["finished"]  # what the process may have died of comes last
 
 
+# --- Beside diffusers --------------------------------------------------------------------------------------------
+
+STEP = "step, 16 x 24 x 9, no guidance"  # the one of --quick
+ENDLESS = """
+from jax._src import xla_bridge
+
+from benchmarks import diffusers_comparison, on_device
+from cogvideox.cli.program import run
+
+wait_for = diffusers_comparison.wait_for
+
+
+def wait_for_long(command):
+    print(xla_bridge.backends_are_initialized(), flush=True)
+    return wait_for(["sh", "-c", "echo $$; exec sleep 300"])
+
+
+diffusers_comparison.wait_for = wait_for_long
+run(on_device.main, program="on_device")
+"""
+
+
+@pytest.fixture(scope="module")
+def diffusers(tmp_path_factory):
+    """Run diffusers' process once in this one, and return the folder of its results."""
+    folder = tmp_path_factory.mktemp("diffusers")
+    options = ("--device", "cpu", "--output", folder, "--minutes", 1, "--quick")
+    process = run_here("benchmarks.beside_diffusers", *options, folder=folder)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+@pytest.fixture
+def beside(diffusers, run, tmp_path, monkeypatch):
+    """Run on_device beside diffusers, whose process goes on in this one from the results of `diffusers`."""
+
+    def wait_for(command):
+        assert command[1] == "-m"
+        return run_here(*command[2:], folder=tmp_path).returncode
+
+    monkeypatch.setattr(diffusers_comparison, "wait_for", wait_for)
+    shutil.copytree(diffusers, tmp_path / "results")
+    return functools.partial(run, "--beside", "diffusers", "--quick", only=(STEP,))
+
+
+def test_diffusers_computes_the_same_and_is_shown_beside(beside, tmp_path, capsys):
+    status, found = beside()
+    assert status == 0, statuses(found)
+    for name in FILES:
+        assert found[name]["status"] == "passed" and 0 < found[name]["figure"] < 1e-4, found[name]
+    theirs, ours = found[f"diffusers: {STEP}"], found[STEP]
+    assert 0 < theirs["least"] <= theirs["seconds"] <= theirs["most"] and theirs["peak_gib"] is None
+    assert found["diffusers: decode, 32 x 40 x 9"]["status"] == NOT_QUICK
+    page = (tmp_path / "results" / "on_device.md").read_text()
+    figures = f"{theirs['seconds']:.3g} | {ours['seconds']:.3g} | {theirs['seconds'] / ours['seconds']:.3g}"
+    assert f"\n| {STEP} | {figures} | - | {ours['allotted_gib']:.2f} |\n" in page, page
+    assert f"; diffusers takes {theirs['seconds'] / ours['seconds']:.2f} times that\n" in capsys.readouterr().out
+    assert not [*(tmp_path / "results").glob("*.safetensors")]  # they are large
+    assert beside() == (0, found)  # all of it was done before
+
+
+def scaled_parameters(load, *arguments, **options):
+    """Return the parameters with one that is 1 % too large."""
+    loaded = load(*arguments, **options)
+    return loaded | {"proj_out.weight": loaded["proj_out.weight"] * 1.01}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_unlike_diffusers_fails(diffusers, monkeypatch, tmp_path, name):
+    if name == LATENTS:
+        where, function, wrong = parameters, "load_parameters", scaled_parameters
+    else:
+        where, function, wrong = diffusers_comparison, "decode_frames", lambda right, *others: right(*others) * 1.01
+    monkeypatch.setattr(where, function, functools.partial(wrong, getattr(where, function)))
+    file = Path(shutil.copy(diffusers / FILES[name], tmp_path))
+    (comparison,) = diffusers_comparison.comparisons(small_machine(1), tmp_path, {name: {"status": WRITTEN}})
+    found = comparison.run()
+    assert found["status"] == "failed" and found["tolerance"] < found["figure"] < 0.1, found
+    assert file.exists()  # to look into
+
+
+@pytest.mark.parametrize(("error", "status"), [(0.003, "passed"), (0.005, "failed"), (np.nan, "failed")])
+def test_bfloat16_may_be_twice_as_far_as_diffusers(tmp_path, error, status):
+    exact = np.linspace(1, 2, 50, dtype=np.float32)
+    results = {"float32": exact, "bfloat16": exact * np.float32(1.002)}
+    save_file({f"results.{dtype}": array for dtype, array in results.items()}, tmp_path / "file")
+    gpu = Machine([SimpleNamespace(device_kind="NVIDIA H200", platform="gpu")], ON_A_GPU)
+    found = diffusers_comparison.compared(gpu, lambda *_: exact * (1 + error), tmp_path / "file")
+    assert found["status"] == status and found["tolerance"] == pytest.approx(0.004, rel=1e-3), found
+
+
+def test_without_a_device_for_torch_nothing_begins(run, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu,cpu")
+    with pytest.raises(
+        UserError, match=r"--beside diffusers: torch \S+ has no device to compare the platform tpu with"
+    ):
+        run("--beside", "diffusers")
+    assert not [*(tmp_path / "results").glob("*")]
+
+
+@pytest.mark.parametrize(("status", "ends"), [(2, True), (-9, False)])
+def test_when_diffusers_ends_early(run, monkeypatch, tmp_path, capsys, status, ends):
+    """It has said what its user can mend; of what the system does to it, this project's own entries know nothing."""
+    monkeypatch.setattr(diffusers_comparison, "wait_for", lambda command: status)
+    if ends:
+        with pytest.raises(SystemExit) as end:
+            on_device.main(["--beside", "diffusers", "--output", str(tmp_path)])
+        assert end.value.code == 2
+    else:
+        assert run("--beside", "diffusers", entries=[entry("right")])[0] == 0
+        assert "WARNING: diffusers' process ended with exit status -9" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_signal_ends_both_processes_and_jax_has_not_begun(tmp_path):
+    command = [*stage_command("-c")[:1], "-c", ENDLESS, "--beside", "diffusers", "--output", str(tmp_path)]
+    environment = stage_environment() | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"False\n"
+    child = int(process.stdout.readline())
+    process.terminate()
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and printed.startswith(b"on_device: interrupted"), printed
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_half_an_hour_is_enough_for_a_gpu():
+    gpu = Machine([SimpleNamespace(device_kind="NVIDIA H200", platform="gpu")], ON_A_GPU)
+    ours, theirs = on_device.entries(gpu), beside_diffusers.all_entries(beside_diffusers.Torch("cuda", gpu), ROOT)
+    assert ON_A_GPU.pace * sum(entry.minutes for entry in [*ours, *theirs]) < on_device.MINUTES
+    names = {entry.name for entry in ours if entry.name.startswith(("step", "decode,"))}
+    rows = {entry.name.removeprefix("diffusers: ") for entry in theirs if entry.kind == "row"}
+    assert len(rows) == 8 and {name.removesuffix(", torchax").removesuffix(", flax") for name in names} == rows
+
+
 # --- The tables on a TPU, without one ----------------------------------------------------------------------------
 
 
@@ -258,6 +401,6 @@ def test_steps_of_a_slice(machine, steps):
 
 
 def test_every_configuration_of_the_tables_is_there():
-    assert {(size, guided) for size, guided, _ in on_device.STEPS} == {
+    assert {(size, guided) for size, guided, _ in STEPS} == {
         (row.size, row.guided) for row in reproduce_tables.ROWS.values()
     }

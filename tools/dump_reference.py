@@ -150,7 +150,7 @@ def dump_denoising(arguments: argparse.Namespace) -> Dump:
     start = None if arguments.latents is None else read_start(arguments.latents, first, plan, config)
 
     dtype = getattr(torch, arguments.dtype)
-    pipeline = make_pipeline(arguments, plan.vae, plan.transformer, make_scheduler(plan.scheduler))
+    pipeline = make_pipeline(arguments.device, dtype, plan.vae, plan.transformer, make_scheduler(plan.scheduler))
     transformer = pipeline.transformer
     selected = select(arguments, dict.fromkeys(steps, planned_step(transformer, plan, dtype)))
     blocks = {f"transformer_blocks.{i}": block for i, block in enumerate(transformer.transformer_blocks)}
@@ -281,8 +281,12 @@ def run_pipeline(
     seed: int,
     dtype: torch.dtype,
     start: Start | None,
-) -> None:
-    """Call diffusers' pipeline, in `dtype`, on the noise that stage 2 draws, or from the first step's latents."""
+) -> torch.Tensor:
+    """Call diffusers' pipeline, in `dtype`, on the noise that stage 2 draws, or from the first step's latents.
+
+    Returns:
+        Its latents, [batch, frames, channels, height, width], with the surplus frames of the plan in front.
+    """
     drawn = embeddings["prompt_embeds"].dtype  # whatever dtype the computation has
     generator = torch.Generator().manual_seed(seed)
     latents = randn_tensor(plan.latent_shape, generator=generator, dtype=drawn)
@@ -296,7 +300,7 @@ def run_pipeline(
 
     device = pipeline._execution_device
     with mock.patch.object(scheduling_dpm_cogvideox, "randn_tensor", noise):
-        pipeline(
+        return pipeline(
             height=plan.height,
             width=plan.width,
             num_frames=plan.frames,
@@ -307,7 +311,7 @@ def run_pipeline(
             latents=latents.to(dtype),
             **{name: tensor.to(device, dtype) for name, tensor in embeddings.items()},
             output_type="latent",
-        )
+        ).frames
 
 
 def of_tokens(name: str, output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -333,7 +337,7 @@ def dump_decoding(arguments: argparse.Namespace) -> Dump:
     stage_files.check_latents_shape(shape, (1, vae["latent_channels"], *size), path)
 
     dtype = getattr(torch, arguments.dtype)
-    pipeline = make_pipeline(arguments, vae)
+    pipeline = make_pipeline(arguments.device, dtype, vae)
     planner = Planner()
     decode(pipeline, torch.empty(shape, dtype=dtype, device="meta"), planner)
     chunks = tensor_dump.steps(arguments.dump_steps, planner.number)
@@ -377,17 +381,16 @@ class Pipeline(CogVideoXPipeline):
 
 
 def make_pipeline(
-    arguments: argparse.Namespace, vae: Mapping, transformer: Mapping | None = None, scheduler: object = None
+    device: str, dtype: torch.dtype, vae: Mapping, transformer: Mapping | None = None, scheduler: object = None
 ) -> Pipeline:
     """Make the pipeline, without weights, from the configs of its components."""
-    dtype = getattr(torch, arguments.dtype)
     with torch.device("meta"):
         modules = [
             config and kind.from_config(dict(config)).to(dtype).eval()
             for kind, config in ((AutoencoderKLCogVideoX, vae), (CogVideoXTransformer3DModel, transformer))
         ]
     pipeline = Pipeline(None, None, *modules, scheduler)
-    pipeline.device_of_run = arguments.device
+    pipeline.device_of_run = device
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
