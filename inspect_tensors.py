@@ -26,6 +26,8 @@ from cogvideox.inspection.description import described
 from cogvideox.inspection.items import items, opened, other_runs
 from cogvideox.inspection.tables import comparison_table, table
 
+MOST_NAMED = 3  # runs that lie inside another one
+
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
@@ -109,10 +111,11 @@ def show(*lines: str) -> None:
 
 
 def left_out(paths: Iterable[Path]) -> Iterator[str]:
-    """Yield a line for each folder of another run, which is no part of the run around it."""
+    """Yield a line for each run that has others in folders inside it, which are no part of it."""
     for path in paths:
-        for other in other_runs(path):
-            yield f"{other} is a run of its own, and no part of {path}"
+        if others := [str(other) for other in other_runs(path)]:
+            more = f" and {len(others) - MOST_NAMED} more" if len(others) > MOST_NAMED else ""
+            yield f"no part of {path}, but runs of their own: {', '.join(others[:MOST_NAMED])}{more}"
 
 
 def wrote(arguments: argparse.Namespace) -> None:

@@ -106,7 +106,7 @@ def test_what_decided_two_runs_is_said(outputs, run_stage):
     (outputs / "output_video.mp4").unlink()
     printed = run_stage(TOOL, outputs, "--compare", outputs / "inside").stdout
     assert re.search(r"^  k_smooth +True and False \(stage2_latents", printed, re.MULTILINE), printed
-    assert f"{outputs / 'inside'} is a run of its own, and no part of {outputs}\n" in printed, printed
+    assert f"no part of {outputs}, but runs of their own: {outputs / 'inside'}\n" in printed, printed
     assert printed.endswith("nothing differs: 1 compared; 2 in one of the two alone\n"), printed
     assert "inside/" not in run_stage(TOOL, outputs).stdout
     edit_latents(outputs / "inside", lambda latents: latents + 1)
