@@ -404,7 +404,9 @@ def test_as_a_program(random_model, tmp_path, run_stage, capsys):
     with pytest.raises(SystemExit) as end:
         program.run(dump_reference.main, [str(files), "--dump", str(files / "reference"), "--dump_names", "nothing"])
     error = capsys.readouterr().err
-    assert end.value.code == 2 and len(error.splitlines()) == 1 and "--dump_names: no module is called nothing" in error, error
+    assert (
+        end.value.code == 2 and len(error.splitlines()) == 1 and "--dump_names: no module is called nothing" in error
+    ), error
     process = run_stage("tools.dump_reference", files, "--dump", files / "reference", "--dump_steps", "0")
     assert "stage2_tensors.safetensors" in process.stdout and "peak memory" in process.stdout, process.stdout
     assert "2/2" in process.stderr, process.stderr  # the blocks of one step

@@ -7,6 +7,7 @@ process, because starting one takes longer than what it does here.
 
 import functools
 import itertools
+import json
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ import pytest
 from benchmarks import write_figures
 from cogvideox.cli.parser import ALIASES, plain
 from compile_for_tpu import report
-from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, run_command
+from tests.helpers import CONFIG, ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, run_command
 from tests.in_process import run_here
 
 ENGLISH, CHINESE = "README.md", "README.zh-CN.md"
@@ -122,9 +123,16 @@ def made_small(module: str, arguments: list[str]) -> list[str]:
     options = dict(itertools.pairwise(arguments))
     if f"{module}.py" == STAGE1 and "--model_id" not in options:
         return [*arguments, "--model_id", MODEL]
-    if f"{module}.py" == STAGE2 and all(int(options.get(name, n)) == n for name, n in VIDEO_DEFAULTS.items()):
+    is_large = all(int(options.get(name, n)) == n for name, n in VIDEO_DEFAULTS.items())
+    if f"{module}.py" == STAGE2 and is_large and not is_of_tiny_model(options.get("--input_dir", "stage_outputs")):
         return [*arguments, *itertools.chain(*SMALL_VIDEO.items())]
     return arguments
+
+
+def is_of_tiny_model(folder: str) -> bool:
+    """Return whether stage 1 has used the tiny model, which says its size, for the prompts in a folder."""
+    configs = [json.loads(file.read_text()) for file in Path(folder).rglob(CONFIG)]
+    return any(Path(config["model_id"]).name == "tiny_model" for config in configs)
 
 
 @pytest.fixture
