@@ -93,7 +93,7 @@ def test_one_after_the_other(several, random_model, run_stage, tmp_path):
     run_stage(STAGE3, *options, "--output_frames", frames[1])
     assert (tmp_path / "video.mp4").read_bytes() and (tmp_path / "decoded" / "output_video.mp4").read_bytes()
     assert {path.parent.name for path in tmp_path.rglob("timings.json")} == {"alone", "decoded"}
-    found = jobs.videos_to_decode(parse_arguments(["--input_dir", str(several), "--output_dir", "new"], STAGE3))
+    found = jobs.videos_to_decode(parse_arguments(["--input_dir", str(several), "--output_dir", "new"], "torchax"))
     assert [str(video.encoded) for video in found] == [f"new/{folder}/output_video.mp4" for folder in FOLDERS]
     assert values(frames[0]) == values(frames[1])
     said = run_stage("utils.py", "status", several).stdout
