@@ -51,7 +51,7 @@ RUN_ELSEWHERE = {
     r"\S*python -m compile_for_tpu stage2 .*": "test_compile_for_tpu.py::test_stage2_of_the_tiny_model",
     r"\S*python -m compile_for_tpu stage3 .*": "test_compile_for_tpu.py::test_decoder_round_trip",
     r"\S*python -m compile_for_tpu kernel .*": "test_compile_for_tpu.py::test_kernel",
-    r"\S*python -m benchmarks\.on_device": "test_on_device.py::test_everything_runs",
+    r"\S*python -m benchmarks\.on_device( --beside diffusers)?": "test_on_device.py::test_everything_runs",
     r"\S*python -m benchmarks\.quality.*": "test_tiny_model.py::test_quality_of_a_few_captions",
     r"\S*python -m tools\.train.*": "test_train_tiny_model.py::test_all_parts_and_the_folder_that_comes_out",
     r"python stage2_transformer\.py --num_processes .*": "test_hosts.py::test_latents_of_several_processes",
