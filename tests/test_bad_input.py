@@ -159,7 +159,7 @@ def to_long(tensor: torch.Tensor) -> torch.Tensor:
 
 
 BLOCK = "transformer_blocks.0.attn1.to_q.weight"
-KIND = "not a CogVideoX 1.5"  # what is said of every wrong config of a model
+KIND = "not a CogVideoX"  # what is said of every wrong config of a model
 AGAIN1, AGAIN2, MODEL_AGAIN = "run stage 1 again", "run stage 2 again", "get the model again"
 
 # what: (arguments, what is spoilt, words of the message)
@@ -351,7 +351,11 @@ STAGE2_CASES = {
     "transformer: no JSON": ([], content(MODEL / "transformer/config.json", b"\0"), ["transformer/config.json", KIND]),
     "transformer: nested": ([], content(MODEL / "transformer/config.json", DEEP), ["transformer/config.json", KIND]),
     "transformer: gone": ([], gone(MODEL / "transformer/config.json"), ["transformer/config.json", "--model_id"]),
-    "transformer: 1.0, and says nothing": ([], of_model("transformer", patch_size_t=...), ["patch_size_t", KIND]),
+    "transformer: flat patches": (
+        [],
+        of_model("transformer", patch_size_t=...),
+        ["4 tensors", "patch_embed.proj"],
+    ),
     "transformer: no layers": ([], of_model("transformer", num_layers=...), ["transformer_blocks.10", "missing"]),
     "transformer: 0 layers": ([], of_model("transformer", num_layers=0), ["num_layers", KIND]),
     "transformer: layers in words": ([], of_model("transformer", num_layers="two"), ["num_layers", "'two'", KIND]),
@@ -365,15 +369,18 @@ STAGE2_CASES = {
     "transformer: no heads": ([], of_model("transformer", num_attention_heads=None), ["num_attention_heads", KIND]),
     "transformer: odd heads": ([], of_model("transformer", attention_head_dim=33), ["attention_head_dim", "33", KIND]),
     "transformer: patch of 0": ([], of_model("transformer", patch_size=0), ["patch_size", KIND]),
-    "transformer: 1.0": ([], of_model("transformer", patch_size_t=None), ["patch_size_t", KIND]),
     "transformer: from an image": ([], of_model("transformer", ofs_embed_dim=512), ["ofs_embed_dim", KIND]),
-    "transformer: learned": ([], of_model("transformer", use_learned_positional_embeddings=True), ["learned", KIND]),
+    "transformer: learned": (
+        [],
+        of_model("transformer", use_learned_positional_embeddings=True),
+        ["other positions", KIND],
+    ),
     "transformer: no rotary": ([], of_model("transformer", use_rotary_positional_embeddings=False), ["rotary", KIND]),
     "transformer: activation": ([], of_model("transformer", activation_fn="gelu"), ["activation_fn", "'gelu'", KIND]),
     "transformer: epsilon": ([], of_model("transformer", norm_eps=0), ["norm_eps", KIND]),
     "transformer: epsilon is NaN": ([], of_model("transformer", norm_eps=float("nan")), ["norm_eps", KIND]),
     "transformer: no size": ([], of_model("transformer", sample_height=0), ["sample_height", KIND]),
-    "transformer: channels": ([], of_model("transformer", out_channels=8), ["out_channels", KIND]),
+    "transformer: channels": ([], of_model("transformer", out_channels=5), ["out_channels", KIND]),
     "transformer: no text": ([], of_model("transformer", max_text_seq_length=0), ["max_text_seq_length", KIND]),
     "transformer: more layers": ([], of_model("transformer", num_layers=3), ["transformer_blocks.2", "missing"]),
     "transformer: fewer layers": ([], of_model("transformer", num_layers=1), ["transformer_blocks.1", "unexpected"]),

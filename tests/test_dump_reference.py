@@ -349,7 +349,7 @@ def edit_json(file: str, **entries):
         (lambda folder: edit_config(folder, prompt="a blue square"), (), "was made with prompt"),
         (lambda folder: edit_config(folder, seed=None), (), "seed is missing; run stage 2"),
         (lambda folder: edit_config(folder, height=64), ("--stage", "3"), "was made with height"),
-        (edit_json("model/transformer/config.json", patch_size_t=None), (), "not a CogVideoX 1.5"),
+        (edit_json("model/transformer/config.json", patch_size_t=None), (), "patch_embed.proj"),
         (lambda folder: edit_config(folder, scheduler="NoScheduler"), (), "is not supported"),
         (lambda folder: edit_config(folder, skipped_steps="1,2"), (), "with skipped_steps 1,2, which diffusers"),
         (lambda folder: edit_config(folder, guidance_interval=[0, 1]), (), r"with guidance_interval \[0, 1\], which"),

@@ -36,15 +36,21 @@ from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, needs_libtp
 
 CONFIG_5B = json.loads((ROOT / "configs" / "CogVideoX1.5-5B" / "transformer" / "config.json").read_text())
 EIGHT_HEADS = CONFIG_5B | dict(
-    num_attention_heads=8, attention_head_dim=16, num_layers=3, time_embed_dim=24, text_embed_dim=40, in_channels=4
+    num_attention_heads=8, attention_head_dim=16, num_layers=3, time_embed_dim=24, text_embed_dim=40
 )
+EIGHT_HEADS |= dict(in_channels=8, out_channels=4, ofs_embed_dim=24)  # with an image
 SIX_HEADS = CONFIG_5B | dict(
-    num_attention_heads=6, attention_head_dim=4, num_layers=2, time_embed_dim=10, text_embed_dim=6, out_channels=3
+    num_attention_heads=6, attention_head_dim=8, num_layers=2, time_embed_dim=10, text_embed_dim=6, out_channels=16
 )
+SIX_HEADS |= dict(patch_size_t=None, patch_bias=True, use_learned_positional_embeddings=True)  # flat patches
+SIX_HEADS |= dict(sample_height=6, sample_width=8, sample_frames=9, max_text_seq_length=5)
 PLAIN = CONFIG_5B | dict(num_layers=1, attention_bias=False, norm_elementwise_affine=False, patch_size_t=3)
+FIXED = CONFIG_5B | dict(num_layers=1, patch_size_t=None, patch_bias=False, use_rotary_positional_embeddings=False)
 
 
-@pytest.mark.parametrize("config", [CONFIG_5B, EIGHT_HEADS, SIX_HEADS, PLAIN], ids=["5B", "8", "6", "plain"])
+@pytest.mark.parametrize(
+    "config", [CONFIG_5B, EIGHT_HEADS, SIX_HEADS, PLAIN, FIXED], ids=["5B", "8", "6", "plain", "fixed"]
+)
 def test_shapes_are_those_of_diffusers(config):
     with torch.device("meta"):
         module = CogVideoXTransformer3DModel.from_config(config)
@@ -71,6 +77,8 @@ def random_bits(shape: tuple[int, ...], dtype: np.dtype, random: np.random.Gener
 
 def expected_parameter(name: str, stored: dict[str, np.ndarray], config: dict) -> np.ndarray:
     """Stack the layers of a parameter, and put the rotary pairs (2i, 2i + 1) of a head at (i, half + i), row by row."""
+    if name == "patch_embed.proj.weight":  # a convolution's, too, is a matrix
+        return stored[name].reshape(len(stored[name]), -1)
     if not name.startswith("blocks."):
         return stored[name]
     stacked = np.stack(

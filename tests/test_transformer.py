@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from jax.sharding import PartitionSpec
 
 from cogvideox.models.shared.layouts import LAYOUTS
@@ -74,12 +75,24 @@ def relative_error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
 
 
+POSITIONS = dict(attention_head_dim=64, patch_size=2, sample_height=8, sample_width=6)
+POSITIONS |= dict(use_rotary_positional_embeddings=True)
+
+
 @pytest.mark.parametrize("size", [(4, 6), (8, 3), (48, 85)])
 def test_positions_go_on_beyond_the_config(size):
     """They are those of diffusers with larger sizes in the config."""
-    config = dict(attention_head_dim=64, patch_size=2, patch_size_t=2, sample_height=8, sample_width=6)
-    ours = rotary_embedding(config, (1, 6, 4, 2 * size[0], 2 * size[1]))
+    ours = rotary_embedding(POSITIONS | dict(patch_size_t=2), (1, 6, 4, 2 * size[0], 2 * size[1]))
     theirs = get_3d_rotary_pos_embed(64, None, size, 3, grid_type="slice", max_size=(100, 100))
+    for one, other in zip(ours, theirs, strict=True):
+        assert np.array_equal(one.repeat(2, 1), other.numpy())
+
+
+@pytest.mark.parametrize("size", [(4, 3), (4, 6), (9, 3), (3, 9), (7, 5), (2, 2)])
+def test_positions_of_flat_patches_are_those_of_the_sample(size):
+    """Stretched over a video of another size, as in diffusers, in portrait and in landscape."""
+    ours = rotary_embedding(POSITIONS, (1, 5, 4, 2 * size[0], 2 * size[1]))
+    theirs = get_3d_rotary_pos_embed(64, get_resize_crop_region_for_grid(size, 3, 4), size, 5)
     for one, other in zip(ours, theirs, strict=True):
         assert np.array_equal(one.repeat(2, 1), other.numpy())
 

@@ -1,22 +1,26 @@
-"""Make a small CogVideoX 1.5 pipeline with random weights, in diffusers' folder layout.
+"""Make a small CogVideoX pipeline with random weights, in diffusers' folder layout.
 
-It has every part of zai-org/CogVideoX1.5-5B (tokenizer, text encoder, transformer with temporal patches and rotary
-embedding, VAE, scheduler) at a size that a laptop runs in seconds. The weights are untrained and drawn from a seed.
-Most tests run such a model, and the training of the tiny model starts from one (train_tiny_model.py).
+It has every part of a published model (tokenizer, text encoder, transformer, VAE, scheduler), by default of
+zai-org/CogVideoX1.5-5B, at a size that a laptop runs in seconds. The weights are untrained and drawn from a seed. Most
+tests run such a model, and the training of the tiny model starts from one (train_tiny_model.py).
 
     python -m tools.make_tiny_model --output_dir random_model
+    python -m tools.make_tiny_model --output_dir random_image_model --kind CogVideoX-5B-I2V
 """
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import sentencepiece
 import torch
 from diffusers import (
     AutoencoderKLCogVideoX,
     CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     SchedulerMixin,
@@ -38,6 +42,28 @@ TOKENIZER_TEXT = (
     "ABCDEFGHIJKLMNOPQRSTUVWXYZ 0123456789 .,;:!?'\"()-",
 )
 
+
+class Kind(NamedTuple):
+    """What a published model has that others have not, as entries of its configs."""
+
+    transformer: Mapping[str, Any]
+    vae: Mapping[str, Any] = MappingProxyType({})
+    scheduler: Mapping[str, Any] = MappingProxyType({})
+    takes_image: bool = False
+    has_ofs: bool = False
+
+
+TEMPORAL = dict(patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True, sample_frames=81)
+FLAT = dict(patch_size_t=None, sample_frames=49)
+KINDS = {
+    "CogVideoX1.5-5B": Kind(TEMPORAL),
+    "CogVideoX1.5-5B-I2V": Kind(TEMPORAL, {"invert_scale_latents": True}, takes_image=True, has_ofs=True),
+    "CogVideoX-5B": Kind({**FLAT, "use_rotary_positional_embeddings": True}),
+    "CogVideoX-2B": Kind(FLAT, {"scaling_factor": 1.15258426}, {"snr_shift_scale": 3.0}),
+    "CogVideoX-5B-I2V": Kind(
+        {**FLAT, "use_rotary_positional_embeddings": True, "use_learned_positional_embeddings": True}, takes_image=True
+    ),
+}
 SCHEDULER = dict(
     beta_schedule="scaled_linear",
     beta_start=0.00085,
@@ -92,7 +118,9 @@ def make_text_encoder(vocabulary_size: int, width: int, layers: int) -> T5Encode
     )
 
 
-def make_vae(channels: Sequence[int], latent_channels: int, layers: int, groups: int) -> AutoencoderKLCogVideoX:
+def make_vae(
+    channels: Sequence[int], latent_channels: int, layers: int, groups: int, **options: Any
+) -> AutoencoderKLCogVideoX:
     """Return a VAE with random weights, drawn from torch's global generator."""
     return AutoencoderKLCogVideoX(
         block_out_channels=channels,
@@ -101,13 +129,14 @@ def make_vae(channels: Sequence[int], latent_channels: int, layers: int, groups:
         latent_channels=latent_channels,
         layers_per_block=layers,
         norm_num_groups=groups,
-        scaling_factor=0.7,
+        **{"scaling_factor": 0.7} | options,
     )
 
 
 def make_pipeline(
     folder: Path,
     *,
+    kind: str = "CogVideoX1.5-5B",
     num_attention_heads: int = 4,
     attention_head_dim: int = 32,
     num_layers: int = 2,
@@ -119,7 +148,8 @@ def make_pipeline(
     vae_channels: tuple[int, ...] = (16, 16, 32, 32),
     vae_layers: int = 1,
     vae_groups: int = 8,
-    sample_size: int = 60,
+    sample_size: int | tuple[int, int] = 60,
+    sample_frames: int | None = None,
     words: Sequence[str] = (),
     scheduler_class: type[SchedulerMixin] = CogVideoXDDIMScheduler,
     seed: int = 0,
@@ -130,33 +160,39 @@ def make_pipeline(
 
     Args:
         folder: where the pipeline is written; it is made if it is missing.
+        kind: of which published model it has the features, a key of KINDS.
         words: words of which each is one token.
-        sample_size: the largest height and width, in latent pixels, that the rotary embedding covers.
+        sample_size: height and width, in latent pixels, for which its positions are: of temporal patches the largest.
+        sample_frames: of the video for which learned positions are; None for those of the published model.
         scheduler_class: class of the scheduler.
         seed: of the random weights.
     """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(folder / "tokenizer", max_text_seq_length, words)
     text_encoder = make_text_encoder(len(tokenizer), text_width, text_layers)
-    vae = make_vae(vae_channels, latent_channels, vae_layers, vae_groups)
+    features = KINDS[kind]
+    vae = make_vae(vae_channels, latent_channels, vae_layers, vae_groups, **features.vae)
+    sample_height, sample_width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
     transformer = CogVideoXTransformer3DModel(
         num_attention_heads=num_attention_heads,
         attention_head_dim=attention_head_dim,
-        in_channels=latent_channels,
+        in_channels=latent_channels * (2 if features.takes_image else 1),
         out_channels=latent_channels,
         num_layers=num_layers,
         time_embed_dim=time_embed_dim,
+        ofs_embed_dim=time_embed_dim if features.has_ofs else None,
         text_embed_dim=text_width,
         max_text_seq_length=max_text_seq_length,
         patch_size=2,
-        patch_size_t=2,
-        sample_width=sample_size,
-        sample_height=sample_size,
-        sample_frames=81,
-        use_rotary_positional_embeddings=True,
-        patch_bias=False,
+        sample_width=sample_width,
+        sample_height=sample_height,
+        **{**features.transformer, **({"sample_frames": sample_frames} if sample_frames else {})},
     )
-    CogVideoXPipeline(tokenizer, text_encoder, vae, transformer, scheduler_class(**SCHEDULER)).save_pretrained(folder)
+    if features.transformer.get("use_learned_positional_embeddings"):
+        torch.nn.init.normal_(transformer.patch_embed.pos_embedding)
+    scheduler = scheduler_class(**{**SCHEDULER, **features.scheduler})
+    pipeline = CogVideoXImageToVideoPipeline if features.takes_image else CogVideoXPipeline
+    pipeline(tokenizer, text_encoder, vae, transformer, scheduler).save_pretrained(folder)
     # The published model has only the sentencepiece file; transformers would read tokenizer.json instead of it.
     (folder / "tokenizer" / "tokenizer.json").unlink()
 
@@ -165,9 +201,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Write a model to --output_dir, and print its size in MB."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m tools.make_tiny_model")
     parser.add_argument("--output_dir", type=folder_path, default=Path("random_model"), help="where the model goes")
+    parser.add_argument(
+        "--kind", choices=KINDS, default=next(iter(KINDS)), help="the published model whose features it has"
+    )
     arguments = parser.parse_args(argv)
     disable_progress_bar()
-    make_pipeline(arguments.output_dir)
+    make_pipeline(arguments.output_dir, kind=arguments.kind)
     size = sum(file.stat().st_size for file in arguments.output_dir.rglob("*") if file.is_file())
     print(f"model: {arguments.output_dir} ({size / 1e6:.1f} MB)")
 

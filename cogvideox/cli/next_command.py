@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cogvideox.defaults import LAYOUT, MODEL_NAME, PRESETS, SEED, USE_DP
+from cogvideox.defaults import IMAGE_LATENT_SCALES, LAYOUT, MODEL_NAME, PRESETS, SEED, USE_DP
 from cogvideox.errors import UserError
 from cogvideox.files import generation_defaults, stage_files, videos
 from cogvideox.files.names import LATENTS, ROOT, STATE
@@ -29,6 +29,7 @@ OF_STAGE1: dict[str, Any] = {"model_id": MODEL_NAME, "negative_prompt": "", **OF
 OF_STAGE2: dict[str, Any] = {
     **{"seed": SEED, "num_videos_per_prompt": 1, "videos_at_once": None, "lora": [], "guidance_interval": None},
     **{"cache_threshold": None, "cache_schedule": None, "attention": None, "block_sizes": None, "use_k_smooth": None},
+    **{"image_latent_scale": IMAGE_LATENT_SCALES[0]},
     **{"use_dp": USE_DP, "sp_num": None, "layout": LAYOUT, "mesh_order": None, "restart": False},
     **OF_WEIGHTS,
 }

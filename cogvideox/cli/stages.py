@@ -23,7 +23,7 @@ from cogvideox.cli.options import (
 )
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.types import file_path, folder_path, frame_rate, model_id, number, utf8, video_path
-from cogvideox.defaults import FPS, MODEL_NAME, MOST_SEED, SEED, WARMUP_STEPS
+from cogvideox.defaults import FPS, IMAGE_LATENT_SCALES, MODEL_NAME, MOST_SEED, SEED, WARMUP_STEPS
 from cogvideox.files.names import PREVIEW, STAGE_OUTPUTS, VIDEO
 
 
@@ -110,6 +110,13 @@ def _add_video_options(parser: ArgumentParser) -> None:
     group = parser.group("video")
     group.add_argument("--fps", type=frame_rate, help=f"frames per second, for stage 3 {models_or(FPS)}")
     group.add_argument("--seed", type=number(int, 0, MOST_SEED), default=SEED, help="seed of the noise")
+    group.add_argument(
+        "--image_latent_scale",
+        choices=IMAGE_LATENT_SCALES,
+        default=IMAGE_LATENT_SCALES[0],
+        help="how the latents of --image are scaled: as diffusers does by the VAE's config, or not at all, as the "
+        "authors' own code (sat); for models that take an image",
+    )
     group.add_argument(
         "--num_videos_per_prompt",
         type=number(int, 1, 10_000),

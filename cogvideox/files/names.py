@@ -8,6 +8,7 @@ CONFIGS = ROOT / "configs"  # of published models, without their weights
 STAGE_OUTPUTS = Path("stage_outputs")  # the folder where they are, unless an option names another one
 CONFIG = "generation_config.json"
 EMBEDDINGS = "stage1_embeddings.safetensors"
+IMAGE_TENSORS = ("image_mean", "image_logvar")  # among the embeddings, of the latents of an image
 LATENTS = "stage2_latents.safetensors"
 PREVIEW = "stage2_preview.png"
 STATE = "stage2_state.safetensors"  # of an unfinished run

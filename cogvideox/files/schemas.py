@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from cogvideox.defaults import MOST_FPS, MOST_FRAMES, MOST_GUIDANCE, MOST_PIXELS
 from cogvideox.errors import UserError
+from cogvideox.features import features_of
 
 Count = Annotated[int, Field(ge=1, le=2**20)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]  # bounds leave NaN and infinity out
@@ -134,7 +135,7 @@ class LoraConfig(Entries):
 class ModelConfig(Entries):
     """The config of a component of a model; a component of another kind of model has other values."""
 
-    remedy = "this is not a CogVideoX 1.5 for text to video, or the file is damaged: correct --model_id"
+    remedy = "this is not a CogVideoX, or the file is damaged: correct --model_id"
 
 
 class WeightIndex(ModelConfig):
@@ -145,10 +146,7 @@ class WeightIndex(ModelConfig):
 
 
 class Transformer(ModelConfig):
-    """transformer/config.json: temporal patches, rotary embedding, no image to begin with.
-
-    The defaults are those of diffusers, whose own for the entries without one is a CogVideoX 1.0.
-    """
+    """transformer/config.json, with the defaults of diffusers; what its features may be says `features_of`."""
 
     num_layers: Count = 30
     num_attention_heads: Count = 30
@@ -160,28 +158,32 @@ class Transformer(ModelConfig):
     time_embed_dim: Count = 512
     max_text_seq_length: Count = 226
     patch_size: Annotated[int, Field(ge=1, le=64)] = 2
-    patch_size_t: Annotated[int, Field(ge=1, le=64)]
+    patch_size_t: Annotated[int, Field(ge=1, le=64)] | None = None
+    patch_bias: bool = True
     sample_height: Count = 60
     sample_width: Count = 90
+    sample_frames: Count = 49
+    temporal_compression_ratio: Annotated[int, Field(ge=1, le=64)] = 4
+    spatial_interpolation_scale: Positive = 1.875
+    temporal_interpolation_scale: Positive = 1.0
     norm_eps: Positive = 1e-5
     norm_elementwise_affine: bool = True
     attention_bias: bool = True
     flip_sin_to_cos: bool = True
     freq_shift: Annotated[float, Field(ge=0, le=1)] = 0
     activation_fn: Literal["gelu-approximate"] = "gelu-approximate"
-    use_rotary_positional_embeddings: Literal[True]
-    use_learned_positional_embeddings: Literal[False] | None = False
-    ofs_embed_dim: None = None
+    use_rotary_positional_embeddings: bool = False
+    use_learned_positional_embeddings: bool | None = False
+    ofs_embed_dim: Count | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.in_channels != self.out_channels:
-            raise ValueError(f"in_channels is {self.in_channels}, but out_channels is {self.out_channels}")
+        features_of(dict(self))
         return self
 
 
 class Vae(ModelConfig):
-    """vae/config.json, as far as the decoder depends on it, with the defaults of diffusers."""
+    """vae/config.json, as far as our stages depend on it, with the defaults of diffusers."""
 
     block_out_channels: Annotated[list[Count], Field(min_length=1, max_length=8)] = [128, 256, 256, 512]
     latent_channels: Count = 16
@@ -197,6 +199,7 @@ class Vae(ModelConfig):
     sample_height: Count = 480
     sample_width: Count = 720
     use_post_quant_conv: Literal[False] | None = False
+    invert_scale_latents: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -14,7 +14,7 @@ from cogvideox.cli.report import Report
 from cogvideox.defaults import PRESETS
 from cogvideox.files import checkpoint, tensor_dump, videos
 from cogvideox.files.lora import Lora
-from cogvideox.files.names import CONFIG, PREVIEW
+from cogvideox.files.names import CONFIG, IMAGE_TENSORS, PREVIEW
 from cogvideox.run.hosts import Hosts
 from cogvideox.run.jobs import Group, Task
 from cogvideox.run.plans import attention_wanted, dump_recorder, dump_wanted, plan_errors, skipped_steps
@@ -168,7 +168,7 @@ class DenoisingRun:
         import torch
         from safetensors.torch import load_file
 
-        from cogvideox.models.transformer.denoising import Denoising
+        from cogvideox.models.transformer.denoising import Denoising, ImagePosterior
 
         plan = self.steps.plan
         # The last group may have fewer videos; then its last one is made several times, and written once.
@@ -179,7 +179,11 @@ class DenoisingRun:
             for name in ("prompt_embeds", "negative_prompt_embeds")
         )
         seeds = [video.config["seed"] for video in filled]
-        denoising = Denoising(plan, self.parameters, positive, negative, seeds, self.steps.skipped)
+        image = None
+        if plan.features.image:
+            mean, logvar = (torch.cat([of_prompt[name] for of_prompt in embeddings]) for name in IMAGE_TENSORS)
+            image = ImagePosterior(mean, logvar, self.arguments.image_latent_scale)
+        denoising = Denoising(plan, self.parameters, positive, negative, seeds, self.steps.skipped, image)
         if group.saved:
             denoising.resume(group.saved)
             self.report.say(

@@ -208,6 +208,8 @@ def tasks_of(
         "dtype": plan.dtype,
         "devices": f"{len(plan.devices)} x {plan.devices[0].device_kind}",
     }
+    if plan.features.image:
+        of_run["image_latent_scale"] = arguments.image_latent_scale
 
     def task(video: Video) -> Task:
         known = vars(arguments) | of_plan | {"seed": video.config["seed"]}

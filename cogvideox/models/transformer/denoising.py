@@ -1,14 +1,14 @@
 """The loop over the denoising steps."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cogvideox.models.shared.sharding import to_devices
-from cogvideox.models.transformer.embeddings import rotary_embedding
+from cogvideox.models.transformer.embeddings import rotary_embedding, sine_cosine_positions
 from cogvideox.models.transformer.plan import DenoisingPlan, StepKind
 from cogvideox.models.transformer.scheduler import AffineScheduler, make_scheduler
 from cogvideox.models.transformer.step import (
@@ -24,6 +24,49 @@ if TYPE_CHECKING:
     import torch
 
 
+class ImagePosterior(NamedTuple):
+    """What the VAE's encoder makes of the image of each video: a normal distribution of its latents.
+
+    Attributes:
+        mean, logvar: torch [batch, channels, 1, height, width], in latents.
+        scaling: how a sample of it is scaled; see `image_factor`.
+    """
+
+    mean: "torch.Tensor"
+    logvar: "torch.Tensor"
+    scaling: Literal["diffusers", "sat"] = "diffusers"
+
+
+def image_latents_of(
+    plan: DenoisingPlan, image: ImagePosterior, generators: "Sequence[torch.Generator]", dtype: "torch.dtype"
+) -> "torch.Tensor":
+    """Draw the latents of each video's image from its generator; returns them in the shape of the video's latents.
+
+    They are in the first frame, also if that is one of the surplus frames; the others are zeros.
+
+    Source: `CogVideoXImageToVideoPipeline.prepare_latents`.
+    """
+    import torch
+    from diffusers.utils.torch_utils import randn_tensor
+
+    noise = randn_tensor(tuple(image.mean.shape), generator=list(generators), dtype=image.mean.dtype)
+    sample = (image.mean + torch.exp(0.5 * image.logvar) * noise).to(dtype).permute(0, 2, 1, 3, 4)
+    latents = torch.zeros(plan.latent_shape, dtype=dtype)
+    latents[:, :1] = image_factor(plan.vae, image.scaling) * sample
+    return latents
+
+
+def image_factor(vae: Mapping, scaling: Literal["diffusers", "sat"]) -> float:
+    """Return by what the latents of an image are multiplied.
+
+    "diffusers" does what its pipeline does, by the VAE's config; "sat" leaves them as they are, as the authors' own
+    code (SwissArmyTransformer) does.
+    """
+    if scaling == "sat":
+        return 1.0
+    return 1 / vae["scaling_factor"] if vae["invert_scale_latents"] else vae["scaling_factor"]
+
+
 class Denoising:
     """A run of `plan`, which makes a batch of videos, before its loop.
 
@@ -33,6 +76,7 @@ class Denoising:
         prompt_embeds, negative_prompt_embeds: [batch, text tokens, text width], torch.
         seeds: of the noise of each video, which is drawn as in `CogVideoXPipeline`, in the dtype of the embeddings.
         skipped: the steps that leave out the blocks.
+        image: of each video; None for a model that takes none.
 
     Attributes:
         done: how many steps are done.
@@ -46,6 +90,7 @@ class Denoising:
         negative_prompt_embeds: "torch.Tensor",
         seeds: Sequence[int],
         skipped: Collection[int] = (),
+        image: "ImagePosterior | None" = None,
     ):
         import torch
         from diffusers.utils.torch_utils import randn_tensor
@@ -57,12 +102,20 @@ class Denoising:
         self._resumed: State | None = None
         self._replicated = plan.parallelism.sharding()
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        image_latents = None if image is None else image_latents_of(plan, image, self._generators, prompt_embeds.dtype)
         self._noise = randn_tensor(plan.latent_shape, generator=self._generators, dtype=prompt_embeds.dtype)
         self._scheduler = AffineScheduler(make_scheduler(plan.scheduler), plan.num_inference_steps)
         if plan.guided:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
-        rotary = rotary_embedding(plan.transformer, plan.latent_shape)
-        self.condition = Condition(self._to_device(prompt_embeds, plan.dtype), to_devices(rotary, self._replicated))
+        positions = None
+        if plan.positions == "computed":
+            positions = to_devices(sine_cosine_positions(plan.transformer, plan.latent_shape), self._replicated)
+        self.condition = Condition(
+            self._to_device(prompt_embeds, plan.dtype),
+            to_devices(rotary_embedding(plan.transformer, plan.latent_shape), self._replicated),
+            positions,
+            None if image_latents is None else self._to_device(image_latents, plan.dtype),
+        )
 
     def arguments(self) -> StepArguments:
         """Return the arguments of the first step."""

@@ -4,6 +4,7 @@ Names are those of the diffusers module, but the blocks' parameters are stacked 
 "transformer_blocks.0.ff.net.2.bias" and so on there is one "blocks.ff.net.2.bias". Weights are [out, in] as in torch.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cogvideox.features import features_of
 from cogvideox.models.shared.loading import Told, ignore, load_arrays
 from cogvideox.models.shared.sharding import Parallelism, layout_spec
 
@@ -23,7 +25,7 @@ class Parameter(NamedTuple):
     Attributes:
         axes: what each of its axes stands for. That gives the sizes (`axis_sizes`), and the mesh axes that split them
             (LAYOUTS in models/shared/layouts.py).
-        only_with: the entry of the config without which the model has no such parameter; None if every model has it.
+        only_with: the line of CONDITIONS under which a model has such a parameter; None if every model has it.
         rotary: whether its rows are reordered, so that the rotary pairs of a head are its two halves.
         read_in_stack: whether the block of kernels reads it in the stack of all blocks, not in a copy of its layer.
     """
@@ -49,6 +51,16 @@ def _norm(name: str, axis: str, only_with: str | None = None, rotary: bool = Fal
     return {f"{name}.{kind}": Parameter((axis,), only_with, rotary) for kind in ("weight", "bias")}
 
 
+# Under which a model has parameters that not every one has.
+CONDITIONS: dict[str, Callable[[Mapping], bool]] = {
+    "norm_elementwise_affine": lambda config: config["norm_elementwise_affine"],
+    "attention_bias": lambda config: config["attention_bias"],
+    # diffusers gives temporal patches a bias whatever the config says.
+    "patch_bias": lambda config: config["patch_bias"] or features_of(config).patch_frames is not None,
+    "learned positions": lambda config: features_of(config).positions == "learned",
+    "ofs": lambda config: features_of(config).ofs,
+}
+
 # Source: the constructor of `CogVideoXBlock`.
 BLOCK = {
     **_linear("norm1.linear", "modulation", "time"),
@@ -67,10 +79,16 @@ BLOCK = {
 
 # Source: the constructor of `CogVideoXTransformer3DModel`.
 PARAMETERS = {
-    **_linear("patch_embed.proj", "embed", "patch"),
+    **_linear("patch_embed.proj", "embed", "patch", bias_only_with="patch_bias"),
     **_linear("patch_embed.text_proj", "embed", "text"),
+    "patch_embed.pos_embedding": Parameter(("sample", "positions", "embed"), only_with="learned positions"),
     **_linear("time_embedding.linear_1", "inner time", "frequencies"),
     **_linear("time_embedding.linear_2", "time", "inner time"),
+    **{
+        name: declared._replace(only_with="ofs")
+        for layer in ("ofs_embedding.linear_1", "ofs_embedding.linear_2")
+        for name, declared in _linear(layer, "time", "time").items()
+    },
     **{f"blocks.{name}": declared._replace(axes=("layers", *declared.axes)) for name, declared in BLOCK.items()},
     **_norm("norm_final", "embed", only_with="norm_elementwise_affine"),
     **_linear("norm_out.linear", "last modulation", "time"),
@@ -82,7 +100,7 @@ PARAMETERS = {
 def axis_sizes(config: Mapping) -> dict[str, int]:
     """Return the size of each logical axis of the parameters."""
     embed = config["num_attention_heads"] * config["attention_head_dim"]
-    patch = config["patch_size"] ** 2 * config["patch_size_t"]
+    patch = config["patch_size"] ** 2 * (features_of(config).patch_frames or 1)
     return {
         "layers": config["num_layers"],
         "embed": embed,
@@ -95,9 +113,17 @@ def axis_sizes(config: Mapping) -> dict[str, int]:
         "inner time": config["time_embed_dim"],
         "time": config["time_embed_dim"],
         "text": config["text_embed_dim"],
+        "sample": 1,
+        "positions": config["max_text_seq_length"] + math.prod(sample_grid(config)),
         "patch": config["in_channels"] * patch,
         "predicted patch": config["out_channels"] * patch,
     }
+
+
+def sample_grid(config: Mapping) -> tuple[int, int, int]:
+    """Return the patches along frames, height and width for which a model of flat patches has its own positions."""
+    frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
+    return frames, config["sample_height"] // config["patch_size"], config["sample_width"] // config["patch_size"]
 
 
 def declaration(name: str) -> Parameter:
@@ -113,7 +139,7 @@ def parameter_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
     return {
         name: tuple(sizes[axis] for axis in declared.axes)
         for name, declared in PARAMETERS.items()
-        if declared.only_with is None or config[declared.only_with]
+        if declared.only_with is None or CONDITIONS[declared.only_with](config)
     }
 
 
@@ -146,11 +172,15 @@ def checkpoint_names(name: str, config: Mapping) -> list[str]:
 
 def stored_shapes(config: Mapping) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of the checkpoint by its name there."""
-    return {
+    shapes = {
         stored: shape[1:] if name.startswith("blocks.") else shape
         for name, shape in parameter_shapes(config).items()
         for stored in checkpoint_names(name, config)
     }
+    if features_of(config).patch_frames is None:  # the weight of a convolution, whose strides are the patches
+        embed, _ = shapes["patch_embed.proj.weight"]
+        shapes["patch_embed.proj.weight"] = (embed, config["in_channels"], *[config["patch_size"]] * 2)
+    return shapes
 
 
 def rotary_order(rows: int, config: Mapping) -> np.ndarray:
@@ -188,7 +218,8 @@ def load_parameters(
         names = checkpoint_names(name, config)[index[0] if stacked else slice(None)]
         rows, *columns = index[1:] if stacked else index
         for layer, stored in zip(part if stacked else [part], names, strict=True):
-            weight = read(stored)[:, *columns]
+            weight = read(stored)
+            weight = weight.reshape(len(weight), -1)[:, *columns] if len(columns) == 1 else weight[:, *columns]
             order: slice | np.ndarray = rows
             if PARAMETERS[name].rotary:
                 order = rotary_order(len(weight), config)[rows]

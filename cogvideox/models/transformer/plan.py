@@ -3,17 +3,20 @@
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from cogvideox.errors import PlanError
+from cogvideox.features import Features, features_of
 from cogvideox.models.shared.plan import Plan
 from cogvideox.models.shared.sharding import MESH_AXES, Parallelism, choose_parallelism
 from cogvideox.models.shared.sizes import check_frames, check_multiple, spatial_compression_ratio
 from cogvideox.models.transformer.attention import Attention
+from cogvideox.models.transformer.embeddings import token_grid
+from cogvideox.models.transformer.parameters import sample_grid
 from cogvideox.models.transformer.scheduler import SAMPLERS, Sampler
 
 
@@ -83,22 +86,33 @@ class DenoisingPlan(Plan):
         return self.parallelism.mesh
 
     @property
+    def features(self) -> Features:
+        """What the transformer has, beside its sizes."""
+        return features_of(self.transformer)
+
+    @property
+    def positions(self) -> Literal["stored", "computed"] | None:
+        """Where what is added to the embedded tokens comes from; learned positions are stored for one size alone."""
+        if not self.features.positions:
+            return None
+        is_stored = self.features.positions == "learned" and self.token_grid == sample_grid(self.transformer)
+        return "stored" if is_stored else "computed"
+
+    @property
     def surplus_frames(self) -> int:
         """Latent frames that are put in front to fill the temporal patch, and cut off again at the end."""
-        return -self.latent_size[0] % self.transformer["patch_size_t"]
+        return -self.latent_size[0] % (self.features.patch_frames or 1)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:
         """[batch, frames, channels, height, width] of the latents, surplus frames included."""
         frames, height, width = self.latent_size
-        return self.batch, frames + self.surplus_frames, self.transformer["in_channels"], height, width
+        return self.batch, frames + self.surplus_frames, self.transformer["out_channels"], height, width
 
     @property
     def token_grid(self) -> tuple[int, int, int]:
         """Patches of the video along its frames, its height and its width, each of which is a token."""
-        _, frames, _, height, width = self.latent_shape
-        patch = self.transformer["patch_size"]
-        return frames // self.transformer["patch_size_t"], height // patch, width // patch
+        return token_grid(self.transformer, self.latent_shape)
 
     @property
     def video_tokens(self) -> int:
@@ -205,6 +219,7 @@ def check_plan(plan: DenoisingPlan) -> None:
     for name in ("height", "width"):
         check_multiple(name, getattr(plan, name), multiple)
     check_frames(plan.vae, plan.frames)
+    check_learned_positions(plan, spatial)
     check_guidance(plan)
     if plan.scheduler["_class_name"] not in SAMPLERS:
         name = plan.scheduler["_class_name"]
@@ -212,6 +227,19 @@ def check_plan(plan: DenoisingPlan) -> None:
     maximum = plan.scheduler["num_train_timesteps"]
     if plan.num_inference_steps > maximum:
         raise PlanError("num_inference_steps", f"can be at most {maximum} with this scheduler")
+
+
+def check_learned_positions(plan: DenoisingPlan, spatial: int) -> None:
+    """Raise PlanError if the model has learned its positions for another height or width, in latents times `spatial`.
+
+    For another number of frames diffusers, too, takes sines and cosines instead.
+    """
+    for name in ("height", "width") if plan.features.positions == "learned" else ():
+        learned = plan.transformer[f"sample_{name}"] * spatial
+        if getattr(plan, name) != learned:
+            raise PlanError(
+                name, f"{getattr(plan, name)} does not fit this model: it has learned positions for {learned}"
+            )
 
 
 def check_guidance(plan: DenoisingPlan) -> None:

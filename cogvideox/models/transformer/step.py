@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import HIDDEN_STATES
 from cogvideox.models.transformer.embeddings import time_embedding
-from cogvideox.models.transformer.parameters import abstract_parameters
+from cogvideox.models.transformer.parameters import abstract_parameters, parameter_shapes
 from cogvideox.models.transformer.plan import DenoisingPlan, StepKind
 from cogvideox.models.transformer.transformer import hidden_states_shape, transformer
 
@@ -46,10 +46,15 @@ class Condition(NamedTuple):
         prompt_embeds: [batch, text tokens, text width], or, for classifier-free guidance, [2 * batch, ...] with the
             negative prompts first.
         rotary: see `rotary_embedding`.
+        positions: see `sine_cosine_positions`; None where the model has none, or has them among its parameters.
+        image_latents: of the image that each video begins with, scaled, zeros in all frames but one, shape and dtype of
+            the latents; None for a model that takes no image.
     """
 
     prompt_embeds: jax.Array
     rotary: tuple[jax.Array, jax.Array]
+    positions: jax.Array | None = None
+    image_latents: jax.Array | None = None
 
 
 class StepInputs(NamedTuple):
@@ -103,13 +108,16 @@ def make_step(
         with jax.default_matmul_precision("highest" if latents.dtype == jnp.float32 else "default"):
             prediction = transformer(
                 parameters,
-                jnp.tile(latents, (2 if guided else 1, 1, 1, 1, 1)),
+                jnp.tile(with_image(latents, condition), (2 if guided else 1, 1, 1, 1, 1)),
                 condition.prompt_embeds[of_kind],
                 inputs.timestep,
                 condition.rotary,
                 config=plan.transformer,
                 parallelism=plan.parallelism,
                 attention=plan.attention,
+                positions=parameters["patch_embed.pos_embedding"][0]
+                if plan.positions == "stored"
+                else condition.positions,
                 residual=residual[of_kind] if short and residual is not None else None,
             )
         model_output = prediction.output
@@ -142,6 +150,13 @@ def make_step(
     return jit(step, out_shardings=shardings)
 
 
+def with_image(latents: jax.Array, condition: Condition) -> jax.Array:
+    """Return what the transformer takes: the latents, and for some models those of the image after them in channels."""
+    if condition.image_latents is None:
+        return latents
+    return jnp.concatenate([latents, condition.image_latents], axis=2)
+
+
 def state_shardings(plan: DenoisingPlan) -> Any:
     """Return a `State` of shardings: each chip has its share of the residual, and all of the others."""
     sharding: Any = plan.parallelism.sharding
@@ -159,6 +174,9 @@ def abstract_arguments(plan: DenoisingPlan) -> StepArguments:
     latents = array(plan.latent_shape, plan.dtype)
     text = plan.batch * plan.prompts, config["max_text_seq_length"], config["text_embed_dim"]
     rotary = array((plan.video_tokens, config["attention_head_dim"] // 2))
+    positions: Any = None
+    if plan.positions == "computed":
+        positions = array((plan.tokens, config["num_attention_heads"] * config["attention_head_dim"]))
     residual: Any = None
     if plan.step_cache:
         prompts = plan.batch * plan.prompts
@@ -167,7 +185,7 @@ def abstract_arguments(plan: DenoisingPlan) -> StepArguments:
     return StepArguments(
         abstract_parameters(config, plan.dtype, plan.parallelism),
         State(latents, array(plan.latent_shape), array((), jnp.int32), residual),
-        Condition(array(text, plan.dtype), (rotary, rotary)),
+        Condition(array(text, plan.dtype), (rotary, rotary), positions, latents if plan.features.image else None),
         StepInputs(array((), jnp.int32), array((2, 3)), latents if plan.sampler.adds_noise else None, array(())),
     )
 
@@ -186,7 +204,9 @@ def time_embeddings(plan: DenoisingPlan, timesteps: np.ndarray, read: Callable[[
         timesteps: [steps].
         read: `read(name)` returns a tensor of the checkpoint.
     """
-    names = [f"time_embedding.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")]
+    names = [
+        name for name in parameter_shapes(plan.transformer) if name.startswith(("time_embedding.", "ofs_embedding."))
+    ]
     parameters = {name: jnp.asarray(read(name), plan.dtype) for name in names}
     embed = functools.partial(time_embedding, parameters=parameters, config=plan.transformer, dtype=plan.dtype)
     with jax.default_matmul_precision("highest"):

@@ -1,4 +1,4 @@
-"""CogVideoX 1.5's transformer in JAX.
+"""The transformer of CogVideoX in JAX.
 
 It computes the same as diffusers' `CogVideoXTransformer3DModel`, with which the tests compare it, but is arranged for
 TPUs. Text and video tokens are one sequence, padded once to what the mesh divides. The blocks are one `lax.scan` over
@@ -57,27 +57,28 @@ def transformer(
     config: Mapping,
     parallelism: Parallelism,
     attention: Callable,
+    positions: jax.Array | None = None,
     residual: jax.Array | None = None,
 ) -> Prediction:
-    """Predict from noisy latents [batch, frames, channels, height, width] a float32 array of the same shape.
+    """Predict from noisy latents [batch, frames, in_channels, height, width] a float32 array with out_channels.
 
     Args:
         parameters: see `load_parameters`.
-        latents: of any dtype.
+        latents: of any dtype; for a model that takes an image, the image's beside the noisy ones in channels.
         prompt_embeds: [batch, text tokens, text width], of the dtype of the hidden states.
         timestep: scalar.
         rotary: see `rotary_embedding`.
         config: `transformer/config.json`.
         parallelism: the mesh, and the layout of the parameters on it.
         attention: a function as in models/transformer/attention.py; it decides which block there is (`block_for`).
+        positions: what is added to the embedded tokens, [text and video tokens, embed], for a model that has positions.
         residual: if given, it takes the place of the blocks, which do not run.
     """
     text_length, length = prompt_embeds.shape[1], prompt_embeds.shape[1] + rotary[0].shape[0]
-    with tap.scope("time_embedding"):
-        # Every layer that uses the embedding begins with silu.
-        time = jax.nn.silu(time_embedding(timestep, parameters, config, prompt_embeds.dtype))
+    # Every layer that uses the embedding begins with silu.
+    time = jax.nn.silu(time_embedding(timestep, parameters, config, prompt_embeds.dtype))
     _, padded, _ = hidden_states_shape(len(latents), length, config, parallelism, attention)
-    hidden = embed(parameters, latents, prompt_embeds, padded, config, parallelism)
+    hidden = embed(parameters, latents, prompt_embeds, positions, padded, config, parallelism)
     if residual is None:
         # Text and padding are not rotated: their angle is 0.
         edges = ((text_length, padded - length), (0, 0))
@@ -96,7 +97,8 @@ def transformer(
     else:
         last = hidden + residual
     output = predict_patches(parameters, last, time, config, {-2: (text_length, length)})
-    output = unpatchify(output[:, text_length:length], latents.shape, config)
+    batch, frames, _, *size = latents.shape
+    output = unpatchify(output[:, text_length:length], (batch, frames, config["out_channels"], *size), config)
     return Prediction(output, last - hidden if residual is None else residual)
 
 
@@ -118,6 +120,7 @@ def embed(
     parameters: Mapping[str, jax.Array],
     latents: jax.Array,
     prompt_embeds: jax.Array,
+    positions: jax.Array | None,
     padded: int,
     config: Mapping,
     parallelism: Parallelism,
@@ -140,6 +143,8 @@ def embed(
         video = linear(placed(patches, text_length), parameters, "patch_embed.proj").astype(dtype)
         position = jnp.arange(padded)[:, None]
         hidden = constrained(jnp.where((text_length <= position) & (position < length), video, text), parallelism)
+        if positions is not None:
+            hidden = hidden + placed(positions.astype(dtype)[None], 0)
         tap.tap("", hidden, HIDDEN_STATES, {-2: (0, length)})
     return hidden
 
