@@ -22,7 +22,7 @@ from cogvideox.models.decoder.spatial_split import Split
 from cogvideox.models.shared import tap
 
 # Activations by the config's act_fn. The padding of a convolution is zero after them, so each must map zero to zero.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "mish": jax.nn.mish,
@@ -103,7 +103,7 @@ def spatial_norm(
     # Pointwise convolutions commute with the repetition of the latents over frames and pixels: convolve before it.
     scale, offset = pointwise_conv(latents, *conv_y, jnp.float32), pointwise_conv(latents, *conv_b, jnp.float32)
     scale, offset = scale * factor, scale * shift + offset
-    return Deferred(x, *_inside(split, scale, offset), moments=moments)
+    return _deferred(x, scale, offset, moments, split)
 
 
 def group_norm(x: jax.Array, norm: tuple[jax.Array, jax.Array], groups: int, epsilon: float, split: Split) -> Deferred:
@@ -119,7 +119,7 @@ def group_norm(x: jax.Array, norm: tuple[jax.Array, jax.Array], groups: int, eps
     factor, shift, moments = _norm_factors(x, norm, groups, epsilon, split)
     shape = (1, split.strip_height, split.strip_width, *x.shape[3:])
     scale, offset = (jnp.broadcast_to(value, shape) for value in (factor, shift))
-    return Deferred(x, *_inside(split, scale, offset), moments=moments)
+    return _deferred(x, scale, offset, moments, split)
 
 
 def pointwise_conv(
@@ -222,11 +222,11 @@ def _norm_factors(
     return factor, shift, moments
 
 
-def _inside(split: Split, *arrays: jax.Array) -> list[jax.Array]:
-    """Set arrays [frames, height, width, strips, channels] to zero beyond the frame's edge."""
-    if split.is_even:
-        return [*arrays]
-    return [jnp.where(split.inside(array.shape), array, 0.0) for array in arrays]
+def _deferred(x: jax.Array, scale: jax.Array, offset: jax.Array, moments: jax.Array, split: Split) -> Deferred:
+    """Return a deferred norm of x that is zero beyond the frame's edge."""
+    if not split.is_even:
+        scale, offset = (jnp.where(split.inside(value.shape), value, 0.0) for value in (scale, offset))
+    return Deferred(x, scale, offset, moments=moments)
 
 
 def _zero_outside(x: jax.Array, split: Split) -> Deferred:

@@ -74,9 +74,11 @@ def _layers(split: Split) -> dict[type[torch.nn.Module], Callable]:
         kind: functools.partial(function, split=split) for kind, function in functions.items()
     }
     layers[torch.nn.Dropout] = lambda layer, weights, x: x
-    for name, activation in ACTIVATIONS.items():
-        layers[type(get_activation(name))] = functools.partial(_activation, activation=activation)
-    return layers
+    activations = {
+        type(get_activation(name)): functools.partial(_activation, activation=activation)
+        for name, activation in ACTIVATIONS.items()
+    }
+    return layers | activations
 
 
 def _weight_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
