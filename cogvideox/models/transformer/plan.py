@@ -13,7 +13,7 @@ from cogvideox.errors import PlanError
 from cogvideox.features import Features, features_of
 from cogvideox.models.shared.plan import Plan
 from cogvideox.models.shared.sharding import MESH_AXES, Parallelism, choose_parallelism
-from cogvideox.models.shared.sizes import check_frames, check_sides
+from cogvideox.models.shared.sizes import check_frames, check_multiple, spatial_compression_ratio
 from cogvideox.models.transformer.attention import Attention
 from cogvideox.models.transformer.embeddings import token_grid
 from cogvideox.models.transformer.parameters import sample_grid
@@ -214,7 +214,10 @@ def make_denoising_plan(
 
 def check_plan(plan: DenoisingPlan) -> None:
     """Raise PlanError, naming values that work, if the scheduler, the sizes or the number of steps cannot be run."""
-    check_sides(plan.vae, plan.transformer["patch_size"], plan.height, plan.width)
+    spatial = spatial_compression_ratio(plan.vae)
+    multiple = spatial * plan.transformer["patch_size"]
+    for name in ("height", "width"):
+        check_multiple(name, getattr(plan, name), multiple)
     check_frames(plan.vae, plan.frames)
     check_learned_positions(plan, spatial)
     check_guidance(plan)
