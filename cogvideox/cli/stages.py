@@ -118,7 +118,12 @@ def _add_video_options(parser: ArgumentParser) -> None:
     """Add what decides the videos beside the options of a denoising step."""
     group = parser.group("video")
     group.add_argument("--fps", type=frame_rate, help=f"frames per second, for stage 3 {models_or(FPS)}")
-    group.add_argument("--seed", type=number(int, 0, MOST_SEED), default=SEED, help="seed of the noise, unless the prompt's line of stage 1's --prompt_file says one")
+    group.add_argument(
+        "--seed",
+        type=number(int, 0, MOST_SEED),
+        default=SEED,
+        help="seed of the noise, unless the prompt's line of stage 1's --prompt_file says one",
+    )
     group.add_argument(
         "--image_latent_scale",
         choices=IMAGE_LATENT_SCALES,

@@ -18,7 +18,7 @@ def read_image(path: Path) -> "Image":
     of 16 bits are others there: diffusers takes all that is brighter than 255 of 65,535 for white.
 
     Raises:
-        UserError: there is no such file, it is no picture that Pillow reads, or a damaged one, or one that is too large.
+        UserError: there is no such file, or it is no picture that Pillow reads, damaged or too large.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 

@@ -152,7 +152,9 @@ def check_image(
     found = {name: shapes[name] for name in IMAGE_TENSORS if name in shapes}
     if expected is None:
         if found:
-            raise UserError(f"{path} has an image, and the model makes videos of text alone; run stage 1 without --image")
+            raise UserError(
+                f"{path} has an image, and the model makes videos of text alone; run stage 1 without --image"
+            )
         return
     if not found:
         raise UserError(f"{path} has no image, and the model makes videos of one; run stage 1 again with --image")
@@ -165,8 +167,8 @@ def check_image(
             )
         ours, of_video = (" x ".join(str(side * pixels) for side in sides[-2:]) for sides in (shape, expected))
         raise UserError(
-            f"{path} has an image of {ours} pixels, for a video of {of_video}; drop --height and --width, or run stage 1 "
-            "again with these"
+            f"{path} has an image of {ours} pixels, for a video of {of_video}; drop --height and --width, or run "
+            "stage 1 again with these"
         )
 
 
