@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model_id = checkpoint.resolve_model_id(arguments.model_id)
         page_cache.warm(model_id, "text_encoder", arguments.variant)
         transformer = checkpoint.read_config(model_id, "transformer")
-        images = image_encoding.check_images(prompts, model_id, transformer)
-        taken = image_encoding.complete_size(images, model_id, transformer, arguments)
+        images, taken = image_encoding.images_of(prompts, model_id, transformer, arguments)
 
         report.title(f"Stage 1: text encoder of {model_id}")
         for line in taken:

@@ -31,7 +31,7 @@ Frames = Annotated[int, Field(ge=1, le=MOST_FRAMES)]
 FrameRate = Annotated[float, Field(ge=1, le=MOST_FPS), AfterValidator(plain_number)]
 Guidance = Annotated[float, Field(ge=0, le=MOST_GUIDANCE)]
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
-Name = Annotated[str, Field(min_length=1)]
+FileName = Annotated[str, Field(pattern="^[^\\0]+$")]
 
 
 class Entries(BaseModel):
@@ -45,10 +45,10 @@ class TextConfig(Entries):
     """What stage 1 writes into generation_config.json."""
 
     remedy = "run stage 1 again"
-    model_id: Name
+    model_id: Annotated[str, Field(min_length=1)]
     prompt: str
     negative_prompt: str
-    image: Name | None = None  # the file of the picture that the video begins with
+    image: FileName | None = None  # the file of the picture that the video begins with
     prompt_seed: Seed | None = None  # the seed that the prompt's line of --prompt_file says; stage 2 takes it
 
 
@@ -79,7 +79,7 @@ class PromptLine(Entries):
     model_config = ConfigDict(extra="forbid")  # a misspelt key would change nothing, and nobody would see it
     remedy = 'each line must be an object such as {"prompt": "a fox", "image": "fox.png", "seed": 1}, on one line'
     prompt: str
-    image: Name | None = None  # a file, by its path relative to the folder of --prompt_file
+    image: FileName | None = None  # a file, by its path relative to the folder of --prompt_file
     seed: Seed | None = None
 
 

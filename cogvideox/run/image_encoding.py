@@ -22,47 +22,50 @@ if TYPE_CHECKING:
 EXAMPLE = "zai-org/CogVideoX1.5-5B-I2V"
 
 
-def check_images(prompts: Sequence[Prompt], model_id: str, transformer: Mapping) -> list[Path]:
-    """Return the images of the prompts, each once, which can all be read.
+def images_of(
+    prompts: Sequence[Prompt], model_id: str, transformer: Mapping, arguments: argparse.Namespace
+) -> tuple[list[Path], list[str]]:
+    """Check the images of the prompts before anything is loaded.
 
     Args:
         prompts: the prompts.
         model_id: the model.
         transformer: its config.
+        arguments: the parsed options; where there are images, `height` and `width` are set to the model's if nobody
+            gives them.
+
+    Returns:
+        The images, each once, and lines on what the model has decided.
 
     Raises:
-        UserError: a prompt has an image and the model is one for text alone, or the other way round, or an image cannot
-            be read.
+        UserError: a prompt has an image and the model is one for text alone, or the other way round; an image cannot be
+            read; or the model does not take images of this size.
     """
-    of_prompts = {prompt.image: prompt for prompt in prompts}
-    for image, prompt in of_prompts.items():
-        line = f"{prompt.source} " if prompt.is_line else ""
-        if image and not takes_image(transformer):
-            raise UserError(
-                f"{line}--image {image}: {model_id} makes videos of text alone; drop the image, or choose a model for "
-                f"image to video, such as --model_id {EXAMPLE}"
-            )
-        if not image and takes_image(transformer):
-            in_a_line = ', or with "image" in a line of JSON' if prompt.is_line else ""
-            raise UserError(f"{line}{model_id} makes videos of an image and a text; name one with --image{in_a_line}")
-    images = [*filter(None, of_prompts)]
-    for image in images:
+    wanted, users = takes_image(transformer), {prompt.image: prompt for prompt in prompts}
+    images = {image: f"{user.source if user.is_line else '--image'} {image}" for image, user in users.items() if image}
+    if images and not wanted:
+        raise UserError(
+            f"{next(iter(images.values()))}: {model_id} makes videos of text alone; drop the image, or choose a "
+            f"model for image to video, such as --model_id {EXAMPLE}"
+        )
+    if wanted and None in users:
+        line, in_it = (
+            (f"{users[None].source} ", ', or with "image" in a line of JSON') if users[None].is_line else ("", "")
+        )
+        raise UserError(f"{line}{model_id} makes videos of an image and a text; name one with --image{in_it}")
+    taken = complete_size(images, model_id, transformer, arguments)
+    for image, where in images.items():
         try:
             read_image(image)
         except UserError as error:
-            prompt = of_prompts[image]
-            raise UserError(f"{prompt.source if prompt.is_line else '--image'} {error}") from error
-    return images
+            raise UserError(f"{where.removesuffix(str(image))}{error}") from error
+    return [*images], taken
 
 
 def complete_size(
     images: Collection[Path], model_id: str, transformer: Mapping, arguments: argparse.Namespace
 ) -> list[str]:
-    """Set --height and --width of the images where nobody gives them; return a line on what the model has decided.
-
-    Raises:
-        UserError: the model's VAE and transformer do not take the size, or it is given and there are no images.
-    """
+    """Set --height and --width of the images where nobody gives them; see `images_of`."""
     if not images:
         for name in ("height", "width"):
             if getattr(arguments, name):
