@@ -66,12 +66,17 @@ def models_or(default: object) -> str:
     return f"(default: the model's, or {default})"
 
 
+def add_side_options(parser: ArgumentParser, what: str = "the video") -> None:
+    """Add height and width; `what` has them."""
+    group, pixels = parser.group("video"), number(int, 1, MOST_PIXELS)
+    group.add_argument("--height", type=pixels, help=f"height of {what} in pixels {models_or(HEIGHT)}")
+    group.add_argument("--width", type=pixels, help=f"width of {what} in pixels {models_or(WIDTH)}")
+
+
 def add_size_options(parser: ArgumentParser) -> None:
     """Add the video's height, width and frames."""
-    group, pixels = parser.group("video"), number(int, 1, MOST_PIXELS)
-    group.add_argument("--height", type=pixels, help=f"height of the video in pixels {models_or(HEIGHT)}")
-    group.add_argument("--width", type=pixels, help=f"width of the video in pixels {models_or(WIDTH)}")
-    group.add_argument(
+    add_side_options(parser)
+    parser.group("video").add_argument(
         "--frames",
         type=number(int, 1, MOST_FRAMES),
         help=f"frames of the video, of the form 4n + 1 {models_or(FRAMES)}",

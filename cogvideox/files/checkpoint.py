@@ -161,7 +161,7 @@ def tensor_reader(
         model_id: a folder, or a model of the Hugging Face Hub.
         component: "transformer" or "vae".
         shapes: shape of each tensor that will be read, by its name.
-        all_of_them: whether the component (of the VAE: its decoder) has no other tensors.
+        all_of_them: whether the component (of the VAE: its encoder or decoder) has no other tensors.
         variant, say: see `weight_files`.
 
     Raises:
@@ -169,7 +169,8 @@ def tensor_reader(
     """
     folder = model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]) / component
     files = weight_files(folder, variant, say)
-    only = ("decoder." if component == "vae" else "") if all_of_them else None
+    part = f"{min(shapes).partition('.')[0]}." if component == "vae" else ""
+    only = part if all_of_them else None
     return Weights(read_tensors(files, shapes, REMEDY, only), folder)
 
 
