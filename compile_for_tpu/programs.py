@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogvideox.cli import options
 from cogvideox.cli.parser import ArgumentParser
-from cogvideox.cli.types import file_path, model_id, number
+from cogvideox.cli.types import file_path, model_or_config, number
 from cogvideox.defaults import COMPUTE_DTYPES, DECODERS
 from cogvideox.errors import UserError
-from cogvideox.files import checkpoint
+from cogvideox.files import checkpoint, published
 from cogvideox.files.names import CONFIGS
 from cogvideox.files.tensors import compute_dtype
 from cogvideox.run import plans
@@ -229,9 +229,10 @@ def _add_model_options(parser: ArgumentParser) -> None:
     group = parser.group("input and output")
     group.add_argument(
         "--model_id",
-        type=model_id,
+        type=model_or_config,
         default=BUILT_IN_MODEL,
-        help="the model, of which only the configs are read (default: CogVideoX1.5-5B)",
+        help=f"the model, of which only the configs are read: {', '.join(published.folders())}, a folder, or an id of "
+        "the Hugging Face Hub (default: CogVideoX1.5-5B)",
     )
     _add_dtype_option(parser, "dtype of the weights")
     group.add_argument(
