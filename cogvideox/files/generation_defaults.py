@@ -4,7 +4,7 @@ import argparse
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cogvideox.defaults import DRAFT, FRAMES, HEIGHT, MODEL_NAME, WIDTH
 from cogvideox.errors import UserError
@@ -65,7 +65,7 @@ def of_model(model_id: str, download: bool = True) -> ModelDefaults:
     return ModelDefaults(name, {entry: value for entry, value in entries.items() if entry not in others} | found)
 
 
-def by_default(model: ModelDefaults, preset: str | None) -> dict[str, object]:
+def by_default(model: ModelDefaults, preset: str | None) -> dict[str, Any]:
     """Return the value of each option of OURS that nobody gives: the preset's, else the model's, else ours."""
     chosen = {"draft": DRAFT, "authors": model.entries["authors"]}.get(preset or "", {})
     return {name: chosen.get(name, model.entries.get(name, ours)) for name, ours in OURS.items()}
