@@ -5,14 +5,8 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from cogvideox.features import features_of
 from cogvideox.files.names import CONFIGS
-
-# Parts of a transformer that its config says it has or has not. No training changes them, and with the number of
-# channels they tell the published models apart.
-PARTS = (
-    *("patch_size_t", "ofs_embed_dim"),
-    *("use_rotary_positional_embeddings", "use_learned_positional_embeddings"),
-)
 
 
 @functools.cache
@@ -27,14 +21,13 @@ def by_name(name: str) -> Path | None:
 
 
 def like(transformer: Mapping) -> Path | None:
-    """Return the folder of the published model with the features of a transformer's config, or None."""
-    return next((path for path in folders().values() if features(_transformer(path)) == features(transformer)), None)
+    """Return the folder of the published model with the features of a transformer's config, or None.
 
-
-def features(transformer: Mapping) -> list[object]:
-    """Return what tells a transformer's config from those of other published models."""
-    has = [bool(transformer[name]) for name in PARTS]
-    return [*has, transformer["in_channels"] / transformer["out_channels"]]
+    Raises:
+        ValueError: no CogVideoX has these features.
+    """
+    wanted = features_of(transformer)
+    return next((path for path in folders().values() if features_of(_transformer(path)) == wanted), None)
 
 
 def _transformer(folder: Path) -> dict:
