@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cogvideox.defaults import IMAGE_LATENT_SCALES, LAYOUT, MODEL_NAME, PRESETS, SEED, USE_DP
+from cogvideox.defaults import IMAGE_LATENT_SCALES, LAYOUT, MODEL_NAME, SEED, USE_DP
 from cogvideox.errors import UserError
 from cogvideox.files import generation_defaults, stage_files, videos
 from cogvideox.files.names import LATENTS, ROOT, STATE
@@ -57,10 +57,8 @@ def stage1(output_dir: Path, given: Sequence[object], options: Mapping[str, Any]
 
 def stage2(input_dir: Path, output_dir: Path, model_id: str | None, options: Mapping[str, Any]) -> str:
     """Return the command of stage 2; `options` are values of OF_STAGE2 and `generation_defaults.OURS`, by name."""
-    by_default = dict(generation_defaults.OURS)
-    if model_id:
-        by_default |= {k: v for k, v in generation_defaults.of_model(model_id).entries.items() if k in by_default}
-    by_default |= PRESETS.get(str(options.get("preset")), {}) | {"preset": None}
+    made_for = generation_defaults.of_model(model_id or MODEL_NAME, download=False)
+    by_default = generation_defaults.by_default(made_for, options.get("preset")) | {"preset": None}
     if _has_image(input_dir):  # whose size stage 2 takes
         options = {name: value for name, value in options.items() if name not in SIZE}
     others = [] if output_dir == input_dir else ["--output_dir", output_dir]

@@ -4,7 +4,6 @@ Importing this module loads neither jax nor torch.
 """
 
 import argparse
-from collections.abc import Sequence
 
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.types import file_path, folder_path, interval, lora_option, number, preset
@@ -119,7 +118,7 @@ def add_denoising_options(parser: ArgumentParser) -> None:
 
 
 def add_preset_option(parser: ArgumentParser) -> None:
-    """Add --preset; see `parse_with_preset`."""
+    """Add --preset; see `generation_defaults.by_default`."""
     parser.group("sampling").add_argument(
         "--preset",
         type=preset,
@@ -127,19 +126,6 @@ def add_preset_option(parser: ArgumentParser) -> None:
         help="set steps, guidance, scheduler and fps at once: to a draft's, or to those of the model's authors "
         "(default: those that the model says, and for the others a draft's)",
     )
-
-
-def parse_with_preset(
-    parser: ArgumentParser, argv: Sequence[str] | None, owner: ArgumentParser | None = None
-) -> argparse.Namespace:
-    """Parse options whose defaults are those of the preset that is chosen among them, if one is.
-
-    `owner` is the parser of the subcommand that has --preset; None if there are no subcommands.
-    """
-    given, _ = parser.parse_known_args(argv)
-    if chosen := getattr(given, "preset", None):
-        (owner or parser).set_defaults(**PRESETS[chosen])
-    return parser.parse_args(argv)
 
 
 def add_lora_option(parser: ArgumentParser) -> None:

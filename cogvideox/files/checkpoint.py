@@ -59,13 +59,15 @@ def model_folder(model_id: str, patterns: list[str], download: bool = True, opti
         ) from error
 
 
-def read_config(model_id: str, component: str, name: str = "config.json") -> dict:
+def read_config(model_id: str, component: str, name: str = "config.json", download: bool = True) -> dict:
     """Read the config of one component ("transformer", "vae", "scheduler", ...), without loading any weights.
+
+    Without `download` it is the one that was downloaded last.
 
     Raises:
         UserError: the component has no config, or the config is not one of a CogVideoX 1.5 for text to video.
     """
-    path = model_folder(model_id, [f"{component}/{name}"]) / component / name
+    path = model_folder(model_id, [f"{component}/{name}"], download) / component / name
     missing = f"model '{model_id}' has no {component}/{name}; --model_id must name a CogVideoX model"
     return read_json(path, COMPONENTS[component], missing, defaults=True)
 

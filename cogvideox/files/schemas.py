@@ -94,6 +94,20 @@ class IndexEntry(Entries):
     state: Literal["encoded", "denoised", "decoded"]  # by stage 1, 2 or 3
 
 
+class Settings(Entries):
+    """What --preset sets; see `generation_defaults.by_default`."""
+
+    model_config = ConfigDict(extra="forbid")
+    num_inference_steps: Count
+    guidance_scale: Guidance
+    scheduler: Literal["ddim", "dpm"]
+    use_dynamic_cfg: bool
+    fps: FrameRate
+
+
+Side = Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)]  # or the least and the most of a range
+
+
 class GenerationDefaults(Entries):
     """generation_defaults.json of a model: what it is made for, as options of stage 2, and what it was trained on."""
 
@@ -106,8 +120,9 @@ class GenerationDefaults(Entries):
     guidance_scale: Guidance | None = None
     use_dynamic_cfg: bool | None = None
     fps: FrameRate | None = None
-    trained_sizes: list[Annotated[list[Pixels], Field(min_length=2, max_length=2)]] = []  # height and width
+    trained_sizes: list[Annotated[list[Side], Field(min_length=2, max_length=2)]] = []  # height and width
     trained_frames: list[Frames] = []
+    authors: Settings | None = None  # with which its authors run it, for --preset authors
 
 
 class LoraConfig(Entries):
