@@ -1,7 +1,7 @@
-"""Run stage 1: encode the prompt with the model's T5 encoder, on the CPU.
+"""Run stage 1: encode the prompt with the model's T5 encoder, and the image if there is one, on the CPU.
 
-Writes stage1_embeddings.safetensors and generation_config.json (text entries only) to --output_dir. With --prompt_file
-each prompt has a folder of its own there; see cogvideox/files/videos.py.
+Writes stage1_embeddings.safetensors and generation_config.json (entries of text and image only) to --output_dir. With
+--prompt_file each prompt has a folder of its own there; see cogvideox/files/videos.py.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from cogvideox.cli import next_command
 from cogvideox.cli.parser import ArgumentParser
@@ -19,9 +19,10 @@ from cogvideox.cli.stages import STAGES, add_stage1_options
 from cogvideox.errors import UserError, shortened
 from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
 from cogvideox.files.names import INDEX
-from cogvideox.files.schemas import TEXT_ENTRIES
+from cogvideox.files.prompts import Prompt, read_prompts
+from cogvideox.files.schemas import EMBEDDING_ENTRIES
 from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors, values_by_dtype
-from cogvideox.run import page_cache
+from cogvideox.run import image_encoding, page_cache
 from cogvideox.run.accelerator import prepare_libraries
 from utils import CONFIG, EMBEDDINGS
 
@@ -47,21 +48,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class Prompt(NamedTuple):
-    """A prompt, the folder of its files, where it comes from, in words, and whether it is a line of --prompt_file."""
-
-    text: str
-    folder: Path
-    source: str
-    is_line: bool = False
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run stage 1 with these options, by default those of the command line."""
     arguments = parse_arguments(argv)
     output_dir = arguments.output_dir
     with Report("stage1", PROGRAM, arguments) as report, contextlib.ExitStack() as until_end:
-        prompts = read_prompts(arguments)
+        prompts = prompts_of(arguments)
         videos.check_prompts(output_dir, [prompt.folder for prompt in prompts])
         until_end.enter_context(writing.claimed(output_dir, "stage1", report.warn))
         check_outputs(prompts, arguments)
@@ -69,8 +61,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         model_id = checkpoint.resolve_model_id(arguments.model_id)
         page_cache.warm(model_id, "text_encoder", arguments.variant)
         transformer = checkpoint.read_config(model_id, "transformer")
+        images, taken = image_encoding.images_of(prompts, model_id, transformer, arguments)
 
         report.title(f"Stage 1: text encoder of {model_id}")
+        for line in taken:
+            report.say(line)
         with report.phase("load"):
             tokenizer, encoder = load_text_encoder(model_id, transformer["text_embed_dim"], report, arguments)
             weights = provenance.weights(model_id, "text_encoder", arguments.variant)
@@ -79,6 +74,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         negative = Prompt(arguments.negative_prompt, output_dir, "--negative_prompt")
         check_lengths(tokenizer, length, prompts, negative, report)
         warn_of_unknown(tokenizer, [*prompts, negative], report)
+        encoded = {}
+        if images:
+            with report.phase("image"):
+                encoded = image_encoding.encode_images(images, model_id, arguments, report)
+                weights |= provenance.weights(model_id, "vae", arguments.variant)
         with report.phase("run"):
             negative_prompt_embeds = encode(tokenizer, encoder, negative.text, length)
             check_finite(negative_prompt_embeds, model_id)
@@ -86,11 +86,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 prompt_embeds = encode(tokenizer, encoder, prompt.text, length)
                 check_finite(prompt_embeds, model_id)
                 config = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
+                config |= prompt.entries(arguments.height, arguments.width)
                 tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+                inputs = weights.copy()
+                if prompt.image:
+                    tensors |= encoded[prompt.image].tensors
+                    inputs |= {str(prompt.image): encoded[prompt.image].digest}
                 with report.aside("save"):
-                    made = provenance.as_metadata(
-                        "stage1", weights, arguments, {"dtype": str(encoder.dtype).removeprefix("torch.")}
-                    )
+                    dtype = str(encoder.dtype).removeprefix("torch.")
+                    made = provenance.as_metadata("stage1", inputs, arguments, {"dtype": dtype})
                     save(tensors, config, made, prompt.folder)
                 report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
 
@@ -105,27 +109,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.close(output_dir, next_command.stage2(output_dir, output_dir, model_id, options))
 
 
-def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
-    """Return the prompts of the options, at least one; lines of --prompt_file that are empty are passed over.
-
-    Raises:
-        UserError: --prompt_file cannot be read, or has no prompt.
-    """
-    if arguments.prompt_file is None:
-        return [Prompt(arguments.prompt, arguments.output_dir, "--prompt")]
-    try:
-        lines = arguments.prompt_file.read_text(encoding="utf-8-sig").split("\n")  # which stands for \r\n and \r, too
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
-        raise UserError(f"--prompt_file {arguments.prompt_file} cannot be read: {reason}") from error
-    of_lines = [(n, text) for n, line in enumerate(lines, 1) if (text := line.strip())]
-    prompts = [
-        Prompt(text, videos.of_prompt(arguments.output_dir, i), f"{arguments.prompt_file}, line {n},", is_line=True)
-        for i, (n, text) in enumerate(of_lines, 1)
-    ]
-    if not prompts:
-        raise UserError(f"--prompt_file {arguments.prompt_file} has no prompt; write one on each line")
-    return prompts
+def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
+    """Return the prompts of the options, at least one; raise UserError if --prompt_file is wrong."""
+    image = arguments.image and arguments.image.absolute()
+    if arguments.prompt_file:
+        return read_prompts(arguments.prompt_file, arguments.output_dir, image)
+    return [Prompt(arguments.prompt, arguments.output_dir, "--prompt", image=image)]
 
 
 def check_outputs(prompts: Sequence[Prompt], arguments: argparse.Namespace) -> None:
@@ -133,7 +122,8 @@ def check_outputs(prompts: Sequence[Prompt], arguments: argparse.Namespace) -> N
     outputs = [prompt.folder / name for prompt in prompts for name in (EMBEDDINGS, CONFIG)]
     outputs += [arguments.output_dir / INDEX] if arguments.prompt_file else []
     there = [("--output_dir", path) for path in outputs if path.parent.is_dir()]
-    writing.check_outputs(there, [arguments.log_json, arguments.prompt_file], arguments.model_id)
+    images = {prompt.image for prompt in prompts}
+    writing.check_outputs(there, [arguments.log_json, arguments.prompt_file, *images], arguments.model_id)
 
 
 def check_lengths(
@@ -169,11 +159,11 @@ def warn_of_unknown(tokenizer: "T5Tokenizer", prompts: Sequence[Prompt], report:
 
 
 def save(tensors: "Mapping[str, torch.Tensor]", config: Mapping, made: dict[str, str], folder: Path) -> None:
-    """Write the embeddings of a prompt, each [1, T, width], and the config to its folder."""
+    """Write the tensors of a prompt, its embeddings each [1, T, width], and the config to its folder."""
     from safetensors.torch import save_file
 
     with writing.claimed(folder, "stage1"), writing.committing(folder, "stage1") as new:
-        metadata = stage_files.made_from(config, TEXT_ENTRIES) | made
+        metadata = stage_files.made_from(config, EMBEDDING_ENTRIES) | made
         save_file(dict(tensors), new / EMBEDDINGS, metadata=metadata)
         stage_files.write_config(new, config)
 

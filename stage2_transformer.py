@@ -1,4 +1,4 @@
-"""Run stage 2: denoise the latents with the CogVideoX 1.5 transformer, in JAX.
+"""Run stage 2: denoise the latents with the CogVideoX transformer, in JAX.
 
 Reads stage 1's files from --input_dir; writes stage2_latents.safetensors and the video entries of
 generation_config.json to --output_dir. Where there are several videos, each has a folder of its own; see
@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Sequence
 
 from cogvideox.cli import next_command
-from cogvideox.cli.options import parse_with_preset
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
@@ -35,7 +34,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         usage="%(prog)s [options]",
     )
     add_stage2_options(parser)
-    return parse_with_preset(parser, argv)
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         until_end.enter_context(hosts.claimed(output_dir, "stage2", report.warn))
         model_id, shapes = jobs.check_files_to_denoise(videos, arguments, output_dir, loras, hosts, report)
         made_for = generation_defaults.of_model(model_id)
-        taken = [*generation_defaults.complete(arguments, made_for)]
+        taken = jobs.complete_size(arguments, shapes, model_id)
+        taken += generation_defaults.complete(arguments, made_for)
         hosts.agree({f"--{name} of the model": str(getattr(arguments, name)) for name in generation_defaults.OURS})
 
         accelerator.prepare_libraries(arguments.profile is not None, arguments.verbose)

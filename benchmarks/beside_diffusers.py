@@ -26,10 +26,8 @@ from safetensors.torch import save_file
 from benchmarks.diffusers_comparison import FILES, FRAMES, LATENTS, RESULTS, WRITTEN, compared_plan
 from benchmarks.entries import Entry, Results, durations, measured, run_entries
 from benchmarks.machine import (
-    DECODES,
     LATENT_SEED,
     SCALES,
-    STEPS,
     WEIGHT_SEED,
     Machine,
     decode_name,
@@ -48,6 +46,7 @@ from cogvideox.models.transformer.scheduler import make_scheduler
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.versions import versions
 from compile_for_tpu.prediction import GIB
+from compile_for_tpu.programs import add_model_option, model_name
 from tools import dump_reference
 
 COMPUTED = torch.bfloat16  # the dtype of what is measured
@@ -204,12 +203,12 @@ def all_entries(on: Torch, folder: Path) -> list[Entry]:
         for name, write in writers.items()
     ]
     rows: list[Entry] = []
-    for size, guided, minutes in STEPS:
-        video = on.sizes.scale.videos[size]
+    for size, guided, minutes in on.sizes.steps:
+        video = on.sizes.video(size)
         measure = functools.partial(measure_step, on, video, guided)
         rows.append(Entry(DIFFUSERS + step_name(video, guided), "row", measure, minutes, quick=not rows))
-    for size, minutes in {size: minutes for size, _, minutes in DECODES}.items():
-        video = on.sizes.scale.videos[size]
+    for size, minutes in {size: minutes for size, _, minutes in on.sizes.decodes}.items():
+        video = on.sizes.video(size)
         measure = functools.partial(measure_decode, on, video)
         rows.append(Entry(DIFFUSERS + decode_name(video), "row", measure, minutes))
     return [references[0], *rows[:2], references[1], *rows[2:]]
@@ -221,6 +220,7 @@ def made_with(on: Torch) -> dict:
     files = [*(Path(__file__).with_name(f"{name}.py") for name in names), Path(str(dump_reference.__file__))]
     return {
         "devices": f"1 x {on.name}",
+        "model": model_name(on.sizes.model),
         "versions": versions("torch", "diffusers") | {"python": sys.version.split()[0]},
         "source files": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16],
     }
@@ -234,6 +234,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=number(float, 0), required=True, help="start nothing that takes longer")
     parser.add_argument("--quick", action="store_true", help="only the entries that matter most")
     parser.add_argument("--again", action="store_true", help="run what is done already again too")
+    add_model_option(parser)
     add_log_options(parser)
     return parser.parse_args(argv)
 
@@ -247,10 +248,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         jax.config.update("jax_platforms", "cpu")  # jax computes nothing here, and must not hold the accelerator
         torch.backends.cudnn.allow_tf32 = False  # float32 is to mean float32
         scale = SCALES["gpu" if arguments.device == "cuda" else "cpu"]
-        on = Torch(arguments.device, Machine(jax.devices("cpu")[:1], scale))
+        on = Torch(arguments.device, Machine(jax.devices("cpu")[:1], scale, arguments.model_id))
         results = Results(arguments.output, RESULTS, made_with(on), arguments.again)
         writing.check_writable(results.json)
-        told.title(f"diffusers on {on.name}")
+        told.title(f"{model_name(on.sizes.model)} in diffusers on {on.name}")
         todo = all_entries(on, arguments.output)
         run_entries(todo, results, arguments.quick, 60 * arguments.minutes, scale.pace, told)
 

@@ -65,7 +65,7 @@ def run_diffusers(device: str, minutes: float, arguments: argparse.Namespace, to
         told: gets a warning if it ends early.
     """
     command = [sys.executable, "-m", "benchmarks.beside_diffusers", "--device", device, "--minutes", f"{minutes:g}"]
-    command += ["--output", str(arguments.output)]
+    command += ["--output", str(arguments.output), "--model_id", arguments.model_id]
     command += [f"--{name}" for name in ("quick", "again", "verbose", "quiet", "debug") if getattr(arguments, name)]
     status = wait_for(command)
     if status == 2:  # it has said why

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.reproduce_tables import LARGE, MIDDLE, SMALL, video_tokens
-from cogvideox.files import checkpoint
+from cogvideox.files import checkpoint, generation_defaults
 from compile_for_tpu.programs import BUILT_IN_MODEL
 
 if TYPE_CHECKING:
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from cogvideox.models.decoder.plan import DecodingPlan
     from cogvideox.models.transformer.plan import DenoisingPlan
 
+Size = tuple[int, int, int]  # height, width and frames of a video
+
 PROMPT_SEED, LATENT_SEED, WEIGHT_SEED = 0, 1, 2
 GUIDANCE_SCALE = 6.0
 
-# Steps and decodes in the order of their worth, with their minutes on a TPU, compilation included.
+# Steps and decodes of CogVideoX1.5-5B in the order of their worth, with their minutes on a TPU, compilation included.
 STEPS = (
     (SMALL, False, 2.0),
     (LARGE, True, 3.5),
@@ -37,8 +39,9 @@ class Scale:
     """The sizes at which the entries run.
 
     Attributes:
-        transformer, vae: entries that differ from the configs of CogVideoX1.5-5B.
-        videos: height, width and frames that are run in the place of each size of the tables.
+        transformer, vae: entries that differ from the model's configs.
+        videos: height, width and frames that are run in the place of each size of the tables, and that for any other;
+            None if each size is run as it is.
         lengths: tokens for the attention kernel, those of the small and of the large video without guidance.
         heads: attention heads for the kernel.
         checked_video, chunk_video: height, width and frames for the checks of a step, and of a chunk of the decoder.
@@ -48,11 +51,11 @@ class Scale:
 
     transformer: Mapping
     vae: Mapping
-    videos: Mapping[tuple[int, int, int], tuple[int, int, int]]
+    videos: Mapping[Size | None, Size] | None
     lengths: tuple[int, int]
     heads: int
-    checked_video: tuple[int, int, int]
-    chunk_video: tuple[int, int, int]
+    checked_video: Size
+    chunk_video: Size
     repetitions: int
     pace: float
 
@@ -60,7 +63,7 @@ class Scale:
 FULL = Scale(
     transformer={},
     vae={},
-    videos={size: size for size in (LARGE, MIDDLE, SMALL)},
+    videos=None,
     lengths=(226 + video_tokens(SMALL), 226 + video_tokens(LARGE)),
     heads=6,  # what each of eight chips has of 48
     checked_video=(256, 256, 17),
@@ -86,7 +89,7 @@ ON_A_CPU = Scale(
         "layers_per_block": 1,
         "norm_num_groups": 4,
     },
-    videos={LARGE: (32, 40, 9), MIDDLE: (24, 40, 9), SMALL: (16, 24, 9)},
+    videos={LARGE: (32, 40, 9), MIDDLE: (24, 40, 9), SMALL: (16, 24, 9), None: (24, 40, 9)},
     lengths=(270, 530),
     heads=4,
     checked_video=(24, 40, 9),
@@ -98,10 +101,44 @@ ON_A_CPU = Scale(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Machine:
-    """The devices at hand, and the sizes for them."""
+    """The devices at hand, the model whose shapes are run on them, and the sizes for them."""
 
     devices: Sequence["jax.Device"]
     scale: Scale
+    model: str = BUILT_IN_MODEL
+
+    @property
+    def is_of_the_tables(self) -> bool:
+        """Whether the model is that of the tables, in whose sizes it is measured; any other is in its own size."""
+        return self.model == BUILT_IN_MODEL
+
+    @functools.cached_property
+    def size(self) -> Size:
+        """Height, width and frames that the model is made for."""
+        made_for = generation_defaults.by_default(generation_defaults.of_model(self.model), None)
+        return made_for["height"], made_for["width"], made_for["frames"]
+
+    @property
+    def steps(self) -> tuple[tuple[Size, bool, float], ...]:
+        """Size, guidance and minutes of the steps, in the order of their worth."""
+        return STEPS if self.is_of_the_tables else ((self.size, True, 2.0), (self.size, False, 2.0))
+
+    @property
+    def decodes(self) -> tuple[tuple[Size, str, float], ...]:
+        """Size, decoder and minutes of the decodes, in the order of their worth."""
+        return DECODES if self.is_of_the_tables else ((self.size, "torchax", 7.0), (self.size, "flax", 7.0))
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens for the attention kernel: those of the scale, the first of them the model's own if it is another."""
+        if self.is_of_the_tables or self.scale.videos is not None:
+            return self.scale.lengths
+        return self.denoising_plan(self.size, False, devices=self.devices[:1]).tokens, self.scale.lengths[0]
+
+    def video(self, size: Size) -> Size:
+        """Return height, width and frames that are run in the place of a size."""
+        videos = self.scale.videos
+        return size if videos is None else videos.get(size, videos[None])
 
     @property
     def platform(self) -> str:
@@ -122,14 +159,14 @@ class Machine:
     @functools.cached_property
     def transformer(self) -> dict:
         """The transformer's config."""
-        return checkpoint.read_config(BUILT_IN_MODEL, "transformer") | dict(self.scale.transformer)
+        return checkpoint.read_config(self.model, "transformer") | dict(self.scale.transformer)
 
     @functools.cached_property
     def vae(self) -> dict:
         """The VAE's config."""
-        return checkpoint.read_config(BUILT_IN_MODEL, "vae") | dict(self.scale.vae)
+        return checkpoint.read_config(self.model, "vae") | dict(self.scale.vae)
 
-    def denoising_plan(self, video: tuple[int, int, int], guided: bool, **options: Any) -> "DenoisingPlan":
+    def denoising_plan(self, video: Size, guided: bool, **options: Any) -> "DenoisingPlan":
         """Make the plan of a denoising; `options` are arguments of `make_denoising_plan` other than the defaults."""
         from cogvideox.models.transformer.plan import make_denoising_plan
 
@@ -138,7 +175,7 @@ class Machine:
         defaults["num_inference_steps"] = 1 + self.scale.repetitions  # the first one is not timed
         return make_denoising_plan(
             vae=self.vae,
-            scheduler=checkpoint.read_config(BUILT_IN_MODEL, "scheduler", "scheduler_config.json"),
+            scheduler=checkpoint.read_config(self.model, "scheduler", "scheduler_config.json"),
             height=height,
             width=width,
             frames=frames,
@@ -147,7 +184,7 @@ class Machine:
         )
 
     def decoding_plan(
-        self, video: tuple[int, int, int], decoder: str, devices: Sequence["jax.Device"], dtype: str = "bfloat16"
+        self, video: Size, decoder: str, devices: Sequence["jax.Device"], dtype: str = "bfloat16"
     ) -> "DecodingPlan":
         """Make the plan of a decode."""
         from cogvideox.models.decoder.plan import make_decoding_plan
@@ -171,12 +208,12 @@ GENERATIONS = {
 SCALES = {"cpu": ON_A_CPU, "gpu": ON_A_GPU, "tpu": FULL}
 
 
-def step_name(video: tuple[int, int, int], guided: bool) -> str:
+def step_name(video: Size, guided: bool) -> str:
     """Return the name of the row of a step."""
     return f"step, {' x '.join(map(str, video))}, {'guidance' if guided else 'no guidance'}"
 
 
-def decode_name(video: tuple[int, int, int]) -> str:
+def decode_name(video: Size) -> str:
     """Return the name of the row of a decode, whatever the decoder."""
     return f"decode, {' x '.join(map(str, video))}"
 

@@ -2,12 +2,14 @@
 
     python -m benchmarks.on_device
     python -m benchmarks.on_device --quick
+    python -m benchmarks.on_device --model CogVideoX-5B
     python -m benchmarks.on_device --beside diffusers
 
 The checks compare the attention kernel with a float32 reference; and a transformer block, a chunk of the decoder, and
 a step on every mesh of the devices with the CPU. The measurements are a denoising step and a decode in the sizes of
-docs/performance.md; with --beside diffusers those of diffusers in torch on the same card, too. Weights are drawn on the
-devices, so nothing is downloaded. Without an accelerator, all of it runs on the CPU in small sizes.
+docs/performance.md, or for another --model in its own; with --beside diffusers those of diffusers in torch on the same
+card, too. Weights are drawn on the devices, so nothing is downloaded. Without an accelerator, all of it runs on the CPU
+in small sizes.
 
 Results are kept in the output folder after each entry, and the same command goes on where it ended. The exit status is
 1 if a check failed.
@@ -39,12 +41,10 @@ from benchmarks.entries import (
     run_entries,
 )
 from benchmarks.machine import (
-    DECODES,
     FULL,
     LATENT_SEED,
     PROMPT_SEED,
     SCALES,
-    STEPS,
     WEIGHT_SEED,
     Machine,
     decode_frames,
@@ -64,7 +64,7 @@ from cogvideox.files import writing
 from cogvideox.files.names import STAGE_OUTPUTS
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.versions import LIBRARIES, versions
-from compile_for_tpu import prediction, report
+from compile_for_tpu import prediction, programs, report
 
 if TYPE_CHECKING:
     import jax
@@ -84,12 +84,12 @@ MINUTES, QUICK_MINUTES = 30.0, 5.0
 
 
 # Seconds that the original project measured for a decode, where docs/performance.md has no doubt about the size.
-ORIGINAL_DECODES = {("v6e-8", MIDDLE, "torchax"): 0.86}
+ORIGINAL_DECODES: dict[tuple | None, float] = {("v6e-8", MIDDLE, "torchax"): 0.86}
 
 
 def entries(machine: Machine) -> list[Entry]:
     """Return all checks and rows in the order of their worth, which is that in which they run."""
-    short, long = machine.scale.lengths
+    short, long = machine.lengths
     steps, decodes, meshes = step_rows(machine), decode_rows(machine), mesh_checks(machine)
     return [
         kernel_check(machine, machine.attention, "layer_normed", short, quick=True),
@@ -162,17 +162,20 @@ def mesh_checks(machine: Machine) -> dict[str, list[Entry]]:
 def step_rows(machine: Machine) -> list[Entry]:
     """Return the rows of the tables for this slice; where there are none, every configuration of the tables."""
     rows = [row for row in json.loads(report.TABLES.read_text()).values() if row["topology"] == machine.topology]
+    rows = rows if machine.is_of_the_tables else []
     found: list[Entry] = []
-    for size, guided, minutes in STEPS:
+    for size, guided, minutes in machine.steps:
         same = [row for row in rows if (tuple(row["size"]), row["guided"]) == (size, guided)]
         if rows and not same:
             continue
-        ours, video = same[0] if same else {}, machine.scale.videos[size]
+        ours, video = same[0] if same else {}, machine.video(size)
         expected = {
             "predicted_seconds": ours.get("ours_seconds"),
             "predicted_gib": ours.get("ours_gib"),
             "original_seconds": min((row["measured"] for row in same), default=None),
         }
+        if not machine.is_of_the_tables:
+            expected |= predicted("stage2", machine, size, ["guided"] * guided)
         measure = functools.partial(measure_step, machine, video, guided, expected)
         found.append(Entry(step_name(video, guided), "row", measure, minutes, quick=not found))
     return found
@@ -181,17 +184,24 @@ def step_rows(machine: Machine) -> list[Entry]:
 def decode_rows(machine: Machine) -> list[Entry]:
     """Return the rows of the decoder."""
     found = []
-    for size, decoder, minutes in DECODES:
-        video, labels = machine.scale.videos[size], [decoder] * (decoder != "torchax")
-        expected = predicted("stage3", machine.topology, ["x".join(map(str, size)), *labels])
-        expected["original_seconds"] = ORIGINAL_DECODES.get((str(machine.topology), size, decoder))
+    for size, decoder, minutes in machine.decodes:
+        video = machine.video(size)
+        expected = predicted("stage3", machine, size, [decoder] * (decoder != "torchax"))
+        original = (str(machine.topology), size, decoder) if machine.is_of_the_tables else None
+        expected["original_seconds"] = ORIGINAL_DECODES.get(original)
         name = f"{decode_name(video)}, {decoder}"
         found.append(Entry(name, "row", functools.partial(measure_decode, machine, video, decoder, expected), minutes))
     return found
 
 
-def predicted(what: str, topology: str | None, labels: Sequence[str]) -> dict:
-    """Return seconds and GiB of a saved prediction; None where there is none."""
+def predicted(what: str, machine: Machine, size: tuple[int, int, int], labels: Sequence[str]) -> dict:
+    """Return seconds and GiB of a saved prediction for a size; None where there is none."""
+    of_model = [] if machine.is_of_the_tables else [f"model={programs.model_name(machine.model)}"]
+    return of_report(what, machine.topology, ["x".join(map(str, size)), *labels, *of_model])
+
+
+def of_report(what: str, topology: str | None, labels: Sequence[str]) -> dict:
+    """Return seconds and GiB of a saved report; None where there is none."""
     path = report.RESULTS / report.file_name(what, str(topology), labels)
     saved = json.loads(path.read_text()) if path.exists() else {"memory": {}}
     return {"predicted_seconds": saved.get("predicted_seconds"), "predicted_gib": saved["memory"].get("peak")}
@@ -491,7 +501,7 @@ def measure_kernel(machine: Machine, length: int) -> dict:
 
     each = [total / calls for total in durations(run_all())]
     one_chip = machine.topology and f"{machine.topology.split('-')[0]}-1"
-    return measured(each, seconds, memory.so_far(programs), predicted("kernel", one_chip, [str(length)]))
+    return measured(each, seconds, memory.so_far(programs), of_report("kernel", one_chip, [str(length)]))
 
 
 def measure_step(machine: Machine, video: tuple[int, int, int], guided: bool, expected: Mapping) -> dict:
@@ -528,12 +538,13 @@ def measure_decode(machine: Machine, video: tuple[int, int, int], decoder: str, 
 # --- The run -----------------------------------------------------------------------------------------------------
 
 
-def made_with() -> dict:
-    """Return what decides the results, other than the devices: versions, and the project's sources."""
+def made_with(model_id: str) -> dict:
+    """Return what decides the results, other than the devices: the model, versions, and the project's sources."""
     from cogvideox.run import executable
 
     sources = b"".join(path.read_bytes() for path in [*executable.SOURCES, *OWN_SOURCES])
     return {
+        "model": programs.model_name(model_id),
         "versions": versions(*LIBRARIES) | {"python": sys.version.split()[0]},
         "source files": hashlib.sha256(sources).hexdigest()[:16],
     }
@@ -563,12 +574,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="also run the steps and decodes of diffusers in torch on one device, and compare latents and frames",
     )
     parser.add_argument("--again", action="store_true", help="run what is done already again too")
+    programs.add_model_option(parser)
     add_log_options(parser)
     return parser.parse_args(argv)
 
 
-def find_machine() -> Machine:
-    """Return the devices that jax has; raises UserError if it has no CPU to compare with."""
+def find_machine(model_id: str) -> Machine:
+    """Return the devices that jax has, for a model; raises UserError if it has no CPU to compare with."""
     import jax
 
     try:
@@ -576,7 +588,7 @@ def find_machine() -> Machine:
     except RuntimeError:
         raise UserError("jax has no CPU, which results are compared with; unset JAX_PLATFORMS") from None
     devices = jax.devices()
-    return Machine(devices, SCALES.get(devices[0].platform, FULL))
+    return Machine(devices, SCALES.get(devices[0].platform, FULL), model_id)
 
 
 def tell(found: Mapping[str, Mapping], told: Report) -> None:
@@ -593,13 +605,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Report("on_device", "on_device.py", arguments) as told:
         prepare_libraries()
         minutes = arguments.minutes if arguments.minutes is not None else QUICK_MINUTES if arguments.quick else MINUTES
-        end, theirs, made = time.perf_counter() + 60 * minutes, {}, made_with()
+        end, theirs, made = time.perf_counter() + 60 * minutes, {}, made_with(arguments.model_id)
         writing.check_writable(Results(arguments.output, NAME, made, arguments.again).json)
         if arguments.beside:
             theirs = run_diffusers(torch_device(), minutes, arguments, told)
-        machine = find_machine()
+        machine = find_machine(arguments.model_id)
         results = Results(arguments.output, NAME, {"devices": described(machine)} | made, arguments.again)
-        told.title(f"On {len(machine.devices)} x {machine.devices[0].device_kind}")
+        told.title(f"{made['model']} on {len(machine.devices)} x {machine.devices[0].device_kind}")
         if machine.platform == "cpu":
             told.say("there is no accelerator: everything runs on the CPU in small sizes")
         todo = [*comparisons(machine, arguments.output, theirs), *entries(machine)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
+MODEL = "CogVideoX1.5-5B"  # of results that do not name theirs
 DIFFUSERS = "diffusers: "  # before the name of a row that is diffusers' own
 
 
@@ -24,7 +25,12 @@ def as_markdown(content: Mapping) -> str:
         return "-" if found.get(name) is None else format(found[name], form)
 
     made, found = content["made_with"], content["entries"]
-    lines = [f"# On {made['devices']}", "", f"Begun {content['begun']}; sources {made['source files']}.", ""]
+    lines = [
+        f"# {made.get('model', MODEL)} on {made['devices']}",
+        "",
+        f"Begun {content['begun']}; sources {made['source files']}.",
+        "",
+    ]
     lines += [", ".join(f"{name} {version}" for name, version in made["versions"].items()) + ".", ""]
     lines += ["| check | result | figure | tolerance | note |", "| --- | --- | --- | --- | --- |"]
     for name, one in found.items():

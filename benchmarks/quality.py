@@ -34,7 +34,6 @@ from cogvideox.cli.options import (
     add_lora_option,
     add_preset_option,
     add_weight_options,
-    parse_with_preset,
 )
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
@@ -118,7 +117,7 @@ def parse_stage2_options(arguments: argparse.Namespace, variant: str = "") -> ar
     of_all |= {"height": SIZE, "width": SIZE, "frames": FRAMES}
     words = [f"--{name}={value}" for name, value in of_all.items()]
     words += [*arguments.stage2_options, *shlex.split(variant)]
-    options = parse_with_preset(parser, words)
+    options = parser.parse_args(words)
     generation_defaults.complete(options, generation_defaults.of_model(arguments.model_id))
     return options
 

@@ -22,23 +22,15 @@ USE_DYNAMIC_CFG = False
 USE_DP = True
 LAYOUT = "tp"
 
-# What --preset sets, by option; each option wins over it. "draft" has the original project's settings, "authors" those
-# of the model's authors (zai-org/CogVideo, inference/cli_demo.py).
-PRESETS: dict[str, dict[str, object]] = {
-    "draft": {
-        "num_inference_steps": NUM_STEPS,
-        "guidance_scale": GUIDANCE_SCALE,
-        "scheduler": None,  # the one that the model names
-        "use_dynamic_cfg": USE_DYNAMIC_CFG,
-        "fps": FPS,
-    },
-    "authors": {
-        "num_inference_steps": 50,
-        "guidance_scale": 6.0,
-        "scheduler": "dpm",
-        "use_dynamic_cfg": True,
-        "fps": 16,
-    },
+# What --preset may be: a draft, with the settings of the original project, or as the model's authors run it; see
+# `generation_defaults.by_default`.
+PRESETS = ("draft", "authors")
+DRAFT: dict[str, object] = {
+    "num_inference_steps": NUM_STEPS,
+    "guidance_scale": GUIDANCE_SCALE,
+    "scheduler": None,  # the one that the model names
+    "use_dynamic_cfg": USE_DYNAMIC_CFG,
+    "fps": FPS,
 }
 SOME_QUERIES = 8  # tokens whose attention weights a dump has if none are named
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # what --dtype may be

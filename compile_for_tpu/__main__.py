@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cogvideox.cli import terminal
-from cogvideox.cli.options import parse_with_preset
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.stages import STAGES
@@ -59,7 +58,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words = list(sys.argv[1:] if argv is None else argv)
     if found := next((word for word in words if word in by_kind), None):  # it may stand behind options
         words.insert(0, words.pop(words.index(found)))
-    arguments = parse_with_preset(parser, words, by_kind["stage2"])
+    arguments = parser.parse_args(words)
     if hasattr(arguments, "model_id"):
         generation_defaults.complete(arguments, generation_defaults.of_model(arguments.model_id))
     return arguments

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogvideox.cli import options
 from cogvideox.cli.parser import ArgumentParser
-from cogvideox.cli.types import file_path, model_id, number
+from cogvideox.cli.types import file_path, model_or_config, number
 from cogvideox.defaults import COMPUTE_DTYPES, DECODERS
 from cogvideox.errors import UserError
-from cogvideox.files import checkpoint
+from cogvideox.files import checkpoint, published
 from cogvideox.files.names import CONFIGS
 from cogvideox.files.tensors import compute_dtype
 from cogvideox.run import plans
@@ -225,16 +225,21 @@ def _kernel_labels(arguments: argparse.Namespace) -> list[str]:
 # --- Shared ------------------------------------------------------------------------------------------------------
 
 
-def _add_model_options(parser: ArgumentParser) -> None:
-    group = parser.group("input and output")
-    group.add_argument(
+def add_model_option(parser: ArgumentParser) -> None:
+    """Add which model's configs are read."""
+    parser.group("input and output").add_argument(
         "--model_id",
-        type=model_id,
+        type=model_or_config,
         default=BUILT_IN_MODEL,
-        help="the model, of which only the configs are read (default: CogVideoX1.5-5B)",
+        help=f"the model, of which only the configs are read: {', '.join(published.folders())}, a folder, or an id of "
+        "the Hugging Face Hub (default: CogVideoX1.5-5B)",
     )
+
+
+def _add_model_options(parser: ArgumentParser) -> None:
+    add_model_option(parser)
     _add_dtype_option(parser, "dtype of the weights")
-    group.add_argument(
+    parser.group("input and output").add_argument(
         "--save", type=file_path, help="also write the compiled programs to this file, for a stage's --executable"
     )
 

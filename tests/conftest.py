@@ -79,6 +79,12 @@ def other_model(made_once) -> Path:
     return made_once("other_model", lambda folder: _make_model(folder, **OTHER_SIZES))
 
 
+@pytest.fixture(scope="session")
+def image_model(made_once) -> Path:
+    """Make a small model for image to video, of CogVideoX 1.5's structure, untrained."""
+    return made_once("image_model", lambda folder: _make_model(folder, kind="CogVideoX1.5-5B-I2V"))
+
+
 @pytest.fixture
 def run_stage(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Run a script or module of the project in `tmp_path`, as a person would, and return the finished process.

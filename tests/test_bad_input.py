@@ -12,6 +12,7 @@ import resource
 import shutil
 import socket
 import subprocess
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,8 +30,8 @@ from safetensors.torch import save_file as save_torch
 import stage1_text_encoder
 from cogvideox.cli import types
 from cogvideox.errors import UserError
-from cogvideox.files import checkpoint, schemas, stage_files
-from cogvideox.files.names import VIDEO
+from cogvideox.files import checkpoint, prompts, schemas, stage_files
+from cogvideox.files.names import IMAGE_TENSORS, VIDEO
 from cogvideox.files.tensors import DTYPES, is_finite
 from cogvideox.files.video_file import check_ffmpeg, video_writer
 from cogvideox.run import accelerator, compilation
@@ -154,6 +155,21 @@ def a_socket(path: Path | str) -> Callable[[], object]:
     return lambda: socket.socket(socket.AF_UNIX).bind(str(path))
 
 
+def all_of(*spoils: Callable[[], object]) -> Callable[[], object]:
+    return lambda: [spoil() for spoil in spoils]
+
+
+def a_png(width: int, height: int) -> bytes:
+    """Return the beginning of a PNG file, of any size, up to its pixels."""
+    header = b"IHDR" + width.to_bytes(4) + height.to_bytes(4) + bytes((8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4) + header + zlib.crc32(header).to_bytes(4) + b"\0\0\0\x09IDATabc"
+
+
+def image_latents(*shape: int) -> Callable[[], object]:
+    """Give the embeddings the latents of an image."""
+    return tensors(OUT / EMBEDDINGS, lambda t: t.update({name: torch.ones(shape) for name in IMAGE_TENSORS}))
+
+
 def to_long(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.long()
 
@@ -161,6 +177,9 @@ def to_long(tensor: torch.Tensor) -> torch.Tensor:
 BLOCK = "transformer_blocks.0.attn1.to_q.weight"
 KIND = "not a CogVideoX"  # what is said of every wrong config of a model
 AGAIN1, AGAIN2, MODEL_AGAIN = "run stage 1 again", "run stage 2 again", "get the model again"
+
+OF_IMAGES = of_model("transformer", in_channels=32)  # as a model for image to video has it
+IMAGE, PROMPT_FILE = ["--image", "a.png"], ["--prompt_file", "p"]
 
 # what: (arguments, what is spoilt, words of the message)
 STAGE1_CASES = {
@@ -250,6 +269,52 @@ STAGE1_CASES = {
     "vocabulary is garbage": ([], content(SPIECE, os.urandom(500)), ["tokenizer"]),
     "tokenizer config is a list": ([], content(MODEL / "tokenizer/tokenizer_config.json", b"[]"), ["tokenizer"]),
     "tokenizer config is nested": ([], content(MODEL / "tokenizer/tokenizer_config.json", DEEP), ["tokenizer"]),
+    # images
+    "image for a model of text": (IMAGE, nothing, ["--image", "a.png", "text alone", "I2V"]),
+    "no image": ([], OF_IMAGES, ["videos of an image", "--image"]),
+    "size without an image": (["--height", 32], nothing, ["--height", "--image", "stage 2"]),
+    "image missing": (IMAGE, OF_IMAGES, ["--image", "a.png does not exist"]),
+    "image is a folder": (["--image", OUT], OF_IMAGES, ["outputs does not exist, or is no file"]),
+    "image is a pipe": (IMAGE, all_of(OF_IMAGES, pipe("a.png")), ["a.png does not exist, or is no file"]),
+    "image is empty": (IMAGE, all_of(OF_IMAGES, content("a.png", b"")), ["a.png is no picture", "PNG"]),
+    "image is text": (IMAGE, all_of(OF_IMAGES, content("a.png", DEEP)), ["a.png is no picture"]),
+    "image is a video": (["--image", OUT / VIDEO], OF_IMAGES, [f"{VIDEO} is no picture"]),
+    "image is an LFS pointer": (IMAGE, all_of(OF_IMAGES, content("a.png", POINTER)), ["a.png", "lfs pull"]),
+    "image is cut": (IMAGE, all_of(OF_IMAGES, content("a.png", a_png(9, 9))), ["a.png is damaged: "]),
+    "image of 20,000 x 20,000": (
+        IMAGE,
+        all_of(OF_IMAGES, content("a.png", a_png(20_000, 20_000))),
+        ["a.png has more than 178,956,970 pixels"],
+    ),
+    "image is the embeddings": (["--image", OUT / EMBEDDINGS], OF_IMAGES, ["would replace", EMBEDDINGS]),
+    "image height": ([*IMAGE, "--height", 40], OF_IMAGES, ["--height 40", "multiple of 16", "example 32"]),
+    # prompt files
+    "JSON with a comma too many": (PROMPT_FILE, content("p", b'\n{"prompt": "a",}'), ["p, line 2: ", "JSON", "object"]),
+    "JSON and text": (PROMPT_FILE, content("p", b'{"prompt": "a"}\n\na fox'), ["p, line 3: ", "JSON", "object"]),
+    "text and JSON": (PROMPT_FILE, content("p", b'a fox\n{"prompt": "a"}'), ["p, line 2: this is JSON", "one way"]),
+    "unknown key": (PROMPT_FILE, content("p", b'{"prompt": "a", "sed": 1}'), ["p, line 1: sed: ", "not 1"]),
+    "no prompt in a line": (PROMPT_FILE, content("p", b'{"image": "a"}'), ["p, line 1: prompt is missing"]),
+    "prompt is null": (PROMPT_FILE, content("p", b'{"prompt": null}'), ["p, line 1: prompt: ", "None"]),
+    "prompt of half a letter": (PROMPT_FILE, content("p", b'{"prompt": "\\ud800"}'), ["p, line 1: ", "JSON"]),
+    "seed is a text": (PROMPT_FILE, content("p", b'{"prompt": "a", "seed": "1"}'), ["p, line 1: seed: ", "'1'"]),
+    "seed of 65 bits": (PROMPT_FILE, content("p", b'{"prompt": "a", "seed": %d}' % 2**64), ["p, line 1: seed: "]),
+    "image of a line is no name": (PROMPT_FILE, content("p", b'{"prompt": "a", "image": "a\\u0000"}'), ["image: "]),
+    "image of a line is empty": (PROMPT_FILE, content("p", b'{"prompt": "a", "image": ""}'), ["p, line 1: image: "]),
+    "image of a line for a model of text": (
+        [*PROMPT_FILE, "--output_dir", "d"],
+        content("p", b'{"prompt": "a"}\n{"prompt": "a", "image": "a.png"}'),
+        ["p, line 2, --image", "a.png", "text alone"],
+    ),
+    "image of a line missing": (
+        [*PROMPT_FILE, "--output_dir", "d"],
+        all_of(OF_IMAGES, content("p", b'{"prompt": "a", "image": "a\\n.png"}')),
+        ["p, line 1, ", r"a\n.png does not exist"],
+    ),
+    "line without an image": (
+        [*PROMPT_FILE, "--output_dir", "d"],
+        all_of(OF_IMAGES, content("p", b"a fox")),
+        ["p, line 1, ", "videos of an image", "JSON"],
+    ),
 }
 
 STAGE2_CASES = {
@@ -337,6 +402,20 @@ STAGE2_CASES = {
         ["prompt_embeds", "[2, 226, 64]", "takes [1", AGAIN1],
     ),
     "batch is empty": ([], embeds(lambda x: x[:0]), ["prompt_embeds", "[0, 226, 64]", AGAIN1]),
+    "no image for a model of images": ([], OF_IMAGES, [EMBEDDINGS, "has no image", "--image"]),
+    "image for a model of text": ([], image_latents(1, 16, 1, 4, 6), [EMBEDDINGS, "has an image", "text alone"]),
+    "half an image": ([], tensors(OUT / EMBEDDINGS, lambda t: t.update(image_mean=torch.ones(1))), ["image_logvar"]),
+    "image of another size": (
+        [],
+        all_of(OF_IMAGES, image_latents(1, 16, 1, 4, 8)),
+        [EMBEDDINGS, "image of 32 x 64 pixels, for a video of 32 x 48", "drop --height"],
+    ),
+    "image of other channels": (
+        [],
+        all_of(OF_IMAGES, image_latents(1, 8, 1, 4, 6)),
+        ["image_mean", "[1, 16, 1, 4, 6]"],
+    ),
+    "image without axes": ([], all_of(OF_IMAGES, image_latents(6)), ["image_mean", "[6]", "[1, 16, 1, 4, 6]", AGAIN1]),
     "made_from is no JSON": ([], made_from(OUT / EMBEDDINGS, "{"), [EMBEDDINGS, "made_from", "JSON"]),
     "made_from is a list": ([], made_from(OUT / EMBEDDINGS, "[1]"), [EMBEDDINGS, "made_from", "JSON"]),
     "made_from is nested": ([], made_from(OUT / EMBEDDINGS, "[" * 10**5), [EMBEDDINGS, "made_from", "JSON"]),
@@ -461,6 +540,11 @@ STAGE3_CASES = {
     "frames are the config": (["--output_frames", OUT / CONFIG], nothing, ["--output_frames", "would replace", CONFIG]),
     "frames are the timings": (["--output_frames", OUT / "timings.json"], nothing, ["--output_frames", "timings"]),
     "frames are the video": (["--output_frames", OUT / VIDEO], nothing, ["--output_frames", VIDEO]),
+    "frames are the picture": (
+        ["--output_frames", "x"],
+        all_of(entries(image="x"), content("x", b"")),
+        ["--output_frames x would replace x"],
+    ),
     "frames are the model": (["--output_frames", VAE], nothing, ["--output_frames", "would replace", VAE]),
     "video is the latents, linked": (["--output_video", "x.mp4"], link("x.mp4", OUT / LATENTS), [LATENTS]),
     "log is the latents": (["--log_json", OUT / LATENTS], nothing, ["--log_json", "no log"]),
@@ -570,8 +654,9 @@ def run_on_files(folder, monkeypatch) -> Callable[..., tuple[int, str, str]]:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
     def run(script: str, *arguments: object) -> tuple[int, str, str]:
+        given = {"--prompt", "--prompt_file"}.intersection(arguments)
         defaults = {
-            STAGE1: ["--model_id", MODEL, "--output_dir", OUT, *(() if "--prompt" in arguments else ("--prompt", "x"))],
+            STAGE1: ["--model_id", MODEL, "--output_dir", OUT, *(() if given else ("--prompt", "x"))],
             STAGE2: ["--input_dir", OUT, *SIZE],
         }.get(script, ["--input_dir", OUT])
         process = run_here(script, *defaults, *arguments, folder=folder, devices=DEVICES)
@@ -792,9 +877,24 @@ def test_lines_of_a_prompt_file(tmp_path):
     """Line feeds, carriage returns and both end a line, as editors count them; a sign for a comment is none."""
     file = tmp_path / "prompts.txt"
     file.write_bytes(b"\xef\xbb\xbf" + LINES.encode())
-    prompts = stage1_text_encoder.read_prompts(argparse.Namespace(prompt_file=file, output_dir=tmp_path))
-    assert [prompt.text for prompt in prompts] == ["a \u2028b", "c\x0bd\x85e\x1cf", "# g"]
-    assert [prompt.folder.name for prompt in prompts] == ["prompt_0001", "prompt_0002", "prompt_0003"]
+    found = prompts.read_prompts(file, tmp_path, None)
+    assert [prompt.text for prompt in found] == ["a \u2028b", "c\x0bd\x85e\x1cf", "# g"]
+    assert [prompt.folder.name for prompt in found] == ["prompt_0001", "prompt_0002", "prompt_0003"]
+
+
+def test_a_prompt_file_of_json(tmp_path):
+    """What begins with an object is JSON lines; what a line says wins over the option, and braces alone are a text."""
+    file = tmp_path / "in" / "prompts"
+    file.parent.mkdir()
+    file.write_bytes(b'\xef\xbb\xbf\n{"prompt": " \\"a\\"\\n", "image": "../b.png"}\r\n{"seed": 0, "prompt": ""}')
+    found = prompts.read_prompts(file, tmp_path, Path("/c.png"))
+    assert [(one.text, one.image, one.seed) for one in found] == [
+        (' "a"\n', tmp_path / "in" / "../b.png", None),
+        ("", Path("/c.png"), 0),
+    ]
+    assert found[0].source == f"{file}, line 2,"
+    file.write_text("{red|blue} fox")
+    assert [one.text for one in prompts.read_prompts(file, tmp_path, None)] == ["{red|blue} fox"]
 
 
 @pytest.mark.parametrize(
@@ -810,8 +910,8 @@ def test_prompts_of_unknown_tokens(texts, words, random_model):
     from transformers import T5Tokenizer
 
     tokenizer, warnings = T5Tokenizer.from_pretrained(random_model / "tokenizer"), []
-    prompts = [stage1_text_encoder.Prompt(text, Path(), f"p{i}") for i, text in enumerate(texts, 1)]
-    stage1_text_encoder.warn_of_unknown(tokenizer, prompts, argparse.Namespace(warn=warnings.append))
+    found = [prompts.Prompt(text, Path(), f"p{i}") for i, text in enumerate(texts, 1)]
+    stage1_text_encoder.warn_of_unknown(tokenizer, found, argparse.Namespace(warn=warnings.append))
     assert len(warnings) == bool(words) and all(word in warnings[0] for word in words), warnings
 
 

@@ -1,6 +1,7 @@
 """Every kind of CogVideoX that is published, through the stages, against diffusers' pipeline in torch, float32."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,9 +10,12 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXIm
 from PIL import Image
 from safetensors.torch import load_file
 
-from tests.helpers import STAGE1, STAGE2, check
+from tests import oracle
+from tests.helpers import STAGE1, STAGE2, STAGE3, STAGE3_FLAX, check
 from tests.in_process import run_here
+from tests.test_lora import make_lora
 from tools.make_tiny_model import KINDS, make_pipeline
+from utils import prepare_video_for_export
 
 PROMPT, NEGATIVE = "A panda playing guitar", "blurry"
 HEIGHT, WIDTH, STEPS, SEED = 48, 80, 3, 5
@@ -49,8 +53,11 @@ def kind(request) -> str:
 
 @pytest.fixture(scope="module")
 def encoded(kind, tmp_path_factory) -> Path:
+    return make_and_encode(kind, tmp_path_factory.mktemp(kind))
+
+
+def make_and_encode(kind: str, folder: Path) -> Path:
     """Make a model of this kind, and run stage 1 on it; the folder has the model, the picture and the outputs."""
-    folder = tmp_path_factory.mktemp(kind)
     settings = MODELS[kind] | dict(vae_channels=(8, 8, 16, 16), vae_groups=4, seed=len(kind))
     make_pipeline(
         folder / "model", kind=kind, **settings, sample_size=(HEIGHT // 8, WIDTH // 8), sample_frames=FRAMES[kind]
@@ -73,10 +80,10 @@ def pipeline_of(kind: str, model: Path, scheduler: type) -> CogVideoXPipeline | 
     return pipeline
 
 
-def truth(kind: str, folder: Path, sampled: tuple, output_type: str = "latent") -> torch.Tensor | np.ndarray:
+def truth(kind: str, folder: Path, sampled: tuple, output_type: str = "latent", pipeline=None) -> Any:
     """Return the latents [1, T, C, H, W], or the frames [F, H, W, 3], that diffusers' pipeline makes."""
     scheduler, guidance_scale, dynamic = sampled
-    pipeline = pipeline_of(kind, folder / "model", scheduler)
+    pipeline = pipeline or pipeline_of(kind, folder / "model", scheduler)
     picture = {"image": Image.open(folder / "picture.png")} if KINDS[kind].takes_image else {}
     return pipeline(
         **picture,
@@ -132,3 +139,32 @@ def test_latents_match_on_meshes(kind, encoded, true_latents, mesh):
 def test_latents_match_with_kernels(kind, encoded, true_latents):
     """The kernels that a TPU has, in Pallas' interpreter."""
     check_latents(denoise(kind, encoded, SAMPLED[0], "--attention", "splash_exp2"), true_latents[SAMPLED[0]])
+
+
+@pytest.mark.slow
+def test_lora_and_step_cache_with_an_image(tmp_path_factory):
+    """What changes the weights, and what leaves out blocks, of a model that takes an image."""
+    kind, sampled, scale = "CogVideoX1.5-5B-I2V", SAMPLED[0], 0.7
+    folder = make_and_encode(kind, tmp_path_factory.mktemp("lora"))
+    lora = make_lora(folder / "model", folder / "lora")
+    pipeline = pipeline_of(kind, folder / "model", sampled[0])
+    pipeline.load_lora_weights(lora)
+    pipeline.fuse_lora(lora_scale=scale)
+    pipeline.unload_lora_weights()
+    blocks = oracle.SkippableBlocks(pipeline.transformer.transformer_blocks, skipped=[1])
+    pipeline.transformer.transformer_blocks = torch.nn.ModuleList([blocks])
+    ours = denoise(kind, folder, sampled, "--lora", f"{lora}:{scale}", "--cache_schedule", 1)
+    check_latents(ours, truth(kind, folder, sampled, pipeline=pipeline))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["CogVideoX-2B", "CogVideoX1.5-5B-I2V"], indirect=True)
+def test_frames_match_the_pipeline(kind, encoded):
+    """Stage 3, with a scale of the latents of its own, and with one that is inverted for the image."""
+    denoise(kind, encoded, SAMPLED[0])
+    frames, expected = encoded / "frames.safetensors", truth(kind, encoded, SAMPLED[0], "np")[-FRAMES[kind] :]
+    for script in (STAGE3, STAGE3_FLAX):
+        check(run_here(script, "--output_frames", frames, folder=encoded))
+        ours = np.stack(prepare_video_for_export(load_file(frames)["frames"].numpy()))
+        error = np.abs(ours - expected).max()
+        assert error <= FRAME_TOLERANCE, f"{script}: frames differ by {error * 255:.2f} / 255"

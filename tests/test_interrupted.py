@@ -252,10 +252,18 @@ def test_an_unfinished_run_goes_on(outputs, run_stage):
     assert not (outputs / STATE).exists()
 
 
-@pytest.mark.parametrize("skipped", [[], [1, 2]], ids=["all steps", "two skipped"])
-@pytest.mark.parametrize("scheduler", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
-def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, random_model):
-    """Also with a scheduler that draws noise and keeps an estimate, and with skipped steps, after each step."""
+@pytest.mark.parametrize(
+    ("scheduler", "skipped", "has_image"),
+    [
+        ("CogVideoXDDIMScheduler", [], False),
+        ("CogVideoXDPMScheduler", [], True),
+        ("CogVideoXDDIMScheduler", [1, 2], True),
+        ("CogVideoXDPMScheduler", [1, 2], False),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, has_image, random_model):
+    """With a scheduler that draws noise and keeps an estimate, with skipped steps, with an image; after each step."""
     configs = {
         name: json.loads((random_model / name / file).read_text())
         for name, file in (
@@ -265,6 +273,9 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, random_mo
         )
     }
     configs["scheduler"]["_class_name"] = scheduler
+    if has_image:
+        channels, embed = (configs["transformer"][name] for name in ("out_channels", "time_embed_dim"))
+        configs["transformer"] |= {"in_channels": 2 * channels, "ofs_embed_dim": embed}
     plan = make_denoising_plan(
         **configs,
         devices=jax.devices()[:1],
@@ -280,13 +291,18 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, random_mo
     generator = torch.Generator().manual_seed(0)
     width, tokens = plan.transformer["text_embed_dim"], plan.transformer["max_text_seq_length"]
     text = [torch.randn(1, tokens, width, generator=generator) for _ in range(2)]
+    image = None
+    if has_image:
+        _, _, channels, *size = plan.latent_shape
+        mean, logvar = torch.randn(2, 1, channels, 1, *size, generator=generator)
+        image = denoising.ImagePosterior(mean, logvar)
     shapes = abstract_arguments(plan).parameters
     values = np.random.default_rng(0)
     parameters = {name: jax.numpy.asarray(values.normal(0, 0.1, s.shape), s.dtype) for name, s in shapes.items()}
     programs = {kind: make_step(plan, kind=kind) for kind in plan.kinds(skipped)}
 
     def run(saved: dict | None = None) -> list[dict]:
-        run = denoising.Denoising(plan, parameters, *text, seeds=[3], skipped=skipped)
+        run = denoising.Denoising(plan, parameters, *text, seeds=[3], skipped=skipped, image=image)
         if saved:
             run.resume(saved)
         return [run.saved(state) for state in run.run(programs)]

@@ -50,7 +50,7 @@ def run(tmp_path, monkeypatch):
         machine = Machine(jax.devices()[:devices], scale) if scale else small_machine(devices)
         chosen = [entry for entry in all_entries(machine) if entry.name.startswith(tuple(only))]
         monkeypatch.setattr(on_device, "entries", lambda machine: chosen if entries is None else entries)
-        monkeypatch.setattr(on_device, "find_machine", lambda: machine)
+        monkeypatch.setattr(on_device, "find_machine", lambda model_id: machine)
         try:
             on_device.main(["--output", str(tmp_path / "results"), *options])
             status = 0

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ import utils
 from cogvideox import packages
 from cogvideox.cli import program
 from cogvideox.cli.parser import ALIASES, GROUPS
-from cogvideox.defaults import ATTENTIONS, PRESETS
+from cogvideox.defaults import ATTENTIONS, DRAFT
 from cogvideox.models.shared.layouts import LAYOUTS
 from compile_for_tpu import __main__ as compile_tool
 from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, run_command, stage_command
@@ -52,7 +53,7 @@ def of_compile_tool(*words: str) -> dict:
         (of_stage2, "--torch_dtype float32 --guidance-scale=2", "--dtype float32 --guidance_scale=2"),
         (of_stage3, "--output-path b.mp4 --no_warmup", "--output_video b.mp4 --no-warmup"),
         (of_compile_tool, "--topology v6e-1 stage2", "stage2 --topology v6e-1"),
-        (of_compile_tool, "stage2 --num-frames 9 --model m", "stage2 --frames 9 --model_id m"),
+        (of_compile_tool, "stage2 --num-frames 9 --model CogVideoX-5B", "stage2 --frames 9 --model_id CogVideoX-5B"),
     ],
 )
 def test_spellings(parse, typed, meant):
@@ -67,10 +68,24 @@ def test_values_stay_as_they_are():
 
 
 def test_the_compile_tool_has_presets():
-    assert of_compile_tool("stage2", "--preset", "authors").items() >= PRESETS["authors"].items()
+    names = DRAFT.keys() - {"fps"}  # which no program depends on
+    authors, draft = of_compile_tool("stage2", "--preset", "authors"), of_compile_tool("stage2")
+    assert {name: authors[name] for name in names} == {
+        "num_inference_steps": 50,
+        "guidance_scale": 6.0,
+        "scheduler": "dpm",
+        "use_dynamic_cfg": True,
+    }
     assert of_compile_tool("stage2", "--guidance_scale", "2", "--preset", "authors")["guidance_scale"] == 2
-    draft = {name: value for name, value in PRESETS["draft"].items() if name != "fps"}  # which no program depends on
-    assert of_compile_tool("stage2").items() >= draft.items()
+    assert all(draft[name] == DRAFT[name] for name in names)
+
+
+def test_the_compile_tool_knows_models_by_name():
+    """Those in configs/, whose size it takes."""
+    for kind in ("stage2", "stage3"):
+        of_5b = of_compile_tool(kind, "--model", "cogvideox-5b")
+        assert Path(of_5b["model_id"]).samefile(ROOT / "configs" / "CogVideoX-5B")
+        assert (of_5b["height"], of_5b["width"], of_5b["frames"]) == (480, 720, 49)
 
 
 TOOL = "compile_for_tpu"
@@ -105,6 +120,12 @@ MAINS = {
         (STAGE2, "--attention flash", "splash_exp2"),
         (STAGE3, "--height 9", f"--height belongs to {STAGE2} (see"),
         (TOOL, "stage2 --seed 3", f"stage2: error: unknown option --seed; --seed belongs to {STAGE2} (see"),
+        (
+            TOOL,
+            "stage2 --model CogVideo-5B",
+            "argument --model_id: CogVideo-5B is neither a folder nor one of those in",
+        ),
+        (TOOL, "stage2 --model CogVideo-5B", "did you mean CogVideoX-5B?"),
         (TOOL, "stage3 --decodr flax", "did you mean --decoder?"),
         ("inspect_tensors.py", "a --comprae b", "did you mean --compare?"),
         ("utils.py", "status a b", "'b' belongs to no option"),

@@ -2,15 +2,21 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file
 
 import stage2_transformer
-from cogvideox.defaults import PRESETS
+from cogvideox.defaults import DRAFT, PRESETS
 from cogvideox.errors import UserError
-from cogvideox.files import generation_defaults
+from cogvideox.files import checkpoint, generation_defaults, published
+from cogvideox.files.step_polynomial import polynomial_of
+from cogvideox.models.transformer.parameters import stored_shapes
+from cogvideox.models.transformer.scheduler import CHOICES
 from compile_for_tpu.__main__ import parse_arguments as compile_arguments
 from tests import oracle
 from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, SIZE, STAGE1, STAGE2, TINY_MODEL
@@ -45,6 +51,7 @@ def test_latents_of_the_authors_settings(model, request, run_stage, tmp_path):
 
 
 PUBLISHED = "zai-org/CogVideoX1.5-5B"
+AUTHORS = {"num_inference_steps": 50, "guidance_scale": 6.0, "scheduler": "dpm", "use_dynamic_cfg": True, "fps": 16}
 
 
 def parsed(*options: str, model: str | Path = PUBLISHED) -> dict:
@@ -56,14 +63,47 @@ def parsed(*options: str, model: str | Path = PUBLISHED) -> dict:
 
 def test_presets():
     """Without one the defaults are those of the original project; an option wins over a preset, wherever it stands."""
-    draft, authors = PRESETS["draft"], PRESETS["authors"]
-    assert draft.keys() == authors.keys() and len(draft) == 5
-    assert parsed().items() >= draft.items()
+    assert PRESETS == ("draft", "authors") and DRAFT.keys() == AUTHORS.keys()
+    assert parsed().items() >= DRAFT.items()
     assert parsed("--preset", "seed") == parsed() | {"preset": "draft"}
-    assert parsed("--preset", "authors").items() >= authors.items()
+    assert parsed("--preset", "authors").items() >= AUTHORS.items()
     options = ("--fps", "3", "--preset", "authors", "--no-use_dynamic_cfg", "--scheduler", "ddim")
-    expected = authors | {"fps": 3, "use_dynamic_cfg": False, "scheduler": "ddim"}
+    expected = AUTHORS | {"fps": 3, "use_dynamic_cfg": False, "scheduler": "ddim"}
     assert parsed(*options).items() >= expected.items()
+
+
+FIRST = {"height": 480, "width": 720, "frames": 49, "fps": 8}
+LATER = {"height": 768, "width": 1360, "frames": 81, "fps": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "made_for", "others"),
+    [
+        ("THUDM/CogVideoX-2b", FIRST, {"scheduler": "ddim", "use_dynamic_cfg": False}),
+        ("THUDM/CogVideoX-5b", FIRST, {}),
+        ("zai-org/CogVideoX-5b-I2V", FIRST, {}),
+        (PUBLISHED, LATER, {}),
+        ("zai-org/CogVideoX1.5-5B-I2V", LATER, {}),
+    ],
+)
+def test_published_models(name, made_for, others, tmp_path):
+    """Each by its name, as the hub writes it; a fine-tune of another name has its features, and so its defaults."""
+    settings = parsed("--preset", "authors", model=name)
+    assert settings.items() >= (AUTHORS | others | made_for).items() and settings["scheduler"] in CHOICES
+    assert parsed(model=name).items() >= (made_for | DRAFT).items()
+    folder = published.by_name(Path(name).name)
+    shutil.copytree(folder / "transformer", tmp_path / "transformer")
+    assert generation_defaults.of_model(str(tmp_path)) == generation_defaults.of_model(name)
+    assert len(polynomial_of(name)) == 5
+
+
+@pytest.mark.parametrize("folder", published.folders().values(), ids=lambda folder: folder.name)
+def test_parameters_of_published_models(folder):
+    """All that diffusers' class has with the same config, and no others, in the same shapes."""
+    config = checkpoint.read_config(str(folder), "transformer")
+    with torch.device("meta"):
+        theirs = CogVideoXTransformer3DModel.from_config(config).state_dict()
+    assert stored_shapes(config) == {name: tuple(weight.shape) for name, weight in theirs.items()}
 
 
 PUBLISHED_SIZE = {"height": 768, "width": 1360, "frames": 81}
@@ -73,11 +113,11 @@ TINY = {"height": 64, "width": 64, "frames": 17, "num_inference_steps": 10, "gui
 @pytest.mark.parametrize(
     ("content", "options", "expected"),
     [
-        (None, (), PUBLISHED_SIZE | PRESETS["draft"]),  # a copy of the published one, or another training of it
-        (TINY, (), PRESETS["draft"] | TINY),
-        (TINY, ("--preset", "draft"), TINY | PRESETS["draft"]),  # what is asked for wins over the model
-        (TINY, ("--preset", "authors"), TINY | PRESETS["authors"]),
-        (TINY, ("--preset", "authors", "--height", "32"), TINY | PRESETS["authors"] | {"height": 32}),
+        (None, (), PUBLISHED_SIZE | DRAFT),  # a copy of the published one, or another training of it
+        (TINY, (), DRAFT | TINY),
+        (TINY, ("--preset", "draft"), TINY | DRAFT),  # what is asked for wins over the model
+        (TINY, ("--preset", "authors"), TINY | AUTHORS),
+        (TINY, ("--preset", "authors", "--height", "32"), TINY | AUTHORS | {"height": 32}),
         ({"frames": 9, "height": None}, (), PUBLISHED_SIZE | {"frames": 9}),
     ],
     ids=["no file", "tiny", "draft", "authors", "options", "some entries"],
@@ -97,6 +137,9 @@ def test_what_a_model_is_made_for(content, options, expected, tmp_path):
         (PUBLISHED, (1360, 768, 161), []),
         (PUBLISHED, (480, 720, 49), ["768 x 1360 and 1360 x 768; 480 x 720 may", "81 and 161 frames; 49 may"]),
         ("/a/copy", (2400, 2400, 81), ["CogVideoX1.5-5B was trained on 768 x 1360 and 1360 x 768; 2400 x 2400 may"]),
+        ("CogVideoX1.5-5B-I2V", (768, 1104, 81), []),
+        ("CogVideoX1.5-5B-I2V", (720, 768, 81), ["768 x 768 to 1360 and 768 to 1360 x 768; 720 x 768 may look worse"]),
+        ("CogVideoX-5B", (480, 720, 41), ["CogVideoX-5B was trained on 49 frames; 41 may look worse"]),
         (TINY_MODEL, (64, 64, 17), []),
         (TINY_MODEL, (480, 480, 17), ["tiny_model was trained on 64 x 64; 480 x 480 may look worse"]),
     ],
@@ -112,6 +155,7 @@ def test_what_a_model_was_not_trained_on(model, video, remarks):
         ('{"num_frames": 17}', "num_frames: Extra inputs are not permitted"),
         ('{"height": 64.5}', "height: Input should be a valid integer"),
         ('{"trained_sizes": [[64]]}', "trained_sizes.0: "),
+        ('{"authors": {"fps": 8}}', "authors.num_inference_steps is missing"),
         ("[", "JSON"),
     ],
 )

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+import stage2_transformer
 from cogvideox.files import videos
 from cogvideox.files.names import INDEX, SHEET, VIDEO
 from cogvideox.models.transformer import throughput
@@ -61,6 +62,18 @@ def several(made_once, random_model) -> Path:
         check(run_here(STAGE3, "--input_dir", outputs, folder=folder))
 
     return made_once("several", make) / "outputs"
+
+
+@pytest.mark.parametrize(("number", "expected"), [(1, [[7], [3]]), (2, [[7, 8], [3, 4]])])
+def test_the_seed_of_a_line(number, expected, tmp_path):
+    """It stands in the place of --seed for its prompt alone, in a second run of stage 2 too."""
+    for n, seed in ((1, {"seed": 5}), (2, {"seed": 5, "prompt_seed": 3})):  # where stage 2 has left its own
+        (tmp_path / f"prompt_000{n}").mkdir()
+        text = {"model_id": "m", "prompt": "a", "negative_prompt": ""} | seed
+        (tmp_path / f"prompt_000{n}" / CONFIG).write_text(json.dumps(text))
+    options = ["--input_dir", str(tmp_path), "--seed", str(SEED), "--num_videos_per_prompt", str(number)]
+    found = jobs.videos_to_denoise(stage2_transformer.parse_arguments(options), tmp_path, hosts.Hosts())
+    assert [video.config["seed"] for video in found] == [seed for seeds in expected for seed in seeds]
 
 
 def check_against_diffusers(outputs: Path, model: Path) -> None:

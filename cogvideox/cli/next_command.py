@@ -12,12 +12,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cogvideox.defaults import IMAGE_LATENT_SCALES, LAYOUT, MODEL_NAME, PRESETS, SEED, USE_DP
+from cogvideox.defaults import IMAGE_LATENT_SCALES, LAYOUT, MODEL_NAME, SEED, USE_DP
 from cogvideox.errors import UserError
 from cogvideox.files import generation_defaults, stage_files, videos
 from cogvideox.files.names import LATENTS, ROOT, STATE
 from cogvideox.files.provenance import recorded, stale_inputs
-from cogvideox.files.schemas import VideoConfig
+from cogvideox.files.schemas import TextConfig, VideoConfig
 
 STAGE1, STAGE2 = "stage1_text_encoder.py", "stage2_transformer.py"
 STAGE3 = {"torchax": "stage3_vae_decoder.py", "flax": "stage3_vae_decoder_flax.py"}  # by decoder
@@ -25,7 +25,10 @@ STAGE3 = {"torchax": "stage3_vae_decoder.py", "flax": "stage3_vae_decoder_flax.p
 # The options of each stage that decide its result, with what the stage takes where nobody gives them. Stage 2 has those
 # of `generation_defaults.OURS` beside them.
 OF_WEIGHTS: dict[str, Any] = {"variant": None, "dtype": None}
-OF_STAGE1: dict[str, Any] = {"model_id": MODEL_NAME, "negative_prompt": "", **OF_WEIGHTS}
+OF_STAGE1: dict[str, Any] = {
+    **{"model_id": MODEL_NAME, "negative_prompt": "", "image": None, "height": None, "width": None},
+    **OF_WEIGHTS,
+}
 OF_STAGE2: dict[str, Any] = {
     **{"seed": SEED, "num_videos_per_prompt": 1, "videos_at_once": None, "lora": [], "guidance_interval": None},
     **{"cache_threshold": None, "cache_schedule": None, "attention": None, "block_sizes": None, "use_k_smooth": None},
@@ -34,6 +37,7 @@ OF_STAGE2: dict[str, Any] = {
     **OF_WEIGHTS,
 }
 OF_STAGE3: dict[str, Any] = {"fps": None, "allow_nan": False, "chip_rows": None, "strips": None, **OF_WEIGHTS}
+SIZE = ("height", "width")
 LISTS = {"guidance_interval", "lora", "block_sizes"}
 
 
@@ -46,16 +50,17 @@ def stage1(output_dir: Path, given: Sequence[object], options: Mapping[str, Any]
         options: values of OF_STAGE1, by name; others are passed over.
     """
     model_id = options.get("model_id")
-    options = {**options, "model_id": here(model_id) if isinstance(model_id, str) else None}
-    return command(STAGE1, *given, "--output_dir", output_dir, *words(options, OF_STAGE1))
+    by_default = OF_STAGE1 | (_size_of(model_id) if isinstance(model_id, str) else {})
+    paths = {name: here(path) for name in ("model_id", "image") if isinstance(path := options.get(name), str)}
+    return command(STAGE1, *given, "--output_dir", output_dir, *words({**options, **paths}, by_default))
 
 
 def stage2(input_dir: Path, output_dir: Path, model_id: str | None, options: Mapping[str, Any]) -> str:
     """Return the command of stage 2; `options` are values of OF_STAGE2 and `generation_defaults.OURS`, by name."""
-    by_default = dict(generation_defaults.OURS)
-    if model_id:
-        by_default |= {k: v for k, v in generation_defaults.of_model(model_id).entries.items() if k in by_default}
-    by_default |= PRESETS.get(str(options.get("preset")), {}) | {"preset": None}
+    made_for = generation_defaults.of_model(model_id or MODEL_NAME, download=False)
+    by_default = generation_defaults.by_default(made_for, options.get("preset")) | {"preset": None}
+    if _has_image(input_dir):  # whose size stage 2 takes
+        options = {name: value for name, value in options.items() if name not in SIZE}
     others = [] if output_dir == input_dir else ["--output_dir", output_dir]
     return command(STAGE2, "--input_dir", input_dir, *others, *words(options, by_default | OF_STAGE2))
 
@@ -64,6 +69,19 @@ def stage3(input_dir: Path, options: Mapping[str, Any]) -> str:
     """Return the command of stage 3; `options` are values of OF_STAGE3, by name, and the "decoder"."""
     script = STAGE3.get(str(options.get("decoder")), STAGE3["torchax"])
     return command(script, "--input_dir", input_dir, *words(options, OF_STAGE3))
+
+
+def _has_image(folder: Path) -> bool:
+    """Return whether stage 1 has encoded an image for the first prompt of a folder."""
+    with contextlib.suppress(UserError):
+        return bool(stage_files.read_config(videos.prompts(folder)[0], TextConfig).get("image"))
+    return False
+
+
+def _size_of(model_id: str) -> dict[str, Any]:
+    """Return the height and the width that stage 1 takes for the images of a model where nobody gives them."""
+    entries = generation_defaults.of_model(model_id).entries
+    return {name: entries.get(name, generation_defaults.OURS[name]) for name in SIZE}
 
 
 def only_of_weights(options: Mapping[str, Any]) -> dict[str, Any]:

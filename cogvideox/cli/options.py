@@ -4,7 +4,6 @@ Importing this module loads neither jax nor torch.
 """
 
 import argparse
-from collections.abc import Sequence
 
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.types import file_path, folder_path, interval, lora_option, number, preset
@@ -66,12 +65,17 @@ def models_or(default: object) -> str:
     return f"(default: the model's, or {default})"
 
 
+def add_side_options(parser: ArgumentParser, what: str = "the video") -> None:
+    """Add height and width; `what` has them."""
+    group, pixels = parser.group("video"), number(int, 1, MOST_PIXELS)
+    group.add_argument("--height", type=pixels, help=f"height of {what} in pixels {models_or(HEIGHT)}")
+    group.add_argument("--width", type=pixels, help=f"width of {what} in pixels {models_or(WIDTH)}")
+
+
 def add_size_options(parser: ArgumentParser) -> None:
     """Add the video's height, width and frames."""
-    group, pixels = parser.group("video"), number(int, 1, MOST_PIXELS)
-    group.add_argument("--height", type=pixels, help=f"height of the video in pixels {models_or(HEIGHT)}")
-    group.add_argument("--width", type=pixels, help=f"width of the video in pixels {models_or(WIDTH)}")
-    group.add_argument(
+    add_side_options(parser)
+    parser.group("video").add_argument(
         "--frames",
         type=number(int, 1, MOST_FRAMES),
         help=f"frames of the video, of the form 4n + 1 {models_or(FRAMES)}",
@@ -114,7 +118,7 @@ def add_denoising_options(parser: ArgumentParser) -> None:
 
 
 def add_preset_option(parser: ArgumentParser) -> None:
-    """Add --preset; see `parse_with_preset`."""
+    """Add --preset; see `generation_defaults.by_default`."""
     parser.group("sampling").add_argument(
         "--preset",
         type=preset,
@@ -122,19 +126,6 @@ def add_preset_option(parser: ArgumentParser) -> None:
         help="set steps, guidance, scheduler and fps at once: to a draft's, or to those of the model's authors "
         "(default: those that the model says, and for the others a draft's)",
     )
-
-
-def parse_with_preset(
-    parser: ArgumentParser, argv: Sequence[str] | None, owner: ArgumentParser | None = None
-) -> argparse.Namespace:
-    """Parse options whose defaults are those of the preset that is chosen among them, if one is.
-
-    `owner` is the parser of the subcommand that has --preset; None if there are no subcommands.
-    """
-    given, _ = parser.parse_known_args(argv)
-    if chosen := getattr(given, "preset", None):
-        (owner or parser).set_defaults(**PRESETS[chosen])
-    return parser.parse_args(argv)
 
 
 def add_lora_option(parser: ArgumentParser) -> None:

@@ -46,6 +46,7 @@ METAVARS = {
     "file_path": "FILE",
     "folder_path": "DIR",
     "model_id": "MODEL",
+    "model_or_config": "MODEL",
     "png_path": "FILE",
     "utf8": "TEXT",
     "video_path": "FILE",

@@ -18,6 +18,7 @@ from cogvideox.cli.options import (
     add_lora_option,
     add_preset_option,
     add_profile_option,
+    add_side_options,
     add_weight_options,
     models_or,
 )
@@ -32,12 +33,20 @@ def add_stage1_options(parser: ArgumentParser) -> None:
     files = parser.group("input and output")
     prompt = files.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", type=utf8, help="what the video shows")
-    prompt.add_argument("--prompt_file", type=file_path, help="a text file with a prompt on each line, for many videos")
+    prompt.add_argument(
+        "--prompt_file",
+        type=file_path,
+        help="a file of many prompts: a text on each line, or JSON lines with prompt, image and seed",
+    )
+    files.add_argument(
+        "--image", type=file_path, help="the picture that the video begins with, for a model for image to video"
+    )
     files.add_argument(
         "--negative_prompt", type=utf8, default="", help="what the video must not show; used with guidance"
     )
     files.add_argument("--model_id", type=model_id, default=MODEL_NAME, help="Hugging Face model id, or a folder")
     files.add_argument("--output_dir", type=folder_path, default=STAGE_OUTPUTS, help="where the files go")
+    add_side_options(parser, "the video that begins with --image")
     add_weight_options(parser)
     add_log_options(parser)
 
@@ -109,7 +118,12 @@ def _add_video_options(parser: ArgumentParser) -> None:
     """Add what decides the videos beside the options of a denoising step."""
     group = parser.group("video")
     group.add_argument("--fps", type=frame_rate, help=f"frames per second, for stage 3 {models_or(FPS)}")
-    group.add_argument("--seed", type=number(int, 0, MOST_SEED), default=SEED, help="seed of the noise")
+    group.add_argument(
+        "--seed",
+        type=number(int, 0, MOST_SEED),
+        default=SEED,
+        help="seed of the noise, unless the prompt's line of stage 1's --prompt_file says one",
+    )
     group.add_argument(
         "--image_latent_scale",
         choices=IMAGE_LATENT_SCALES,

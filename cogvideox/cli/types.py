@@ -1,6 +1,7 @@
 """Read an option's text as its value: functions for argparse's `type`."""
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from cogvideox.defaults import MOST_FPS, MOST_LORA_SCALE
 from cogvideox.errors import first_line, shortened
+from cogvideox.files import published
 from cogvideox.files.names import VIDEO_SUFFIXES
 from cogvideox.files.schemas import plain_number
 
@@ -64,6 +66,18 @@ def folder_path(text: str) -> Path:
 def model_id(text: str) -> str:
     """Return a Hugging Face id, or the path of a folder with ~ expanded; an argparse type."""
     return os.path.expanduser(utf8(text))
+
+
+def model_or_config(text: str) -> str:
+    """Return what `model_id` does, or the folder in configs/ of that name, in whatever case; an argparse type."""
+    if "/" in text or os.path.isdir(path := model_id(text)):
+        return model_id(text)
+    if found := published.by_name(text):
+        return str(found)
+    known = {name.casefold(): name for name in published.folders()}
+    close = difflib.get_close_matches(text.casefold(), known, n=1)
+    meant = f"did you mean {known[close[0]]}?" if close else f"there are {', '.join(known.values())}"
+    raise argparse.ArgumentTypeError(f"{path} is neither a folder nor one of those in configs/; {meant}")
 
 
 def png_path(text: str) -> Path:

@@ -59,13 +59,15 @@ def model_folder(model_id: str, patterns: list[str], download: bool = True, opti
         ) from error
 
 
-def read_config(model_id: str, component: str, name: str = "config.json") -> dict:
+def read_config(model_id: str, component: str, name: str = "config.json", download: bool = True) -> dict:
     """Read the config of one component ("transformer", "vae", "scheduler", ...), without loading any weights.
+
+    Without `download` it is the one that was downloaded last.
 
     Raises:
         UserError: the component has no config, or the config is not one of a CogVideoX 1.5 for text to video.
     """
-    path = model_folder(model_id, [f"{component}/{name}"]) / component / name
+    path = model_folder(model_id, [f"{component}/{name}"], download) / component / name
     missing = f"model '{model_id}' has no {component}/{name}; --model_id must name a CogVideoX model"
     return read_json(path, COMPONENTS[component], missing, defaults=True)
 
@@ -161,7 +163,7 @@ def tensor_reader(
         model_id: a folder, or a model of the Hugging Face Hub.
         component: "transformer" or "vae".
         shapes: shape of each tensor that will be read, by its name.
-        all_of_them: whether the component (of the VAE: its decoder) has no other tensors.
+        all_of_them: whether the component (of the VAE: its encoder or decoder) has no other tensors.
         variant, say: see `weight_files`.
 
     Raises:
@@ -169,7 +171,8 @@ def tensor_reader(
     """
     folder = model_folder(model_id, [f"{component}/*.json", f"{component}/*.safetensors"]) / component
     files = weight_files(folder, variant, say)
-    only = ("decoder." if component == "vae" else "") if all_of_them else None
+    part = f"{min(shapes).partition('.')[0]}." if component == "vae" else ""
+    only = part if all_of_them else None
     return Weights(read_tensors(files, shapes, REMEDY, only), folder)
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from cogvideox.defaults import MOST_FPS, MOST_FRAMES, MOST_GUIDANCE, MOST_PIXELS
+from cogvideox.defaults import MOST_FPS, MOST_FRAMES, MOST_GUIDANCE, MOST_PIXELS, MOST_SEED
 from cogvideox.errors import UserError
 from cogvideox.features import features_of
 
@@ -30,6 +30,8 @@ Pixels = Annotated[int, Field(ge=1, le=MOST_PIXELS)]
 Frames = Annotated[int, Field(ge=1, le=MOST_FRAMES)]
 FrameRate = Annotated[float, Field(ge=1, le=MOST_FPS), AfterValidator(plain_number)]
 Guidance = Annotated[float, Field(ge=0, le=MOST_GUIDANCE)]
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
+FileName = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
 class Entries(BaseModel):
@@ -46,6 +48,8 @@ class TextConfig(Entries):
     model_id: Annotated[str, Field(min_length=1)]
     prompt: str
     negative_prompt: str
+    image: FileName | None = None  # the file of the picture that the video begins with
+    prompt_seed: Seed | None = None  # the seed that the prompt's line of --prompt_file says; stage 2 takes it
 
 
 class VideoConfig(TextConfig):
@@ -58,7 +62,7 @@ class VideoConfig(TextConfig):
     fps: FrameRate
     num_inference_steps: Count
     guidance_scale: Guidance
-    seed: Annotated[int, Field(ge=0, lt=2**64)]
+    seed: Seed
     scheduler: str
     # Files of earlier versions and of the original project lack these. Stage 2 writes each from its option of the same
     # name, or from its plan; see cogvideox/run/jobs.py.
@@ -67,6 +71,16 @@ class VideoConfig(TextConfig):
     skipped_steps: str = ""
     guidance_interval: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
     lora: list[str] = []
+
+
+class PromptLine(Entries):
+    """A line of a --prompt_file of JSON lines."""
+
+    model_config = ConfigDict(extra="forbid")  # a misspelt key would change nothing, and nobody would see it
+    remedy = 'each line must be an object such as {"prompt": "a fox", "image": "fox.png", "seed": 1}, on one line'
+    prompt: str
+    image: FileName | None = None  # a file, by its path relative to the folder of --prompt_file
+    seed: Seed | None = None
 
 
 class IndexEntry(Entries):
@@ -78,6 +92,20 @@ class IndexEntry(Entries):
     seed: int | None  # None before stage 2
     file: str | None  # of the encoded video; None before stage 3
     state: Literal["encoded", "denoised", "decoded"]  # by stage 1, 2 or 3
+
+
+class Settings(Entries):
+    """What --preset sets; see `generation_defaults.by_default`."""
+
+    model_config = ConfigDict(extra="forbid")
+    num_inference_steps: Count
+    guidance_scale: Guidance
+    scheduler: Literal["ddim", "dpm"]
+    use_dynamic_cfg: bool
+    fps: FrameRate
+
+
+Side = Pixels | Annotated[list[Pixels], Field(min_length=2, max_length=2)]  # or the least and the most of a range
 
 
 class GenerationDefaults(Entries):
@@ -92,8 +120,9 @@ class GenerationDefaults(Entries):
     guidance_scale: Guidance | None = None
     use_dynamic_cfg: bool | None = None
     fps: FrameRate | None = None
-    trained_sizes: list[Annotated[list[Pixels], Field(min_length=2, max_length=2)]] = []  # height and width
+    trained_sizes: list[Annotated[list[Side], Field(min_length=2, max_length=2)]] = []  # height and width
     trained_frames: list[Frames] = []
+    authors: Settings | None = None  # with which its authors run it, for --preset authors
 
 
 class LoraConfig(Entries):
@@ -264,8 +293,8 @@ def read_json(path: Path, kind: type[Entries], missing: str, defaults: bool = Fa
     return parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8), path, kind, defaults)
 
 
-def parse_json(text: str | bytes, path: Path, kind: type[Entries], defaults: bool = False) -> dict:
-    """Return the entries of a JSON text that the file `path` holds; see `read_json`."""
+def parse_json(text: str | bytes, path: Path | str, kind: type[Entries], defaults: bool = False) -> dict:
+    """Return the entries of a JSON text that the file `path`, or a line of it in words, holds; see `read_json`."""
     try:
         return kind.model_validate_json(text).model_dump(by_alias=True, exclude_unset=not defaults)
     except ValidationError as error:
@@ -282,5 +311,7 @@ def parse_json(text: str | bytes, path: Path, kind: type[Entries], defaults: boo
 
 TEXT_ENTRIES = tuple(TextConfig.model_fields)
 VIDEO_ENTRIES = tuple(VideoConfig.model_fields)[len(TEXT_ENTRIES) :]
-# What latents are made from; no tensor depends on fps.
-LATENT_ENTRIES = [name for name in (*TEXT_ENTRIES, *VIDEO_ENTRIES) if name != "fps"]
+# What stage 1's tensors are made from; only with an image has its config a size.
+EMBEDDING_ENTRIES = [*(name for name in TEXT_ENTRIES if name != "prompt_seed"), "height", "width"]
+# What latents are made from; no tensor depends on fps, and `seed` is the one that was taken.
+LATENT_ENTRIES = [name for name in (*TEXT_ENTRIES, *VIDEO_ENTRIES) if name not in ("fps", "prompt_seed")]

@@ -10,9 +10,11 @@ from safetensors import safe_open
 
 from cogvideox.errors import UserError, shortened
 from cogvideox.files import writing
-from cogvideox.files.names import CONFIG
+from cogvideox.files.names import CONFIG, IMAGE_TENSORS
 from cogvideox.files.schemas import TextConfig, read_json
-from cogvideox.files.tensors import check_finite, read_tensors
+from cogvideox.files.tensors import check_finite, open_tensors, read_tensors
+
+TEXT_TENSORS = ("prompt_embeds", "negative_prompt_embeds")  # of stage 1, beside IMAGE_TENSORS
 
 
 def write_config(directory: Path, entries: Mapping) -> None:
@@ -115,12 +117,59 @@ def tensor_shapes(
 def check_embeddings(shapes: Mapping[str, tuple[int, ...]], transformer: Mapping, path: Path) -> None:
     """Raise UserError unless the embeddings are of one prompt, with as many tokens and the width of the transformer."""
     expected = (1, transformer["max_text_seq_length"], transformer["text_embed_dim"])
-    for name, shape in shapes.items():
-        if shape != expected:
+    for name in TEXT_TENSORS:
+        if (shape := shapes[name]) != expected:
             raise UserError(
                 f"{path}: {name} has shape {list(shape)}, the transformer takes {list(expected)}: the embeddings were "
                 "made with another model; run stage 1 again"
             )
+
+
+def embedding_names(path: Path) -> tuple[str, ...]:
+    """Return the names of the tensors that a file of stage 1 should have: those of an image too if it has any of them.
+
+    Raises:
+        UserError: the file is missing or truncated.
+    """
+    found = open_tensors(path, "run stage 1 again")
+    return TEXT_TENSORS + (IMAGE_TENSORS if found.keys() & set(IMAGE_TENSORS) else ())
+
+
+def check_image(
+    shapes: Mapping[str, tuple[int, ...]], expected: tuple[int, ...] | None, pixels: int, path: Path
+) -> None:
+    """Check whether a file of stage 1 has the latents of an image for a video.
+
+    Args:
+        shapes: of the file's tensors, by name.
+        expected: the shape of the latents' mean and log-variance; None if the model takes no image.
+        pixels: of the video, in height and in width, for each of the latents.
+        path: the file.
+
+    Raises:
+        UserError: the model takes an image and the file has none, or the other way round, or it is of another size.
+    """
+    found = {name: shapes[name] for name in IMAGE_TENSORS if name in shapes}
+    if expected is None:
+        if found:
+            raise UserError(
+                f"{path} has an image, and the model makes videos of text alone; run stage 1 without --image"
+            )
+        return
+    if not found:
+        raise UserError(f"{path} has no image, and the model makes videos of one; run stage 1 again with --image")
+    for name, shape in found.items():
+        if shape == expected:
+            continue
+        if shape[:-2] != expected[:-2]:
+            raise UserError(
+                f"{path}: {name} has shape {list(shape)}, the transformer takes {list(expected)}; run stage 1 again"
+            )
+        ours, of_video = (" x ".join(str(side * pixels) for side in sides[-2:]) for sides in (shape, expected))
+        raise UserError(
+            f"{path} has an image of {ours} pixels, for a video of {of_video}; drop --height and --width, or run "
+            "stage 1 again with these"
+        )
 
 
 def check_latents_shape(shape: tuple[int, ...], expected: tuple[int, ...], path: Path) -> None:

@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from cogvideox.files.names import CONFIGS
+from cogvideox.files import published
 
 # The coefficients of a model's polynomial are in this file beside its transformer's config. For models without one,
-# configs/ has some, by the model's name.
+# configs/ has those of the published models, by the model's name.
 FILE = "step_cache.json"
 
 
@@ -20,7 +20,7 @@ def polynomial_of(model_id: str) -> list[float] | None:
         ValueError: the file does not hold them.
     """
     model = Path(model_id)
-    for path in (model / "transformer" / FILE, CONFIGS / model.name / "transformer" / FILE):
-        if path.is_file():
+    for folder in (model, published.by_name(model.name)):
+        if folder and (path := folder / "transformer" / FILE).is_file():
             return [float(coefficient) for coefficient in json.loads(path.read_text())["polynomial"]]
     return None

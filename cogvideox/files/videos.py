@@ -10,7 +10,7 @@ are no folders of prompts, and with one video of each prompt none of seeds. So e
 import json
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -30,6 +30,16 @@ def of_prompt(folder: Path, number: int) -> Path:
 def of_seed(folder: Path, seed: int) -> Path:
     """Return the folder of a prompt's video from `seed`."""
     return folder / f"{SEED}{seed}"
+
+
+def seeds(text: Mapping, seed: int, number: int) -> range:
+    """Return the seeds of a prompt's videos: so many, from that of its line of --prompt_file on, or else from `seed`.
+
+    `text` has the prompt's entries of generation_config.json.
+    """
+    first = text.get("prompt_seed")
+    first = seed if first is None else first
+    return range(first, first + number)
 
 
 def prompts(folder: Path) -> list[Path]:

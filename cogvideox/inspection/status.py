@@ -79,7 +79,8 @@ def videos_of(source: Path) -> list[Path]:
     seed, number = options.get("seed"), options.get("num_videos_per_prompt", 1)
     if not (isinstance(seed, int) and isinstance(number, int) and number > 1):
         return there
-    return list(dict.fromkeys([*there, *(videos.of_seed(source, seed + n) for n in range(number))]))
+    seeds = videos.seeds(read_text(source), seed, number)
+    return list(dict.fromkeys([*there, *(videos.of_seed(source, one) for one in seeds)]))
 
 
 def read_text(folder: Path) -> dict:
@@ -149,6 +150,8 @@ def next_of_stage1(folder: Path, origin: Path) -> str:
     prompts = Path(str(options.get("prompt_file", "")))
     if folder != origin and prompts.is_file():
         return f"Next: {next_command.stage1(folder, ['--prompt_file', next_command.here(prompts)], options)}"
+    if "image" in text:
+        options |= {name: text[name] for name in ("image", "height", "width") if name in text}
     line = next_command.stage1(origin, [f"--prompt={text['prompt']}"] if text else ["--prompt", "PROMPT"], options)
     return f"Next: {line}" if text else f"Next, with what the video shows for PROMPT: {line}"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from cogvideox.cli.report import Report
-from cogvideox.defaults import PRESETS
+from cogvideox.defaults import DRAFT
 from cogvideox.files import checkpoint, tensor_dump, videos
 from cogvideox.files.lora import Lora
 from cogvideox.files.names import CONFIG, IMAGE_TENSORS, PREVIEW
@@ -293,7 +293,7 @@ def report_plan(
         report.say(f"guidance scale {plan.guidance_scale:g}: no guidance, the positive prompt alone{dp}")
     scheduler, spacing = (plan.scheduler.get(name) for name in ("_class_name", "timestep_spacing"))
     report.say(f"scheduler: {scheduler}, {spacing} timesteps, {plan.num_inference_steps} steps")
-    if all(getattr(arguments, name) == value for name, value in PRESETS["draft"].items()):
+    if all(getattr(arguments, name) == value for name, value in DRAFT.items()):
         report.say("these are the settings of a draft; --preset authors sets those of the model's authors")
     for one in loras:
         report.say(one.summary)

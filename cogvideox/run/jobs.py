@@ -17,9 +17,10 @@ from cogvideox.defaults import MOST_SEED
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, provenance, stage_files, tensor_dump, videos, writing
 from cogvideox.files.lora import Lora
-from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, SHEET, TIMINGS, VIDEO
+from cogvideox.files.names import CONFIG, EMBEDDINGS, IMAGE_TENSORS, LATENTS, SHEET, TIMINGS, VIDEO
 from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES, VIDEO_ENTRIES, TextConfig, VideoConfig
 from cogvideox.files.state import StateFile, fingerprint_of
+from cogvideox.models.shared.sizes import spatial_compression_ratio, takes_image
 from cogvideox.run.hosts import Hosts
 from cogvideox.versions import versions
 
@@ -87,15 +88,17 @@ def check_model(found: Sequence[Video], model_id: str | None, refuse: Callable[[
 def videos_to_denoise(arguments: argparse.Namespace, output_dir: Path, hosts: Hosts) -> list[Video]:
     """Return the videos to make: of each prompt in --input_dir as many as --num_videos_per_prompt says.
 
+    Their seeds begin with the one that the prompt's line of --prompt_file says, or else with --seed.
+
     Raises:
         UserError: stage 1's files are missing or wrong, or other videos are in the way.
     """
-    seeds = range(arguments.seed, arguments.seed + arguments.num_videos_per_prompt)
-    if seeds[-1] > MOST_SEED:
-        raise UserError(f"--seed {arguments.seed} and those after it for --num_videos_per_prompt exceed {MOST_SEED}")
     found = []
     for source in videos.prompts(arguments.input_dir):
         text = stage_files.read_config(source, TextConfig)
+        seeds = videos.seeds(text, arguments.seed, arguments.num_videos_per_prompt)
+        if seeds[-1] > MOST_SEED:
+            raise UserError(f"--seed {seeds[0]} and those after it for --num_videos_per_prompt exceed {MOST_SEED}")
         folder = output_dir / source.relative_to(arguments.input_dir)
         folders = [videos.of_seed(folder, seed) for seed in seeds] if len(seeds) > 1 else [folder]
         if hosts.is_first:
@@ -117,17 +120,16 @@ def check_files_to_denoise(
     """Check the files of the videos.
 
     Returns:
-        The model that stage 1 used, and the shapes of the embeddings, by name, in each of its files.
+        The model that stage 1 used, and the shapes of the tensors, by name, in each of its files.
 
     Raises:
         UserError: a file is wrong or would replace another one.
     """
-    names = ("prompt_embeds", "negative_prompt_embeds")
     configs = {video.embeddings: video.config for video in found}
-    shapes = {
-        path: stage_files.tensor_shapes(path, 1, names, config, refuse=report.refuse, warn=report.warn)
-        for path, config in configs.items()
-    }
+    shapes = {}
+    for path, config in configs.items():
+        names = stage_files.embedding_names(path)
+        shapes[path] = stage_files.tensor_shapes(path, 1, names, config, refuse=report.refuse, warn=report.warn)
     for path in shapes:
         provenance.check_inputs(path, report.refuse)
     model_id = check_model(found, arguments.model_id, stage_files.refuse)
@@ -140,10 +142,30 @@ def check_files_to_denoise(
     return model_id, shapes
 
 
+def complete_size(
+    arguments: argparse.Namespace, shapes: Mapping[Path, Mapping[str, tuple[int, ...]]], model_id: str
+) -> list[str]:
+    """Set --height and --width where nobody gives them and stage 1 has encoded an image; return a line that says so.
+
+    `shapes` are those of the tensors in each of stage 1's files.
+    """
+    of_images = [of_file[IMAGE_TENSORS[0]] for of_file in shapes.values() if IMAGE_TENSORS[0] in of_file]
+    if not of_images:
+        return []
+    pixels = spatial_compression_ratio(checkpoint.read_config(model_id, "vae"))
+    sides = dict(zip(("height", "width"), of_images[0][-2:], strict=False))  # of wrong files there are fewer
+    found = {name: side * pixels for name, side in sides.items() if getattr(arguments, name) is None}
+    vars(arguments).update(found)
+    return [f"taken from the image: {' '.join(f'--{name} {side}' for name, side in found.items())}"] if found else []
+
+
 def check_embeddings(shapes: Mapping[Path, Mapping[str, tuple[int, ...]]], plan: "DenoisingPlan") -> None:
-    """Raise UserError unless the transformer of the plan takes embeddings of these shapes, by file and name."""
+    """Raise UserError unless the transformer of the plan takes tensors of these shapes, by file and name."""
+    _, height, width = plan.latent_size
+    image = (1, plan.transformer["out_channels"], 1, height, width) if takes_image(plan.transformer) else None
     for path, of_file in shapes.items():
         stage_files.check_embeddings(of_file, plan.transformer, path)
+        stage_files.check_image(of_file, image, spatial_compression_ratio(plan.vae), path)
 
 
 class Task(NamedTuple):
@@ -213,11 +235,11 @@ def tasks_of(
 
     def task(video: Video) -> Task:
         known = vars(arguments) | of_plan | {"seed": video.config["seed"]}
-        config = {name: video.config[name] for name in TEXT_ENTRIES}
+        config = {name: video.config[name] for name in TEXT_ENTRIES if name in video.config}
         config |= {name: known[name] for name in VIDEO_ENTRIES}
         inputs = {provenance.known_as(video.embeddings, video.folder): digests[video.embeddings]}
         inputs |= {str(path): digests[path] for path in lora_files} | weights
-        made_from = {name: config.get(name) for name in LATENT_ENTRIES}
+        made_from = {name: config[name] for name in LATENT_ENTRIES if name in config}
         fingerprint = made_from | of_run | inputs
         fingerprint |= versions("jax", "jaxlib", "libtpu", "torch")
         return Task(video, config, inputs, of_run, {name: str(value) for name, value in fingerprint.items()})
@@ -354,7 +376,8 @@ def check_files_to_decode(
         options += [("--output_dir", path) for path in (videos.index_file(folder), folder / SHEET)]
     configs = [video.folder / CONFIG for video in found]
     timings = decoding_folder(arguments) / TIMINGS
-    inputs = [*shapes, *configs, timings, arguments.executable, arguments.log_json]
+    images = {Path(image) for video in found if (image := video.config.get("image"))}
+    inputs = [*shapes, *configs, *images, timings, arguments.executable, arguments.log_json]
     writing.check_outputs(options if hosts.is_first else [], inputs, model_id)
     return model_id, shapes
 

@@ -20,6 +20,18 @@ def latent_size(vae: Mapping, frames: int, height: int, width: int) -> tuple[int
     return (frames - 1) // vae["temporal_compression_ratio"] + 1, height // spatial, width // spatial
 
 
+def takes_image(transformer: Mapping) -> bool:
+    """Return whether a transformer's config is one for image to video: it takes image latents beside those of noise."""
+    return transformer["in_channels"] == 2 * transformer["out_channels"]
+
+
+def check_sides(vae: Mapping, patch_size: int, height: int, width: int) -> None:
+    """Raise PlanError, naming the nearest size that works, unless height and width are whole patches of latents."""
+    multiple = spatial_compression_ratio(vae) * patch_size
+    check_multiple("height", height, multiple)
+    check_multiple("width", width, multiple)
+
+
 def check_multiple(field: str, size: int, multiple: int) -> None:
     """Raise PlanError, naming the nearest size that works, unless `size` is a multiple of `multiple`."""
     if size % multiple:
