@@ -31,7 +31,7 @@ Frames = Annotated[int, Field(ge=1, le=MOST_FRAMES)]
 FrameRate = Annotated[float, Field(ge=1, le=MOST_FPS), AfterValidator(plain_number)]
 Guidance = Annotated[float, Field(ge=0, le=MOST_GUIDANCE)]
 Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
-FileName = Annotated[str, Field(pattern="^[^\\0]+$")]
+FileName = Annotated[str, Field(pattern=r"^[^\x00]+$")]
 
 
 class Entries(BaseModel):
