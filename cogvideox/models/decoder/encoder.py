@@ -33,15 +33,13 @@ class Encoder(NamedTuple):
     convert_weights: Callable[[dict[str, Any]], Any]
 
 
-def chunk_programs(
-    encoder: Encoder, weights: Any, pixel_shape: tuple[int, ...], split: Split
-) -> list[jax.stages.Traced]:
-    """Trace the programs that encode pixels [1, 3, frames, height, width]: the first chunk, and any later one.
+def chunk_programs(encoder: Encoder, weights: Any, shape: tuple[int, ...], split: Split) -> list[jax.stages.Traced]:
+    """Trace the programs that encode frames [frames, height, width, 3]: the first chunk, and any later one.
 
     Args:
         encoder: see `Encoder`.
         weights: the tree that the encoder takes; shapes are enough to compile without data.
-        pixel_shape: of the pixels, all chunks together.
+        shape: of the frames, all chunks together.
         split: of a frame over chips and strips.
 
     Returns:
@@ -52,20 +50,28 @@ def chunk_programs(
         x, cache = encoder.encode_chunk(weights, pixels, cache, split)
         return split.image(x), cache
 
-    _, channels, frames, height, _ = pixel_shape
+    frames, height, _, channels = shape
     sizes = chunks.sizes(frames, FRAMES_PER_CHUNK)[:2]
     shapes = [split.tiles_shape(size, channels, height // split.height) for size in sizes]
     return chunks.trace(encode_chunk, weights, shapes, split)
 
 
+def to_pixels(frames: np.ndarray) -> np.ndarray:
+    """Turn frames, uint8 [frames, height, width, 3], into pixels around [-1, 1], float32 [1, 3, frames, height, width].
+
+    Source: `VideoProcessor.preprocess_video`.
+    """
+    return np.moveaxis(2.0 * (frames.astype(np.float32) / 255.0) - 1.0, -1, 0)[None]
+
+
 def encode(
     programs: Sequence[Callable],
     weights: Any,
-    pixels: np.ndarray,
+    frames: np.ndarray,
     split: Split,
     told: Callable[[int], None] = lambda frames: None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Run the compiled `chunk_programs` on pixels [1, 3, frames, height, width] around [-1, 1].
+    """Run the compiled `chunk_programs` on frames, uint8 [frames, height, width, 3].
 
     `told` is called with the number of frames after each chunk.
 
@@ -75,13 +81,13 @@ def encode(
     Source: `AutoencoderKLCogVideoX._encode`.
     """
     dtype = jax.tree.leaves(weights)[0].dtype
-    sizes = chunks.sizes(pixels.shape[2], FRAMES_PER_CHUNK)
+    sizes = chunks.sizes(len(frames), FRAMES_PER_CHUNK)
     starts = np.cumsum([0, *sizes])
     cache: list[Any] = []  # the first program takes none
     results: list[jax.Array] = []
     for i, size in enumerate(sizes):
-        chunk = pixels[:, :, starts[i] : starts[i] + size].astype(dtype)
-        tiles = to_devices(split.tiles(chunk, pixels.shape[3] // split.height), split.latents)
+        pixels = to_pixels(frames[starts[i] : starts[i] + size]).astype(dtype)
+        tiles = to_devices(split.tiles(pixels, frames.shape[1] // split.height), split.latents)
         result, *cache = programs[min(i, 1)](weights, tiles, *cache)
         results.append(chunks.to_host(result, split))
         if i > 0:  # one chunk is computed while the next one is prepared
