@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for prompt in prompts:
                 prompt_embeds = encode(tokenizer, encoder, prompt.text, length)
                 check_finite(prompt_embeds, model_id)
-                config = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
-                config |= prompt.entries(arguments.height, arguments.width)
+                texts = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
+                config = texts | prompt.entries(arguments.height, arguments.width)
                 tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
                 inputs = weights.copy()
                 if prompt.image:

@@ -303,7 +303,7 @@ STAGE1_CASES = {
     "image of a line for a model of text": (
         [*PROMPT_FILE, "--output_dir", "d"],
         content("p", b'{"prompt": "a"}\n{"prompt": "a", "image": "a.png"}'),
-        ["p, line 2, --image", "a.png", "text alone"],
+        ["p, line 2, ", "a.png: ", "text alone"],
     ),
     "image of a line missing": (
         [*PROMPT_FILE, "--output_dir", "d"],

@@ -7,7 +7,7 @@ not empty decides which: JSON lines begin with an object.
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cogvideox.errors import UserError
 from cogvideox.files import videos
@@ -35,9 +35,9 @@ class Prompt(NamedTuple):
     image: Path | None = None
     seed: int | None = None
 
-    def entries(self, height: int | None, width: int | None) -> dict[str, object]:
+    def entries(self, height: int | None, width: int | None) -> dict[str, Any]:
         """Return what generation_config.json has of its image, which is encoded with this size, and of its seed."""
-        of_image = {"image": str(self.image), "height": height, "width": width} if self.image else {}
+        of_image: dict[str, Any] = {"image": str(self.image), "height": height, "width": width} if self.image else {}
         return of_image | ({} if self.seed is None else {"prompt_seed": self.seed})
 
 

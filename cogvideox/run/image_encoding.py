@@ -9,11 +9,12 @@ import numpy as np
 
 from cogvideox.cli.report import Report
 from cogvideox.errors import PlanError, UserError
+from cogvideox.features import features_of
 from cogvideox.files import checkpoint, generation_defaults, provenance
 from cogvideox.files.images import read_image
 from cogvideox.files.prompts import Prompt
 from cogvideox.files.tensors import compute_dtype
-from cogvideox.models.shared.sizes import check_sides, spatial_compression_ratio, takes_image
+from cogvideox.models.shared.sizes import check_sides, spatial_compression_ratio
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ def images_of(
         UserError: a prompt has an image and the model is one for text alone, or the other way round; an image cannot be
             read; or the model does not take images of this size.
     """
-    wanted, users = takes_image(transformer), {prompt.image: prompt for prompt in prompts}
+    wanted, users = features_of(transformer).image, {prompt.image: prompt for prompt in prompts}
     images = {image: f"{user.source if user.is_line else '--image'} {image}" for image, user in users.items() if image}
     if images and not wanted:
         raise UserError(
@@ -74,7 +75,7 @@ def complete_size(
     taken = generation_defaults.complete(arguments, generation_defaults.of_model(model_id))
     vae = checkpoint.read_config(model_id, "vae")
     try:
-        check_sides(vae, transformer["patch_size"], arguments.height, arguments.width)
+        check_sides(vae, transformer, arguments.height, arguments.width)
     except PlanError as error:
         raise UserError(f"--{error}") from error
     return taken

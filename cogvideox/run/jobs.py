@@ -20,7 +20,7 @@ from cogvideox.files.lora import Lora
 from cogvideox.files.names import CONFIG, EMBEDDINGS, IMAGE_TENSORS, LATENTS, SHEET, TIMINGS, VIDEO
 from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES, VIDEO_ENTRIES, TextConfig, VideoConfig
 from cogvideox.files.state import StateFile, fingerprint_of
-from cogvideox.models.shared.sizes import spatial_compression_ratio, takes_image
+from cogvideox.models.shared.sizes import spatial_compression_ratio
 from cogvideox.run.hosts import Hosts
 from cogvideox.versions import versions
 
@@ -162,7 +162,7 @@ def complete_size(
 def check_embeddings(shapes: Mapping[Path, Mapping[str, tuple[int, ...]]], plan: "DenoisingPlan") -> None:
     """Raise UserError unless the transformer of the plan takes tensors of these shapes, by file and name."""
     _, height, width = plan.latent_size
-    image = (1, plan.transformer["out_channels"], 1, height, width) if takes_image(plan.transformer) else None
+    image = (1, plan.transformer["out_channels"], 1, height, width) if plan.features.image else None
     for path, of_file in shapes.items():
         stage_files.check_embeddings(of_file, plan.transformer, path)
         stage_files.check_image(of_file, image, spatial_compression_ratio(plan.vae), path)

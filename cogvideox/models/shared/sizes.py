@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from cogvideox.errors import PlanError
+from cogvideox.features import features_of
 
 # What a convolution or an attention may take or make, by platform: cuDNN has nothing fast for what its 32-bit indices
 # do not reach. diffusers cuts such inputs of convolutions, too (`CogVideoXSafeConv3d`).
@@ -20,16 +21,19 @@ def latent_size(vae: Mapping, frames: int, height: int, width: int) -> tuple[int
     return (frames - 1) // vae["temporal_compression_ratio"] + 1, height // spatial, width // spatial
 
 
-def takes_image(transformer: Mapping) -> bool:
-    """Return whether a transformer's config is one for image to video: it takes image latents beside those of noise."""
-    return transformer["in_channels"] == 2 * transformer["out_channels"]
+def check_sides(vae: Mapping, transformer: Mapping, height: int, width: int) -> None:
+    """Check the size of a video in pixels, which is that of its image, too.
 
-
-def check_sides(vae: Mapping, patch_size: int, height: int, width: int) -> None:
-    """Raise PlanError, naming the nearest size that works, unless height and width are whole patches of latents."""
-    multiple = spatial_compression_ratio(vae) * patch_size
-    check_multiple("height", height, multiple)
-    check_multiple("width", width, multiple)
+    Raises:
+        PlanError: height or width is not a whole number of the transformer's patches, or the model has learned its
+            positions for another one. (For another number of frames diffusers, too, takes sines and cosines instead.)
+    """
+    spatial = spatial_compression_ratio(vae)
+    for name, size in (("height", height), ("width", width)):
+        check_multiple(name, size, spatial * transformer["patch_size"])
+        learned = transformer[f"sample_{name}"] * spatial
+        if features_of(transformer).positions == "learned" and size != learned:
+            raise PlanError(name, f"{size} does not fit this model: it has learned positions for {learned}")
 
 
 def check_multiple(field: str, size: int, multiple: int) -> None:

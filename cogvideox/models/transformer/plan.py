@@ -13,7 +13,7 @@ from cogvideox.errors import PlanError
 from cogvideox.features import Features, features_of
 from cogvideox.models.shared.plan import Plan
 from cogvideox.models.shared.sharding import MESH_AXES, Parallelism, choose_parallelism
-from cogvideox.models.shared.sizes import check_frames, check_multiple, spatial_compression_ratio
+from cogvideox.models.shared.sizes import check_frames, check_sides
 from cogvideox.models.transformer.attention import Attention
 from cogvideox.models.transformer.embeddings import token_grid
 from cogvideox.models.transformer.parameters import sample_grid
@@ -214,12 +214,8 @@ def make_denoising_plan(
 
 def check_plan(plan: DenoisingPlan) -> None:
     """Raise PlanError, naming values that work, if the scheduler, the sizes or the number of steps cannot be run."""
-    spatial = spatial_compression_ratio(plan.vae)
-    multiple = spatial * plan.transformer["patch_size"]
-    for name in ("height", "width"):
-        check_multiple(name, getattr(plan, name), multiple)
+    check_sides(plan.vae, plan.transformer, plan.height, plan.width)
     check_frames(plan.vae, plan.frames)
-    check_learned_positions(plan, spatial)
     check_guidance(plan)
     if plan.scheduler["_class_name"] not in SAMPLERS:
         name = plan.scheduler["_class_name"]
@@ -227,19 +223,6 @@ def check_plan(plan: DenoisingPlan) -> None:
     maximum = plan.scheduler["num_train_timesteps"]
     if plan.num_inference_steps > maximum:
         raise PlanError("num_inference_steps", f"can be at most {maximum} with this scheduler")
-
-
-def check_learned_positions(plan: DenoisingPlan, spatial: int) -> None:
-    """Raise PlanError if the model has learned its positions for another height or width, in latents times `spatial`.
-
-    For another number of frames diffusers, too, takes sines and cosines instead.
-    """
-    for name in ("height", "width") if plan.features.positions == "learned" else ():
-        learned = plan.transformer[f"sample_{name}"] * spatial
-        if getattr(plan, name) != learned:
-            raise PlanError(
-                name, f"{getattr(plan, name)} does not fit this model: it has learned positions for {learned}"
-            )
 
 
 def check_guidance(plan: DenoisingPlan) -> None:
