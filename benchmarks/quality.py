@@ -8,7 +8,13 @@ For each caption, diffusers' CogVideoXPipeline in float32 and our three stages m
 videos are scored by image processing (tools/moving_shapes.py). Options after `--` go to our stage 2 alone, so that the
 quality of a speed option can be measured. So do those of each --variant, whose videos are made beside the others and
 compared with ours. Scored beside them are true clips, the same clips encoded and decoded by the VAE, videos by
-untrained weights (a control that must fail), and chance. The results are a report (JSON) and a contact sheet, in
+untrained weights (a control that must fail), and chance.
+
+An image-to-video model (`--model_id tiny_model_i2v`) gets the first frame of a clip as its picture, and as its prompt
+in turn the direction alone and the whole caption. Scored besides is whether the shape of the first frame is in its
+place, and how near that frame is to the picture. What is held out are whole pictures.
+
+The results are a report (JSON) and a contact sheet, in
 reports/, with --publish in benchmarks/results/.
 """
 
@@ -54,14 +60,17 @@ from tools.moving_shapes import (
     Caption,
     agreement,
     held_out,
+    held_out_pictures,
     measure,
+    prompts_of,
     render,
+    same_place,
     trained_on,
 )
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+    from diffusers import AutoencoderKLCogVideoX, DiffusionPipeline
     from PIL import Image
 
 
@@ -130,9 +139,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in filter(None, (arguments.output, arguments.sheet, arguments.animation)):
         writing.check_writable(path)
     prepare_libraries()
-    cases = choose_cases(arguments)
+    from diffusers import CogVideoXImageToVideoPipeline
+
+    pipeline = load(arguments.model_id)
+    cases = choose_cases(arguments, isinstance(pipeline, CogVideoXImageToVideoPipeline))
     with Interruption.raised(), tempfile.TemporaryDirectory() as folder:
-        made = make_videos(arguments, options, cases, Path(folder))
+        made = make_videos(arguments, options, pipeline, cases, Path(folder))
     found = judge(arguments, cases, made)
     with writing.replacing(arguments.output) as temporary:
         Path(temporary).write_text(json.dumps(found, indent=2) + "\n")
@@ -150,45 +162,66 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Case(NamedTuple):
-    """A video to make."""
+    """A video to make: with a picture, the first frame of `clip`, for an image model."""
 
     caption: Caption
     held_out: bool
     seed: int
+    prompt: str
+    with_picture: bool
+
+    @property
+    def clip(self) -> np.ndarray:
+        """A true clip, uint8 [frames, height, width, 3]."""
+        return render(self.caption, np.random.default_rng(self.seed), steady=self.with_picture)
 
 
-def choose_cases(arguments: argparse.Namespace) -> list[Case]:
+def choose_cases(arguments: argparse.Namespace, with_picture: bool) -> list[Case]:
     """Choose --captions of each kind, evenly spread, and make --videos cases of each."""
     seeds = itertools.count(arguments.seed)
+    never_seen = held_out_pictures() if with_picture else held_out()
     cases = []
-    for captions in (held_out(), trained_on()):
+    for captions in (never_seen, [caption for caption in trained_on() if caption not in never_seen]):
         number = min(arguments.captions, len(captions))
         for i in np.linspace(0, len(captions) - 1, number).round().astype(int):
-            cases += [Case(captions[i], captions is held_out(), next(seeds)) for _ in range(arguments.videos)]
+            prompts = prompts_of(captions[i]) if with_picture else (str(captions[i]),)
+            for video in range(arguments.videos):
+                prompt = prompts[(i + video) % len(prompts)]
+                cases.append(Case(captions[i], captions is never_seen, next(seeds), prompt, with_picture))
     return cases
 
 
+def load(model_id: str) -> "DiffusionPipeline":
+    """Return diffusers' pipeline of a model, in float32."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    model = checkpoint.model_folder(checkpoint.resolve_model_id(model_id), ["*"])
+    with checkpoint.load_errors(model):
+        return DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+
+
 def make_videos(
-    arguments: argparse.Namespace, options: Mapping[str, argparse.Namespace], cases: Sequence[Case], folder: Path
+    arguments: argparse.Namespace,
+    options: Mapping[str, argparse.Namespace],
+    pipeline: "DiffusionPipeline",
+    cases: Sequence[Case],
+    folder: Path,
 ) -> dict[str, list[np.ndarray]]:
     """Return the videos of the cases by source, uint8 [frames, height, width, 3]; `folder` is for scratch files.
 
-    `options` are those of stage 2 for each source that is ours.
+    `options` are those of stage 2 for each source that is ours, `pipeline` is diffusers'.
     """
     import torch
-    from diffusers import CogVideoXPipeline
 
-    model = checkpoint.model_folder(checkpoint.resolve_model_id(arguments.model_id), ["*"])
-    with checkpoint.load_errors(model):
-        pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)
     control = untrained(pipeline)
-    ours = str(in_dtype(model, pipeline, getattr(torch, arguments.dtype), folder / "model"))
+    ours = str(in_dtype(Path(pipeline.name_or_path), pipeline, getattr(torch, arguments.dtype), folder / "model"))
 
     # That options do not fit the model or the devices is said before hours go into the others.
     denoisers = {name: denoiser(ours, chosen) for name, chosen in options.items()}
     decode = decoder(ours, arguments.dtype)
     prompts = dict(zip(cases, embeddings(ours, cases, folder), strict=True))
-    clips = [render(case.caption, np.random.default_rng(case.seed)) for case in cases]
+    clips = [case.clip for case in cases]
     steps = arguments.num_inference_steps
     return {
         "true clips": clips,
@@ -215,7 +248,7 @@ def in_batches(name: str, function: Callable, items: Sequence, size: int = 13) -
     return [video for videos in one_by_one(f"{name}, by {size}", function, batches) for video in videos]
 
 
-def untrained(pipeline: "CogVideoXPipeline") -> "CogVideoXPipeline":
+def untrained(pipeline: "DiffusionPipeline") -> "DiffusionPipeline":
     """Return a copy of the pipeline whose transformer and text encoder have random weights."""
     import torch
 
@@ -227,7 +260,7 @@ def untrained(pipeline: "CogVideoXPipeline") -> "CogVideoXPipeline":
     return type(pipeline)(**pipeline.components | drawn)
 
 
-def in_dtype(model: Path, pipeline: "CogVideoXPipeline", dtype: "torch.dtype", folder: Path) -> Path:
+def in_dtype(model: Path, pipeline: "DiffusionPipeline", dtype: "torch.dtype", folder: Path) -> Path:
     """Copy a model folder to `folder` with its weights in another dtype; return `folder`."""
     shutil.copytree(model, folder)
     for name in ("text_encoder", "transformer", "vae"):
@@ -249,13 +282,16 @@ def reconstruct(vae: "AutoencoderKLCogVideoX", clips: Sequence[np.ndarray]) -> l
     return list(np.round(pixels * 255).astype(np.uint8))
 
 
-def generate(pipeline: "CogVideoXPipeline", cases: Sequence[Case], steps: int) -> list[np.ndarray]:
+def generate(pipeline: "DiffusionPipeline", cases: Sequence[Case], steps: int) -> list[np.ndarray]:
     """Generate videos by diffusers' pipeline."""
     import torch
+    from PIL import Image
 
     pipeline.set_progress_bar_config(disable=True)
+    pictures = [Image.fromarray(case.clip[0]) for case in cases if case.with_picture]
     frames = pipeline(
-        [str(case.caption) for case in cases],
+        prompt=[case.prompt for case in cases],
+        **({"image": pictures} if pictures else {}),
         height=SIZE,
         width=SIZE,
         num_frames=FRAMES,
@@ -340,12 +376,12 @@ def judge(arguments: argparse.Namespace, cases: Sequence[Case], made: dict[str, 
 
     def adherence(source: str, of_held_out: bool) -> dict[str, float]:
         pairs = zip(cases, made[source], strict=True)
-        scores = [agreement(case.caption, measure(video)) for case, video in pairs if case.held_out == of_held_out]
-        return dict(zip(Caption._fields, np.mean(scores, axis=0).tolist(), strict=True))
+        scores = [scored(case, video) for case, video in pairs if case.held_out == of_held_out]
+        return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
 
-    def psnr(source: str, reference: str) -> dict[str, float]:
+    def psnr(source: str, reference: str, frames: slice = slice(None)) -> dict[str, float]:
         pairs = zip(made[source], made[reference], strict=True)
-        error = np.array([np.square(video.astype(float) - truth).mean() for video, truth in pairs])
+        error = np.array([np.square(video[frames].astype(float) - truth[frames]).mean() for video, truth in pairs])
         decibels = 10 * np.log10(255**2 / np.maximum(error, 1e-3))
         return {"least": decibels.min(), "median": float(np.median(decibels))}
 
@@ -360,8 +396,23 @@ def judge(arguments: argparse.Namespace, cases: Sequence[Case], made: dict[str, 
             "ours against diffusers": psnr("ours", "diffusers"),
             **{f"{variant} against ours": psnr(variant, "ours") for variant in arguments.variant},
             "clips through the VAE": psnr("through VAE", "true clips"),
+            **(
+                {
+                    f"first frame, {source}, against the picture": psnr(source, "true clips", slice(1))
+                    for source in made
+                    if source != "true clips"
+                }
+                if cases[0].with_picture
+                else {}
+            ),
         },
     }
+
+
+def scored(case: Case, video: np.ndarray) -> dict[str, bool]:
+    """Return whether a video shows what it should, by attribute."""
+    scores = dict(zip(Caption._fields, agreement(case.caption, measure(video)), strict=True))
+    return scores | ({"place": same_place(video[0], case.clip[0])} if case.with_picture else {})
 
 
 def as_text(found: dict) -> str:
@@ -370,7 +421,7 @@ def as_text(found: dict) -> str:
     for group, rows in found["adherence"].items():
         width = max(18, *map(len, rows))
         lines.append(
-            f"{f'captions {group}':<{width + 2}}" + "".join(f"{attribute:>12}" for attribute in Caption._fields)
+            f"{f'captions {group}':<{width + 2}}" + "".join(f"{attribute:>12}" for attribute in rows["true clips"])
         )
         for source, shares in rows.items():
             lines.append(f"  {source:<{width}}" + "".join(f"{share:>12.1%}" for share in shares.values()))
@@ -419,7 +470,7 @@ def labelled(pictures: Sequence[tuple[Case, np.ndarray]], columns: int, rows: Se
     for i, (case, picture) in enumerate(pictures):
         x, y = left + i % columns * (width + gap), i // columns * (height + text_height)
         sheet.paste(Image.fromarray(picture), (x, y))
-        draw.text((x + 2, y + height + 1), str(case.caption).replace(" on ", "\non "), fill="black")
+        draw.text((x + 2, y + height + 1), case.prompt.replace(" on ", "\non "), fill="black")
     for line in range(lines):
         for i, name in enumerate(names):
             middle = line * (height + text_height) + (i + 0.5) * height / len(names)
