@@ -90,12 +90,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of our stages")
     parser.add_argument(
-        "--output", type=file_path, help=f"file for the report, JSON (default: {report.REPORTS}/quality.json)"
+        "--output", type=file_path, help=f"file for the report, JSON (default: {report.REPORTS}/quality[-MODEL].json)"
     )
     parser.add_argument(
         "--sheet",
         type=file_path,
-        help=f"file for a contact sheet of the held-out captions, PNG (default: {report.REPORTS}/quality.png)",
+        help=f"file for a contact sheet of the held-out captions, PNG (default: {report.REPORTS}/quality[-MODEL].png)",
     )
     report.add_publish_option(parser)
     parser.add_argument(
@@ -110,8 +110,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("stage2_options", nargs="*", help="options of our stage 2, after --")
     arguments = parser.parse_args(argv)
-    arguments.output = arguments.output or report.folder(arguments.publish) / "quality.json"
-    arguments.sheet = arguments.sheet or report.folder(arguments.publish) / "quality.png"
+    name = Path(arguments.model_id).name
+    stem = report.folder(arguments.publish) / ("quality" if name == "tiny_model" else f"quality-{name}")
+    arguments.output = arguments.output or stem.with_suffix(".json")
+    arguments.sheet = arguments.sheet or stem.with_suffix(".png")
     return arguments
 
 
@@ -145,19 +147,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     cases = choose_cases(arguments, isinstance(pipeline, CogVideoXImageToVideoPipeline))
     with Interruption.raised(), tempfile.TemporaryDirectory() as folder:
         made = make_videos(arguments, options, pipeline, cases, Path(folder))
+    first_of_held_out = [i for i, case in enumerate(cases) if case.held_out][:: arguments.videos]
+
+    def shown(*sources: str) -> list[tuple]:
+        return [(cases[i], *(made[source][i] for source in sources)) for i in first_of_held_out]
+
     found = judge(arguments, cases, made)
     with writing.replacing(arguments.output) as temporary:
         Path(temporary).write_text(json.dumps(found, indent=2) + "\n")
     print(as_text(found))
     print(f"wrote {os.path.relpath(arguments.output)}")
-    sources = ("ours", "diffusers", *arguments.variant)
-    shown = [case for case in zip(cases, *(made[name] for name in sources), strict=True) if case[0].held_out]
+    sources = (*(["true clips"] if cases[0].with_picture else []), "ours", "diffusers", *arguments.variant)
     with writing.replacing(arguments.sheet) as temporary:
-        write_sheet(temporary, shown[:: arguments.videos], sources)
+        write_sheet(temporary, shown(*sources), sources)
     print(f"wrote {os.path.relpath(arguments.sheet)}")
     if arguments.animation:
         with writing.replacing(arguments.animation) as temporary:
-            write_animation(temporary, shown[:: arguments.videos])
+            write_animation(temporary, shown("ours"))
         print(f"wrote {os.path.relpath(arguments.animation)}")
 
 
@@ -304,13 +310,22 @@ def generate(pipeline: "DiffusionPipeline", cases: Sequence[Case], steps: int) -
 
 
 def embeddings(model: str, cases: Sequence[Case], folder: Path) -> list[Path]:
-    """Run stage 1, once for all captions, and return its file for each case."""
-    captions = list(dict.fromkeys(str(case.caption) for case in cases))
-    (folder / "captions.txt").write_text("\n".join(captions))
-    options = ("--prompt_file", folder / "captions.txt", "--model_id", model, "--output_dir", folder)
+    """Run stage 1, once for all prompts and pictures, and return its file for each case."""
+    from PIL import Image
+
+    lines = []
+    for case in cases:
+        line = {"prompt": case.prompt}
+        if case.with_picture:
+            line["image"] = f"{case.seed}.png"
+            Image.fromarray(case.clip[0]).save(folder / line["image"])
+        lines.append(json.dumps(line))
+    different = list(dict.fromkeys(lines))
+    (folder / "prompts.txt").write_text("\n".join(different))
+    options = ("--prompt_file", folder / "prompts.txt", "--model_id", model, "--output_dir", folder)
     command = [sys.executable, "stage1_text_encoder.py", *map(str, options)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return [videos.of_prompt(folder, 1 + captions.index(str(case.caption))) / EMBEDDINGS for case in cases]
+    return [videos.of_prompt(folder, 1 + different.index(line)) / EMBEDDINGS for line in lines]
 
 
 def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], np.ndarray]:
@@ -372,7 +387,10 @@ def decoder(model: str, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def judge(arguments: argparse.Namespace, cases: Sequence[Case], made: dict[str, list[np.ndarray]]) -> dict:
-    """Return the report: adherence, the share of the videos that show what the caption says, and PSNR in dB."""
+    """Return the report: adherence, the share of the videos that show what the caption says, and PSNR in dB.
+
+    That of the picture is of the first frame against the picture, as each source has it.
+    """
 
     def adherence(source: str, of_held_out: bool) -> dict[str, float]:
         pairs = zip(cases, made[source], strict=True)
@@ -385,6 +403,14 @@ def judge(arguments: argparse.Namespace, cases: Sequence[Case], made: dict[str, 
         decibels = 10 * np.log10(255**2 / np.maximum(error, 1e-3))
         return {"least": decibels.min(), "median": float(np.median(decibels))}
 
+    psnrs = {
+        "ours against diffusers": psnr("ours", "diffusers"),
+        **{f"{variant} against ours": psnr(variant, "ours") for variant in arguments.variant},
+        "clips through the VAE": psnr("through VAE", "true clips"),
+    }
+    if cases[0].with_picture:
+        sources = [source for source in made if source != "true clips"]
+        psnrs |= {f"the picture, {source}": psnr(source, "true clips", slice(1)) for source in sources}
     settings = ("captions", "videos", "seed", "num_inference_steps", "dtype", "variant", "stage2_options")
     return {
         "settings": {name: getattr(arguments, name) for name in settings},
@@ -392,20 +418,7 @@ def judge(arguments: argparse.Namespace, cases: Sequence[Case], made: dict[str, 
             group: {source: adherence(source, group == "held out") for source in made} | {"chance": CHANCE}
             for group in ("held out", "trained on")
         },
-        "psnr": {
-            "ours against diffusers": psnr("ours", "diffusers"),
-            **{f"{variant} against ours": psnr(variant, "ours") for variant in arguments.variant},
-            "clips through the VAE": psnr("through VAE", "true clips"),
-            **(
-                {
-                    f"first frame, {source}, against the picture": psnr(source, "true clips", slice(1))
-                    for source in made
-                    if source != "true clips"
-                }
-                if cases[0].with_picture
-                else {}
-            ),
-        },
+        "psnr": psnrs,
     }
 
 
@@ -444,10 +457,13 @@ def write_sheet(path: str, shown: Sequence[tuple], sources: Sequence[str], colum
 
 
 def write_animation(path: str, shown: Sequence[tuple]) -> None:
-    """Write an animation of eight of our videos, evenly spread, in three times their size."""
+    """Write an animation of eight of the videos, evenly spread, in three times their size.
+
+    `shown` has for each case the case and its video.
+    """
     chosen = [shown[i] for i in np.linspace(0, len(shown) - 1, 8).round().astype(int)]
     pictures = [
-        labelled([(case, ours[frame].repeat(3, axis=0).repeat(3, axis=1)) for case, ours, *_ in chosen], columns=4)
+        labelled([(case, video[frame].repeat(3, axis=0).repeat(3, axis=1)) for case, video in chosen], columns=4)
         for frame in range(FRAMES)
     ]
     pictures[0].save(path, quality=95, save_all=True, append_images=pictures[1:], duration=1000 // FPS, loop=0)

@@ -1,14 +1,13 @@
 """Draw clips of one coloured shape that moves over a plain background, with captions, and measure what a clip shows.
 
-    python -m tools.moving_shapes --caption "a red circle moving left on a white background" --output picture.png
+    python -m tools.moving_shapes --colour red --shape circle --background white --output picture.png
 
-draws the first frame of a clip, for an image-to-video model.
+draws a picture for an image-to-video model.
 
 The tiny model is trained on these clips (tools/train_tiny_model.py). `measure` finds out by image processing, without
 any model, what a generated clip shows (benchmarks/quality.py).
 """
 
-import argparse
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
-from cogvideox.cli.types import number, png_path
+from cogvideox.cli.types import png_path
 from cogvideox.files import writing
 
 FRAMES, SIZE = 17, 64  # number of frames of a clip; its height and width in pixels
@@ -111,8 +110,9 @@ def render(
     """Draw a clip that shows `caption`, uint8 [frames, size, size, 3].
 
     Position, path length and radius of the shape are random. With a variety of 1 they can have every value that keeps
-    the shape in the frame; with 0 they have the middle value. The path of a steady shape has the middle length always,
-    so that the first frame and the direction decide the clip.
+    the shape in the frame; with 0 they have the middle value. The path of a steady shape is a fixed share of the way
+    that the frame leaves it, so that the first frame and the direction decide the clip; it is so short that a shape in
+    the middle can go in every direction.
     """
 
     def drawn(least: float, most: float) -> float:
@@ -122,7 +122,7 @@ def render(
     radius = size * drawn(0.18, 0.24)
     margin = radius + 1
     share = drawn(0.5, 0.8)
-    travel = (0.65 if steady else share) * (size - 2 * margin)
+    travel = (0.4 if steady else share) * (size - 2 * margin)
     along = drawn(margin, size - margin - travel) + travel * np.linspace(0, 1, frames)
     across = drawn(margin, size - margin)
     dx, dy = DIRECTIONS[direction]
@@ -236,27 +236,21 @@ def _direction(masks: np.ndarray) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Draw the first frame of a clip, as a PNG."""
-    parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m tools.moving_shapes")
-    parser.add_argument("--caption", type=known_caption, required=True, metavar="TEXT", help="what the clip shows")
-    parser.add_argument("--output", type=png_path, default=Path("picture.png"), help="file for the picture")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="seed of place and size")
+    """Draw a picture of a shape in the middle, as a PNG."""
+    parser = ArgumentParser("Draw a picture for the tiny image-to-video model.", prog="python -m tools.moving_shapes")
+    parser.add_argument("--colour", choices=COLOURS, default="red", help="of the shape")
+    parser.add_argument("--shape", choices=SHAPES, default="circle", help="what is in the middle of the picture")
+    parser.add_argument("--background", choices=BACKGROUNDS, default="white", help="colour around the shape")
+    parser.add_argument("--output", type=png_path, default=Path("picture.png"), help="file for the picture, PNG")
     arguments = parser.parse_args(argv)
     from PIL import Image
 
-    picture = render(arguments.caption, np.random.default_rng(arguments.seed))[0]
+    caption = Caption(arguments.colour, arguments.shape, "left", arguments.background)
+    picture = render(caption, np.random.default_rng(0), variety=0)[FRAMES // 2]
     writing.check_writable(arguments.output)
     with writing.replacing(arguments.output) as temporary:
         Image.fromarray(picture).save(temporary, "PNG")
     print(f"wrote {arguments.output}")
-
-
-def known_caption(text: str) -> Caption:
-    """Return the caption that is written as `text`."""
-    for caption in ALL:
-        if str(caption) == text:
-            return caption
-    raise argparse.ArgumentTypeError(f"no clip is called '{text}', but for example '{ALL[0]}' is")
 
 
 if __name__ == "__main__":

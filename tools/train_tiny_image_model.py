@@ -40,7 +40,7 @@ from tools.train_tiny_model import (
     velocity_loss,
 )
 
-CLIPS = 3000  # encoded once, before the training
+CLIPS = 4000  # encoded once, before the training
 SHARED = ("scheduler", "text_encoder", "tokenizer", "vae")
 
 
