@@ -76,7 +76,7 @@ PARTS = {
     "vae_together": Part(550, 0.01, "linear", 0.99),
     "vae_decoder": Part(1300, 0.02, "linear", 0.99),
     "transformer": Part(1800, 0.02, "cosine", 0.995),
-    "image_to_video": Part(4400, 0.02, "cosine", 0.995),  # by train_tiny_image_model.py
+    "image_to_video": Part(2200, 0.02, "cosine", 0.995),  # by train_tiny_image_model.py
 }
 
 
