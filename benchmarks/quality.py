@@ -47,7 +47,7 @@ from cogvideox.cli.terminal import bar_options
 from cogvideox.cli.types import file_path, number
 from cogvideox.defaults import FPS, NUM_STEPS, SEED
 from cogvideox.files import checkpoint, generation_defaults, lora, stage_files, videos, writing
-from cogvideox.files.names import EMBEDDINGS, ROOT
+from cogvideox.files.names import EMBEDDINGS, IMAGE_TENSORS, ROOT
 from cogvideox.run import accelerator, decoding, denoising, plans
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.signals import Interruption
@@ -336,7 +336,7 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     """
     from safetensors.torch import load_file
 
-    from cogvideox.models.transformer.denoising import Denoising
+    from cogvideox.models.transformer.denoising import Denoising, ImagePosterior
     from cogvideox.models.transformer.parameters import load_parameters
     from cogvideox.models.transformer.step import abstract_arguments, make_step
 
@@ -354,7 +354,9 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     def denoise(file: Path, seed: int) -> np.ndarray:
         prompts = load_file(file)
         embeds = prompts["prompt_embeds"], prompts["negative_prompt_embeds"]
-        (state,) = collections.deque(Denoising(plan, parameters, *embeds, [seed], skipped).run(programs), maxlen=1)
+        image = ImagePosterior(*(prompts[name] for name in IMAGE_TENSORS)) if plan.features.image else None
+        run = Denoising(plan, parameters, *embeds, [seed], skipped, image).run(programs)
+        (state,) = collections.deque(run, maxlen=1)
         return np.asarray(state.latents[:, plan.surplus_frames :]).swapaxes(1, 2)
 
     return denoise
