@@ -46,7 +46,7 @@ LARGE, MIDDLE, SMALL = (768, 1360, 81), (720, 1280, 81), (640, 1280, 61)
 
 def pages() -> list[Path]:
     """Return the pages that may have figures."""
-    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "tiny_model" / "README.md"]
+    return [path for folder in (".", "docs", "tiny_model*") for path in sorted(ROOT.glob(f"{folder}/*.md"))]
 
 
 def with_figures(text: str) -> str:
@@ -332,14 +332,17 @@ SOURCES = {
     "untrained weights (must fail)": "untrained",
     "chance": "chance",
 }
-ATTRIBUTES = ("colour", "shape", "direction", "background")
 
 
-def quality() -> str:
-    """Return how many videos of held-out captions show what each attribute says."""
-    shares = result("quality.json")["adherence"]["held out"]
-    rows = [[label, *(f"{shares[name][key]:.0%}" for key in ATTRIBUTES)] for label, name in SOURCES.items()]
-    return table(["share of the videos that show it, held-out captions", *ATTRIBUTES], rows)
+def quality(file: str = "quality.json", held_out: str = "captions") -> str:
+    """Return how many videos of what was held out show what each attribute says."""
+    shares = result(file)["adherence"]["held out"]
+    attributes = [*shares["true clips"]]
+    rows = [
+        [label, *(f"{shares[name][key]:.0%}" if key in shares[name] else "" for key in attributes)]
+        for label, name in SOURCES.items()
+    ]
+    return table([f"share of the videos that show it, held-out {held_out}", *attributes], rows)
 
 
 # The steps of 50 that run the blocks, for one prompt or two: what stage 2 says of each option with the tiny model.
@@ -440,6 +443,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "on an NVIDIA GPU": on_gpu,
     "quality": quality,
     "quality options": quality_options,
+    "quality of image to video": lambda: quality("quality-tiny_model_i2v.json", "pictures"),
     "other TPUs": other_tpus,
     "trust": trust,
     "trust in Chinese": lambda: trust(
