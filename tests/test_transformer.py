@@ -14,7 +14,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from jax.sharding import PartitionSpec
 
 from cogvideox.models.shared.layouts import LAYOUTS
-from cogvideox.models.shared.sharding import Parallelism, make_mesh, mesh_sizes
+from cogvideox.models.shared.sharding import Parallelism, make_mesh, possible_mesh_sizes, query_parts
 from cogvideox.models.transformer.attention import Attention, xla_attention
 from cogvideox.models.transformer.embeddings import rotary_embedding
 from cogvideox.models.transformer.parameters import (
@@ -58,7 +58,8 @@ def run_both(module, batch, mesh, layout="tp", dtype=torch.float32, attention=xl
     to_numpy = lambda tensor: np.asarray(jnp.from_dlpack(tensor.to(dtype).contiguous()))  # noqa: E731
     stored = {name: to_numpy(weight) for name, weight in module.state_dict().items()}
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
-    parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout)
+    parts = query_parts(sizes, config["num_attention_heads"])
+    parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout, parts)
     ours = jax.jit(
         lambda *arguments: transformer(*arguments, config=config, parallelism=parallelism, attention=attention).output
     )(
@@ -202,23 +203,36 @@ def test_only_heads_and_mlp_are_split(layout, chips):
 @pytest.mark.parametrize(
     ("devices", "heads", "batch", "use_dp", "sp_num", "expected"),
     [
-        (1, 48, 2, True, 1, (1, 1, 1)),
-        (8, 48, 2, True, 1, (2, 1, 4)),
-        (8, 48, 2, True, 4, (2, 4, 1)),
-        (8, 48, 1, True, 1, (1, 1, 8)),
-        (8, 48, 2, False, 2, (1, 2, 4)),
-        (8, 48, 2, True, None, (2, 4, 1)),
-        (4, 48, 1, True, None, (1, 4, 1)),
-        (8, 48, 2, True, 3, "does not divide"),
-        (8, 6, 1, True, 1, "6 attention heads"),
+        (1, 48, 2, True, 1, [(1, 1, 1)]),
+        (8, 48, 2, True, 1, [(2, 1, 4)]),
+        (8, 48, 2, True, 4, [(2, 4, 1)]),
+        (8, 48, 1, True, 1, [(1, 1, 8)]),
+        (8, 48, 2, False, 2, [(1, 2, 4)]),
+        (8, 48, 2, True, None, [(2, 4, 1)]),
+        (4, 48, 1, True, None, [(1, 4, 1)]),
+        (8, 30, 2, True, None, [(2, 4, 1), (2, 2, 2)]),
+        (32, 48, 1, True, None, [(1, 32, 1), (1, 16, 2), (1, 8, 4), (1, 4, 8), (1, 2, 16)]),
+        (7, 48, 1, True, None, [(1, 7, 1)]),
+        (8, 6, 1, True, 4, [(1, 4, 2)]),
+        (8, 48, 2, True, 3, [r"3 does not split the 4 chips .* \[1, 2, 4\] work"]),
+        (8, 6, 1, True, 2, [r"divide 6 attention heads; \[4, 8\] work"]),
     ],
 )
 def test_mesh_sizes(devices, heads, batch, use_dp, sp_num, expected):
-    if isinstance(expected, str):
-        with pytest.raises(ValueError, match=expected):
-            mesh_sizes(devices, heads, batch, use_dp, sp_num)
+    if isinstance(expected[0], str):
+        with pytest.raises(ValueError, match=expected[0]):
+            possible_mesh_sizes(devices, heads, batch, use_dp, sp_num)
     else:
-        assert tuple(mesh_sizes(devices, heads, batch, use_dp, sp_num).values()) == expected
+        found = possible_mesh_sizes(devices, heads, batch, use_dp, sp_num)
+        assert [tuple(sizes.values()) for sizes in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "heads", "expected"),
+    [((1, 4, 1), 48, 1), ((2, 4, 1), 30, 2), ((1, 32, 1), 48, 2), ((1, 8, 1), 3, 8), ((1, 2, 2), 30, 2)],
+)
+def test_parts_of_the_queries(mesh, heads, expected):
+    assert query_parts(dict(zip(("dp", "sp", "tp"), mesh, strict=True)), heads) == expected
 
 
 @pytest.mark.parametrize(

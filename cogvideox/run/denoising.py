@@ -277,10 +277,8 @@ def report_plan(
     devices = plan.parallelism.mesh.devices
     report.say(f"devices: {devices.size} x {devices.flat[0].device_kind}")
     if devices.size > 1:
-        default = "sp has all chips that dp leaves, which moves the fewest bytes"
-        reason = "as --sp_num says" if arguments.sp_num else default
         mesh = dict(plan.parallelism.mesh.shape)
-        report.say(f"mesh: {mesh}, {reason}; {plan.parallelism.layout} layout of the parameters")
+        report.say(f"mesh: {mesh}, {reason_of_mesh(plan, arguments)}; {plan.parallelism.layout} layout of the parameters")
     by = "chosen" if arguments.attention else f"the default on a {plan.attention.platform}"
     blocks = plan.attention.block_sizes or "the kernel's own choice"
     report.say(f"attention: {plan.attention.name}, {by}" + (f"; blocks: {blocks}" if plan.attention.is_kernel else ""))
@@ -301,6 +299,22 @@ def report_plan(
             report.warn(f"{one.files[0]} changes nothing: all products of its matrices are zero")
     if plan.step_cache:
         report_step_cache(steps, report)
+
+
+def reason_of_mesh(plan: "DenoisingPlan", arguments: argparse.Namespace) -> str:
+    """Say why the mesh is as it is, and how sp shares attention where its chips do not divide the heads."""
+    parallelism, heads = plan.parallelism, plan.transformer["num_attention_heads"]
+    if arguments.sp_num:
+        reason = "as --sp_num says"
+    elif parallelism.query_parts == 1:
+        reason = "sp has all chips that dp leaves, which moves the fewest bytes"
+    else:
+        reason = "the fastest by prediction"
+    if parallelism.query_parts == 1:
+        return reason
+    chips, own = parallelism.sp, heads // parallelism.tp
+    exchange = f"groups of {parallelism.head_parts} exchange heads, and gather" if parallelism.head_parts > 1 else "gather"
+    return f"{reason}; {chips} chips do not divide {own} heads, so {exchange} keys and values"
 
 
 def report_step_cache(steps: Steps, report: Report) -> None:
