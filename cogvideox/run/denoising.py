@@ -278,7 +278,8 @@ def report_plan(
     report.say(f"devices: {devices.size} x {devices.flat[0].device_kind}")
     if devices.size > 1:
         mesh = dict(plan.parallelism.mesh.shape)
-        report.say(f"mesh: {mesh}, {reason_of_mesh(plan, arguments)}; {plan.parallelism.layout} layout of the parameters")
+        reason = reason_of_mesh(plan, arguments)
+        report.say(f"mesh: {mesh}, {reason}; {plan.parallelism.layout} layout of the parameters")
     by = "chosen" if arguments.attention else f"the default on a {plan.attention.platform}"
     blocks = plan.attention.block_sizes or "the kernel's own choice"
     report.say(f"attention: {plan.attention.name}, {by}" + (f"; blocks: {blocks}" if plan.attention.is_kernel else ""))
@@ -303,7 +304,7 @@ def report_plan(
 
 def reason_of_mesh(plan: "DenoisingPlan", arguments: argparse.Namespace) -> str:
     """Say why the mesh is as it is, and how sp shares attention where its chips do not divide the heads."""
-    parallelism, heads = plan.parallelism, plan.transformer["num_attention_heads"]
+    parallelism = plan.parallelism
     if arguments.sp_num:
         reason = "as --sp_num says"
     elif parallelism.query_parts == 1:
@@ -312,9 +313,9 @@ def reason_of_mesh(plan: "DenoisingPlan", arguments: argparse.Namespace) -> str:
         reason = "the fastest by prediction"
     if parallelism.query_parts == 1:
         return reason
-    chips, own = parallelism.sp, heads // parallelism.tp
-    exchange = f"groups of {parallelism.head_parts} exchange heads, and gather" if parallelism.head_parts > 1 else "gather"
-    return f"{reason}; {chips} chips do not divide {own} heads, so {exchange} keys and values"
+    heads, group = plan.transformer["num_attention_heads"] // parallelism.tp, parallelism.head_parts
+    how = f"groups of {group} exchange heads, and gather" if group > 1 else "they gather"
+    return f"{reason}; {parallelism.sp} chips do not divide {heads} heads, so {how} keys and values"
 
 
 def report_step_cache(steps: Steps, report: Report) -> None:

@@ -2,7 +2,8 @@
 
 Each is a function over the heads of one chip, called as `function(query, key, value, kv_length=..., **options)`. The
 arrays are [batch, heads, tokens, head_dim], and there may be fewer queries than keys; only the first `kv_length` keys
-count; the scale is head_dim ** -0.5. The function returns an array like the queries. The table says which other options it takes.
+count; the scale is head_dim ** -0.5. The function returns an array like the queries. The table says which other options
+it takes.
 """
 
 import dataclasses

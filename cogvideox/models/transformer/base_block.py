@@ -59,7 +59,7 @@ class BaseBlock(abc.ABC):
         return {-2: (0, self.length)}
 
     def exchanged(self, y: jax.Array, split_axis: int, concat_axis: int) -> jax.Array:
-        """Exchange tokens for heads, or heads for tokens, with the chips of the group; see `Parallelism.query_parts`."""
+        """Exchange tokens for heads, or heads for tokens, in groups of chips; see `Parallelism.query_parts`."""
         groups = self.parallelism.exchanging
         return jax.lax.all_to_all(y, "sp", split_axis, concat_axis, axis_index_groups=groups, tiled=True)
 

@@ -1,8 +1,8 @@
 """The transformer block that XLA compiles; source: `CogVideoXBlock`.
 
 Each chip holds whole rows of the sequence between the matrix products. For the products the chips along tp gather the
-rows, and split the heads and the MLP instead; for attention the chips along sp exchange rows for heads, all of them or in
-groups (`Parallelism.query_parts`).
+rows, and split the heads and the MLP instead; for attention the chips along sp exchange rows for heads, all of them or
+in groups (`Parallelism.query_parts`).
 """
 
 import dataclasses

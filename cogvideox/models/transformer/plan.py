@@ -19,7 +19,7 @@ from cogvideox.models.transformer.attention import Attention
 from cogvideox.models.transformer.embeddings import token_grid
 from cogvideox.models.transformer.parameters import sample_grid
 from cogvideox.models.transformer.scheduler import SAMPLERS, Sampler
-from cogvideox.models.transformer.throughput import step_seconds
+from cogvideox.models.transformer.seconds import step_seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +126,12 @@ class DenoisingPlan(Plan):
         """Tokens of one sample, text and video together."""
         return self.transformer["max_text_seq_length"] + self.video_tokens
 
+    @property
+    def step_seconds(self) -> float:
+        """Predicted seconds of a full step, guided if the plan is, up to a factor."""
+        samples, parallelism = self.batch * self.prompts, self.parallelism
+        return step_seconds(samples, self.tokens, self.transformer, parallelism, self.attention, self.dtype)
+
     def with_dtype(self, dtype: jax.typing.DTypeLike) -> Self:
         """See `Plan.with_dtype`; the attention kernel must be able to take arrays of the dtype."""
         self.attention.check(self.transformer["attention_head_dim"], dtype)
@@ -134,7 +140,6 @@ class DenoisingPlan(Plan):
     @property
     def program_options(self) -> dict:
         """Everything that the compiled step depends on, except the configs and the shapes of its arguments."""
-        parts = self.parallelism.query_parts
         always = {
             "mesh": dict(self.mesh.shape),
             "layout": self.parallelism.layout,
@@ -142,7 +147,9 @@ class DenoisingPlan(Plan):
             "blocks": self.attention.block_sizes or "default",
             "k_smooth": self.attention.k_smooth,
         }
-        return always | ({"step_cache": True} if self.step_cache else {}) | ({"query_parts": parts} if parts > 1 else {})
+        parts = self.parallelism.query_parts
+        some = {"step_cache": self.step_cache, "query_parts": parts if parts > 1 else None}
+        return always | {name: value for name, value in some.items() if value}
 
 
 class StepKind(NamedTuple):
@@ -215,7 +222,7 @@ def make_denoising_plan(
     )
     check_plan(plan)
     plans = [dataclasses.replace(plan, parallelism=parallelism) for parallelism in possible]
-    return min(plans, key=step_seconds)
+    return min(plans, key=lambda plan: plan.step_seconds)
 
 
 def check_plan(plan: DenoisingPlan) -> None:

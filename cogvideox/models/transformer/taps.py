@@ -94,7 +94,7 @@ def tap_weights(
 
 
 def chosen(x: jax.Array, places: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Take what `x` has at places along an axis; returns it, and which of the places are there: others have anything."""
+    """Take what `x` has at places along an axis; returns it, and which of the places are in `x`."""
     return jnp.take(x, places, axis=axis, mode="clip"), (places >= 0) & (places < x.shape[axis])
 
 

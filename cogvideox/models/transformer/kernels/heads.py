@@ -92,7 +92,7 @@ def to_heads(
 
 
 def head_blocks(parts: int, own: int, most: int) -> tuple[int, int]:
-    """Choose how many of the chips of a group, and how many of the `own` heads of each, a block has: `most` heads or one."""
+    """Choose how many of a group's chips, and how many of the `own` heads of each, a block has: `most` heads or one."""
     block_heads = max(n for n in range(1, own + 1) if own % n == 0 and n <= max(most, 1))
     chips = max(n for n in range(1, parts + 1) if parts % n == 0 and (n == 1 or n * own <= most))
     return chips, block_heads
