@@ -121,6 +121,28 @@ def test_tiles_match_diffusers(mesh, layout, bias):
     assert (error := relative_error(ours, theirs)) < 1e-5, f"mesh {mesh}, {layout}: {error:.1e}"
 
 
+@pytest.mark.parametrize(
+    ("heads", "mesh", "layout", "attention"),
+    [
+        (4, (1, 8, 1), "tp", Attention("splash_exp2", "cpu")),  # groups of four
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (3, (1, 8, 1), "fsdp", xla_attention),  # each chip is a group
+                (3, (2, 4, 1), "tp", Attention("splash_exp2", "cpu")),
+                (4, (1, 4, 2), "fsdp", Attention("splash_exp2", "cpu")),
+                (4, (1, 8, 1), "fsdp", Attention("splash", "cpu")),
+                (4, (1, 7, 1), "tp", xla_attention),
+            ]
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", None) or getattr(value, "__name__", str(value)),
+)
+def test_chips_that_do_not_divide_the_heads(heads, mesh, layout, attention):
+    theirs, ours = run_both(make_module(SMALL | {"num_attention_heads": heads}), 2, mesh, layout, attention=attention)
+    assert (error := relative_error(ours, theirs)) < 1e-5, f"{heads} heads on mesh {mesh}, {layout}: {error:.1e}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
 def test_tiles_of_real_width_match_diffusers(dtype, tolerance):
@@ -147,10 +169,12 @@ def test_optional_parameters():
 
 
 @pytest.mark.parametrize("name", ["splash", "splash_exp2"])
-def test_kernels_match_xla(name):
-    """In the Pallas interpreter: a length that is no multiple of the blocks, padded keys ignored."""
+@pytest.mark.parametrize("queries", [300, 140])
+def test_kernels_match_xla(name, queries):
+    """In the Pallas interpreter: a length that is no multiple of the blocks, padded keys ignored, fewer queries."""
     random = np.random.default_rng(0)
     query, key, value = (jnp.asarray(random.standard_normal((2, 2, 300, 64)), jnp.float32) for _ in range(3))
+    query = query[:, :, :queries]
     ours = Attention(name, "cpu")(query, key, value, kv_length=270)
     assert (error := relative_error(ours, xla_attention(query, key, value, 270))) < 1e-3, f"{name}: {error:.1e}"
 
