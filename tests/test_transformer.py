@@ -169,7 +169,7 @@ def test_optional_parameters():
 
 
 @pytest.mark.parametrize("name", ["splash", "splash_exp2"])
-@pytest.mark.parametrize("queries", [300, 140])
+@pytest.mark.parametrize("queries", [300, pytest.param(140, marks=pytest.mark.slow)])
 def test_kernels_match_xla(name, queries):
     """In the Pallas interpreter: a length that is no multiple of the blocks, padded keys ignored, fewer queries."""
     random = np.random.default_rng(0)
