@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from cogvideox.models.transformer.parameters import (
     parameter_shapes,
     parameter_spec,
 )
+from cogvideox.models.transformer.plan import check_layout, make_denoising_plan
 from cogvideox.models.transformer.transformer import transformer
 from tests.helpers import ROOT
 
@@ -249,6 +251,40 @@ def test_mesh_sizes(devices, heads, batch, use_dp, sp_num, expected):
     else:
         found = possible_mesh_sizes(devices, heads, batch, use_dp, sp_num)
         assert [tuple(sizes.values()) for sizes in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("heads", "guidance_scale", "size", "expected"),
+    [
+        (48, 1.0, (768, 1360, 81), (1, 8, 1, 1)),
+        (30, 6.0, (768, 1360, 81), (2, 4, 1, 2)),
+        (30, 1.0, (768, 1360, 81), (1, 8, 1, 4)),
+        (30, 1.0, (320, 320, 9), (1, 4, 2, 4)),  # sp 8 would pad 1,026 tokens to 2,048, sp 4 pads them to 1,536
+    ],
+)
+def test_the_fastest_mesh(heads, guidance_scale, size, expected):
+    folder = ROOT / "configs" / "CogVideoX1.5-5B"
+    config, vae = (json.loads((folder / name / "config.json").read_text()) for name in ("transformer", "vae"))
+    plan = make_denoising_plan(
+        transformer=config | {"num_attention_heads": heads},
+        vae=vae,
+        scheduler=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
+        devices=jax.devices(),
+        platform="tpu",
+        **dict(zip(("height", "width", "frames"), size, strict=True)),
+        num_inference_steps=10,
+        guidance_scale=guidance_scale,
+    )
+    assert (*plan.mesh.shape.values(), plan.parallelism.query_parts) == expected
+    assert ("query_parts" in plan.program_options) == (expected[-1] > 1)
+
+
+def test_weights_that_the_chips_cannot_share():
+    parallelism = Parallelism(make_mesh({"dp": 1, "sp": 7, "tp": 1}, jax.devices()[:7]), "fsdp")
+    config = {"num_attention_heads": 3, "attention_head_dim": 16}
+    plan = types.SimpleNamespace(transformer=config, parallelism=parallelism, mesh=parallelism.mesh)
+    with pytest.raises(ValueError, match="fsdp does not work: 7 chips cannot share weights of width 48 evenly"):
+        check_layout(plan)
 
 
 @pytest.mark.parametrize(
