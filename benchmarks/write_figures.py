@@ -180,6 +180,32 @@ def several_hosts() -> str:
     return table(["", *slices], rows)
 
 
+def groups() -> str:
+    """Return the steps on slices where sp does not divide the heads, so that its chips share them in groups."""
+    rows = []
+    for found in (result(path.name) for path in sorted(report.RESULTS.glob("stage2-*.json"))):
+        options = found["options"]
+        if "query_parts" not in options:
+            continue
+        dp, sp, tp = map(int, re.findall(r"\d+", options["mesh"]))
+        parts = int(options["query_parts"])
+        size = size_text(tuple(int(options[side]) for side in ("height", "width", "frames")))
+        scores = next(entry for label, entry in found["kernels"].items() if label.startswith("exp2_splash."))
+        rows.append(
+            [
+                f"{found['model']}, {size}, {'guidance' if options['guided'] == 'True' else 'no guidance'}",
+                found["topology"],
+                f"{dp} x {sp} x {tp}",
+                f"{parts} of {sp // parts}",
+                f"{found['predicted_seconds']:.3f} s",
+                f"{found['split']['collectives']:.3f} s",
+                f"{scores['useful_scores_per_cycle']:.0f}",
+            ]
+        )
+    heading = ["", "slice", "mesh (dp x sp x tp)", "groups of chips", "a step", "of it: collectives"]
+    return table([*heading, "useful scores a cycle"], rows)
+
+
 def other_tpus() -> str:
     """Return memory and seconds of the guided step of the default video on TPUs other than v6e."""
     paths = sorted(report.RESULTS.glob("stage2-*-768x1360x81-guided*.json"))
@@ -437,6 +463,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "decoder": decoder,
     "several hosts": several_hosts,
+    "groups": groups,
     "compile report": compile_report,
     "steps": steps,
     "measured kernels": measured_kernels,
