@@ -4,6 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 OUT := stage_outputs
 PROMPT := a yellow triangle moving right on a gray background
+MOTION := moving right
 MODEL := zai-org/CogVideoX1.5-5B
 OPTIONS :=
 
@@ -11,13 +12,14 @@ OPTIONS :=
 quoted = '$(subst ','\'',$1)'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo video lint test-fast test clean
+.PHONY: help demo demo-i2v video lint test-fast test clean
 
 help:  ## list the targets
 	@echo "Targets. All but help and clean install at first what they need."
-	@awk -F ':.*##' '/^[a-z-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*##' '/^[a-z0-9-]+:.*##/ { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo 'Variables, with their values:'
 	@echo '  PROMPT='$(call quoted,"$(PROMPT)")
+	@echo '  MOTION='$(call quoted,"$(MOTION)")', of demo-i2v'
 	@echo '  OUT=$(OUT), the folder of the outputs; PYTHON=$(PYTHON)'
 	@echo '  MODEL=$(MODEL), of video; its OPTIONS are those of stage 2'
 
@@ -26,6 +28,14 @@ demo: $(VENV)/installed  ## run the stages on the tiny model; says where the vid
 	$(RUN) stage2_transformer.py --input_dir $(OUT)
 	$(RUN) stage3_vae_decoder.py --input_dir $(OUT)
 	@echo "The video is $(OUT)/output_video.mp4"
+
+demo-i2v: $(VENV)/installed  ## draw a picture and let the tiny image-to-video model animate it
+	mkdir -p $(OUT)
+	$(RUN) -m tools.moving_shapes --output $(OUT)/picture.png
+	$(RUN) stage1_text_encoder.py --model_id tiny_model_i2v --output_dir $(OUT) --image $(OUT)/picture.png --prompt $(call quoted,$(MOTION))
+	$(RUN) stage2_transformer.py --input_dir $(OUT)
+	$(RUN) stage3_vae_decoder.py --input_dir $(OUT)
+	@echo "The picture is $(OUT)/picture.png, the video $(OUT)/output_video.mp4"
 
 video: $(VENV)/installed  ## the same with any model: make video MODEL=... PROMPT="..."
 	$(RUN) stage1_text_encoder.py --model_id $(call quoted,$(MODEL)) --output_dir $(OUT) --prompt $(call quoted,$(PROMPT))

@@ -174,7 +174,7 @@ def tiled_attention(
     """Compute what `splash_attention` computes, from and to the kernel's own layout, so that nothing is copied.
 
     Args:
-        queries, keys, values: [tiles, heads, head_dim, 128], see `to_tiles`.
+        queries, keys, values: [tiles, heads, head_dim, 128], see `to_tiles`; there may be fewer tiles of queries.
         kv_length, scale, block_sizes, k_smooth, interpret: as for `splash_attention`.
 
     Returns:
@@ -295,7 +295,7 @@ def _bound(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=keys.size * keys.dtype.itemsize, transcendentals=0),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=queries.size * queries.dtype.itemsize, transcendentals=0),
         interpret=interpret,
     )(queries, mean, radius)
     return bound, unsafe.max((1, 2)) == 0

@@ -8,7 +8,13 @@ For each caption, diffusers' CogVideoXPipeline in float32 and our three stages m
 videos are scored by image processing (tools/moving_shapes.py). Options after `--` go to our stage 2 alone, so that the
 quality of a speed option can be measured. So do those of each --variant, whose videos are made beside the others and
 compared with ours. Scored beside them are true clips, the same clips encoded and decoded by the VAE, videos by
-untrained weights (a control that must fail), and chance. The results are a report (JSON) and a contact sheet, in
+untrained weights (a control that must fail), and chance.
+
+An image-to-video model (`--model_id tiny_model_i2v`) gets the first frame of a clip as its picture, and as its prompt
+in turn the direction alone and the whole caption. Scored besides is whether the shape of the first frame is in its
+place, and how near that frame is to the picture. What is held out are whole pictures.
+
+The results are a report (JSON) and a contact sheet, in
 reports/, with --publish in benchmarks/results/.
 """
 
@@ -41,7 +47,7 @@ from cogvideox.cli.terminal import bar_options
 from cogvideox.cli.types import file_path, number
 from cogvideox.defaults import FPS, NUM_STEPS, SEED
 from cogvideox.files import checkpoint, generation_defaults, lora, stage_files, videos, writing
-from cogvideox.files.names import EMBEDDINGS, ROOT
+from cogvideox.files.names import EMBEDDINGS, IMAGE_TENSORS, ROOT
 from cogvideox.run import accelerator, decoding, denoising, plans
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.signals import Interruption
@@ -54,14 +60,17 @@ from tools.moving_shapes import (
     Caption,
     agreement,
     held_out,
+    held_out_pictures,
     measure,
+    prompts_of,
     render,
+    same_place,
     trained_on,
 )
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+    from diffusers import AutoencoderKLCogVideoX, DiffusionPipeline
     from PIL import Image
 
 
@@ -81,12 +90,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of our stages")
     parser.add_argument(
-        "--output", type=file_path, help=f"file for the report, JSON (default: {report.REPORTS}/quality.json)"
+        "--output", type=file_path, help=f"file for the report, JSON (default: {report.REPORTS}/quality[-MODEL].json)"
     )
     parser.add_argument(
         "--sheet",
         type=file_path,
-        help=f"file for a contact sheet of the held-out captions, PNG (default: {report.REPORTS}/quality.png)",
+        help=f"file for a contact sheet of the held-out captions, PNG (default: {report.REPORTS}/quality[-MODEL].png)",
     )
     report.add_publish_option(parser)
     parser.add_argument(
@@ -101,8 +110,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("stage2_options", nargs="*", help="options of our stage 2, after --")
     arguments = parser.parse_args(argv)
-    arguments.output = arguments.output or report.folder(arguments.publish) / "quality.json"
-    arguments.sheet = arguments.sheet or report.folder(arguments.publish) / "quality.png"
+    name = Path(arguments.model_id).name
+    stem = report.folder(arguments.publish) / ("quality" if name == "tiny_model" else f"quality-{name}")
+    arguments.output = arguments.output or stem.with_suffix(".json")
+    arguments.sheet = arguments.sheet or stem.with_suffix(".png")
     return arguments
 
 
@@ -130,65 +141,93 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in filter(None, (arguments.output, arguments.sheet, arguments.animation)):
         writing.check_writable(path)
     prepare_libraries()
-    cases = choose_cases(arguments)
+    from diffusers import CogVideoXImageToVideoPipeline
+
+    pipeline = load(arguments.model_id)
+    cases = choose_cases(arguments, isinstance(pipeline, CogVideoXImageToVideoPipeline))
     with Interruption.raised(), tempfile.TemporaryDirectory() as folder:
-        made = make_videos(arguments, options, cases, Path(folder))
+        made = make_videos(arguments, options, pipeline, cases, Path(folder))
+    first_of_held_out = [i for i, case in enumerate(cases) if case.held_out][:: arguments.videos]
+
+    def shown(*sources: str) -> list[tuple]:
+        return [(cases[i], *(made[source][i] for source in sources)) for i in first_of_held_out]
+
     found = judge(arguments, cases, made)
     with writing.replacing(arguments.output) as temporary:
         Path(temporary).write_text(json.dumps(found, indent=2) + "\n")
     print(as_text(found))
     print(f"wrote {os.path.relpath(arguments.output)}")
-    sources = ("ours", "diffusers", *arguments.variant)
-    shown = [case for case in zip(cases, *(made[name] for name in sources), strict=True) if case[0].held_out]
+    sources = (*(["true clips"] if cases[0].with_picture else []), "ours", "diffusers", *arguments.variant)
     with writing.replacing(arguments.sheet) as temporary:
-        write_sheet(temporary, shown[:: arguments.videos], sources)
+        write_sheet(temporary, shown(*sources), sources)
     print(f"wrote {os.path.relpath(arguments.sheet)}")
     if arguments.animation:
         with writing.replacing(arguments.animation) as temporary:
-            write_animation(temporary, shown[:: arguments.videos])
+            write_animation(temporary, shown("ours"))
         print(f"wrote {os.path.relpath(arguments.animation)}")
 
 
 class Case(NamedTuple):
-    """A video to make."""
+    """A video to make: with a picture, the first frame of `clip`, for an image model."""
 
     caption: Caption
     held_out: bool
     seed: int
+    prompt: str
+    with_picture: bool
+
+    @property
+    def clip(self) -> np.ndarray:
+        """A true clip, uint8 [frames, height, width, 3]."""
+        return render(self.caption, np.random.default_rng(self.seed), steady=self.with_picture)
 
 
-def choose_cases(arguments: argparse.Namespace) -> list[Case]:
+def choose_cases(arguments: argparse.Namespace, with_picture: bool) -> list[Case]:
     """Choose --captions of each kind, evenly spread, and make --videos cases of each."""
     seeds = itertools.count(arguments.seed)
+    never_seen = held_out_pictures() if with_picture else held_out()
     cases = []
-    for captions in (held_out(), trained_on()):
+    for captions in (never_seen, [caption for caption in trained_on() if caption not in never_seen]):
         number = min(arguments.captions, len(captions))
         for i in np.linspace(0, len(captions) - 1, number).round().astype(int):
-            cases += [Case(captions[i], captions is held_out(), next(seeds)) for _ in range(arguments.videos)]
+            prompts = prompts_of(captions[i]) if with_picture else (str(captions[i]),)
+            for video in range(arguments.videos):
+                prompt = prompts[(i + video) % len(prompts)]
+                cases.append(Case(captions[i], captions is never_seen, next(seeds), prompt, with_picture))
     return cases
 
 
+def load(model_id: str) -> "DiffusionPipeline":
+    """Return diffusers' pipeline of a model, in float32."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    model = checkpoint.model_folder(checkpoint.resolve_model_id(model_id), ["*"])
+    with checkpoint.load_errors(model):
+        return DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+
+
 def make_videos(
-    arguments: argparse.Namespace, options: Mapping[str, argparse.Namespace], cases: Sequence[Case], folder: Path
+    arguments: argparse.Namespace,
+    options: Mapping[str, argparse.Namespace],
+    pipeline: "DiffusionPipeline",
+    cases: Sequence[Case],
+    folder: Path,
 ) -> dict[str, list[np.ndarray]]:
     """Return the videos of the cases by source, uint8 [frames, height, width, 3]; `folder` is for scratch files.
 
-    `options` are those of stage 2 for each source that is ours.
+    `options` are those of stage 2 for each source that is ours, `pipeline` is diffusers'.
     """
     import torch
-    from diffusers import CogVideoXPipeline
 
-    model = checkpoint.model_folder(checkpoint.resolve_model_id(arguments.model_id), ["*"])
-    with checkpoint.load_errors(model):
-        pipeline = CogVideoXPipeline.from_pretrained(model, dtype=torch.float32)
     control = untrained(pipeline)
-    ours = str(in_dtype(model, pipeline, getattr(torch, arguments.dtype), folder / "model"))
+    ours = str(in_dtype(Path(pipeline.name_or_path), pipeline, getattr(torch, arguments.dtype), folder / "model"))
 
     # That options do not fit the model or the devices is said before hours go into the others.
     denoisers = {name: denoiser(ours, chosen) for name, chosen in options.items()}
     decode = decoder(ours, arguments.dtype)
     prompts = dict(zip(cases, embeddings(ours, cases, folder), strict=True))
-    clips = [render(case.caption, np.random.default_rng(case.seed)) for case in cases]
+    clips = [case.clip for case in cases]
     steps = arguments.num_inference_steps
     return {
         "true clips": clips,
@@ -215,7 +254,7 @@ def in_batches(name: str, function: Callable, items: Sequence, size: int = 13) -
     return [video for videos in one_by_one(f"{name}, by {size}", function, batches) for video in videos]
 
 
-def untrained(pipeline: "CogVideoXPipeline") -> "CogVideoXPipeline":
+def untrained(pipeline: "DiffusionPipeline") -> "DiffusionPipeline":
     """Return a copy of the pipeline whose transformer and text encoder have random weights."""
     import torch
 
@@ -227,7 +266,7 @@ def untrained(pipeline: "CogVideoXPipeline") -> "CogVideoXPipeline":
     return type(pipeline)(**pipeline.components | drawn)
 
 
-def in_dtype(model: Path, pipeline: "CogVideoXPipeline", dtype: "torch.dtype", folder: Path) -> Path:
+def in_dtype(model: Path, pipeline: "DiffusionPipeline", dtype: "torch.dtype", folder: Path) -> Path:
     """Copy a model folder to `folder` with its weights in another dtype; return `folder`."""
     shutil.copytree(model, folder)
     for name in ("text_encoder", "transformer", "vae"):
@@ -249,13 +288,16 @@ def reconstruct(vae: "AutoencoderKLCogVideoX", clips: Sequence[np.ndarray]) -> l
     return list(np.round(pixels * 255).astype(np.uint8))
 
 
-def generate(pipeline: "CogVideoXPipeline", cases: Sequence[Case], steps: int) -> list[np.ndarray]:
+def generate(pipeline: "DiffusionPipeline", cases: Sequence[Case], steps: int) -> list[np.ndarray]:
     """Generate videos by diffusers' pipeline."""
     import torch
+    from PIL import Image
 
     pipeline.set_progress_bar_config(disable=True)
+    pictures = [Image.fromarray(case.clip[0]) for case in cases if case.with_picture]
     frames = pipeline(
-        [str(case.caption) for case in cases],
+        prompt=[case.prompt for case in cases],
+        **({"image": pictures} if pictures else {}),
         height=SIZE,
         width=SIZE,
         num_frames=FRAMES,
@@ -268,13 +310,22 @@ def generate(pipeline: "CogVideoXPipeline", cases: Sequence[Case], steps: int) -
 
 
 def embeddings(model: str, cases: Sequence[Case], folder: Path) -> list[Path]:
-    """Run stage 1, once for all captions, and return its file for each case."""
-    captions = list(dict.fromkeys(str(case.caption) for case in cases))
-    (folder / "captions.txt").write_text("\n".join(captions))
-    options = ("--prompt_file", folder / "captions.txt", "--model_id", model, "--output_dir", folder)
+    """Run stage 1, once for all prompts and pictures, and return its file for each case."""
+    from PIL import Image
+
+    lines = []
+    for case in cases:
+        line = {"prompt": case.prompt}
+        if case.with_picture:
+            line["image"] = f"{case.seed}.png"
+            Image.fromarray(case.clip[0]).save(folder / line["image"])
+        lines.append(json.dumps(line))
+    different = list(dict.fromkeys(lines))
+    (folder / "prompts.txt").write_text("\n".join(different))
+    options = ("--prompt_file", folder / "prompts.txt", "--model_id", model, "--output_dir", folder)
     command = [sys.executable, "stage1_text_encoder.py", *map(str, options)]
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return [videos.of_prompt(folder, 1 + captions.index(str(case.caption))) / EMBEDDINGS for case in cases]
+    return [videos.of_prompt(folder, 1 + different.index(line)) / EMBEDDINGS for line in lines]
 
 
 def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], np.ndarray]:
@@ -285,7 +336,7 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     """
     from safetensors.torch import load_file
 
-    from cogvideox.models.transformer.denoising import Denoising
+    from cogvideox.models.transformer.denoising import Denoising, ImagePosterior
     from cogvideox.models.transformer.parameters import load_parameters
     from cogvideox.models.transformer.step import abstract_arguments, make_step
 
@@ -303,7 +354,9 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     def denoise(file: Path, seed: int) -> np.ndarray:
         prompts = load_file(file)
         embeds = prompts["prompt_embeds"], prompts["negative_prompt_embeds"]
-        (state,) = collections.deque(Denoising(plan, parameters, *embeds, [seed], skipped).run(programs), maxlen=1)
+        image = ImagePosterior(*(prompts[name] for name in IMAGE_TENSORS)) if plan.features.image else None
+        run = Denoising(plan, parameters, *embeds, [seed], skipped, image).run(programs)
+        (state,) = collections.deque(run, maxlen=1)
         return np.asarray(state.latents[:, plan.surplus_frames :]).swapaxes(1, 2)
 
     return denoise
@@ -336,19 +389,30 @@ def decoder(model: str, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def judge(arguments: argparse.Namespace, cases: Sequence[Case], made: dict[str, list[np.ndarray]]) -> dict:
-    """Return the report: adherence, the share of the videos that show what the caption says, and PSNR in dB."""
+    """Return the report: adherence, the share of the videos that show what the caption says, and PSNR in dB.
+
+    That of the picture is of the first frame against the picture, as each source has it.
+    """
 
     def adherence(source: str, of_held_out: bool) -> dict[str, float]:
         pairs = zip(cases, made[source], strict=True)
-        scores = [agreement(case.caption, measure(video)) for case, video in pairs if case.held_out == of_held_out]
-        return dict(zip(Caption._fields, np.mean(scores, axis=0).tolist(), strict=True))
+        scores = [scored(case, video) for case, video in pairs if case.held_out == of_held_out]
+        return {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
 
-    def psnr(source: str, reference: str) -> dict[str, float]:
+    def psnr(source: str, reference: str, frames: slice = slice(None)) -> dict[str, float]:
         pairs = zip(made[source], made[reference], strict=True)
-        error = np.array([np.square(video.astype(float) - truth).mean() for video, truth in pairs])
+        error = np.array([np.square(video[frames].astype(float) - truth[frames]).mean() for video, truth in pairs])
         decibels = 10 * np.log10(255**2 / np.maximum(error, 1e-3))
         return {"least": decibels.min(), "median": float(np.median(decibels))}
 
+    psnrs = {
+        "ours against diffusers": psnr("ours", "diffusers"),
+        **{f"{variant} against ours": psnr(variant, "ours") for variant in arguments.variant},
+        "clips through the VAE": psnr("through VAE", "true clips"),
+    }
+    if cases[0].with_picture:
+        sources = [source for source in made if source != "true clips"]
+        psnrs |= {f"the picture, {source}": psnr(source, "true clips", slice(1)) for source in sources}
     settings = ("captions", "videos", "seed", "num_inference_steps", "dtype", "variant", "stage2_options")
     return {
         "settings": {name: getattr(arguments, name) for name in settings},
@@ -356,12 +420,14 @@ def judge(arguments: argparse.Namespace, cases: Sequence[Case], made: dict[str, 
             group: {source: adherence(source, group == "held out") for source in made} | {"chance": CHANCE}
             for group in ("held out", "trained on")
         },
-        "psnr": {
-            "ours against diffusers": psnr("ours", "diffusers"),
-            **{f"{variant} against ours": psnr(variant, "ours") for variant in arguments.variant},
-            "clips through the VAE": psnr("through VAE", "true clips"),
-        },
+        "psnr": psnrs,
     }
+
+
+def scored(case: Case, video: np.ndarray) -> dict[str, bool]:
+    """Return whether a video shows what it should, by attribute."""
+    scores = dict(zip(Caption._fields, agreement(case.caption, measure(video)), strict=True))
+    return scores | ({"place": same_place(video[0], case.clip[0])} if case.with_picture else {})
 
 
 def as_text(found: dict) -> str:
@@ -370,7 +436,7 @@ def as_text(found: dict) -> str:
     for group, rows in found["adherence"].items():
         width = max(18, *map(len, rows))
         lines.append(
-            f"{f'captions {group}':<{width + 2}}" + "".join(f"{attribute:>12}" for attribute in Caption._fields)
+            f"{f'captions {group}':<{width + 2}}" + "".join(f"{attribute:>12}" for attribute in rows["true clips"])
         )
         for source, shares in rows.items():
             lines.append(f"  {source:<{width}}" + "".join(f"{share:>12.1%}" for share in shares.values()))
@@ -393,10 +459,13 @@ def write_sheet(path: str, shown: Sequence[tuple], sources: Sequence[str], colum
 
 
 def write_animation(path: str, shown: Sequence[tuple]) -> None:
-    """Write an animation of eight of our videos, evenly spread, in three times their size."""
+    """Write an animation of eight of the videos, evenly spread, in three times their size.
+
+    `shown` has for each case the case and its video.
+    """
     chosen = [shown[i] for i in np.linspace(0, len(shown) - 1, 8).round().astype(int)]
     pictures = [
-        labelled([(case, ours[frame].repeat(3, axis=0).repeat(3, axis=1)) for case, ours, *_ in chosen], columns=4)
+        labelled([(case, video[frame].repeat(3, axis=0).repeat(3, axis=1)) for case, video in chosen], columns=4)
         for frame in range(FRAMES)
     ]
     pictures[0].save(path, quality=95, save_all=True, append_images=pictures[1:], duration=1000 // FPS, loop=0)
@@ -419,7 +488,7 @@ def labelled(pictures: Sequence[tuple[Case, np.ndarray]], columns: int, rows: Se
     for i, (case, picture) in enumerate(pictures):
         x, y = left + i % columns * (width + gap), i // columns * (height + text_height)
         sheet.paste(Image.fromarray(picture), (x, y))
-        draw.text((x + 2, y + height + 1), str(case.caption).replace(" on ", "\non "), fill="black")
+        draw.text((x + 2, y + height + 1), case.prompt.replace(" on ", "\non "), fill="black")
     for line in range(lines):
         for i, name in enumerate(names):
             middle = line * (height + text_height) + (i + 0.5) * height / len(names)

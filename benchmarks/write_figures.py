@@ -46,7 +46,7 @@ LARGE, MIDDLE, SMALL = (768, 1360, 81), (720, 1280, 81), (640, 1280, 61)
 
 def pages() -> list[Path]:
     """Return the pages that may have figures."""
-    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "tiny_model" / "README.md"]
+    return [path for folder in (".", "docs", "tiny_model*") for path in sorted(ROOT.glob(f"{folder}/*.md"))]
 
 
 def with_figures(text: str) -> str:
@@ -178,6 +178,32 @@ def several_hosts() -> str:
         ["stage 3, all frames", *(cell(decode(topology, LARGE), "seconds", "{:.2f} s") for topology in slices)],
     ]
     return table(["", *slices], rows)
+
+
+def groups() -> str:
+    """Return the steps on slices where sp does not divide the heads, so that its chips share them in groups."""
+    rows = []
+    for found in (result(path.name) for path in sorted(report.RESULTS.glob("stage2-*.json"))):
+        options = found["options"]
+        if "query_parts" not in options:
+            continue
+        dp, sp, tp = map(int, re.findall(r"\d+", options["mesh"]))
+        parts = int(options["query_parts"])
+        size = size_text(tuple(int(options[side]) for side in ("height", "width", "frames")))
+        scores = next(entry for label, entry in found["kernels"].items() if label.startswith("exp2_splash."))
+        rows.append(
+            [
+                f"{found['model']}, {size}, {'guidance' if options['guided'] == 'True' else 'no guidance'}",
+                found["topology"],
+                f"{dp} x {sp} x {tp}",
+                f"{parts} of {sp // parts}",
+                f"{found['predicted_seconds']:.3f} s",
+                f"{found['split']['collectives']:.3f} s",
+                f"{scores['useful_scores_per_cycle']:.0f}",
+            ]
+        )
+    heading = ["", "slice", "mesh (dp x sp x tp)", "groups of chips", "a step", "of it: collectives"]
+    return table([*heading, "useful scores a cycle"], rows)
 
 
 def other_tpus() -> str:
@@ -332,14 +358,17 @@ SOURCES = {
     "untrained weights (must fail)": "untrained",
     "chance": "chance",
 }
-ATTRIBUTES = ("colour", "shape", "direction", "background")
 
 
-def quality() -> str:
-    """Return how many videos of held-out captions show what each attribute says."""
-    shares = result("quality.json")["adherence"]["held out"]
-    rows = [[label, *(f"{shares[name][key]:.0%}" for key in ATTRIBUTES)] for label, name in SOURCES.items()]
-    return table(["share of the videos that show it, held-out captions", *ATTRIBUTES], rows)
+def quality(file: str = "quality.json", held_out: str = "captions") -> str:
+    """Return how many videos of what was held out show what each attribute says."""
+    shares = result(file)["adherence"]["held out"]
+    attributes = [*shares["true clips"]]
+    rows = [
+        [label, *(f"{shares[name][key]:.0%}" if key in shares[name] else "" for key in attributes)]
+        for label, name in SOURCES.items()
+    ]
+    return table([f"share of the videos that show it, held-out {held_out}", *attributes], rows)
 
 
 # The steps of 50 that run the blocks, for one prompt or two: what stage 2 says of each option with the tiny model.
@@ -434,12 +463,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "decoder": decoder,
     "several hosts": several_hosts,
+    "groups": groups,
     "compile report": compile_report,
     "steps": steps,
     "measured kernels": measured_kernels,
     "on an NVIDIA GPU": on_gpu,
     "quality": quality,
     "quality options": quality_options,
+    "quality of image to video": lambda: quality("quality-tiny_model_i2v.json", "pictures"),
     "other TPUs": other_tpus,
     "trust": trust,
     "trust in Chinese": lambda: trust(

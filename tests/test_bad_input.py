@@ -1127,7 +1127,7 @@ def test_finite_is_what_numpy_calls_finite(bits, dtype):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--guidance_scale", 1], ["8 chips", "4 attention heads"]),
+        (["--guidance_scale", 1, "--sp_num", 1], ["--sp_num 1", "divide 4 attention heads", "[2, 4, 8] work"]),
         (["--sp_num", 3], ["--sp_num 3", "[1, 2, 4]"]),
         (["--mesh_order", "tp,sp"], ["--mesh_order", "dp,sp,tp"]),
         (["--attention", "splash", "--block_sizes", 100, 128, 128], ["--block_sizes", "block_q=100", "128 works"]),

@@ -22,7 +22,7 @@ def check_encode(
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     shape = frames, *(factor * size for size in latent_size), 3
     video = np.random.default_rng(1).integers(0, 256, shape, np.uint8)
-    pixels = VideoProcessor(factor).preprocess_video([Image.fromarray(frame) for frame in video])
+    pixels = VideoProcessor(vae_scale_factor=factor).preprocess_video([Image.fromarray(frame) for frame in video])
     with torch.no_grad():
         posterior = vae.encode(pixels).latent_dist
     ours = make_encoder(vae.config)

@@ -239,6 +239,7 @@ def with_config(**entries):
     return {lora.METADATA: json.dumps(found)}
 
 
+OF_IMAGE = (("A", (4, 256)), ("B", (128, 4)))  # of patches with the latents of an image
 # what: (another name for each tensor, a change of the tensors, metadata, words of the message)
 FAULTS = {
     "A without B": (None, lambda t: t.pop(B), None, ["to_q has lora_A alone"]),
@@ -248,6 +249,13 @@ FAULTS = {
         lambda n: n.replace("blocks.1", "blocks.29"),
         lambda t: t.update({n: torch.ones(4, 1920) for n in t if "attn1.to_" in n and "_A" in n}),
         *(None, ["another model, CogVideoX-2B by its shapes"]),
+    ),
+    "image": (
+        None,
+        lambda t: t.update(
+            {f"transformer.patch_embed.proj.lora_{letter}.weight": torch.ones(shape) for letter, shape in OF_IMAGE}
+        ),
+        *(None, ["[4, 256]", "[128, 128]", "another model, one that takes an image"]),
     ),
     "metadata: modules": (None, None, with_config(modules_to_save=["proj_out"]), ["modules_to_save", "plain LoRA"]),
     "two ranks": (None, put(A, torch.ones(3, 128)), None, [A, "[3, 128]", "[128, 4]", "same rank"]),

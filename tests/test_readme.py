@@ -30,6 +30,7 @@ PAGES = (
     ENGLISH,
     "CONTRIBUTING.md",
     "tiny_model/README.md",
+    "tiny_model_i2v/README.md",
     *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
 )
 OPTIONS_PAGE = "docs/options.md"
@@ -53,6 +54,7 @@ RUN_ELSEWHERE = {
     r"\S*python -m compile_for_tpu kernel .*": "test_compile_for_tpu.py::test_kernel",
     r"\S*python -m benchmarks\.on_device( --beside diffusers)?": "test_on_device.py::test_everything_runs",
     r"\S*python -m benchmarks\.quality.*": "test_tiny_model.py::test_quality_of_a_few_captions",
+    r"\S*python -m tools\.train_tiny_image_model.*": "test_tiny_image_model.py::test_the_recipe_on_a_few_batches",
     r"\S*python -m tools\.train.*": "test_train_tiny_model.py::test_all_parts_and_the_folder_that_comes_out",
     r"python stage2_transformer\.py --num_processes .*": "test_hosts.py::test_latents_of_several_processes",
 }

@@ -1,5 +1,6 @@
 """The Splash Attention kernel in Pallas' interpreter beside attention in float64, and its compilation for v6e."""
 
+import functools
 import re
 
 import jax
@@ -117,6 +118,23 @@ def test_accuracy(inputs, dtype):
 )
 def test_lengths(lengths, dtype):
     check(*random(*lengths), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("queries", "keys", "kv_length"),
+    [(slice(0, 128), 640, 513), (slice(384, 512), 640, 200), (slice(300, 321), 321, 300)],
+)
+@pytest.mark.parametrize("inputs", [random, lambda q_len, kv_len: [40 * x for x in random(q_len, kv_len)]])
+def test_a_part_of_the_queries(inputs, queries, keys, kv_length):
+    """With padded keys, whose values would show, by either kernel: what the same queries get among all."""
+    query, key, value = (jnp.asarray(array, "float32") for array in inputs(keys, keys))
+    run = functools.partial(splash_attention, kv_length=kv_length, block_sizes=SMALL)
+    key, value = (x.at[:, :, kv_length:].set(1e3) for x in (key, value))
+    ours = np.asarray(run(query[:, :, queries], key, value), np.float64)
+    expected = attention(query, key[:, :, :kv_length], value[:, :, :kv_length])[:, :, queries]
+    error = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+    assert error <= TOLERANCE["float32"], f"normwise relative error {error:.2e}"
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
+from jax.sharding import PartitionSpec
 
 from cogvideox.files.tensor_dump import merged, statistics_of
 from cogvideox.models.decoder.decoder import chunk_programs
@@ -78,12 +79,11 @@ def diffusers_outputs(module) -> dict[str, np.ndarray]:
     return seen
 
 
-def make_transformer(module, mesh: tuple[int, int, int], attention=xla_attention):
+def make_transformer(module, mesh: tuple[int, int, int], attention=xla_attention, query_parts: int = 1):
     """Our transformer as a function of its arguments, and these."""
     config = dict(module.config)
-    parallelism = Parallelism(
-        make_mesh(dict(zip(("dp", "sp", "tp"), mesh, strict=True)), jax.devices()[: np.prod(mesh)])
-    )
+    devices = make_mesh(dict(zip(("dp", "sp", "tp"), mesh, strict=True)), jax.devices()[: np.prod(mesh)])
+    parallelism = Parallelism(devices, query_parts=query_parts)
 
     def function(*arguments):
         options = {"config": config, "parallelism": parallelism, "attention": attention}
@@ -100,22 +100,25 @@ def make_transformer(module, mesh: tuple[int, int, int], attention=xla_attention
 
 
 @pytest.mark.parametrize(
-    ("mesh", "attention"),
+    ("mesh", "query_parts", "attention"),
     [
-        *((mesh, xla_attention) for mesh in [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)]),
-        ((2, 2, 2), Attention("splash_exp2", "cpu")),  # in tiles
+        *((mesh, 1, xla_attention) for mesh in [(1, 1, 1), (2, 2, 2), (1, 8, 1), (1, 1, 8)]),
+        ((2, 2, 2), 1, Attention("splash_exp2", "cpu")),  # in tiles
+        ((1, 4, 2), 2, xla_attention),
+        ((2, 4, 1), 4, Attention("splash_exp2", "cpu")),
     ],
     ids=lambda value: str(value) if isinstance(value, tuple) else getattr(value, "name", "xla"),
 )
-def test_transformer_modules_match_diffusers(mesh, attention, monkeypatch):
+def test_transformer_modules_match_diffusers(mesh, query_parts, attention, monkeypatch):
     monkeypatch.setattr(block, "ELSEWHERE", 32)  # so that the MLP runs on several pieces
     module = make_module(SMALL)
-    function, devices, arguments = make_transformer(module, mesh, attention)
+    function, devices, arguments = make_transformer(module, mesh, attention, query_parts)
     wanted = dataclasses.replace(EVERYTHING, arrays=["*", "*.[02].attn1.weights"], queries=QUERIES, heads=HEADS)
     prediction, collected = jax.jit(tap.collecting(function, wanted, devices))(*arguments)
     for found in collected:
         for name in [name for name in found if name.endswith("online_heads")]:
-            assert not np.asarray(found.pop(name).array).any(), name
+            online = np.asarray(found.pop(name).array)
+            assert online.shape == (SHAPE[0], SMALL["num_attention_heads"]) and not online.any(), name
     np.testing.assert_allclose(prediction, jax.jit(function)(*arguments), rtol=1e-4, atol=1e-4)
     theirs = diffusers_outputs(module)
     assert {*OF_THE_BLOCKS, *OUTSIDE, *WEIGHTS} == set(theirs) == set(collected.arrays)
@@ -131,6 +134,24 @@ def test_transformer_modules_match_diffusers(mesh, attention, monkeypatch):
         row, truth = merged(np.asarray(collected.statistics[name].array)), statistics_of(expected)
         error = np.abs(row - truth).max() / np.abs(truth).max()
         assert error < 1e-5, f"statistics of {name} on mesh {mesh}: {row}, of diffusers' array {truth}"
+
+
+@pytest.mark.parametrize(("query_parts", "heads"), [(1, [3, 5]), (2, [3, 1]), (4, [1, 1])])
+def test_heads_that_are_slow_for_some_queries(query_parts, heads):
+    """Of chips 3 and 5 of eight along sp, which have other heads, or the same heads and other queries."""
+    mesh = make_mesh({"dp": 1, "sp": 8, "tp": 1}, jax.devices())
+
+    def function():
+        def on_chip():
+            place = jax.lax.axis_index("sp")
+            taps.tap_online_heads(lambda: jnp.full((1, 1), (place == 3) | (place == 5)), query_parts)
+            return place[None]
+
+        return tap.shard_map(on_chip, mesh=mesh, in_specs=(), out_specs=PartitionSpec("sp"))()
+
+    _, found = jax.jit(tap.collecting(function, tap.Wanted(statistics=["online_heads"]), mesh))()
+    online = np.asarray(found.statistics["online_heads"].array)
+    assert online.shape == (1, 8 // query_parts) and np.flatnonzero(online).tolist() == sorted(set(heads))
 
 
 def test_only_what_is_asked_for():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_regi
 from jax.sharding import PartitionSpec
 
 from cogvideox.models.shared.layouts import LAYOUTS
-from cogvideox.models.shared.sharding import Parallelism, make_mesh, mesh_sizes
+from cogvideox.models.shared.sharding import Parallelism, make_mesh, possible_mesh_sizes, query_parts
 from cogvideox.models.transformer.attention import Attention, xla_attention
 from cogvideox.models.transformer.embeddings import rotary_embedding
 from cogvideox.models.transformer.parameters import (
@@ -24,6 +25,7 @@ from cogvideox.models.transformer.parameters import (
     parameter_shapes,
     parameter_spec,
 )
+from cogvideox.models.transformer.plan import check_layout, make_denoising_plan
 from cogvideox.models.transformer.transformer import transformer
 from tests.helpers import ROOT
 
@@ -58,7 +60,8 @@ def run_both(module, batch, mesh, layout="tp", dtype=torch.float32, attention=xl
     to_numpy = lambda tensor: np.asarray(jnp.from_dlpack(tensor.to(dtype).contiguous()))  # noqa: E731
     stored = {name: to_numpy(weight) for name, weight in module.state_dict().items()}
     sizes = dict(zip(("dp", "sp", "tp"), mesh, strict=True))
-    parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout)
+    parts = query_parts(sizes, config["num_attention_heads"])
+    parallelism = Parallelism(make_mesh(sizes, jax.devices()[: np.prod(mesh)]), layout, parts)
     ours = jax.jit(
         lambda *arguments: transformer(*arguments, config=config, parallelism=parallelism, attention=attention).output
     )(
@@ -120,6 +123,28 @@ def test_tiles_match_diffusers(mesh, layout, bias):
     assert (error := relative_error(ours, theirs)) < 1e-5, f"mesh {mesh}, {layout}: {error:.1e}"
 
 
+@pytest.mark.parametrize(
+    ("heads", "mesh", "layout", "attention"),
+    [
+        (4, (1, 8, 1), "tp", Attention("splash_exp2", "cpu")),  # groups of four
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (3, (1, 8, 1), "fsdp", xla_attention),  # each chip is a group
+                (3, (2, 4, 1), "tp", Attention("splash_exp2", "cpu")),
+                (4, (1, 4, 2), "fsdp", Attention("splash_exp2", "cpu")),
+                (4, (1, 8, 1), "fsdp", Attention("splash", "cpu")),
+                (4, (1, 7, 1), "tp", xla_attention),
+            ]
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", None) or getattr(value, "__name__", str(value)),
+)
+def test_chips_that_do_not_divide_the_heads(heads, mesh, layout, attention):
+    theirs, ours = run_both(make_module(SMALL | {"num_attention_heads": heads}), 2, mesh, layout, attention=attention)
+    assert (error := relative_error(ours, theirs)) < 1e-5, f"{heads} heads on mesh {mesh}, {layout}: {error:.1e}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=str)
 def test_tiles_of_real_width_match_diffusers(dtype, tolerance):
@@ -146,10 +171,12 @@ def test_optional_parameters():
 
 
 @pytest.mark.parametrize("name", ["splash", "splash_exp2"])
-def test_kernels_match_xla(name):
-    """In the Pallas interpreter: a length that is no multiple of the blocks, padded keys ignored."""
+@pytest.mark.parametrize("queries", [300, pytest.param(140, marks=pytest.mark.slow)])
+def test_kernels_match_xla(name, queries):
+    """In the Pallas interpreter: a length that is no multiple of the blocks, padded keys ignored, fewer queries."""
     random = np.random.default_rng(0)
     query, key, value = (jnp.asarray(random.standard_normal((2, 2, 300, 64)), jnp.float32) for _ in range(3))
+    query = query[:, :, :queries]
     ours = Attention(name, "cpu")(query, key, value, kv_length=270)
     assert (error := relative_error(ours, xla_attention(query, key, value, 270))) < 1e-3, f"{name}: {error:.1e}"
 
@@ -202,23 +229,70 @@ def test_only_heads_and_mlp_are_split(layout, chips):
 @pytest.mark.parametrize(
     ("devices", "heads", "batch", "use_dp", "sp_num", "expected"),
     [
-        (1, 48, 2, True, 1, (1, 1, 1)),
-        (8, 48, 2, True, 1, (2, 1, 4)),
-        (8, 48, 2, True, 4, (2, 4, 1)),
-        (8, 48, 1, True, 1, (1, 1, 8)),
-        (8, 48, 2, False, 2, (1, 2, 4)),
-        (8, 48, 2, True, None, (2, 4, 1)),
-        (4, 48, 1, True, None, (1, 4, 1)),
-        (8, 48, 2, True, 3, "does not divide"),
-        (8, 6, 1, True, 1, "6 attention heads"),
+        (1, 48, 2, True, 1, [(1, 1, 1)]),
+        (8, 48, 2, True, 1, [(2, 1, 4)]),
+        (8, 48, 2, True, 4, [(2, 4, 1)]),
+        (8, 48, 1, True, 1, [(1, 1, 8)]),
+        (8, 48, 2, False, 2, [(1, 2, 4)]),
+        (8, 48, 2, True, None, [(2, 4, 1)]),
+        (4, 48, 1, True, None, [(1, 4, 1)]),
+        (8, 30, 2, True, None, [(2, 4, 1), (2, 2, 2)]),
+        (32, 48, 1, True, None, [(1, 32, 1), (1, 16, 2), (1, 8, 4), (1, 4, 8), (1, 2, 16)]),
+        (7, 48, 1, True, None, [(1, 7, 1)]),
+        (8, 6, 1, True, 4, [(1, 4, 2)]),
+        (8, 48, 2, True, 3, [r"3 does not split the 4 chips .* \[1, 2, 4\] work"]),
+        (8, 6, 1, True, 2, [r"divide 6 attention heads; \[4, 8\] work"]),
     ],
 )
 def test_mesh_sizes(devices, heads, batch, use_dp, sp_num, expected):
-    if isinstance(expected, str):
-        with pytest.raises(ValueError, match=expected):
-            mesh_sizes(devices, heads, batch, use_dp, sp_num)
+    if isinstance(expected[0], str):
+        with pytest.raises(ValueError, match=expected[0]):
+            possible_mesh_sizes(devices, heads, batch, use_dp, sp_num)
     else:
-        assert tuple(mesh_sizes(devices, heads, batch, use_dp, sp_num).values()) == expected
+        found = possible_mesh_sizes(devices, heads, batch, use_dp, sp_num)
+        assert [tuple(sizes.values()) for sizes in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("heads", "guidance_scale", "size", "expected"),
+    [
+        (48, 1.0, (768, 1360, 81), (1, 8, 1, 1)),
+        (30, 6.0, (768, 1360, 81), (2, 4, 1, 2)),
+        (30, 1.0, (768, 1360, 81), (1, 8, 1, 4)),
+        (30, 1.0, (320, 320, 9), (1, 4, 2, 4)),  # sp 8 would pad 1,026 tokens to 2,048, sp 4 pads them to 1,536
+    ],
+)
+def test_the_fastest_mesh(heads, guidance_scale, size, expected):
+    folder = ROOT / "configs" / "CogVideoX1.5-5B"
+    config, vae = (json.loads((folder / name / "config.json").read_text()) for name in ("transformer", "vae"))
+    plan = make_denoising_plan(
+        transformer=config | {"num_attention_heads": heads},
+        vae=vae,
+        scheduler=json.loads((folder / "scheduler" / "scheduler_config.json").read_text()),
+        devices=jax.devices(),
+        platform="tpu",
+        **dict(zip(("height", "width", "frames"), size, strict=True)),
+        num_inference_steps=10,
+        guidance_scale=guidance_scale,
+    )
+    assert (*plan.mesh.shape.values(), plan.parallelism.query_parts) == expected
+    assert ("query_parts" in plan.program_options) == (expected[-1] > 1)
+
+
+def test_weights_that_the_chips_cannot_share():
+    parallelism = Parallelism(make_mesh({"dp": 1, "sp": 7, "tp": 1}, jax.devices()[:7]), "fsdp")
+    config = {"num_attention_heads": 3, "attention_head_dim": 16}
+    plan = types.SimpleNamespace(transformer=config, parallelism=parallelism, mesh=parallelism.mesh)
+    with pytest.raises(ValueError, match="fsdp does not work: 7 chips cannot share weights of width 48 evenly"):
+        check_layout(plan)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "heads", "expected"),
+    [((1, 4, 1), 48, 1), ((2, 4, 1), 30, 2), ((1, 32, 1), 48, 2), ((1, 8, 1), 3, 8), ((1, 2, 2), 30, 2)],
+)
+def test_parts_of_the_queries(mesh, heads, expected):
+    assert query_parts(dict(zip(("dp", "sp", "tp"), mesh, strict=True)), heads) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,25 @@
 """Draw clips of one coloured shape that moves over a plain background, with captions, and measure what a clip shows.
 
+    python -m tools.moving_shapes --colour red --shape circle --background white --output picture.png
+
+draws a picture for an image-to-video model.
+
 The tiny model is trained on these clips (tools/train_tiny_model.py). `measure` finds out by image processing, without
 any model, what a generated clip shows (benchmarks/quality.py).
 """
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from cogvideox.cli.parser import ArgumentParser
+from cogvideox.cli.program import run
+from cogvideox.cli.types import png_path
+from cogvideox.files import writing
 
 FRAMES, SIZE = 17, 64  # number of frames of a clip; its height and width in pixels
 GUIDANCE_SCALE = 2.0  # for a model trained on the clips; a larger scale bends the shapes
@@ -44,6 +54,7 @@ FOREGROUND = 60  # least distance in RGB from the background's colour; the large
 LEAST_PIXELS = 0.01  # share of the frame that a shape must fill to count
 LEAST_OVERLAP = 0.7  # with the best outline; noisy clips have at least 0.96, a circle and a square have 0.83
 LEAST_MOTION = 0.1  # from the first frame to the last, as a share of the frame's width
+SAME_PLACE = 1 / 32  # the largest distance of two centres in the same place, as a share of the frame's width
 
 
 class Caption(NamedTuple):
@@ -77,17 +88,31 @@ def trained_on() -> tuple[Caption, ...]:
     return tuple(caption for caption in ALL if caption not in held_out())
 
 
+@functools.cache
+def held_out_pictures() -> tuple[Caption, ...]:
+    """Return all captions of an eighth of the pictures: colour, shape and background that image models never see."""
+    return tuple(caption for caption in ALL if caption._replace(direction="left") in held_out())
+
+
+def prompts_of(caption: Caption) -> tuple[str, str]:
+    """Return what an image model can be told beside the picture: the direction alone, and the whole caption."""
+    return f"moving {caption.direction}", str(caption)
+
+
 def render(
     caption: Caption,
     generator: np.random.Generator,
     frames: int = FRAMES,
     size: int = SIZE,
     variety: float = 1.0,
+    steady: bool = False,
 ) -> np.ndarray:
     """Draw a clip that shows `caption`, uint8 [frames, size, size, 3].
 
     Position, path length and radius of the shape are random. With a variety of 1 they can have every value that keeps
-    the shape in the frame; with 0 they have the middle value.
+    the shape in the frame; with 0 they have the middle value. The path of a steady shape is a fixed share of the way
+    that the frame leaves it, so that the first frame and the direction decide the clip; it is so short that a shape in
+    the middle can go in every direction.
     """
 
     def drawn(least: float, most: float) -> float:
@@ -96,7 +121,8 @@ def render(
     colour, shape, direction, background = map(str, caption)
     radius = size * drawn(0.18, 0.24)
     margin = radius + 1
-    travel = drawn(0.5, 0.8) * (size - 2 * margin)
+    share = drawn(0.5, 0.8)
+    travel = (0.4 if steady else share) * (size - 2 * margin)
     along = drawn(margin, size - margin - travel) + travel * np.linspace(0, 1, frames)
     across = drawn(margin, size - margin)
     dx, dy = DIRECTIONS[direction]
@@ -121,25 +147,49 @@ def measure(clip: np.ndarray) -> Caption:
     centre from the first frame to the last. The shape ends where a pixel is half background and half shape, so that
     blur does not move its edge.
     """
-    clip = clip.astype(float)
-    border = np.concatenate([clip[:, 0], clip[:, -1], clip[:, :, 0], clip[:, :, -1]], axis=1)
-    plain = np.median(border, axis=(0, 1))
-    background = _nearest(plain, BACKGROUNDS)
-    distance = np.linalg.norm(clip - plain, axis=-1)
-    foreground = distance > FOREGROUND
-    seen = np.flatnonzero(foreground.mean(axis=(1, 2)) > LEAST_PIXELS)
-    if len(seen) == 0:
+    background, found = _found(clip)
+    if found is None:
         return Caption(None, None, None, background)
-    middle = seen[len(seen) // 2]
-    strongest = distance[middle] > distance[middle].max() / 2  # leaves out faint pixels around the shape
-    plain_colour = np.median(clip[middle][strongest], axis=0)
-    foreground = distance > max(FOREGROUND, np.linalg.norm(plain_colour - plain) / 2)
-    return Caption(_nearest(plain_colour, COLOURS), _shape(foreground[seen]), _direction(foreground, seen), background)
+    masks = found.masks[found.seen]
+    return Caption(_nearest(found.colour, COLOURS), _shape(masks), _direction(masks), background)
+
+
+def same_place(frame: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether the shapes of two frames, uint8 [height, width, 3], have their centres in the same place."""
+    _, found = zip(*(_found(one[None]) for one in (frame, other)), strict=True)
+    if not all(found):
+        return False
+    one, two = (np.argwhere(each.masks[0]).mean(axis=0) for each in found)
+    return bool(np.linalg.norm(one - two) <= SAME_PLACE * frame.shape[1])
 
 
 def agreement(expected: Caption, measured: Caption) -> list[bool]:
     """Return whether two captions agree, for each attribute."""
     return [a == b for a, b in zip(expected, measured, strict=True)]
+
+
+class _Found(NamedTuple):
+    """The shape in a clip: its RGB colour, bool masks [frames, height, width], and the frames in which it is seen."""
+
+    colour: np.ndarray
+    masks: np.ndarray
+    seen: np.ndarray
+
+
+def _found(clip: np.ndarray) -> tuple[str, _Found | None]:
+    """Return the background of a clip, uint8 [frames, height, width, 3], and the shape before it, if there is one."""
+    clip = clip.astype(float)
+    border = np.concatenate([clip[:, 0], clip[:, -1], clip[:, :, 0], clip[:, :, -1]], axis=1)
+    plain = np.median(border, axis=(0, 1))
+    background = _nearest(plain, BACKGROUNDS)
+    distance = np.linalg.norm(clip - plain, axis=-1)
+    seen = np.flatnonzero((distance > FOREGROUND).mean(axis=(1, 2)) > LEAST_PIXELS)
+    if len(seen) == 0:
+        return background, None
+    middle = seen[len(seen) // 2]
+    strongest = distance[middle] > distance[middle].max() / 2  # leaves out faint pixels around the shape
+    colour = np.median(clip[middle][strongest], axis=0)
+    return background, _Found(colour, distance > max(FOREGROUND, np.linalg.norm(colour - plain) / 2), seen)
 
 
 def _nearest(colour: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
@@ -172,12 +222,36 @@ def _overlaps(mask: np.ndarray) -> list[float]:
     return overlaps
 
 
-def _direction(foreground: np.ndarray, seen: np.ndarray) -> str | None:
+def _direction(masks: np.ndarray) -> str | None:
     """Return the direction in which the centre of bool masks [frames, height, width] moves, or None if it is still."""
-    centres = [np.argwhere(foreground[frame]).mean(axis=0) for frame in (seen[0], seen[-1]) if foreground[frame].any()]
-    dy, dx = (centres[1] - centres[0]) / foreground.shape[2]
+    centres = [np.argwhere(mask).mean(axis=0) for mask in (masks[0], masks[-1]) if mask.any()]
+    if len(centres) < 2:
+        return None
+    dy, dx = (centres[1] - centres[0]) / masks.shape[2]
     if max(abs(dx), abs(dy)) < LEAST_MOTION:
         return None
     if abs(dx) > abs(dy):
         return "right" if dx > 0 else "left"
     return "down" if dy > 0 else "up"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Draw a picture of a shape in the middle, as a PNG."""
+    parser = ArgumentParser("Draw a picture for the tiny image-to-video model.", prog="python -m tools.moving_shapes")
+    parser.add_argument("--colour", choices=COLOURS, default="red", help="of the shape")
+    parser.add_argument("--shape", choices=SHAPES, default="circle", help="what is in the middle of the picture")
+    parser.add_argument("--background", choices=BACKGROUNDS, default="white", help="colour around the shape")
+    parser.add_argument("--output", type=png_path, default=Path("picture.png"), help="file for the picture, PNG")
+    arguments = parser.parse_args(argv)
+    from PIL import Image
+
+    caption = Caption(arguments.colour, arguments.shape, "left", arguments.background)
+    picture = render(caption, np.random.default_rng(0), variety=0)[FRAMES // 2]
+    writing.check_writable(arguments.output)
+    with writing.replacing(arguments.output) as temporary:
+        Image.fromarray(picture).save(temporary, "PNG")
+    print(f"wrote {arguments.output}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline, CogVideoXPipeline, ModelMixin
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
@@ -57,6 +59,7 @@ BATCH_SIZE = 32
 PROMPT_DROPOUT = 0.1
 FULL_TEXT = 0.04  # share of the batches whose text is padded to the full length, as the pipelines pad it
 FULL_TEXT_BATCH_SIZE = 8
+OFS = 2.0  # the constant that the pipelines give to image models which have an embedding of it
 
 
 class Part(NamedTuple):
@@ -73,6 +76,7 @@ PARTS = {
     "vae_together": Part(550, 0.01, "linear", 0.99),
     "vae_decoder": Part(1300, 0.02, "linear", 0.99),
     "transformer": Part(1800, 0.02, "cosine", 0.995),
+    "image_to_video": Part(2200, 0.02, "cosine", 0.995),  # by train_tiny_image_model.py
 }
 
 
@@ -105,15 +109,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_transformer(pipeline, latents, prompts, arguments)
     shutil.copytree(start, arguments.output_dir, dirs_exist_ok=True)
     for name in ("vae", "text_encoder", "transformer"):
-        getattr(pipeline, name).to("cpu", torch.bfloat16).save_pretrained(arguments.output_dir / name)
-        config = arguments.output_dir / name / "config.json"
-        entries = json.loads(config.read_text())
-        entries.pop("_name_or_path", None)  # where it lay on this machine
-        config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+        save(getattr(pipeline, name), arguments.output_dir / name)
+    save_generation_defaults(arguments.output_dir)
+    print(f"wrote {arguments.output_dir}")
+
+
+def save(module: ModelMixin | PreTrainedModel, folder: Path) -> None:
+    """Write a part of a pipeline in bfloat16 to its folder."""
+    module.to("cpu", torch.bfloat16).save_pretrained(folder)
+    config = folder / "config.json"
+    entries = json.loads(config.read_text())
+    entries.pop("_name_or_path", None)  # where it lay on this machine
+    config.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n")
+
+
+def save_generation_defaults(model: Path) -> None:
+    """Write to a model's folder what the model is made for: the clips."""
     made_for: dict[str, float] = {"height": SIZE, "width": SIZE, "frames": FRAMES, "num_inference_steps": NUM_STEPS}
     made_for |= {"guidance_scale": GUIDANCE_SCALE, "fps": FPS}
-    (arguments.output_dir / generation_defaults.FILE).write_text(json.dumps(made_for, indent=2) + "\n")
-    print(f"wrote {arguments.output_dir}")
+    (model / generation_defaults.FILE).write_text(json.dumps(made_for, indent=2) + "\n")
 
 
 # --- The VAE -----------------------------------------------------------------------------------------------------
@@ -207,8 +221,7 @@ def encoded_clips(pipeline: CogVideoXPipeline, arguments: argparse.Namespace) ->
         prompts: list[str] = []
         for _ in tqdm(range(share(CLIPS, arguments) // 10 + 1), desc="encoding", unit="batch", **bar_options()):
             clips, captions = random_clips(generator, 10, VARIETY)
-            with torch.autocast(torch.device(arguments.device).type, torch.bfloat16):
-                encoded.append(pipeline.vae.encode(to_tensor(clips, arguments.device)).latent_dist.mean.float().cpu())
+            encoded.append(posterior(pipeline.vae, clips, arguments.device).mean.float().cpu())
             prompts += map(str, captions)
         torch.save((torch.cat(encoded).permute(0, 2, 1, 3, 4), prompts), path)
         print(f"encoding: {len(prompts)} clips in {time.monotonic() - start:.0f} s")
@@ -221,17 +234,45 @@ def encoded_clips(pipeline: CogVideoXPipeline, arguments: argparse.Namespace) ->
 def train_transformer(
     pipeline: CogVideoXPipeline, latents: torch.Tensor, prompts: list[str], arguments: argparse.Namespace
 ) -> None:
-    """Train transformer and text encoder to predict v of noised latents.
+    """Train transformer and text encoder to predict v of noised latents."""
+    # Rotary embeddings give the model relative positions only. Random biases of queries and keys make attention depend
+    # on position but not on content, and differ near the frame's edge. From that the model learns absolute positions.
+    torch.manual_seed(arguments.seed)
+    for block in pipeline.transformer.transformer_blocks:
+        for norm in (block.attn1.norm_q, block.attn1.norm_k):
+            torch.nn.init.normal_(norm.bias, std=1.5)
+    loss = velocity_loss(pipeline, latents, prompts, arguments.device)
+    fit("transformer", {"transformer": pipeline.transformer, "text_encoder": pipeline.text_encoder}, loss, arguments)
 
-    Copies of the first latent frame are put in front, as many as the last temporal patch lacks.
+
+def velocity_loss(
+    pipeline: CogVideoXPipeline | CogVideoXImageToVideoPipeline,
+    latents: torch.Tensor,
+    prompts: list[str],
+    device: str,
+    beside: Callable[[np.ndarray], torch.Tensor] | None = None,
+) -> Callable[[np.random.Generator, float], torch.Tensor]:
+    """Return a loss as `fit` takes it: the error of v, which the transformer predicts, of some clips and their prompts.
+
+    Args:
+        pipeline: transformer, text encoder, tokenizer and scheduler.
+        latents: [clips, T, C, H, W]. Copies of the first latent frame are put in front, as many as the last temporal
+            patch lacks.
+        prompts: one for each clip.
+        device: where the modules are.
+        beside: for an image model: from the indices of some clips to what stands beside the noisy latents in channels,
+            [clips, T with the copies, C, H, W].
     """
-    transformer, scheduler, device = pipeline.transformer, pipeline.scheduler, arguments.device
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
     surplus = -latents.shape[1] % transformer.config.patch_size_t
     latents = torch.cat([latents[:, :1].expand(-1, surplus, -1, -1, -1), latents], dim=1)
     rotary = pipeline._prepare_rotary_positional_embeddings(SIZE, SIZE, latents.shape[1], torch.device(device))
     most = transformer.config.max_text_seq_length
     tokens = pipeline.tokenizer([*prompts, ""], padding="max_length", max_length=most, return_tensors="pt").input_ids
     least = int((tokens != pipeline.tokenizer.pad_token_id).sum(dim=1).max())
+    options = {"image_rotary_emb": rotary, "return_dict": False}
+    if transformer.config.ofs_embed_dim:
+        options["ofs"] = torch.full((1,), OFS, device=device)
 
     def loss(generator: np.random.Generator, progress: float) -> torch.Tensor:
         # CogVideoX attends to the padding of the text too. Most batches have a short padding, which is cheap, but the
@@ -247,17 +288,12 @@ def train_transformer(
         steps = torch.from_numpy((scheduler.config.num_train_timesteps * spread**0.8).astype(int)).to(device)
         text = pipeline.text_encoder(tokens[np.where(dropped, len(prompts), chosen), :length].to(device))
         noisy = scheduler.add_noise(x, noise, steps)
+        seen = noisy if beside is None else torch.cat([noisy, beside(chosen).to(device)], dim=2)
         with sdpa_kernel(SDPBackend.MATH):  # faster on a CPU at this size than the backward pass of the fused kernels
-            (v,) = transformer(noisy, text.last_hidden_state, steps, image_rotary_emb=rotary, return_dict=False)
+            (v,) = transformer(seen, text.last_hidden_state, steps, **options)
         return F.mse_loss(v.float(), scheduler.get_velocity(x, noise, steps))
 
-    # Rotary embeddings give the model relative positions only. Random biases of queries and keys make attention depend
-    # on position but not on content, and differ near the frame's edge. From that the model learns absolute positions.
-    torch.manual_seed(arguments.seed)
-    for block in transformer.transformer_blocks:
-        for norm in (block.attn1.norm_q, block.attn1.norm_k):
-            torch.nn.init.normal_(norm.bias, std=1.5)
-    fit("transformer", {"transformer": transformer, "text_encoder": pipeline.text_encoder}, loss, arguments)
+    return loss
 
 
 # --- Shared ------------------------------------------------------------------------------------------------------
@@ -371,10 +407,11 @@ def random_clips(
     number: int,
     variety: float = 1.0,
     captions: Sequence[Caption] = moving_shapes.trained_on(),
+    steady: bool = False,
 ) -> tuple[list[np.ndarray], list[Caption]]:
     """Return `number` random clips, uint8 [frames, size, size, 3], and their captions, drawn from `captions`."""
     chosen = [captions[i] for i in generator.integers(0, len(captions), number)]
-    return [moving_shapes.render(caption, generator, variety=variety) for caption in chosen], chosen
+    return [moving_shapes.render(caption, generator, variety=variety, steady=steady) for caption in chosen], chosen
 
 
 def random_pixels(
@@ -388,6 +425,12 @@ def random_pixels(
         starts = [generator.integers(0, whole - part + 1) for whole, part in zip(clip.shape, lengths, strict=False)]
         pieces.append(clip[tuple(slice(start, start + part) for start, part in zip(starts, lengths, strict=True))])
     return to_tensor(pieces, device)
+
+
+def posterior(vae: AutoencoderKLCogVideoX, clips: Sequence[np.ndarray], device: str) -> DiagonalGaussianDistribution:
+    """Encode clips, uint8 [frames, height, width, 3] each, in bfloat16 autocast."""
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        return vae.encode(to_tensor(clips, device)).latent_dist
 
 
 def to_tensor(clips: Sequence[np.ndarray], device: str) -> torch.Tensor:

@@ -24,6 +24,7 @@ MATRIX = re.compile(
     r"(?:base_model\.model\.)?(?:transformer\.|diffusion_model\.)?(?P<module>.+)\.lora_(?P<letter>[AB])(?:\.\w+)?\.weight"
 )
 MODELS = {(30, 1920): "CogVideoX-2B", (42, 3072): "CogVideoX-5B or 1.5-5B"}  # by blocks and width
+PATCHES = "patch_embed.proj.weight"  # whose inputs are twice as many where an image is among them
 REMEDY = "get the LoRA again or correct --lora"
 
 
@@ -45,21 +46,25 @@ class Lora:
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise UserError unless the LoRA fits a transformer whose tensors have these shapes by their stored names."""
-        another = f"it is a LoRA of another model{self._fitting()}; {REMEDY}"
+        another = f"it is a LoRA of another model{self._fitting(shapes)}; {REMEDY}"
         if missing := sorted(self.matrices.keys() - shapes.keys()):
             raise UserError(
                 f"{self.files[0]}: {len(missing)} of {len(self.matrices)} weights that it changes are not in the "
                 f"transformer, {missing[0]} among them; {another}"
             )
         for name, (a, b, _) in self.matrices.items():
-            if (len(b), a.shape[1]) != shapes[name]:
+            if (len(b), a.shape[1]) != matrix_shape(shapes[name]):
                 raise UserError(
                     f"{self.files[0]}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit {name}, which is "
                     f"{list(shapes[name])} in the transformer; {another}"
                 )
 
-    def _fitting(self) -> str:
-        """Say which model the LoRA fits, by the blocks and the width that its matrices tell."""
+    def _fitting(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """Say which model the LoRA fits, by the inputs, the blocks and the width that its matrices tell."""
+        if (patches := self.matrices.get(PATCHES)) and patches[0].shape[1] != (
+            inputs := matrix_shape(shapes[PATCHES])[1]
+        ):
+            return ", one that takes an image" if patches[0].shape[1] > inputs else ", one of text alone"
         blocks = [
             int(match[1]) + 1 for name in self.matrices if (match := re.match(r"transformer_blocks\.(\d+)", name))
         ]
@@ -86,6 +91,11 @@ class Lora:
         wide = np.promote_types(part.dtype, np.float32)
         a, b = (matrix.astype(part.dtype).astype(wide) for matrix in (a[:, columns], b[rows]))
         part += (b @ a * wide.type(factor)).astype(part.dtype)
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Return the shape of a weight as a matrix, which is what a LoRA changes, also of a convolution over patches."""
+    return shape[0], math.prod(shape[1:])
 
 
 def files_of(path: Path) -> tuple[Path, ...]:

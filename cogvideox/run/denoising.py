@@ -287,9 +287,8 @@ def report_plan(
     devices = plan.parallelism.mesh.devices
     report.say(f"devices: {devices.size} x {devices.flat[0].device_kind}")
     if devices.size > 1:
-        default = "sp has all chips that dp leaves, which moves the fewest bytes"
-        reason = "as --sp_num says" if arguments.sp_num else default
         mesh = dict(plan.parallelism.mesh.shape)
+        reason = reason_of_mesh(plan, arguments)
         report.say(f"mesh: {mesh}, {reason}; {plan.parallelism.layout} layout of the parameters")
     by = "chosen" if arguments.attention else f"the default on a {plan.attention.platform}"
     blocks = plan.attention.block_sizes or "the kernel's own choice"
@@ -316,6 +315,22 @@ def report_plan(
             report.warn(f"{one.files[0]} changes nothing: all products of its matrices are zero")
     if plan.step_cache:
         report_step_cache(steps, report)
+
+
+def reason_of_mesh(plan: "DenoisingPlan", arguments: argparse.Namespace) -> str:
+    """Say why the mesh is as it is, and how sp shares attention where its chips do not divide the heads."""
+    parallelism = plan.parallelism
+    if arguments.sp_num:
+        reason = "as --sp_num says"
+    elif parallelism.query_parts == 1:
+        reason = "sp has all chips that dp leaves, which moves the fewest bytes"
+    else:
+        reason = "the fastest by prediction"
+    if parallelism.query_parts == 1:
+        return reason
+    heads, group = plan.transformer["num_attention_heads"] // parallelism.tp, parallelism.head_parts
+    how = f"groups of {group} exchange heads, and gather" if group > 1 else "they gather"
+    return f"{reason}; {parallelism.sp} chips do not divide {heads} heads, so {how} keys and values"
 
 
 def report_step_cache(steps: Steps, report: Report) -> None:

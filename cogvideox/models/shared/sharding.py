@@ -5,6 +5,9 @@ stand for.
 
 dp splits the batch (the two prompts of classifier-free guidance), sp the sequence, tp the attention heads and the MLP.
 Between the matrix products the hidden states are split over the sequence by sp and tp together.
+
+Inside attention the chips along sp exchange shares of the tokens for shares of the heads. Where they do not divide the
+heads, groups of neighbours do: each group attends its own part of the queries, and gathers the keys and values of all.
 """
 
 import dataclasses
@@ -28,6 +31,7 @@ ACTIVATION_AXES = {
     "gathered heads": ("batch", "gathered tokens", "split heads"),
     "projected heads": ("batch", "split heads", "gathered tokens", "head_dim"),
     "attended heads": ("batch", "exchanged heads"),
+    "heads of all groups": ("batch", "split heads"),
     "attention weights": ("batch", "chosen heads", "queries", "keys"),
     "rotary embedding": ("gathered tokens", "rotary"),
     "time embedding": ("time",),
@@ -82,10 +86,18 @@ def gather_at_use(axes: Sequence[str], layout: str) -> tuple[int, tuple[str, ...
 
 @dataclasses.dataclass(frozen=True)
 class Parallelism:
-    """How stage 2 uses its chips: the mesh, and the layout of the parameters (a key of LAYOUTS)."""
+    """How stage 2 uses its chips.
+
+    Attributes:
+        mesh: with the axes of MESH_AXES.
+        layout: of the parameters, a key of LAYOUTS.
+        query_parts: into so many parts sp splits the queries inside attention, one for each group of neighbours that
+            exchange tokens for heads; with 1 all chips along sp are one group, and nothing is gathered.
+    """
 
     mesh: Mesh
     layout: str = "tp"
+    query_parts: int = 1
 
     @property
     def sp(self) -> int:
@@ -96,6 +108,22 @@ class Parallelism:
     def tp(self) -> int:
         """Chips that split attention heads and MLP."""
         return self.mesh.shape["tp"]
+
+    @property
+    def head_parts(self) -> int:
+        """Chips of a group along sp: each has such a part of the heads inside attention."""
+        return self.sp // self.query_parts
+
+    @property
+    def exchanging(self) -> list[list[int]] | None:
+        """Places along sp of the chips of each group, which exchange tokens for heads; None for all of them."""
+        places = np.arange(self.sp).reshape(self.query_parts, -1)
+        return places.tolist() if self.query_parts > 1 else None
+
+    @property
+    def gathering(self) -> list[list[int]]:
+        """Places along sp of the chips with the same heads, one of each group, which gather keys and values."""
+        return np.arange(self.sp).reshape(self.query_parts, -1).T.tolist()
 
     @property
     def platform(self) -> str:
@@ -125,7 +153,7 @@ def to_devices(arrays: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(parts, arrays)
 
 
-def choose_parallelism(
+def possible_parallelisms(
     devices: Sequence[jax.Device],
     heads: int,
     batch: int,
@@ -133,12 +161,12 @@ def choose_parallelism(
     sp_num: int | None,
     mesh_order: Sequence[str],
     layout: str,
-) -> Parallelism:
-    """Choose how the chips are used.
+) -> list[Parallelism]:
+    """Return the ways to use the chips of which one is the fastest.
 
     Args:
         devices: the chips.
-        heads, batch, use_dp, sp_num: see `mesh_sizes`.
+        heads, batch, use_dp, sp_num: see `possible_mesh_sizes`.
         mesh_order: order of the mesh's axes; along the last one devices are neighbours.
         layout: of the parameters, a key of LAYOUTS.
 
@@ -149,30 +177,44 @@ def choose_parallelism(
         raise PlanError("mesh_order", f"{','.join(mesh_order)} is not an order of {','.join(MESH_AXES)}")
     if layout not in LAYOUTS:
         raise PlanError("layout", f"{layout} is unknown; there are {', '.join(LAYOUTS)}")
-    sizes = mesh_sizes(len(devices), heads, batch, use_dp, sp_num)
-    return Parallelism(make_mesh(sizes, devices, mesh_order), layout)
+    return [
+        Parallelism(make_mesh(sizes, devices, mesh_order), layout, query_parts(sizes, heads))
+        for sizes in possible_mesh_sizes(len(devices), heads, batch, use_dp, sp_num)
+    ]
 
 
-def mesh_sizes(devices: int, heads: int, batch: int, use_dp: bool, sp_num: int | None = None) -> dict[str, int]:
-    """Return the sizes of dp, sp and tp for a number of devices: dp splits the batch if it can, tp is what sp leaves.
+def possible_mesh_sizes(
+    devices: int, heads: int, batch: int, use_dp: bool, sp_num: int | None = None
+) -> list[dict[str, int]]:
+    """Return the sizes of dp, sp and tp that may be the fastest, those with the most chips along sp first.
+
+    dp splits the batch if it can, and tp is what sp leaves. If the chips that dp leaves divide the heads, sp has them
+    all, which moves the fewest bytes where the weights fit on a chip.
 
     Args:
-        heads: attention heads, which sp and tp together split.
+        devices: how many there are.
+        heads: attention heads, which tp must divide.
         batch: samples in every step, with classifier-free guidance two for each video.
         use_dp: whether dp may split the batch.
-        sp_num: size of sp; None for all that dp leaves, which moves the fewest bytes where the weights fit on a chip.
+        sp_num: size of sp, which leaves one choice; None to leave it open.
 
     Raises:
-        PlanError: the devices or the heads do not divide; the message says which values work.
+        PlanError: `sp_num` does not divide the devices, or leaves a tp that does not divide the heads; the message says
+            which values work.
     """
     dp = math.gcd(devices, batch) if use_dp else 1
     rest = devices // dp
-    sp_num = rest if sp_num is None else sp_num
-    divisors = [n for n in range(1, rest + 1) if rest % n == 0]
-    if heads % rest:
-        raise PlanError(
-            None, f"{rest} chips cannot share {heads} attention heads; use a number of chips that divides {heads}"
-        )
-    if sp_num not in divisors:
-        raise PlanError("sp_num", f"{sp_num} does not divide the {rest} chips that share the heads; {divisors} work")
-    return {"dp": dp, "sp": sp_num, "tp": rest // sp_num}
+    fitting = [sp for sp in range(rest, 0, -1) if rest % sp == 0 and heads % (rest // sp) == 0]
+    if sp_num is not None:
+        if sp_num not in fitting:
+            split = f"does not split the {rest} chips that dp leaves so that the others divide {heads} attention heads"
+            raise PlanError("sp_num", f"{sp_num} {split}; {sorted(fitting)} work")
+        fitting = [sp_num]
+    elif heads % rest == 0:
+        fitting = [rest]
+    return [{"dp": dp, "sp": sp, "tp": rest // sp} for sp in fitting]
+
+
+def query_parts(sizes: Mapping[str, int], heads: int) -> int:
+    """Return `Parallelism.query_parts` for a mesh: the fewest with which sp and tp share the heads evenly."""
+    return sizes["sp"] // math.gcd(sizes["sp"], heads // sizes["tp"])

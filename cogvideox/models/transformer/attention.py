@@ -1,8 +1,9 @@
 """Attention implementations, of which stage 2 chooses one by its name in the table IMPLEMENTATIONS.
 
 Each is a function over the heads of one chip, called as `function(query, key, value, kv_length=..., **options)`. The
-arrays are [batch, heads, sequence, head_dim]; only the first `kv_length` keys count; the scale is head_dim ** -0.5. The
-function returns [batch, heads, sequence, head_dim]. The table says which other options it takes.
+arrays are [batch, heads, tokens, head_dim], and there may be fewer queries than keys; only the first `kv_length` keys
+count; the scale is head_dim ** -0.5. The function returns an array like the queries. The table says which other options
+it takes.
 """
 
 import dataclasses
@@ -18,9 +19,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 import custom_splash_attention
 from cogvideox.errors import PlanError
-from cogvideox.models.shared import tap
-from cogvideox.models.shared.sharding import activation_spec
 from cogvideox.models.shared.sizes import MOST_ELEMENTS
+from cogvideox.models.transformer import taps
 
 
 def xla_attention(
@@ -87,33 +87,42 @@ def splash_attention(
     k_smooth: bool = True,
     interpret: bool = False,
 ) -> jax.Array:
-    """Run JAX's Splash Attention for TPUs; the sequence is padded to whole blocks, and padded keys are masked.
+    """Run JAX's Splash Attention for TPUs; queries and keys are padded to whole blocks, and padded keys are masked.
 
     With `k_smooth` the mean of the keys is subtracted first, which does not change the softmax.
     """
     block_sizes = block_sizes or BlockSizes()
     if k_smooth:
         key = key - key[:, :, :kv_length].mean(axis=2, keepdims=True, dtype=jnp.float32).astype(key.dtype)
-    batch, heads, length, head_dim = query.shape
-    whole = -(-length // 128) * 128
-    blocks = {field.name: min(getattr(block_sizes, field.name), whole) for field in dataclasses.fields(block_sizes)}
+    batch, heads, q_len, head_dim = query.shape
+    limits = {"block_q": _round_up(q_len, 128)}
+    blocks = {
+        field.name: min(getattr(block_sizes, field.name), limits.get(field.name, _round_up(key.shape[2], 128)))
+        for field in dataclasses.fields(block_sizes)
+    }
     step = math.lcm(blocks["block_q"], blocks["block_kv"])
-    padded = -(-length // step) * step
+    q_padded, kv_padded = _round_up(q_len, step), _round_up(key.shape[2], step)
 
     def prepare(x: jax.Array) -> jax.Array:  # the kernel has no batch axis: batch and heads become one
-        return jnp.pad(x, ((0, 0), (0, 0), (0, padded - length), (0, 0))).reshape(-1, padded, head_dim)
+        padded = _round_up(x.shape[2], step)
+        return jnp.pad(x, ((0, 0), (0, 0), (0, padded - x.shape[2]), (0, 0))).reshape(-1, padded, head_dim)
 
     mask = splash_attention_mask.MultiHeadMask(
-        [splash_attention_mask.FullMask((padded, padded)) for _ in range(batch * heads)]
+        [splash_attention_mask.FullMask((q_padded, kv_padded)) for _ in range(batch * heads)]
     )
     kernel = splash_attention_kernel.make_splash_mha_single_device(
         mask, block_sizes=splash_attention_kernel.BlockSizes(**blocks), interpret=interpret
     )
     # The segments keep padded keys out; by the compiler's schedule they cost 7 % (299 scores a cycle, not 320).
-    is_padding = (jnp.arange(padded) >= kv_length).astype(jnp.int32)
-    segments = splash_attention_kernel.SegmentIds(q=jnp.zeros(padded, jnp.int32), kv=is_padding)
+    is_padding = (jnp.arange(kv_padded) >= kv_length).astype(jnp.int32)
+    segments = splash_attention_kernel.SegmentIds(q=jnp.zeros(q_padded, jnp.int32), kv=is_padding)
     out = kernel(prepare(query * head_dim**-0.5), prepare(key), prepare(value), segments)
-    return out.reshape(batch, heads, padded, head_dim)[:, :, :length]
+    return out.reshape(batch, heads, q_padded, head_dim)[:, :, :q_len]
+
+
+def _round_up(length: int, multiple: int) -> int:
+    """Return the least multiple that is not below `length`."""
+    return -(-length // multiple) * multiple
 
 
 class Tiled(NamedTuple):
@@ -245,24 +254,24 @@ class Attention:
         """Compute attention; see the top of this file."""
         implementation = IMPLEMENTATIONS[self.name]
         options = dict(implementation.platform_options.get(self.platform, {})) | self._kernel_options()
-        if implementation.online_heads:
-            which = functools.partial(
-                implementation.online_heads, query, key, kv_length=kv_length, k_smooth=self.k_smooth
-            )
-            tap.tap("online_heads", which, activation_spec("attended heads"))
         return implementation.function(query, key, value, kv_length=kv_length, **options)
 
-    def tiled(self, queries: jax.Array, keys: jax.Array, values: jax.Array, kv_length: int) -> jax.Array:
-        """Compute attention of tiles [tiles, batch, heads, head_dim, 128]; only where `is_tiled`."""
+    def tiled(
+        self, queries: jax.Array, keys: jax.Array, values: jax.Array, kv_length: int, query_parts: int
+    ) -> jax.Array:
+        """Compute attention of tiles [tiles, batch, heads, head_dim, 128]; only where `is_tiled`.
+
+        The queries are one of `Parallelism.query_parts`.
+        """
         tiled, shape = IMPLEMENTATIONS[self.name].tiled, queries.shape
         assert tiled
-        queries, keys, values = (x.reshape(shape[0], -1, *shape[3:]) for x in (queries, keys, values))
+        queries, keys, values = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (queries, keys, values))
 
         def which() -> jax.Array:
             found = tiled.online_heads(queries, keys, kv_length=kv_length, k_smooth=self.k_smooth)
             return found.reshape(shape[1:3])
 
-        tap.tap("online_heads", which, activation_spec("attended heads"))
+        taps.tap_online_heads(which, query_parts)
         return tiled.function(queries, keys, values, kv_length=kv_length, **self._kernel_options()).reshape(shape)
 
     def _kernel_options(self) -> dict[str, Any]:

@@ -58,6 +58,17 @@ class BaseBlock(abc.ABC):
         """Bounds of the tokens that are not padding, for taps."""
         return {-2: (0, self.length)}
 
+    def exchanged(self, y: jax.Array, split_axis: int, concat_axis: int) -> jax.Array:
+        """Exchange tokens for heads, or heads for tokens, in groups of chips; see `Parallelism.query_parts`."""
+        groups = self.parallelism.exchanging
+        return jax.lax.all_to_all(y, "sp", split_axis, concat_axis, axis_index_groups=groups, tiled=True)
+
+    def gathered(self, y: jax.Array, axis: int) -> jax.Array:
+        """Gather the tokens of all groups, along an axis of keys or values."""
+        if self.parallelism.query_parts == 1:
+            return y
+        return jax.lax.all_gather(y, "sp", axis_index_groups=self.parallelism.gathering, axis=axis, tiled=True)
+
     def modulation(self, name: str) -> jax.Array:
         """Compute what the time embedding makes of the norm `name`: shifts, scales and gates, float32 [3, 2, embed].
 

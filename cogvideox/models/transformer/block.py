@@ -1,11 +1,11 @@
 """The transformer block that XLA compiles; source: `CogVideoXBlock`.
 
 Each chip holds whole rows of the sequence between the matrix products. For the products the chips along tp gather the
-rows, and split the heads and the MLP instead; for attention the chips along sp exchange rows for heads.
+rows, and split the heads and the MLP instead; for attention the chips along sp exchange rows for heads, all of them or
+in groups (`Parallelism.query_parts`).
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 
 import jax
@@ -22,6 +22,7 @@ from cogvideox.models.transformer.layers import QK_NORM_EPS, affine, layer_norm,
 FEED_FORWARD_TOKENS = {"tpu": 2048}
 ELSEWHERE = 16384
 TOKENS = 1  # the axis of the hidden states
+HEADS, ROWS = 1, 2  # axes of queries, keys and values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,13 @@ class Block(BaseBlock):
             key = normalized_and_rotated(key, self.parameters, "attn1.norm_k", self.rotary)
 
             # From a share of the tokens with all heads of this chip to all tokens with a share of the heads, and back.
-            exchange = functools.partial(jax.lax.all_to_all, axis_name="sp", tiled=True)
-            query, key, value = (exchange(y.astype(x.dtype), split_axis=1, concat_axis=2) for y in (query, key, value))
-            taps.tap_weights(lambda: (query, key), self.length, self.config["num_attention_heads"])
+            query, key, value = (self.exchanged(y.astype(x.dtype), HEADS, ROWS) for y in (query, key, value))
+            key, value = self.gathered(key, ROWS), self.gathered(value, ROWS)
+            taps.tap_weights(
+                lambda: (query, key), self.length, self.config["num_attention_heads"], self.parallelism.query_parts
+            )
             y = self.attention(query, key, value, kv_length=self.length)
-            y = exchange(y, split_axis=2, concat_axis=1)
+            y = self.exchanged(y, ROWS, HEADS)
 
             weight = self.parameters["attn1.to_out.0.weight"].reshape(x.shape[-1], self.heads, -1)
             y = jnp.einsum("bnsh,onh->bso", y, weight, preferred_element_type=jnp.float32)

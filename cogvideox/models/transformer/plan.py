@@ -11,13 +11,15 @@ from jax.sharding import Mesh
 
 from cogvideox.errors import PlanError
 from cogvideox.features import Features, features_of
+from cogvideox.models.shared.layouts import LAYOUTS
 from cogvideox.models.shared.plan import Plan
-from cogvideox.models.shared.sharding import MESH_AXES, Parallelism, choose_parallelism
+from cogvideox.models.shared.sharding import MESH_AXES, Parallelism, possible_parallelisms
 from cogvideox.models.shared.sizes import check_frames, check_sides
 from cogvideox.models.transformer.attention import Attention
 from cogvideox.models.transformer.embeddings import token_grid
 from cogvideox.models.transformer.parameters import sample_grid
 from cogvideox.models.transformer.scheduler import SAMPLERS, Sampler
+from cogvideox.models.transformer.seconds import step_seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class DenoisingPlan(Plan):
         num_inference_steps: denoising steps of the scheduler; `steps` is how many of them are run.
         guidance_scale: of classifier-free guidance; there is no guidance if it is at most 1.
         use_dynamic_cfg: whether it changes from step to step; see `guidance_at`.
-        parallelism: the mesh of devices, and the layout of the parameters on it.
+        parallelism: the mesh of devices, how they share attention, and the layout of the parameters.
         attention: the implementation, with its options.
         step_cache: whether full steps keep what the blocks add, for steps that leave them out.
         guidance_interval: the first and the last step with guidance, counted from 0; None for all steps.
@@ -139,6 +141,12 @@ class DenoisingPlan(Plan):
         """Tokens of one sample, text and video together."""
         return self.transformer["max_text_seq_length"] + self.video_tokens
 
+    @property
+    def step_seconds(self) -> float:
+        """Predicted seconds of a full step, guided if the plan is, up to a factor."""
+        samples, parallelism = self.batch * self.prompts, self.parallelism
+        return step_seconds(samples, self.tokens, self.transformer, parallelism, self.attention, self.dtype)
+
     def with_dtype(self, dtype: jax.typing.DTypeLike) -> Self:
         """See `Plan.with_dtype`; the attention kernel must be able to take arrays of the dtype."""
         self.attention.check(self.transformer["attention_head_dim"], dtype)
@@ -147,13 +155,16 @@ class DenoisingPlan(Plan):
     @property
     def program_options(self) -> dict:
         """Everything that the compiled step depends on, except the configs and the shapes of its arguments."""
-        return {
+        always = {
             "mesh": dict(self.mesh.shape),
             "layout": self.parallelism.layout,
             "attention": self.attention.name,
             "blocks": self.attention.block_sizes or "default",
             "k_smooth": self.attention.k_smooth,
-        } | ({"step_cache": True} if self.step_cache else {})
+        }
+        parts = self.parallelism.query_parts
+        some = {"step_cache": self.step_cache, "query_parts": parts if parts > 1 else None}
+        return always | {name: value for name, value in some.items() if value}
 
 
 class StepKind(NamedTuple):
@@ -198,7 +209,7 @@ def make_denoising_plan(
 
     Args:
         attention, block_sizes, use_k_smooth: see `Attention.choose`.
-        use_dp, sp_num, mesh_order, layout: see `choose_parallelism`.
+        use_dp, sp_num, mesh_order, layout: see `possible_parallelisms`, of which the fastest by prediction is taken.
         step_cache, guidance_interval, strength: see `DenoisingPlan`.
 
     Raises:
@@ -207,6 +218,7 @@ def make_denoising_plan(
     # dp splits what all steps have: those without guidance have the positive prompts alone.
     sequences = batch * (2 if guidance_scale > 1.0 and guidance_interval is None else 1)
     heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
+    possible = possible_parallelisms(devices, heads, sequences, use_dp, sp_num, mesh_order, layout)
     plan = DenoisingPlan(
         transformer=transformer,
         vae=vae,
@@ -219,20 +231,22 @@ def make_denoising_plan(
         use_dynamic_cfg=use_dynamic_cfg,
         batch=batch,
         dtype=jnp.dtype(dtype),
-        parallelism=choose_parallelism(devices, heads, sequences, use_dp, sp_num, mesh_order, layout),
+        parallelism=possible[0],
         attention=Attention.choose(attention, platform, block_sizes, use_k_smooth, head_dim, dtype),
         step_cache=step_cache,
         guidance_interval=guidance_interval,
         strength=strength,
     )
     check_plan(plan)
-    return plan
+    plans = [dataclasses.replace(plan, parallelism=parallelism) for parallelism in possible]
+    return min(plans, key=lambda plan: plan.step_seconds)
 
 
 def check_plan(plan: DenoisingPlan) -> None:
     """Raise PlanError, naming values that work, if the scheduler, the sizes or the number of steps cannot be run."""
     check_sides(plan.vae, plan.transformer, plan.height, plan.width)
     check_frames(plan.vae, plan.frames)
+    check_layout(plan)
     if plan.scheduler["_class_name"] not in SAMPLERS:
         name = plan.scheduler["_class_name"]
         raise PlanError(None, f"scheduler {name} is not supported, only {' and '.join(SAMPLERS)}")
@@ -249,6 +263,14 @@ def check_plan(plan: DenoisingPlan) -> None:
         message = f"{plan.num_inference_steps} leaves no step at strength {strength:g}; at least {least} does"
         raise PlanError("num_inference_steps", message)
     check_guidance(plan)
+
+
+def check_layout(plan: DenoisingPlan) -> None:
+    """Raise PlanError if the layout does not let the chips have equal shares of the weights."""
+    layout, mesh = plan.parallelism.layout, plan.mesh
+    chips = math.prod(mesh.shape[axis] for axis in LAYOUTS[layout]["heads"])
+    if (width := plan.transformer["num_attention_heads"] * plan.transformer["attention_head_dim"]) % chips:
+        raise PlanError("layout", f"{layout} does not work: {chips} chips cannot share weights of width {width} evenly")
 
 
 def check_guidance(plan: DenoisingPlan) -> None:

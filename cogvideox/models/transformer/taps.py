@@ -60,33 +60,61 @@ def tap_heads(x: jax.Array, parameters: Mapping, heads: int, bounds: tap.Bounds)
         tap.tap(f"norm_{letter}", array, activation_spec("projected heads"), bounds, same_values)
 
 
-def tap_weights(queries_and_keys: Callable[[], tuple[jax.Array, jax.Array]], length: int, heads: int) -> None:
+def tap_weights(
+    queries_and_keys: Callable[[], tuple[jax.Array, jax.Array]], length: int, heads: int, query_parts: int
+) -> None:
     """Tap the attention weights of the queries and heads that are wanted, over all keys, float32.
 
     They are computed for the tap, exactly: a kernel keeps no weights. They come out as [batch, heads, queries, keys].
 
     Args:
-        queries_and_keys: computes what the kernel takes, [batch / dp, heads of this chip, tokens, head_dim] each.
+        queries_and_keys: computes what the kernel takes, [batch / dp, heads of this chip, tokens, head_dim] each, the
+            queries of this chip's part and all keys.
         length: tokens that are not padding; they are the first.
         heads: of the model.
+        query_parts: see `Parallelism`.
     """
 
     def weights() -> jax.Array:
         wanted = tap.wanted()
         query, key = (x.astype(jnp.float32) for x in queries_and_keys())
-        query = query[:, :, jnp.asarray(wanted.queries if wanted.queries is not None else some_queries(length))]
+        group, member = jnp.divmod(jax.lax.axis_index("sp"), jax.lax.axis_size("sp") // query_parts)
+        queries = jnp.asarray(wanted.queries if wanted.queries is not None else some_queries(length))
+        query, has_query = chosen(query, queries - group * query.shape[2], axis=2)
         precision = jax.lax.Precision.HIGHEST
         scores = jnp.einsum("bnqh,bnkh->bnqk", query, key[:, :, :length], precision=precision) * key.shape[-1] ** -0.5
         own = jax.nn.softmax(scores, axis=-1)
         # The chip's heads are neighbours; of the axes that split them, tp is the outer and sp the inner one. Each chip
-        # has zeros in the place of those that are not its own.
-        first = (jax.lax.axis_index("tp") * jax.lax.axis_size("sp") + jax.lax.axis_index("sp")) * own.shape[1]
-        place = jnp.asarray(range(heads) if wanted.heads is None else wanted.heads) - first
-        is_own = (place >= 0) & (place < own.shape[1])
-        chosen = jnp.where(is_own[:, None, None], jnp.take(own, place, axis=1, mode="clip"), 0.0)
-        return jax.lax.psum(chosen, ("sp", "tp"))
+        # has zeros in the place of heads and queries that are not its own.
+        first = (jax.lax.axis_index("tp") * (jax.lax.axis_size("sp") // query_parts) + member) * own.shape[1]
+        own, has_head = chosen(own, jnp.asarray(range(heads) if wanted.heads is None else wanted.heads) - first, axis=1)
+        return jax.lax.psum(jnp.where(has_head[:, None, None] & has_query[:, None], own, 0.0), ("sp", "tp"))
 
     tap.tap("weights", weights, activation_spec("attention weights"))
+
+
+def chosen(x: jax.Array, places: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Take what `x` has at places along an axis; returns it, and which of the places are in `x`."""
+    return jnp.take(x, places, axis=axis, mode="clip"), (places >= 0) & (places < x.shape[axis])
+
+
+def tap_online_heads(which: Callable[[], jax.Array], query_parts: int) -> None:
+    """Tap which heads take the slower of the attention's two kernels; a head does if it does for any of its queries.
+
+    Args:
+        which: computes it for the heads and the queries of this chip, bool [batch / dp, heads of this chip].
+        query_parts: see `Parallelism`.
+    """
+
+    def of_all_groups() -> jax.Array:  # [batch / dp, heads / tp]
+        found = jax.lax.all_gather(which(), "sp")
+        found = found.reshape(query_parts, -1, *found.shape[1:]).any(0)
+        return jnp.swapaxes(found, 0, 1).reshape(found.shape[1], -1)
+
+    if query_parts == 1:
+        tap.tap("online_heads", which, activation_spec("attended heads"))
+    else:
+        tap.tap("online_heads", of_all_groups, activation_spec("heads of all groups"))
 
 
 def some_queries(length: int) -> list[int]:

@@ -10,9 +10,6 @@ from collections.abc import Callable
 from cogvideox.errors import PlanError
 from cogvideox.models.transformer.plan import DenoisingPlan
 
-# Figures of a v6e chip. Only their ratio counts here, and other chips have a similar one.
-FLOPS = 0.35 * 918e12  # a second: the peak, times the share of it that a step reaches in the compiler's schedule
-BANDWIDTH = 100e9  # bytes a second of a link between chips, one way
 NEGLIGIBLE = 1e-3  # of the seconds: a larger batch must gain more
 
 
@@ -34,24 +31,7 @@ def fastest(make: Callable[..., DenoisingPlan], videos: int, devices: int) -> De
         raise errors[0]
 
     def better(best: DenoisingPlan, plan: DenoisingPlan) -> DenoisingPlan:
-        least, seconds = (-(-videos // one.batch) * step_seconds(one) for one in (best, plan))
+        least, seconds = (-(-videos // one.batch) * one.step_seconds for one in (best, plan))
         return plan if seconds < (1 - NEGLIGIBLE) * least else best
 
     return functools.reduce(better, plans)
-
-
-def step_seconds(plan: DenoisingPlan) -> float:
-    """Predict the seconds of a guided, full step, up to a factor: of its products, and of its exchanges.
-
-    In each block all chips that share a sample exchange query, key, value and output: over sp from shares of the
-    sequence to shares of the heads and back, over tp twice a gather and twice a sum of the hidden states.
-    """
-    config, mesh = plan.transformer, plan.mesh
-    dp, sp, tp = (mesh.shape[axis] for axis in ("dp", "sp", "tp"))
-    width = config["num_attention_heads"] * config["attention_head_dim"]
-    samples = plan.batch * plan.prompts
-    weights = 12 * width**2  # of the products of a block: four in attention, the MLP has four times the width
-    products = samples * config["num_layers"] * (2 * weights * plan.tokens + 4 * width * plan.tokens**2)
-    share = samples / dp * plan.tokens / (sp * tp) * width * plan.dtype.itemsize  # bytes of a chip's hidden states
-    exchanged = 4 * config["num_layers"] * share * ((sp - 1) / sp + (tp - 1))
-    return products / mesh.size / FLOPS + exchanged / BANDWIDTH

@@ -20,6 +20,9 @@ from cogvideox.models.transformer.attention import Attention
 from cogvideox.models.transformer.base_block import BaseBlock
 from cogvideox.models.transformer.layers import QK_NORM_EPS
 
+CHIPS = 0  # the axis that counts to which, or from which, chip of its group along sp a chip exchanges what
+TILES = 0  # the axis of tiles
+
 
 @dataclasses.dataclass(frozen=True)
 class TiledBlock(BaseBlock):
@@ -38,21 +41,22 @@ class TiledBlock(BaseBlock):
 
     def self_attention(self, hidden: jax.Array) -> jax.Array:
         """Apply the first half of the block: norm, attention, gated residual."""
-        sp, interpret = self.parallelism.sp, self.attention.interpret
+        parts, interpret = self.parallelism.head_parts, self.attention.interpret
         x, gates = self.modulated_norm(hidden, "norm1")
         with tap.scope("attn1"):
             taps.tap_heads(x, self.parameters, self.heads, self.bounds)
 
             def project(letter: str, norm: kernels.QKNorm | None) -> jax.Array:
                 weight, bias = self.weight(f"attn1.to_{letter}.weight"), self.parameters.get(f"attn1.to_{letter}.bias")
-                y = kernels.to_heads(x, weight, bias, self.heads, sp, norm, interpret)
-                return exchanged(y).reshape(-1, *y.shape[2:])
+                y = kernels.to_heads(x, weight, bias, self.heads, parts, norm, interpret)
+                return self.exchanged(y, CHIPS, CHIPS).reshape(-1, *y.shape[2:])
 
-            query, key = project("q", self.norm("q")), project("k", self.norm("k"))
-            value = project("v", None)
-            taps.tap_weights(lambda: (rows(query), rows(key)), self.length, self.config["num_attention_heads"])
-            y = self.attention.tiled(query, key, value, self.length)
-            y = exchanged(y.reshape(sp, -1, *y.shape[1:]))
+            query, key = project("q", self.norm("q")), self.gathered(project("k", self.norm("k")), TILES)
+            value = self.gathered(project("v", None), TILES)
+            all_heads, query_parts = self.config["num_attention_heads"], self.parallelism.query_parts
+            taps.tap_weights(lambda: (rows(query), rows(key)), self.length, all_heads, query_parts)
+            y = self.attention.tiled(query, key, value, self.length, query_parts)
+            y = self.exchanged(y.reshape(parts, -1, *y.shape[1:]), CHIPS, CHIPS)
             weight = self.weight("attn1.to_out.0.weight")
             product = functools.partial(kernels.from_heads, y, weight, interpret=interpret)
             return self.added(product, hidden, "attn1.to_out.0", gates)
@@ -111,8 +115,3 @@ def rows(tiles: jax.Array) -> jax.Array:
     """Turn tiles [tiles, batch, heads, head_dim, 128] into rows [batch, heads, tokens, head_dim]."""
     _, batch, heads, head_dim, _ = tiles.shape
     return tiles.transpose(1, 2, 0, 4, 3).reshape(batch, heads, -1, head_dim)
-
-
-def exchanged(y: jax.Array) -> jax.Array:
-    """Exchange tokens for heads, or heads for tokens, over sp: axis 0 counts the chips to which, or from which."""
-    return jax.lax.all_to_all(y, "sp", split_axis=0, concat_axis=0, tiled=True)

@@ -41,7 +41,7 @@ def to_heads(
     weight: Weight,
     bias: jax.Array | None,
     heads: int,
-    sp: int,
+    parts: int,
     norm: QKNorm | None,
     interpret: bool,
 ) -> jax.Array:
@@ -52,16 +52,16 @@ def to_heads(
         weight: of heads * head_dim outputs.
         bias: [heads * head_dim] or None.
         heads: of this chip before the exchange.
-        sp: chips that share them after the exchange.
+        parts: chips of a group, which share them after the exchange.
         norm: for queries and keys.
         interpret: run in Pallas' interpreter.
 
     Returns:
-        [sp, tiles, batch, heads / sp, head_dim, 128], of the dtype of x.
+        [parts, tiles, batch, heads / parts, head_dim, 128], of the dtype of x.
     """
     batch, tokens, embed = x.shape
-    head_dim, tiles, own = weight.outputs // heads, tokens // LANES, heads // sp
-    chips, block_heads = head_blocks(sp, own, fitting(ROWS, x.dtype) // head_dim)
+    head_dim, tiles, own = weight.outputs // heads, tokens // LANES, heads // parts
+    chips, block_heads = head_blocks(parts, own, fitting(ROWS, x.dtype) // head_dim)
     block_tiles, groups = min(TOKENS // LANES, tiles), own // block_heads
     rows = chips * block_heads * head_dim
     bias = jnp.zeros(weight.outputs, jnp.float32) if bias is None else bias.astype(jnp.float32)
@@ -78,23 +78,23 @@ def to_heads(
         "to_heads",
         (jnp.int32(0), weight.layer),
         [x, weight.stack, *arrays],
-        grid=(sp // chips * groups, batch, pl.cdiv(tiles, block_tiles)),
+        grid=(parts // chips * groups, batch, pl.cdiv(tiles, block_tiles)),
         in_specs=[x_spec, weight.spec(rows), *specs],
         out_specs=pl.BlockSpec(
             (chips, block_tiles, 1, block_heads, head_dim, LANES),
             lambda n, b, t, scalars: (n // groups, t, b, n % groups, 0, 0),
         ),
-        out_shape=jax.ShapeDtypeStruct((sp, tiles, batch, own, head_dim, LANES), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((parts, tiles, batch, own, head_dim, LANES), x.dtype),
         products=x.size * weight.outputs,
-        moved=x.size * (sp // chips * groups) + weight.size + batch * tokens * weight.outputs,
+        moved=x.size * (parts // chips * groups) + weight.size + batch * tokens * weight.outputs,
         interpret=interpret,
     )
 
 
-def head_blocks(sp: int, own: int, most: int) -> tuple[int, int]:
-    """Choose how many of the sp chips, and how many of the `own` heads of each, a block has: `most` heads or one."""
+def head_blocks(parts: int, own: int, most: int) -> tuple[int, int]:
+    """Choose how many of a group's chips, and how many of the `own` heads of each, a block has: `most` heads or one."""
     block_heads = max(n for n in range(1, own + 1) if own % n == 0 and n <= max(most, 1))
-    chips = max(n for n in range(1, sp + 1) if sp % n == 0 and (n == 1 or n * own <= most))
+    chips = max(n for n in range(1, parts + 1) if parts % n == 0 and (n == 1 or n * own <= most))
     return chips, block_heads
 
 

@@ -53,7 +53,7 @@ def from_heads(x: jax.Array, weight: Weight, residual: Residual | None, interpre
     """Multiply heads by the weight of the output projection, and add the result to a `residual` if there is one.
 
     Args:
-        x: [sp, tiles, batch, heads / sp, head_dim, 128].
+        x: [parts, tiles, batch, heads / parts, head_dim, 128], see `to_heads`.
         weight: of embed outputs and heads * head_dim inputs.
         residual: where this chip has all heads; None for its part of the product alone.
         interpret: run in Pallas' interpreter.
@@ -61,12 +61,12 @@ def from_heads(x: jax.Array, weight: Weight, residual: Residual | None, interpre
     Returns:
         [batch, tokens, embed] of the dtype of x.
     """
-    sp, tiles, batch, own, head_dim, _ = x.shape
+    parts, tiles, batch, own, head_dim, _ = x.shape
     embed, block_tiles = weight.outputs, min(TOKENS // LANES, tiles)
     columns = block_of_outputs(embed, fitting(ROWS, x.dtype))
     tokens_spec = pl.BlockSpec((1, block_tiles * LANES, columns), lambda n, b, t, scalars: (b, t, n))
     text_tokens, arrays, specs = _epilogue(residual, tokens_spec, columns, embed)
-    x_spec = pl.BlockSpec((sp, block_tiles, 1, own, head_dim, LANES), lambda n, b, t, scalars: (0, t, b, 0, 0, 0))
+    x_spec = pl.BlockSpec((parts, block_tiles, 1, own, head_dim, LANES), lambda n, b, t, scalars: (0, t, b, 0, 0, 0))
     return call(
         functools.partial(_from_heads, interpret=interpret),
         "from_heads",
