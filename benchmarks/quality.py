@@ -336,7 +336,7 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     """
     from safetensors.torch import load_file
 
-    from cogvideox.models.transformer.denoising import Denoising, ImagePosterior
+    from cogvideox.models.transformer.denoising import Denoising, Posterior
     from cogvideox.models.transformer.parameters import load_parameters
     from cogvideox.models.transformer.step import abstract_arguments, make_step
 
@@ -354,7 +354,7 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     def denoise(file: Path, seed: int) -> np.ndarray:
         prompts = load_file(file)
         embeds = prompts["prompt_embeds"], prompts["negative_prompt_embeds"]
-        image = ImagePosterior(*(prompts[name] for name in IMAGE_TENSORS)) if plan.features.image else None
+        image = Posterior(*(prompts[name] for name in IMAGE_TENSORS)) if plan.features.image else None
         run = Denoising(plan, parameters, *embeds, [seed], skipped, image).run(programs)
         (state,) = collections.deque(run, maxlen=1)
         return np.asarray(state.latents[:, plan.surplus_frames :]).swapaxes(1, 2)

@@ -53,8 +53,8 @@ def first_frames(path: Path, number: int, height: int, width: int) -> "np.ndarra
     found = 0
     try:
         with imageio.get_reader(path, format="FFMPEG") as reader:
-            for frame in itertools.islice(reader, number):
-                frames[found] = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
+            for frame in itertools.islice(iter(reader), number):
+                frames[found] = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
                 found += 1
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"{path} is no video that ffmpeg can read: {first_line(error)}") from error
