@@ -354,7 +354,10 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     def denoise(file: Path, seed: int) -> np.ndarray:
         prompts = load_file(file)
         embeds = prompts["prompt_embeds"], prompts["negative_prompt_embeds"]
-        image = ImagePosterior(*(prompts[name] for name in IMAGE_TENSORS)) if plan.features.image else None
+        image = None
+        if plan.features.image:
+            mean, logvar = (prompts[name] for name in IMAGE_TENSORS)
+            image = ImagePosterior(mean, logvar)
         run = Denoising(plan, parameters, *embeds, [seed], skipped, image).run(programs)
         (state,) = collections.deque(run, maxlen=1)
         return np.asarray(state.latents[:, plan.surplus_frames :]).swapaxes(1, 2)

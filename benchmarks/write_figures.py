@@ -93,7 +93,7 @@ def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows))
 
 
-def size_text(size: tuple[int, int, int]) -> str:
+def size_text(size: Sequence[int]) -> str:
     """Return a size as pages name it, such as "768 x 1360 x 81"."""
     return " x ".join(map(str, size))
 
