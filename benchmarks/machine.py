@@ -161,7 +161,8 @@ class Machine:
     @functools.cached_property
     def transformer(self) -> dict:
         """The transformer's config."""
-        return checkpoint.read_config(self.model, "transformer") | dict(self.scale.transformer)
+        found = checkpoint.read_config(self.model, "transformer") | dict(self.scale.transformer)
+        return found | ({"ofs_embed_dim": found["time_embed_dim"]} if found["ofs_embed_dim"] else {})
 
     @functools.cached_property
     def vae(self) -> dict:
