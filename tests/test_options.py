@@ -110,7 +110,7 @@ MAINS = {
         (STAGE1, "--prompt x --seed 1", f"--seed belongs to {STAGE2} (see"),
         (STAGE1, "--prompt x --num-frames 9", f"--frames belongs to {STAGE2} (see"),
         (STAGE1, "--prompt x --fps 9", f"--fps belongs to {STAGE2} and {STAGE3} (see"),
-        (STAGE1, "--prompt x --hieght 9", f"did you mean --height of {STAGE2}?"),
+        (STAGE1, "--prompt x --farmes 9", f"did you mean --frames of {STAGE2}?"),
         (STAGE1, "--prompt x --zzz", "unknown option --zzz (see --help)"),
         (STAGE1, "--prompt x --output_path a.mp4", "--output_dir: a.mp4 is the name of a video"),
         (STAGE2, "--prompt x", f"--prompt belongs to {STAGE1} (see"),
@@ -118,7 +118,7 @@ MAINS = {
         (STAGE2, "num_frames=9", "did you mean --frames=9?"),
         (STAGE2, "outputs", 'write --input_dir "outputs"'),
         (STAGE2, "--attention flash", "splash_exp2"),
-        (STAGE3, "--height 9", f"--height belongs to {STAGE2} (see"),
+        (STAGE3, "--frames 9", f"--frames belongs to {STAGE2} (see"),
         (TOOL, "stage2 --seed 3", f"stage2: error: unknown option --seed; --seed belongs to {STAGE2} (see"),
         (
             TOOL,

@@ -122,13 +122,13 @@ def _add_video_options(parser: ArgumentParser) -> None:
         "--seed",
         type=number(int, 0, MOST_SEED),
         default=SEED,
-        help="seed of the noise, unless the prompt's line of stage 1's --prompt_file says one",
+        help="seed of the noise, unless the prompt's line in a prompt file says one",
     )
     group.add_argument(
         "--image_latent_scale",
         choices=IMAGE_LATENT_SCALES,
         default=IMAGE_LATENT_SCALES[0],
-        help="how the latents of --image are scaled: as diffusers does by the VAE's config, or not at all, as the "
+        help="how the latents of the image are scaled: as diffusers does by the VAE's config, or not at all, as the "
         "authors' own code (sat); for models that take an image",
     )
     group.add_argument(
