@@ -135,7 +135,10 @@ class Machine:
         """Tokens for the attention kernel: those of the scale, the first of them the model's own if it is another."""
         if self.is_of_the_tables or self.scale.videos is not None:
             return self.scale.lengths
-        return self.denoising_plan(self.size, False, devices=self.devices[:1]).tokens, self.scale.lengths[0]
+        import jax
+
+        plan = self.denoising_plan(self.size, False, devices=jax.devices("cpu")[:1], platform="cpu")
+        return plan.tokens, self.scale.lengths[0]
 
     def video(self, size: Size) -> Size:
         """Return height, width and frames that are run in the place of a size."""
@@ -161,8 +164,8 @@ class Machine:
     @functools.cached_property
     def transformer(self) -> dict:
         """The transformer's config."""
-        found = checkpoint.read_config(self.model, "transformer") | dict(self.scale.transformer)
-        return found | ({"ofs_embed_dim": found["time_embed_dim"]} if found["ofs_embed_dim"] else {})
+        config = checkpoint.read_config(self.model, "transformer") | dict(self.scale.transformer)
+        return config | ({"ofs_embed_dim": config["time_embed_dim"]} if config["ofs_embed_dim"] else {})
 
     @functools.cached_property
     def vae(self) -> dict:

@@ -250,7 +250,7 @@ def hashed(shape: tuple[int, ...], seed: int) -> "jax.Array":
 
 
 def start_denoising(plan: "DenoisingPlan", weights: "Mapping[str, jax.Array]") -> "denoising.Denoising":
-    """Return a run of a plan from drawn prompts, which bfloat16 holds exactly, as it does the noise."""
+    """Return a run of a plan from drawn prompts and images, which bfloat16 holds exactly, as it does the noise."""
     from cogvideox.models.transformer.denoising import Denoising
 
     return Denoising(plan, weights, *draw_prompts(plan), [LATENT_SEED] * plan.batch, image=draw_image(plan))
