@@ -1,7 +1,8 @@
 """Run stage 1: encode the prompt with the model's T5 encoder, and the image if there is one, on the CPU.
 
-Writes stage1_embeddings.safetensors and generation_config.json (entries of text and image only) to --output_dir. With
---prompt_file each prompt has a folder of its own there; see cogvideox/files/videos.py.
+A video to change is encoded on all chips. Writes stage1_embeddings.safetensors and generation_config.json (entries of
+text, image and video only) to --output_dir. With --prompt_file each prompt has a folder of its own there; see
+cogvideox/files/videos.py.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from cogvideox.files.names import INDEX
 from cogvideox.files.prompts import Prompt, read_prompts
 from cogvideox.files.schemas import EMBEDDING_ENTRIES
 from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors, values_by_dtype
-from cogvideox.run import image_encoding, page_cache
+from cogvideox.run import image_encoding, page_cache, video_encoding
 from cogvideox.run.accelerator import prepare_libraries
 from utils import CONFIG, EMBEDDINGS
 
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         model_id = checkpoint.resolve_model_id(arguments.model_id)
         page_cache.warm(model_id, "text_encoder", arguments.variant)
         transformer = checkpoint.read_config(model_id, "transformer")
+        video_encoding.check_model(model_id, transformer, arguments)
         images, taken = image_encoding.images_of(prompts, model_id, transformer, arguments)
+        frames = video_encoding.frames_of(model_id, arguments)
 
         report.title(f"Stage 1: text encoder of {model_id}")
         for line in taken:
@@ -74,11 +77,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         negative = Prompt(arguments.negative_prompt, output_dir, "--negative_prompt")
         check_lengths(tokenizer, length, prompts, negative, report)
         warn_of_unknown(tokenizer, [*prompts, negative], report)
-        encoded = {}
+        if images or frames is not None:
+            weights |= provenance.weights(model_id, "vae", arguments.variant)
+        encoded, of_video = {}, {}
         if images:
             with report.phase("image"):
                 encoded = image_encoding.encode_images(images, model_id, arguments, report)
-                weights |= provenance.weights(model_id, "vae", arguments.variant)
+        if frames is not None:
+            weights |= {str(arguments.video.absolute()): provenance.file_digest(arguments.video)}
+            with report.phase("video"):
+                of_video = video_encoding.encode_video(frames, model_id, arguments, report)
         with report.phase("run"):
             negative_prompt_embeds = encode(tokenizer, encoder, negative.text, length)
             check_finite(negative_prompt_embeds, model_id)
@@ -86,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 prompt_embeds = encode(tokenizer, encoder, prompt.text, length)
                 check_finite(prompt_embeds, model_id)
                 texts = {"model_id": model_id, "prompt": prompt.text, "negative_prompt": negative.text}
-                config = texts | prompt.entries(arguments.height, arguments.width)
-                tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds}
+                config = texts | prompt.entries(arguments.height, arguments.width) | entries_of_video(arguments)
+                tensors = {"prompt_embeds": prompt_embeds, "negative_prompt_embeds": negative_prompt_embeds} | of_video
                 inputs = weights.copy()
                 if prompt.image:
                     tensors |= encoded[prompt.image].tensors
@@ -117,13 +125,21 @@ def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
     return [Prompt(arguments.prompt, arguments.output_dir, "--prompt", image=image)]
 
 
+def entries_of_video(arguments: argparse.Namespace) -> dict[str, object]:
+    """Return what generation_config.json has of a video to change."""
+    if not arguments.video:
+        return {}
+    settings = {name: getattr(arguments, name) for name in ("strength", "height", "width", "frames")}
+    return {"video": str(arguments.video.absolute()), **settings}
+
+
 def check_outputs(prompts: Sequence[Prompt], arguments: argparse.Namespace) -> None:
     """Raise UserError if a file of the stage would replace an input or the log, or cannot be written."""
     outputs = [prompt.folder / name for prompt in prompts for name in (EMBEDDINGS, CONFIG)]
     outputs += [arguments.output_dir / INDEX] if arguments.prompt_file else []
     there = [("--output_dir", path) for path in outputs if path.parent.is_dir()]
-    images = {prompt.image for prompt in prompts}
-    writing.check_outputs(there, [arguments.log_json, arguments.prompt_file, *images], arguments.model_id)
+    inputs = [arguments.log_json, arguments.prompt_file, arguments.video, *{prompt.image for prompt in prompts}]
+    writing.check_outputs(there, inputs, arguments.model_id)
 
 
 def check_lengths(

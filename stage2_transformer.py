@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not hosts.are_many:  # of which each may read its part alone
             page_cache.warm(model_id, "transformer", arguments.variant)
         devices = accelerator.devices(arguments.debug)
-        plan = denoising_plan(arguments, model_id, devices, devices[0].platform, len(videos))
+        strength = jobs.strength_of(videos)
+        plan = denoising_plan(arguments, model_id, devices, devices[0].platform, len(videos), strength=strength)
         jobs.check_embeddings(shapes, plan)
-        check_dump(arguments, plan.num_inference_steps)
+        check_dump(arguments, plan.steps)
 
         report.title(f"Stage 2: transformer of {model_id}")
         for line in (*taken, *made_for.untrained(plan.height, plan.width, plan.frames)):

@@ -295,7 +295,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, has_image
     if has_image:
         _, _, channels, *size = plan.latent_shape
         mean, logvar = torch.randn(2, 1, channels, 1, *size, generator=generator)
-        image = denoising.ImagePosterior(mean, logvar)
+        image = denoising.Posterior(mean, logvar)
     shapes = abstract_arguments(plan).parameters
     values = np.random.default_rng(0)
     parameters = {name: jax.numpy.asarray(values.normal(0, 0.1, s.shape), s.dtype) for name, s in shapes.items()}

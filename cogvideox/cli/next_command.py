@@ -12,10 +12,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from cogvideox.defaults import IMAGE_LATENT_SCALES, LAYOUT, MODEL_NAME, SEED, USE_DP
+from cogvideox.defaults import IMAGE_LATENT_SCALES, LAYOUT, MODEL_NAME, SEED, STRENGTH, USE_DP
 from cogvideox.errors import UserError
 from cogvideox.files import generation_defaults, stage_files, videos
-from cogvideox.files.names import LATENTS, ROOT, STATE
+from cogvideox.files.names import GIVEN_TENSORS, LATENTS, ROOT, STATE
 from cogvideox.files.provenance import recorded, stale_inputs
 from cogvideox.files.schemas import TextConfig, VideoConfig
 
@@ -26,7 +26,8 @@ STAGE3 = {"torchax": "stage3_vae_decoder.py", "flax": "stage3_vae_decoder_flax.p
 # of `generation_defaults.OURS` beside them.
 OF_WEIGHTS: dict[str, Any] = {"variant": None, "dtype": None}
 OF_STAGE1: dict[str, Any] = {
-    **{"model_id": MODEL_NAME, "negative_prompt": "", "image": None, "height": None, "width": None},
+    **{"model_id": MODEL_NAME, "negative_prompt": "", "image": None, "video": None, "strength": STRENGTH},
+    **{"height": None, "width": None, "frames": None},
     **OF_WEIGHTS,
 }
 OF_STAGE2: dict[str, Any] = {
@@ -37,7 +38,7 @@ OF_STAGE2: dict[str, Any] = {
     **OF_WEIGHTS,
 }
 OF_STAGE3: dict[str, Any] = {"fps": None, "allow_nan": False, "chip_rows": None, "strips": None, **OF_WEIGHTS}
-SIZE = ("height", "width")
+SIZE = ("height", "width", "frames")
 LISTS = {"guidance_interval", "lora", "block_sizes"}
 
 
@@ -51,7 +52,7 @@ def stage1(output_dir: Path, given: Sequence[object], options: Mapping[str, Any]
     """
     model_id = options.get("model_id")
     by_default = OF_STAGE1 | (_size_of(model_id) if isinstance(model_id, str) else {})
-    paths = {name: here(path) for name in ("model_id", "image") if isinstance(path := options.get(name), str)}
+    paths = {name: here(path) for name in ("model_id", *GIVEN_TENSORS) if isinstance(path := options.get(name), str)}
     return command(STAGE1, *given, "--output_dir", output_dir, *words({**options, **paths}, by_default))
 
 
@@ -59,8 +60,8 @@ def stage2(input_dir: Path, output_dir: Path, model_id: str | None, options: Map
     """Return the command of stage 2; `options` are values of OF_STAGE2 and `generation_defaults.OURS`, by name."""
     made_for = generation_defaults.of_model(model_id or MODEL_NAME, download=False)
     by_default = generation_defaults.by_default(made_for, options.get("preset")) | {"preset": None}
-    if _has_image(input_dir):  # whose size stage 2 takes
-        options = {name: value for name, value in options.items() if name not in SIZE}
+    given = _given_size(input_dir)  # which stage 2 takes
+    options = {name: value for name, value in options.items() if name not in given}
     others = [] if output_dir == input_dir else ["--output_dir", output_dir]
     return command(STAGE2, "--input_dir", input_dir, *others, *words(options, by_default | OF_STAGE2))
 
@@ -71,15 +72,16 @@ def stage3(input_dir: Path, options: Mapping[str, Any]) -> str:
     return command(script, "--input_dir", input_dir, *words(options, OF_STAGE3))
 
 
-def _has_image(folder: Path) -> bool:
-    """Return whether stage 1 has encoded an image for the first prompt of a folder."""
+def _given_size(folder: Path) -> Sequence[str]:
+    """Return what of SIZE is that of the image or of the video that stage 1 has encoded for a folder's first prompt."""
     with contextlib.suppress(UserError):
-        return bool(stage_files.read_config(videos.prompts(folder)[0], TextConfig).get("image"))
-    return False
+        config = stage_files.read_config(videos.prompts(folder)[0], TextConfig)
+        return SIZE if config.get("video") else SIZE[:2] if config.get("image") else ()
+    return ()
 
 
 def _size_of(model_id: str) -> dict[str, Any]:
-    """Return the height and the width that stage 1 takes for the images of a model where nobody gives them."""
+    """Return the size that stage 1 takes for the images and videos of a model where nobody gives it."""
     entries = generation_defaults.of_model(model_id).entries
     return {name: entries.get(name, generation_defaults.OURS[name]) for name in SIZE}
 

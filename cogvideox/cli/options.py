@@ -72,9 +72,9 @@ def add_side_options(parser: ArgumentParser, what: str = "the video") -> None:
     group.add_argument("--width", type=pixels, help=f"width of {what} in pixels {models_or(WIDTH)}")
 
 
-def add_size_options(parser: ArgumentParser) -> None:
-    """Add the video's height, width and frames."""
-    add_side_options(parser)
+def add_size_options(parser: ArgumentParser, what: str = "the video") -> None:
+    """Add height and width, and frames of the video; `what` has them."""
+    add_side_options(parser, what)
     parser.group("video").add_argument(
         "--frames",
         type=number(int, 1, MOST_FRAMES),

@@ -18,13 +18,13 @@ from cogvideox.cli.options import (
     add_lora_option,
     add_preset_option,
     add_profile_option,
-    add_side_options,
+    add_size_options,
     add_weight_options,
     models_or,
 )
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.types import file_path, folder_path, frame_rate, model_id, number, utf8, video_path
-from cogvideox.defaults import FPS, IMAGE_LATENT_SCALES, MODEL_NAME, MOST_SEED, SEED, WARMUP_STEPS
+from cogvideox.defaults import FPS, IMAGE_LATENT_SCALES, MODEL_NAME, MOST_SEED, SEED, STRENGTH, WARMUP_STEPS
 from cogvideox.files.names import PREVIEW, STAGE_OUTPUTS, VIDEO
 
 
@@ -41,12 +41,19 @@ def add_stage1_options(parser: ArgumentParser) -> None:
     files.add_argument(
         "--image", type=file_path, help="the picture that the video begins with, for a model for image to video"
     )
+    files.add_argument("--video", type=file_path, help="a video to change, for a model for text to video")
     files.add_argument(
         "--negative_prompt", type=utf8, default="", help="what the video must not show; used with guidance"
     )
     files.add_argument("--model_id", type=model_id, default=MODEL_NAME, help="Hugging Face model id, or a folder")
     files.add_argument("--output_dir", type=folder_path, default=STAGE_OUTPUTS, help="where the files go")
-    add_side_options(parser, "the video that begins with --image")
+    add_size_options(parser, "the video that --image or --video is encoded for")
+    parser.group("video").add_argument(
+        "--strength",
+        type=number(float, 0.001, 1),
+        help="how much of --video is made anew: the share of stage 2's steps that is run, from the end "
+        f"(default: {STRENGTH})",
+    )
     add_weight_options(parser)
     add_log_options(parser)
 

@@ -2,7 +2,7 @@
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,11 +71,14 @@ def by_default(model: ModelDefaults, preset: str | None) -> dict[str, Any]:
     return {name: chosen.get(name, model.entries.get(name, ours)) for name, ours in OURS.items()}
 
 
-def complete(arguments: argparse.Namespace, model: ModelDefaults) -> list[str]:
-    """Set the options of OURS that are left open; return a line that says which of them the model decides, if any."""
+def complete(arguments: argparse.Namespace, model: ModelDefaults, names: Collection[str] = OURS.keys()) -> list[str]:
+    """Set those of the options `names`, all of OURS by default, that are left open.
+
+    Returns a line that says which of them the model decides, if any.
+    """
     given = vars(arguments)
     preset = given.get("preset")
-    found = {name: v for name, v in by_default(model, preset).items() if given.get(name, ...) is None}
+    found = {name: by_default(model, preset)[name] for name in names if given.get(name, ...) is None}
     given.update(found)
     taken = [f"--{name} {v}" for name, v in found.items() if name in model.entries and not (preset and name in DRAFT)]
     return [f"taken from what {model.name} is made for: {' '.join(taken)}"] if taken else []

@@ -49,6 +49,8 @@ class TextConfig(Entries):
     prompt: str
     negative_prompt: str
     image: FileName | None = None  # the file of the picture that the video begins with
+    video: FileName | None = None  # the file of the video that is changed, and what share of the steps changes it
+    strength: Annotated[float, Field(gt=0, le=1)] | None = None
     prompt_seed: Seed | None = None  # the seed that the prompt's line of --prompt_file says; stage 2 takes it
 
 
@@ -311,7 +313,8 @@ def parse_json(text: str | bytes, path: Path | str, kind: type[Entries], default
 
 TEXT_ENTRIES = tuple(TextConfig.model_fields)
 VIDEO_ENTRIES = tuple(VideoConfig.model_fields)[len(TEXT_ENTRIES) :]
-# What stage 1's tensors are made from; only with an image has its config a size.
-EMBEDDING_ENTRIES = [*(name for name in TEXT_ENTRIES if name != "prompt_seed"), "height", "width"]
+# What stage 1's tensors are made from; only with an image or a video has its config a size.
+EMBEDDING_ENTRIES = [name for name in TEXT_ENTRIES if name not in ("prompt_seed", "strength")]
+EMBEDDING_ENTRIES += ["height", "width", "frames"]
 # What latents are made from; no tensor depends on fps, and `seed` is the one that was taken.
 LATENT_ENTRIES = [name for name in (*TEXT_ENTRIES, *VIDEO_ENTRIES) if name not in ("fps", "prompt_seed")]

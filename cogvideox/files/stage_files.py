@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import JsonValue, TypeAdapter, ValidationError
@@ -10,11 +11,21 @@ from safetensors import safe_open
 
 from cogvideox.errors import UserError, shortened
 from cogvideox.files import writing
-from cogvideox.files.names import CONFIG, IMAGE_TENSORS
+from cogvideox.files.names import CONFIG, GIVEN_TENSORS
 from cogvideox.files.schemas import TextConfig, read_json
 from cogvideox.files.tensors import check_finite, open_tensors, read_tensors
 
-TEXT_TENSORS = ("prompt_embeds", "negative_prompt_embeds")  # of stage 1, beside IMAGE_TENSORS
+TEXT_TENSORS = ("prompt_embeds", "negative_prompt_embeds")  # of stage 1, beside GIVEN_TENSORS
+
+ARTICLE = {"image": "an", "video": "a"}
+NOT_TAKEN = {
+    "image": "an image, and the model makes videos of text alone",
+    "video": f"a video, and {CONFIG} no strength",
+}
+MISSING = {
+    "image": "has no image, and the model makes videos of one",
+    "video": f"has no video, and {CONFIG} has the strength with which one is to be changed",
+}
 
 
 def write_config(directory: Path, entries: Mapping) -> None:
@@ -126,50 +137,62 @@ def check_embeddings(shapes: Mapping[str, tuple[int, ...]], transformer: Mapping
 
 
 def embedding_names(path: Path) -> tuple[str, ...]:
-    """Return the names of the tensors that a file of stage 1 should have: those of an image too if it has any of them.
+    """Return the names of the tensors that a file of stage 1 should have: of an image or a video all if it has any.
 
     Raises:
         UserError: the file is missing or truncated.
     """
     found = open_tensors(path, "run stage 1 again")
-    return TEXT_TENSORS + (IMAGE_TENSORS if found.keys() & set(IMAGE_TENSORS) else ())
+    given = [name for names in GIVEN_TENSORS.values() if found.keys() & set(names) for name in names]
+    return (*TEXT_TENSORS, *given)
 
 
-def check_image(
-    shapes: Mapping[str, tuple[int, ...]], expected: tuple[int, ...] | None, pixels: int, path: Path
+def check_given(
+    name: Literal["image", "video"],
+    shapes: Mapping[str, tuple[int, ...]],
+    expected: tuple[int, ...] | None,
+    compression: tuple[int, int],
+    path: Path,
 ) -> None:
-    """Check whether a file of stage 1 has the latents of an image for a video.
+    """Check whether a file of stage 1 has the latents of an image, or of a video to change, for a video.
 
     Args:
+        name: which of the two.
         shapes: of the file's tensors, by name.
-        expected: the shape of the latents' mean and log-variance; None if the model takes no image.
-        pixels: of the video, in height and in width, for each of the latents.
+        expected: the shape of the latents' mean and log-variance; None if there should be none.
+        compression: frames and, in height and in width, pixels of a video for each of the latents.
         path: the file.
 
     Raises:
-        UserError: the model takes an image and the file has none, or the other way round, or it is of another size.
+        UserError: the latents are not there, or are there and should not be, or are of another size.
     """
-    found = {name: shapes[name] for name in IMAGE_TENSORS if name in shapes}
+    found = {tensor: shapes[tensor] for tensor in GIVEN_TENSORS[name] if tensor in shapes}
     if expected is None:
         if found:
-            raise UserError(
-                f"{path} has an image, and the model makes videos of text alone; run stage 1 without --image"
-            )
+            raise UserError(f"{path} has {NOT_TAKEN[name]}; run stage 1 without --{name}")
         return
     if not found:
-        raise UserError(f"{path} has no image, and the model makes videos of one; run stage 1 again with --image")
-    for name, shape in found.items():
+        raise UserError(f"{path} {MISSING[name]}; run stage 1 again with --{name}")
+    for tensor, shape in found.items():
         if shape == expected:
             continue
-        if shape[:-2] != expected[:-2]:
+        if len(shape) != len(expected) or shape[:2] != expected[:2]:
             raise UserError(
-                f"{path}: {name} has shape {list(shape)}, the transformer takes {list(expected)}; run stage 1 again"
+                f"{path}: {tensor} has shape {list(shape)}, the transformer takes {list(expected)}; run stage 1 again"
             )
-        ours, of_video = (" x ".join(str(side * pixels) for side in sides[-2:]) for sides in (shape, expected))
+        ours, of_video = (_size(one, compression) for one in (shape, expected))
+        options = "--height and --width" if name == "image" else "--height, --width and --frames"
         raise UserError(
-            f"{path} has an image of {ours} pixels, for a video of {of_video}; drop --height and --width, or run "
-            "stage 1 again with these"
+            f"{path} has {ARTICLE[name]} {name} of {ours}, for a video of {of_video}; drop {options}, or run stage 1 "
+            "again with these"
         )
+
+
+def _size(shape: tuple[int, ...], compression: tuple[int, int]) -> str:
+    """Return the size in words of what has latents of a shape; see `check_given`."""
+    frames, *sides = shape[2:]
+    length = f"{(frames - 1) * compression[0] + 1} frames of " if frames > 1 else ""
+    return f"{length}{' x '.join(str(side * compression[1]) for side in sides)} pixels"
 
 
 def check_latents_shape(shape: tuple[int, ...], expected: tuple[int, ...], path: Path) -> None:

@@ -95,7 +95,8 @@ class StateFile:
 def progress(path: Path) -> str:
     """Return how far the unfinished run of a state file is, in words; nothing if it cannot be read."""
     with contextlib.suppress(OSError, SafetensorError, ValueError, KeyError), safe_open(path, framework="np") as file:
-        steps = json.loads(fingerprint_of(file.metadata()) or "{}")["num_inference_steps"]
+        found = json.loads(fingerprint_of(file.metadata()) or "{}")
+        steps = found.get("steps", found["num_inference_steps"])  # the first where a given video leaves out some
         return f"{file.get_tensor('done')} of {steps} steps are done"
     return ""
 

@@ -1,6 +1,7 @@
 """Write and read encoded videos."""
 
 import contextlib
+import itertools
 import re
 import subprocess
 from collections.abc import Callable, Iterator
@@ -32,6 +33,32 @@ def read_video(path: Path) -> "np.ndarray":
         return imageio.imread(path)
     except (OSError, ValueError, RuntimeError, StopIteration) as error:
         raise UserError(f"cannot read the video {path}: {str(error).strip().splitlines()[0]}") from error
+
+
+def first_frames(path: Path, number: int, height: int, width: int) -> "np.ndarray":
+    """Read the first frames of a video, in this size, uint8 [frames, height, width, 3]; fewer if there are not so many.
+
+    They are resized as by diffusers' `VideoProcessor.preprocess_video`.
+
+    Raises:
+        UserError: there is no such file, or ffmpeg cannot read it.
+    """
+    import imageio.v2 as imageio
+    import numpy as np
+    from PIL import Image
+
+    if not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} does not exist, or is no file; name a video")
+    frames = np.empty((number, height, width, 3), np.uint8)
+    found = 0
+    try:
+        with imageio.get_reader(path, format="FFMPEG") as reader:
+            for frame in itertools.islice(reader, number):
+                frames[found] = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
+                found += 1
+    except (OSError, ValueError, RuntimeError, IndexError) as error:
+        raise UserError(f"{path} is no video that ffmpeg can read: {first_line(error)}") from error
+    return frames[:found]
 
 
 def check_ffmpeg() -> None:

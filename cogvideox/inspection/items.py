@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 # Where a run's tensors and dumps come in the order of the stages; other tensors come before them, videos after them.
 ORDER = {
     **{"prompt_embeds": 0, "negative_prompt_embeds": 1, "image_mean": 2, "image_logvar": 3},
-    **{"stage2": 4, "latents": 5, "stage3": 6, "frames": 7},
+    **{"video_mean": 2, "video_logvar": 3, "stage2": 4, "latents": 5, "stage3": 6, "frames": 7},
 }
 
 # The axis along which a tensor goes on, and what a step of it is called, by a pattern of its name and its dimensions.
 PROGRESS = (
     (r"(negative_)?prompt_embeds", 3, 1, "token"),
-    (r"latents|image_mean|image_logvar", 5, 2, "latent frame"),
+    (r"latents|(image|video)_(mean|logvar)", 5, 2, "latent frame"),
     (r"frames", 4, 0, "frame"),
     (r"step_\d+/(latents|noise_pred|pred_original_sample|prev_sample)", 5, 1, "latent frame"),
     (r"step_\d+/.*norm_[qk]", 4, 2, "token"),

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from cogvideox.cli import next_command
 from cogvideox.errors import UserError, first_line
 from cogvideox.files import schemas, stage_files, state, videos
-from cogvideox.files.names import CONFIG, EMBEDDINGS, LATENTS, STATE, VIDEO, VIDEO_SUFFIXES
+from cogvideox.files.names import CONFIG, EMBEDDINGS, GIVEN_TENSORS, LATENTS, STATE, VIDEO, VIDEO_SUFFIXES
 from cogvideox.files.provenance import WEIGHTS, how, knows_weights, recorded, stale_inputs
 
 STAGE1, STAGE2, STAGE3 = next_command.STAGE1, next_command.STAGE2, next_command.STAGE3["torchax"]
@@ -150,8 +150,9 @@ def next_of_stage1(folder: Path, origin: Path) -> str:
     prompts = Path(str(options.get("prompt_file", "")))
     if folder != origin and prompts.is_file():
         return f"Next: {next_command.stage1(folder, ['--prompt_file', next_command.here(prompts)], options)}"
-    if "image" in text:
-        options |= {name: text[name] for name in ("image", "height", "width") if name in text}
+    if text.keys() & set(GIVEN_TENSORS):
+        given = (*GIVEN_TENSORS, "strength", *next_command.SIZE)
+        options |= {name: text[name] for name in given if name in text}
     line = next_command.stage1(origin, [f"--prompt={text['prompt']}"] if text else ["--prompt", "PROMPT"], options)
     return f"Next: {line}" if text else f"Next, with what the video shows for PROMPT: {line}"
 

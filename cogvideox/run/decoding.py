@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import jax
 
     from cogvideox.models.decoder.decoder import Decoder
+    from cogvideox.models.decoder.encoder import Encoder
     from cogvideox.models.decoder.plan import DecodingPlan
     from cogvideox.run.profiling import Profile
     from cogvideox.run.recorder import NoRecorder, Recorder
@@ -48,18 +49,22 @@ def import_modules(decoder: str) -> None:
 
 
 def weight_files(
-    decoder: "Decoder", model_id: str, variant: str | None = None, say: Callable[[str], None] = stage_files.ignore
+    half: "Decoder | Encoder",
+    model_id: str,
+    variant: str | None = None,
+    say: Callable[[str], None] = stage_files.ignore,
+    name: str = "decoder",
 ) -> Any:
-    """Return the decoder's weights as the tree that its `decode_chunk` takes, mapped from files, not yet read.
+    """Return the weights of a half of the VAE as the tree that it takes, mapped from files, not yet read.
 
-    `variant` and `say` are those of `checkpoint.weight_files`.
+    `variant` and `say` are those of `checkpoint.weight_files`; the `name` is "decoder" or "encoder".
 
     Raises:
-        UserError: a file is missing or damaged, or does not have the decoder's weights.
+        UserError: a file is missing or damaged, or does not have these weights.
     """
-    shapes = {f"decoder.{name}": shape for name, shape in decoder.weight_shapes.items()}
+    shapes = {f"{name}.{weight}": shape for weight, shape in half.weight_shapes.items()}
     read = checkpoint.tensor_reader(model_id, "vae", shapes, variant=variant, say=say)
-    return decoder.convert_weights({name: read(f"decoder.{name}") for name in decoder.weight_shapes})
+    return half.convert_weights({weight: read(f"{name}.{weight}") for weight in half.weight_shapes})
 
 
 def values_of(files: Any) -> dict[str, int]:
@@ -94,13 +99,14 @@ def recorder(
     return dump_recorder(arguments, "stage3", "chunk", metadata, plan.split.mesh, runs)
 
 
-def load_weights(files: Any, abstract: Any, report: Report | None = None) -> Any:
-    """Load the decoder's weights onto the devices.
+def load_weights(files: Any, abstract: Any, report: Report | None = None, name: str = "decoder") -> Any:
+    """Load the weights of a half of the VAE onto the devices.
 
     Args:
         files: from `weight_files`.
         abstract: a tree of the same structure with shapes, dtypes and shardings.
         report: is told what was loaded.
+        name: "decoder" or "encoder".
     """
     import jax
 
@@ -114,7 +120,7 @@ def load_weights(files: Any, abstract: Any, report: Report | None = None) -> Any
     told = report.add_part if report else ignore
     leaves = [*load_arrays(dict(enumerate(jax.tree.leaves(abstract))), fill, told=told).values()]
     if report:
-        report.say(f"loaded decoder: {sum(leaf.size for leaf in leaves):,} parameters, {leaves[0].dtype}")
+        report.say(f"loaded {name}: {sum(leaf.size for leaf in leaves):,} parameters, {leaves[0].dtype}")
     return jax.tree.unflatten(tree, leaves)
 
 

@@ -14,7 +14,7 @@ from cogvideox.cli.report import Report
 from cogvideox.defaults import DRAFT
 from cogvideox.files import checkpoint, tensor_dump, videos
 from cogvideox.files.lora import Lora
-from cogvideox.files.names import CONFIG, IMAGE_TENSORS, PREVIEW
+from cogvideox.files.names import CONFIG, GIVEN_TENSORS, PREVIEW
 from cogvideox.run.hosts import Hosts
 from cogvideox.run.jobs import Group, Task
 from cogvideox.run.plans import attention_wanted, dump_recorder, dump_wanted, plan_errors, skipped_steps
@@ -151,7 +151,7 @@ class DenoisingRun:
         profile: "Profile",
     ) -> np.ndarray:
         """Run all groups, of which `first` is the first one's run, and return the latents of the last one."""
-        profiled = profile.traced(compiled, self.steps.plan.num_inference_steps - first.done)
+        profiled = profile.traced(compiled, self.steps.plan.steps - first.done)
         programs = dict(zip(self.steps.traced, map(recorder.recording, profiled), strict=True))
         latents, seconds, steps = self.make(groups[0], first, programs)
         for n, group in enumerate(groups[1:], 2):
@@ -168,7 +168,7 @@ class DenoisingRun:
         import torch
         from safetensors.torch import load_file
 
-        from cogvideox.models.transformer.denoising import Denoising, ImagePosterior
+        from cogvideox.models.transformer.denoising import Denoising, Posterior
 
         plan = self.steps.plan
         # The last group may have fewer videos; then its last one is made several times, and written once.
@@ -179,16 +179,26 @@ class DenoisingRun:
             for name in ("prompt_embeds", "negative_prompt_embeds")
         )
         seeds = [video.config["seed"] for video in filled]
-        image = None
-        if plan.features.image:
-            mean, logvar = (torch.cat([of_prompt[name] for of_prompt in embeddings]) for name in IMAGE_TENSORS)
-            image = ImagePosterior(mean, logvar, self.arguments.image_latent_scale)
-        denoising = Denoising(plan, self.parameters, positive, negative, seeds, self.steps.skipped, image)
+
+        def posterior(name: str) -> Posterior:
+            return Posterior(
+                *(torch.cat([of_prompt[part] for of_prompt in embeddings]) for part in GIVEN_TENSORS[name])
+            )
+
+        denoising = Denoising(
+            plan,
+            self.parameters,
+            positive,
+            negative,
+            seeds,
+            self.steps.skipped,
+            image=posterior("image") if plan.features.image else None,
+            image_scaling=self.arguments.image_latent_scale,
+            video=posterior("video") if plan.strength is not None else None,
+        )
         if group.saved:
             denoising.resume(group.saved)
-            self.report.say(
-                f"going on after step {denoising.done} of {plan.num_inference_steps}, from {group.state_file.path}"
-            )
+            self.report.say(f"going on after step {denoising.done} of {plan.steps}, from {group.state_file.path}")
         return denoising
 
     def make(
@@ -210,11 +220,11 @@ class DenoisingRun:
                 latents = self.save(group, state)
         for task in group.tasks:
             report.say(f"wrote {task.video.latents} and {CONFIG}")
-        return latents[: len(group.tasks)], phase.seconds, self.steps.plan.num_inference_steps - done
+        return latents[: len(group.tasks)], phase.seconds, self.steps.plan.steps - done
 
     def run_steps(self, group: Group, denoising: "Denoising", programs: "Mapping[StepKind, Callable]") -> "State":
         """Run the steps that are not done; keep the state, and draw previews, as the options say."""
-        steps, state_file, every = self.steps.plan.num_inference_steps, group.state_file, self.arguments.preview_every
+        steps, state_file, every = self.steps.plan.steps, group.state_file, self.arguments.preview_every
         with self.report.progress("denoising", "step", steps, denoising.done) as bar:
             for state in denoising.run(programs):
                 bar.update()
@@ -231,7 +241,7 @@ class DenoisingRun:
 
     def warn_unless_finite(self, state: "State") -> None:
         """Warn if the latents were not finite after some step."""
-        finite, steps = int(state.finite_steps), self.steps.plan.num_inference_steps
+        finite, steps = int(state.finite_steps), self.steps.plan.steps
         if finite < steps:
             self.report.warn(
                 f"the latents are NaN or infinite from step {finite + 1} of {steps} on; stage 3 refuses them without "
@@ -246,7 +256,7 @@ class DenoisingRun:
         plan = self.steps.plan
         predicted = np.asarray(state.pred_original_sample[:, plan.surplus_frames :]).swapaxes(1, 2)
         for task, latents in zip(group.tasks, predicted, strict=False):  # a group may be filled up
-            title = f"step {n} of {plan.num_inference_steps}, the video that it predicts: {task.config['prompt']}"
+            title = f"step {n} of {plan.steps}, the video that it predicts: {task.config['prompt']}"
             if self.hosts.is_first:
                 mapping = latent_pictures.fitted_map(task.config["model_id"])
                 latent_pictures.preview(latents, task.video.folder / PREVIEW, mapping, title)
@@ -292,6 +302,11 @@ def report_plan(
         report.say(f"guidance scale {plan.guidance_scale:g}: no guidance, the positive prompt alone{dp}")
     scheduler, spacing = (plan.scheduler.get(name) for name in ("_class_name", "timestep_spacing"))
     report.say(f"scheduler: {scheduler}, {spacing} timesteps, {plan.num_inference_steps} steps")
+    if plan.strength is not None:
+        report.say(
+            f"strength {plan.strength:g}: the first {plan.dropped_steps} steps are dropped, and the others begin with "
+            "the given video, noisy; steps are counted from the first that is run"
+        )
     if all(getattr(arguments, name) == value for name, value in DRAFT.items()):
         report.say("these are the settings of a draft; --preset authors sets those of the model's authors")
     for one in loras:
@@ -322,7 +337,7 @@ def report_step_cache(steps: Steps, report: Report) -> None:
     """Report which steps skip the blocks, and what the residual that they take over needs of a chip."""
     from cogvideox.models.transformer.step import residual_bytes
 
-    skipped, number, size = steps.skipped, steps.plan.num_inference_steps, residual_bytes(steps.plan) / 2**30
+    skipped, number, size = steps.skipped, steps.plan.steps, residual_bytes(steps.plan) / 2**30
     which = f": {tensor_dump.as_text(skipped)}" if skipped else ""
     report.say(
         f"step cache: {len(skipped)} of {number} steps skip the blocks{which}; it takes {size:.2f} GiB of a chip"

@@ -14,7 +14,7 @@ from cogvideox.files import checkpoint, generation_defaults, provenance
 from cogvideox.files.images import read_image
 from cogvideox.files.prompts import Prompt
 from cogvideox.files.tensors import compute_dtype
-from cogvideox.models.shared.sizes import check_sides, spatial_compression_ratio
+from cogvideox.models.shared.sizes import check_frames, check_sides, spatial_compression_ratio
 
 if TYPE_CHECKING:
     import torch
@@ -66,16 +66,28 @@ def images_of(
 def complete_size(
     images: Collection[Path], model_id: str, transformer: Mapping, arguments: argparse.Namespace
 ) -> list[str]:
-    """Set --height and --width of the images where nobody gives them; see `images_of`."""
-    if not images:
-        for name in ("height", "width"):
+    """Set --height and --width of the images, or of --video, where nobody gives them; see `images_of`.
+
+    For --video --frames is set, too.
+    """
+    of_video, taken_size = arguments.video is not None, ("height", "width")
+    for name in ("frames", "strength"):
+        if getattr(arguments, name) and not of_video:
+            raise UserError(f"--{name} belongs here to --video, which names a video to change")
+    if not images and not of_video:
+        for name in taken_size:
             if getattr(arguments, name):
-                raise UserError(f"--{name} is here the size of an image, which --image names; stage 2 takes a video's")
+                raise UserError(
+                    f"--{name} is here the size of what --image or --video names; stage 2 takes that of a video"
+                )
         return []
-    taken = generation_defaults.complete(arguments, generation_defaults.of_model(model_id))
+    names = (*taken_size, "frames") if of_video else taken_size
+    taken = generation_defaults.complete(arguments, generation_defaults.of_model(model_id), names)
     vae = checkpoint.read_config(model_id, "vae")
     try:
         check_sides(vae, transformer, arguments.height, arguments.width)
+        if of_video:
+            check_frames(vae, arguments.frames)
     except PlanError as error:
         raise UserError(f"--{error}") from error
     return taken

@@ -17,7 +17,7 @@ from cogvideox.defaults import MOST_SEED
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, provenance, stage_files, tensor_dump, videos, writing
 from cogvideox.files.lora import Lora
-from cogvideox.files.names import CONFIG, EMBEDDINGS, IMAGE_TENSORS, LATENTS, SHEET, TIMINGS, VIDEO
+from cogvideox.files.names import CONFIG, EMBEDDINGS, GIVEN_TENSORS, LATENTS, SHEET, TIMINGS, VIDEO
 from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES, VIDEO_ENTRIES, TextConfig, VideoConfig
 from cogvideox.files.state import StateFile, fingerprint_of
 from cogvideox.models.shared.sizes import spatial_compression_ratio
@@ -145,27 +145,51 @@ def check_files_to_denoise(
 def complete_size(
     arguments: argparse.Namespace, shapes: Mapping[Path, Mapping[str, tuple[int, ...]]], model_id: str
 ) -> list[str]:
-    """Set --height and --width where nobody gives them and stage 1 has encoded an image; return a line that says so.
+    """Set --height and --width where nobody gives them and stage 1 has encoded an image; with a video --frames, too.
 
-    `shapes` are those of the tensors in each of stage 1's files.
+    `shapes` are those of the tensors in each of stage 1's files. Returns a line that says so.
     """
-    of_images = [of_file[IMAGE_TENSORS[0]] for of_file in shapes.values() if IMAGE_TENSORS[0] in of_file]
-    if not of_images:
+    of_files = [of_file for of_file in shapes.values() if of_file.keys() - set(stage_files.TEXT_TENSORS)]
+    if not of_files:
         return []
-    pixels = spatial_compression_ratio(checkpoint.read_config(model_id, "vae"))
-    sides = dict(zip(("height", "width"), of_images[0][-2:], strict=False))  # of wrong files there are fewer
-    found = {name: side * pixels for name, side in sides.items() if getattr(arguments, name) is None}
+    vae = checkpoint.read_config(model_id, "vae")
+    name = next(name for name, tensors in GIVEN_TENSORS.items() if of_files[0].keys() & set(tensors))
+    frames, *sides = of_files[0][GIVEN_TENSORS[name][0]][2:] or [0]  # of wrong files there are fewer
+    sizes = dict(zip(("height", "width"), (side * spatial_compression_ratio(vae) for side in sides), strict=False))
+    if name == "video":
+        sizes["frames"] = (frames - 1) * vae["temporal_compression_ratio"] + 1
+    found = {option: size for option, size in sizes.items() if getattr(arguments, option) is None}
     vars(arguments).update(found)
-    return [f"taken from the image: {' '.join(f'--{name} {side}' for name, side in found.items())}"] if found else []
+    return [f"taken from the {name}: {' '.join(f'--{n} {size}' for n, size in found.items())}"] if found else []
+
+
+def strength_of(found: Sequence[Video]) -> float | None:
+    """Return the strength with which given videos are changed, which is one for all; None without such videos.
+
+    Raises:
+        UserError: it is not the same for all.
+    """
+    first = found[0].config.get("strength")
+    for video in found:
+        if (other := video.config.get("strength")) != first:
+            raise UserError(
+                f"{video.embeddings.parent} has strength {other}, and {found[0].embeddings.parent} has {first}; give "
+                "the folder of one of them as --input_dir"
+            )
+    return first
 
 
 def check_embeddings(shapes: Mapping[Path, Mapping[str, tuple[int, ...]]], plan: "DenoisingPlan") -> None:
     """Raise UserError unless the transformer of the plan takes tensors of these shapes, by file and name."""
-    _, height, width = plan.latent_size
-    image = (1, plan.transformer["out_channels"], 1, height, width) if plan.features.image else None
+    frames, height, width = plan.latent_size
+    channels = plan.transformer["out_channels"]
+    compression = plan.vae["temporal_compression_ratio"], spatial_compression_ratio(plan.vae)
+    image = (1, channels, 1, height, width) if plan.features.image else None
+    video = (1, channels, frames, height, width) if plan.strength is not None else None
     for path, of_file in shapes.items():
         stage_files.check_embeddings(of_file, plan.transformer, path)
-        stage_files.check_image(of_file, image, spatial_compression_ratio(plan.vae), path)
+        stage_files.check_given("image", of_file, image, compression, path)
+        stage_files.check_given("video", of_file, video, compression, path)
 
 
 class Task(NamedTuple):
@@ -232,6 +256,8 @@ def tasks_of(
     }
     if plan.features.image:
         of_run["image_latent_scale"] = arguments.image_latent_scale
+    if plan.strength is not None:
+        of_run["steps"] = plan.steps
 
     def task(video: Video) -> Task:
         known = vars(arguments) | of_plan | {"seed": video.config["seed"]}
@@ -376,8 +402,8 @@ def check_files_to_decode(
         options += [("--output_dir", path) for path in (videos.index_file(folder), folder / SHEET)]
     configs = [video.folder / CONFIG for video in found]
     timings = decoding_folder(arguments) / TIMINGS
-    images = {Path(image) for video in found if (image := video.config.get("image"))}
-    inputs = [*shapes, *configs, *images, timings, arguments.executable, arguments.log_json]
+    given = {Path(file) for video in found for name in GIVEN_TENSORS if (file := video.config.get(name))}
+    inputs = [*shapes, *configs, *given, timings, arguments.executable, arguments.log_json]
     writing.check_outputs(options if hosts.is_first else [], inputs, model_id)
     return model_id, shapes
 

@@ -108,7 +108,7 @@ def denoising_plan(
         devices: the jax devices to run on.
         platform: "tpu", "cpu" or "gpu".
         videos: how many there are to make; its batch is how many of them are made at a time.
-        details: other arguments of `make_denoising_plan`: dtype.
+        details: other arguments of `make_denoising_plan`: dtype, strength.
 
     Raises:
         UserError: the model, the devices and the options do not fit together.
@@ -165,7 +165,7 @@ def skipped_steps(
     Raises:
         UserError: the schedule names the first step or steps that are not there, or there is no polynomial.
     """
-    steps = plan.num_inference_steps
+    steps = plan.steps
     if arguments.cache_schedule is not None:
         found = tensor_dump.steps(arguments.cache_schedule, steps, "--cache_schedule")
         if full := plan.always_full.intersection(found):
@@ -190,8 +190,8 @@ def skipped_steps(
             f"--cache_threshold needs a polynomial, and {model_id} has none: fit one with "
             "python -m tools.fit_step_cache, or name the steps with --cache_schedule"
         )
-    timesteps = AffineScheduler(make_scheduler(plan.scheduler), steps).timesteps
-    embeddings = time_embeddings(plan, timesteps, read)
+    scheduler = AffineScheduler(make_scheduler(plan.scheduler), plan.num_inference_steps, plan.dropped_steps)
+    embeddings = time_embeddings(plan, scheduler.timesteps, read)
     skipped = step_cache.skipped_steps(embeddings, polynomial, arguments.cache_threshold)
     return sorted(set(skipped) - plan.always_full)
 

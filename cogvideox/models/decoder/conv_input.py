@@ -19,10 +19,13 @@ VMEM_BYTES = 100 * 2**20
 def nearest(index: jax.Array, size: int, source: int) -> jax.Array:
     """Return which source frame frame `index` repeats, when repetition makes `size` frames of `source` frames.
 
-    If `size` is odd and above one, the first frame is not repeated (CogVideoXUpsample3D, CogVideoXSpatialNorm3D).
+    If `size` is odd and above one, the first of several frames is not repeated (CogVideoXUpsample3D,
+    CogVideoXSpatialNorm3D).
     """
     if size == source:
         return index
+    if source == 1:
+        return jnp.zeros_like(index)
     if size > 1 and size % 2:
         return jnp.where(index == 0, 0, 1 + (index - 1) * (source - 1) // (size - 1))
     return index * source // size
@@ -33,7 +36,7 @@ def repeated(x: jax.Array, frames: int, height: int, width: int) -> jax.Array:
 
     The first of an odd number of frames is not repeated, as in `nearest`.
     """
-    single = 1 if frames > 1 and frames % 2 and frames != len(x) else 0
+    single = 1 if len(x) > 1 and frames % 2 and frames != len(x) else 0
     rest = jnp.repeat(x[single:], (frames - single) // (len(x) - single), axis=0)
     x = jnp.concatenate([x[:single], rest]) if single else rest
     for axis, size in ((1, height), (2, width)):

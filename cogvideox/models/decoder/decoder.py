@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
+from cogvideox.models.decoder import chunks
 from cogvideox.models.decoder.spatial_split import Split
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import to_devices
@@ -37,10 +37,7 @@ class Decoder(NamedTuple):
 
 def chunk_sizes(latent_frames: int) -> list[int]:
     """Return the latent frames of each chunk, as `AutoencoderKLCogVideoX._decode`: an odd one joins the first chunk."""
-    chunks, odd = divmod(latent_frames, LATENT_FRAMES_PER_CHUNK)
-    if chunks == 0:
-        return [odd]
-    return [LATENT_FRAMES_PER_CHUNK + odd] + [LATENT_FRAMES_PER_CHUNK] * (chunks - 1)
+    return chunks.sizes(latent_frames, LATENT_FRAMES_PER_CHUNK)
 
 
 def channels_last(weight: jax.Array) -> jax.Array:
@@ -80,32 +77,13 @@ def chunk_programs(
         One or two programs that map weights, latents and cache to pixels and the next cache. The first program takes no
         cache; the second one donates its cache.
     """
-    sizes = chunk_sizes(latent_shape[2])
-    dtype = jax.tree.leaves(weights)[0].dtype
 
     def decode_chunk(weights, latents, cache=None):
         x, cache = decoder.decode_chunk(weights, latents, cache, split)
         return split.image(to_pixels(x, pixel_dtype)), cache
 
-    def program(*arguments):
-        specs = PartitionSpec(), *[split.latents.spec] * (len(arguments) - 1)
-
-        def run(*arguments):
-            out_specs = split.pixels.spec, split.latents.spec
-            return tap.shard_map(decode_chunk, mesh=split.mesh, in_specs=specs, out_specs=out_specs)(*arguments)
-
-        function = tap.collecting(run, wanted, split.mesh) if wanted else run
-        return jax.jit(function, donate_argnums=tuple(range(2, len(arguments)))).trace(*arguments)
-
-    def chunk(frames):
-        return jax.ShapeDtypeStruct(split.tiles_shape(frames, latent_shape[1]), dtype, sharding=split.latents)
-
-    first = program(weights, chunk(sizes[0]))
-    if len(sizes) == 1:
-        return [first]
-    _, cache = first.out_info[0] if wanted else first.out_info
-    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split.latents), cache)
-    return [first, program(weights, chunk(sizes[1]), cache)]
+    shapes = [split.tiles_shape(size, latent_shape[1]) for size in chunk_sizes(latent_shape[2])[:2]]
+    return chunks.trace(decode_chunk, weights, shapes, split, wanted)
 
 
 def decode(programs: Sequence[Callable], weights: Any, latents: np.ndarray, split: Split) -> Iterator[np.ndarray]:
@@ -124,9 +102,7 @@ def decode(programs: Sequence[Callable], weights: Any, latents: np.ndarray, spli
         pixels, *cache = programs[min(i, 1)](weights, tiles, *cache)
         if i == 0 and size % 2 == 0:
             pixels = pixels[len(pixels) // size - 1 :]
-        if not pixels.is_fully_addressable:  # other hosts have a part of them
-            pixels = jax.jit(_whole, out_shardings=split.replicated)(pixels)
-        pixels.copy_to_host_async()
+        pixels = chunks.to_host(pixels, split)
         if waiting is not None:
             yield _frames(waiting, latents, split)
         waiting = pixels
@@ -139,11 +115,6 @@ def warm_up(programs: Sequence[Callable], weights: Any, latents: np.ndarray, spl
     used = sum(chunk_sizes(latents.shape[2])[:2])
     for _ in decode(programs, weights, latents[:, :, :used], split):
         pass
-
-
-def _whole(pixels: jax.Array) -> jax.Array:
-    """Return the pixels, to be compiled so that each chip has all of them."""
-    return pixels
 
 
 def _frames(pixels: jax.Array, latents: np.ndarray, split: Split) -> np.ndarray:

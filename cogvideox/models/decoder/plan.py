@@ -72,6 +72,12 @@ class DecodingPlan(Plan):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=replicated), weights)
 
 
+def check_activation(vae: Mapping) -> None:
+    """Raise PlanError unless the layers have the activation that the VAE's config names."""
+    if vae["act_fn"] not in ACTIVATIONS:
+        raise PlanError(None, f"the VAE's act_fn {vae['act_fn']} is unknown; there are {', '.join(ACTIVATIONS)}")
+
+
 def make_decoding_plan(
     *,
     vae: Mapping,
@@ -96,8 +102,7 @@ def make_decoding_plan(
     """
     if decoder not in DECODERS:
         raise PlanError("decoder", f"{decoder} is unknown; there are {', '.join(DECODERS)}")
-    if vae["act_fn"] not in ACTIVATIONS:
-        raise PlanError(None, f"the VAE's act_fn {vae['act_fn']} is unknown; there are {', '.join(ACTIVATIONS)}")
+    check_activation(vae)
     for name, size in (("height", height), ("width", width)):
         check_multiple(name, size, spatial_compression_ratio(vae))
     check_frames(vae, frames)

@@ -85,22 +85,23 @@ class Split:
         strips = f", on each {self.strips} strips" if self.strips > 1 else ""
         return f"{chips}{strips} of {self.strip_height} x {self.strip_width} latent pixels"
 
-    def tiles_shape(self, frames: int, channels: int) -> tuple[int, int, int, int, int]:
+    def tiles_shape(self, frames: int, channels: int, scale: int = 1) -> tuple[int, int, int, int, int]:
         """Return the shape of what `tiles` returns."""
-        height, width = self.covered
+        height, width = (scale * size for size in self.covered)
         return frames, height // self.strips, width, self.strips, channels
 
-    def tiles(self, latents: np.ndarray) -> np.ndarray:
+    def tiles(self, latents: np.ndarray, scale: int = 1) -> np.ndarray:
         """Lay latents [1, channels, frames, height, width] out as [frames, rows, columns, strips, channels].
 
-        The rows and columns of all chips are in the result, in the order of the mesh, with zeros beyond the edge.
+        The rows and columns of all chips are in the result, in the order of the mesh, with zeros beyond the edge. For
+        pixels `scale` is how many there are to a latent pixel, along the height and along the width.
         """
-        height, width = self.covered
+        height, width = (scale * size for size in self.covered)
         x = np.moveaxis(latents[0], 0, -1)
         x = np.pad(x, ((0, 0), (0, height - x.shape[1]), (0, width - x.shape[2]), (0, 0)))
         frames, channels = len(x), x.shape[-1]
-        x = x.reshape(frames, -1, self.strips, self.strip_height, width, channels)
-        return np.moveaxis(x, 2, 4).reshape(self.tiles_shape(frames, channels))
+        x = x.reshape(frames, -1, self.strips, scale * self.strip_height, width, channels)
+        return np.moveaxis(x, 2, 4).reshape(self.tiles_shape(frames, channels, scale))
 
     def image(self, x: jax.Array) -> jax.Array:
         """Join a chip's strips: [frames, height, width, strips, channels] to [frames, channels, rows, width]."""

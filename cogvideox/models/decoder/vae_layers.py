@@ -1,11 +1,12 @@
-"""The layers of CogVideoX's VAE decoder on frames split in space, for both decoders; spatial_split.py has the layout.
+"""The layers of CogVideoX's VAE on frames split in space, for decoders and encoder; spatial_split.py has the layout.
 
 Each layer is exact: convolutions see the edges of neighbouring parts, and group norms the whole chunk. A norm is not
 computed in its own place but deferred to the next convolution: when that writes its padded input, it applies the norm
 and the activation, and adds the edges and the cache. Apart from the convolutions themselves, this is the only pass over
 the activations.
 
-Source: diffusers/models/autoencoders/autoencoder_kl_cogvideox.py and diffusers/models/upsampling.py.
+Sources: diffusers/models/autoencoders/autoencoder_kl_cogvideox.py, diffusers/models/upsampling.py and
+diffusers/models/downsampling.py.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from cogvideox.models.decoder.spatial_split import Split
 from cogvideox.models.shared import tap
 
 # Activations by the config's act_fn. The padding of a convolution is zero after them, so each must map zero to zero.
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
     "mish": jax.nn.mish,
@@ -41,7 +42,7 @@ class Deferred:
     Attributes:
         values: [frames, height, width, strips, channels].
         scale, offset: float32, of the latents' size in frames, height and width: each element applies to all the frames
-            and pixels that were made of its latent. None for 1 and 0.
+            and pixels that were made of its latent. A single frame applies to all frames. None for 1 and 0.
         activation: None for none.
         moments: mean and mean square of each group of a norm, float32 [2, groups], which all chips have alike.
     """
@@ -98,25 +99,27 @@ def spatial_norm(
         groups: of the group norm.
         split: of the frame.
     """
-    channels = x.shape[-1]
-    values = x.astype(jnp.float32)
-    count = x.shape[0] * split.height * split.width * (x.shape[1] // split.strip_height) ** 2 * (channels // groups)
-    if not split.is_even:
-        values = jnp.where(split.inside(x.shape), values, 0.0)
-    sums = jnp.stack([values.sum((0, 1, 2, 3)), (values * values).sum((0, 1, 2, 3))])
-    moments = split.sum(sums.reshape(2, groups, -1).sum(-1)) / count
-    mean, square = moments
-    factor = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + NORM_EPSILON)
-    weight, bias = (parameter.astype(jnp.float32) for parameter in norm)
-    factor = weight * jnp.repeat(factor, channels // groups)
-    shift = bias - jnp.repeat(mean, channels // groups) * factor
-
+    factor, shift, moments = _norm_factors(x, norm, groups, NORM_EPSILON, split)
     # Pointwise convolutions commute with the repetition of the latents over frames and pixels: convolve before it.
     scale, offset = pointwise_conv(latents, *conv_y, jnp.float32), pointwise_conv(latents, *conv_b, jnp.float32)
     scale, offset = scale * factor, scale * shift + offset
-    if not split.is_even:
-        scale, offset = (jnp.where(split.inside(scale.shape), value, 0.0) for value in (scale, offset))
-    return Deferred(x, scale, offset, moments=moments)
+    return _deferred(x, scale, offset, moments, split)
+
+
+def group_norm(x: jax.Array, norm: tuple[jax.Array, jax.Array], groups: int, epsilon: float, split: Split) -> Deferred:
+    """Apply a group norm over all frames and pixels of a chunk.
+
+    Args:
+        x: [frames, height, width, strips, channels].
+        norm: scale and bias, [channels].
+        groups: of channels.
+        epsilon: what is added to the variance.
+        split: of the frame.
+    """
+    factor, shift, moments = _norm_factors(x, norm, groups, epsilon, split)
+    shape = (1, split.strip_height, split.strip_width, *x.shape[3:])
+    scale, offset = (jnp.broadcast_to(value, shape) for value in (factor, shift))
+    return _deferred(x, scale, offset, moments, split)
 
 
 def pointwise_conv(
@@ -178,9 +181,52 @@ def upsample(x: jax.Array, weight: jax.Array, bias: jax.Array, compress_time: bo
     return _in_parts(convolve, padded, (1, len(weight)), split.most_elements)
 
 
+def downsample(x: jax.Array, weight: jax.Array, bias: jax.Array, compress_time: bool, split: Split) -> jax.Array:
+    """Apply `CogVideoXDownsample3D`: halve height and width with a convolution.
+
+    Before that, with `compress_time`, each two frames become their mean; the first of an odd number stays. The weight
+    is [3, 3, channels, channels], the bias [channels].
+    """
+    if compress_time and len(x) > 1:
+        single = len(x) % 2
+        pairs = x[single:].astype(jnp.float32).reshape(-1, 2, *x.shape[1:])
+        x = jnp.concatenate([x[:single], pairs.mean(1).astype(x.dtype)])
+    padded, _ = _padded_input(_zero_outside(x, split), split)
+    padded = padded[:, 1:, 1:]  # the padding is on the right and below alone
+    strides = (1, 2, 2)
+    convolve = functools.partial(_convolve, weight=weight[None], bias=bias, strides=strides)
+    return _in_parts(convolve, padded, (1, len(weight)), split.most_elements, strides)
+
+
 def precision(x: jax.Array) -> jax.lax.Precision:
     """Return the precision of products that x's dtype deserves; by default a TPU multiplies float32 in bfloat16."""
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def _norm_factors(
+    x: jax.Array, norm: tuple[jax.Array, jax.Array], groups: int, epsilon: float, split: Split
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return factor and shift [channels] that make x * factor + shift a group norm of x, and its `Deferred.moments`."""
+    channels = x.shape[-1]
+    values = x.astype(jnp.float32)
+    count = x.shape[0] * split.height * split.width * (x.shape[1] // split.strip_height) ** 2 * (channels // groups)
+    if not split.is_even:
+        values = jnp.where(split.inside(x.shape), values, 0.0)
+    sums = jnp.stack([values.sum((0, 1, 2, 3)), (values * values).sum((0, 1, 2, 3))])
+    moments = split.sum(sums.reshape(2, groups, -1).sum(-1)) / count
+    mean, square = moments
+    factor = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + epsilon)
+    weight, bias = (parameter.astype(jnp.float32) for parameter in norm)
+    factor = weight * jnp.repeat(factor, channels // groups)
+    shift = bias - jnp.repeat(mean, channels // groups) * factor
+    return factor, shift, moments
+
+
+def _deferred(x: jax.Array, scale: jax.Array, offset: jax.Array, moments: jax.Array, split: Split) -> Deferred:
+    """Return a deferred norm of x that is zero beyond the frame's edge."""
+    if not split.is_even:
+        scale, offset = (jnp.where(split.inside(value.shape), value, 0.0) for value in (scale, offset))
+    return Deferred(x, scale, offset, moments=moments)
 
 
 def _zero_outside(x: jax.Array, split: Split) -> Deferred:
@@ -233,16 +279,22 @@ def _padded_input(
     )
 
 
-def _convolve(padded: jax.Array, weight: jax.Array, bias: jax.Array, stride: int = 1) -> jax.Array:
-    """Convolve a padded input, with `stride` along the columns."""
+def _convolve(
+    padded: jax.Array, weight: jax.Array, bias: jax.Array, strides: tuple[int, int, int] = (1, 1, 1)
+) -> jax.Array:
+    """Convolve a padded input, with `strides` along frames, rows and columns."""
     y = jax.lax.conv_general_dilated(
-        padded, weight, (1, 1, stride), "VALID", dimension_numbers=DIMENSIONS, precision=precision(padded)
+        padded, weight, strides, "VALID", dimension_numbers=DIMENSIONS, precision=precision(padded)
     )
     return y + bias
 
 
 def _in_parts(
-    convolve: Callable[[jax.Array], jax.Array], x: jax.Array, window: tuple[int, ...], most: int | None
+    convolve: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    window: tuple[int, ...],
+    most: int | None,
+    strides: tuple[int, ...] = (1, 1),
 ) -> jax.Array:
     """Return convolve(x), computed in parts: none takes or makes more than `most` elements, None for any number.
 
@@ -251,6 +303,7 @@ def _in_parts(
         x: [frames, height, width, strips, channels].
         window: the convolution's size in frames and rows.
         most: at least as many as one row of one frame needs.
+        strides: the convolution's along frames and rows.
     """
     if most is None:
         return convolve(x)
@@ -260,8 +313,11 @@ def _in_parts(
     if max(x.size, result.size) <= most or size == 1:
         return convolve(x)
     parts = (0, size // 2), (size // 2, size)
-    inputs = [jax.lax.slice_in_dim(x, start, stop + window[axis] - 1, axis=axis) for start, stop in parts]
-    return jnp.concatenate([_in_parts(convolve, part, window, most) for part in inputs], axis)
+    inputs = [
+        jax.lax.slice_in_dim(x, start * strides[axis], (stop - 1) * strides[axis] + window[axis], axis=axis)
+        for start, stop in parts
+    ]
+    return jnp.concatenate([_in_parts(convolve, part, window, most, strides) for part in inputs], axis)
 
 
 def _pack_columns(weight: jax.Array) -> jax.Array:
@@ -287,7 +343,7 @@ def _convolve_columns(padded: jax.Array, weight: jax.Array, bias: jax.Array) -> 
         for i in range(COLUMNS)
     )
     assert isinstance(window, jax.Array) and window.shape[2] == COLUMNS + size - 1
-    y = _convolve(padded, window, jnp.tile(bias, COLUMNS), stride=COLUMNS)
+    y = _convolve(padded, window, jnp.tile(bias, COLUMNS), strides=(1, 1, COLUMNS))
     y = jax.lax.optimization_barrier(y)
     frames, height, width, strips, _ = y.shape
     y = jnp.moveaxis(y.reshape(frames, height, width, strips, COLUMNS, out_channels), 4, 3)

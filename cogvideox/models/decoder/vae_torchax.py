@@ -1,7 +1,7 @@
-"""The TorchAx decoder: diffusers' own CogVideoX decoder, run by JAX.
+"""The TorchAx decoder, and the encoder: diffusers' own CogVideoX decoder and encoder, run by JAX.
 
 The weights and the order of the layers are those of diffusers' code. The layers themselves are replaced by those of
-models/vae_layers.py, which handle the split in space; tensors are laid out as there.
+vae_layers.py, which handle the split in space; tensors are laid out as there.
 """
 
 import functools
@@ -17,15 +17,19 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
     CogVideoXSafeConv3d,
     CogVideoXSpatialNorm3D,
 )
+from diffusers.models.downsampling import CogVideoXDownsample3D
 from diffusers.models.upsampling import CogVideoXUpsample3D
 
 from cogvideox.models.decoder.decoder import Decoder, channels_last
+from cogvideox.models.decoder.encoder import Encoder
 from cogvideox.models.decoder.spatial_split import Split
 from cogvideox.models.decoder.torch_function import jax_function
 from cogvideox.models.decoder.vae_layers import (
     ACTIVATIONS,
     Deferred,
     causal_conv,
+    downsample,
+    group_norm,
     shortcut,
     spatial_norm,
     tap_output,
@@ -39,23 +43,50 @@ def make_decoder(config: Mapping) -> Decoder:
         module = AutoencoderKLCogVideoX.from_config(config).decoder.eval()
 
     def decode_chunk(weights, latents, cache, split):
-        layers = {
-            CogVideoXSpatialNorm3D: functools.partial(_spatial_norm, split=split),
-            CogVideoXCausalConv3d: functools.partial(_causal_conv, split=split),
-            CogVideoXUpsample3D: functools.partial(_upsample, split=split),
-            CogVideoXSafeConv3d: functools.partial(_shortcut, split=split),
-            torch.nn.Dropout: lambda layer, weights, x: x,
-        }
-        for name, activation in ACTIVATIONS.items():
-            layers[type(get_activation(name))] = functools.partial(_activation, activation=activation)
         record = functools.partial(tap_output, split=split)
-        return jax_function(module, layers=layers, record=record)(weights, latents, conv_cache=cache)
+        return jax_function(module, layers=_layers(split), record=record)(weights, latents, conv_cache=cache)
 
-    def convert_weights(weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: channels_last(weight) if weight.ndim > 1 else weight for name, weight in weights.items()}
+    return Decoder(decode_chunk, _weight_shapes(module), _convert_weights)
 
-    shapes = {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
-    return Decoder(decode_chunk, shapes, convert_weights)
+
+def make_encoder(config: Mapping) -> Encoder:
+    """Build the encoder of a `vae/config.json`."""
+    with torch.device("meta"):
+        module = AutoencoderKLCogVideoX.from_config(config).encoder.eval()
+
+    def encode_chunk(weights, pixels, cache, split):
+        return jax_function(module, layers=_layers(split))(weights, pixels, conv_cache=cache)
+
+    return Encoder(encode_chunk, _weight_shapes(module), _convert_weights)
+
+
+def _layers(split: Split) -> dict[type[torch.nn.Module], Callable]:
+    """Return what replaces the layers of diffusers, by their class."""
+    functions: dict[type[torch.nn.Module], Callable] = {
+        CogVideoXSpatialNorm3D: _spatial_norm,
+        CogVideoXCausalConv3d: _causal_conv,
+        CogVideoXUpsample3D: _upsample,
+        CogVideoXSafeConv3d: _shortcut,
+        torch.nn.GroupNorm: _group_norm,
+        CogVideoXDownsample3D: _downsample,
+    }
+    layers: dict[type[torch.nn.Module], Callable] = {
+        kind: functools.partial(function, split=split) for kind, function in functions.items()
+    }
+    layers[torch.nn.Dropout] = lambda layer, weights, x: x
+    activations = {
+        type(get_activation(name)): functools.partial(_activation, activation=activation)
+        for name, activation in ACTIVATIONS.items()
+    }
+    return layers | activations
+
+
+def _weight_shapes(module: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in module.state_dict().items()}
+
+
+def _convert_weights(weights: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: channels_last(weight) if weight.ndim > 1 else weight for name, weight in weights.items()}
 
 
 # Each function below takes a layer of diffusers, its weights by name, and the arguments of its `forward`.
@@ -87,8 +118,16 @@ def _causal_conv(
     return causal_conv(x, weights["conv.weight"], weights["conv.bias"], conv_cache, split)
 
 
+def _group_norm(layer: torch.nn.GroupNorm, weights: Weights, x: jax.Array, *, split: Split) -> Deferred:
+    return group_norm(x, (weights["weight"], weights["bias"]), layer.num_groups, layer.eps, split)
+
+
 def _upsample(layer: CogVideoXUpsample3D, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array:
     return upsample(x, weights["conv.weight"], weights["conv.bias"], layer.compress_time, split)
+
+
+def _downsample(layer: CogVideoXDownsample3D, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array:
+    return downsample(x, weights["conv.weight"], weights["conv.bias"], layer.compress_time, split)
 
 
 def _shortcut(layer: CogVideoXSafeConv3d, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array:

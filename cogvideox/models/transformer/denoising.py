@@ -24,39 +24,53 @@ if TYPE_CHECKING:
     import torch
 
 
-class ImagePosterior(NamedTuple):
-    """What the VAE's encoder makes of the image of each video: a normal distribution of its latents.
+ImageScaling = Literal["diffusers", "sat"]
+
+
+class Posterior(NamedTuple):
+    """What the VAE's encoder makes of the image or the video of each run of a batch: a normal distribution of latents.
 
     Attributes:
-        mean, logvar: torch [batch, channels, 1, height, width], in latents.
-        scaling: how a sample of it is scaled; see `image_factor`.
+        mean, logvar: torch [batch, channels, frames, height, width], in latents.
     """
 
     mean: "torch.Tensor"
     logvar: "torch.Tensor"
-    scaling: Literal["diffusers", "sat"] = "diffusers"
+
+    def sample(self, generators: "Sequence[torch.Generator]", dtype: "torch.dtype") -> "torch.Tensor":
+        """Draw latents [batch, frames, channels, height, width] of `dtype`, each from its generator."""
+        import torch
+        from diffusers.utils.torch_utils import randn_tensor
+
+        noise = randn_tensor(tuple(self.mean.shape), generator=list(generators), dtype=self.mean.dtype)
+        return (self.mean + torch.exp(0.5 * self.logvar) * noise).to(dtype).permute(0, 2, 1, 3, 4)
 
 
-def image_latents_of(
-    plan: DenoisingPlan, image: ImagePosterior, generators: "Sequence[torch.Generator]", dtype: "torch.dtype"
-) -> "torch.Tensor":
-    """Draw the latents of each video's image from its generator; returns them in the shape of the video's latents.
+def image_latents_of(plan: DenoisingPlan, sample: "torch.Tensor", scaling: ImageScaling) -> "torch.Tensor":
+    """Return the latents [batch, 1, channels, height, width] of each video's image in the shape of the video's latents.
 
     They are in the first frame, also if that is one of the surplus frames; the others are zeros.
 
     Source: `CogVideoXImageToVideoPipeline.prepare_latents`.
     """
-    import torch
-    from diffusers.utils.torch_utils import randn_tensor
-
-    noise = randn_tensor(tuple(image.mean.shape), generator=list(generators), dtype=image.mean.dtype)
-    sample = (image.mean + torch.exp(0.5 * image.logvar) * noise).to(dtype).permute(0, 2, 1, 3, 4)
-    latents = torch.zeros(plan.latent_shape, dtype=dtype)
-    latents[:, :1] = image_factor(plan.vae, image.scaling) * sample
+    latents = sample.new_zeros(plan.latent_shape)
+    latents[:, :1] = image_factor(plan.vae, scaling) * sample
     return latents
 
 
-def image_factor(vae: Mapping, scaling: Literal["diffusers", "sat"]) -> float:
+def video_latents_of(plan: DenoisingPlan, sample: "torch.Tensor") -> "torch.Tensor":
+    """Scale the latents [batch, frames, channels, height, width] of given videos, and fill them up to whole patches.
+
+    In the surplus frames in front, which diffusers' pipeline does not have (it refuses such a number of frames), is the
+    first frame again: so the patch that it shares with them is one of a video that begins with a still.
+
+    Source: `CogVideoXVideoToVideoPipeline.prepare_latents`.
+    """
+    frames = [max(i, 0) for i in range(-plan.surplus_frames, sample.shape[1])]
+    return plan.vae["scaling_factor"] * sample[:, frames]
+
+
+def image_factor(vae: Mapping, scaling: ImageScaling) -> float:
     """Return by what the latents of an image are multiplied.
 
     "diffusers" does what its pipeline does, by the VAE's config; "sat" leaves them as they are, as the authors' own
@@ -77,6 +91,8 @@ class Denoising:
         seeds: of the noise of each video, which is drawn as in `CogVideoXPipeline`, in the dtype of the embeddings.
         skipped: the steps that leave out the blocks.
         image: of each video; None for a model that takes none.
+        image_scaling: see `image_factor`.
+        video: that each video begins with, for a plan with a strength; None to begin with noise alone.
 
     Attributes:
         done: how many steps are done.
@@ -90,7 +106,9 @@ class Denoising:
         negative_prompt_embeds: "torch.Tensor",
         seeds: Sequence[int],
         skipped: Collection[int] = (),
-        image: "ImagePosterior | None" = None,
+        image: Posterior | None = None,
+        image_scaling: ImageScaling = "diffusers",
+        video: Posterior | None = None,
     ):
         import torch
         from diffusers.utils.torch_utils import randn_tensor
@@ -102,9 +120,13 @@ class Denoising:
         self._resumed: State | None = None
         self._replicated = plan.parallelism.sharding()
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        image_latents = None if image is None else image_latents_of(plan, image, self._generators, prompt_embeds.dtype)
-        self._noise = randn_tensor(plan.latent_shape, generator=self._generators, dtype=prompt_embeds.dtype)
-        self._scheduler = AffineScheduler(make_scheduler(plan.scheduler), plan.num_inference_steps)
+        self._scheduler = AffineScheduler(make_scheduler(plan.scheduler), plan.num_inference_steps, plan.dropped_steps)
+        # What is given is drawn before the noise, as in diffusers' pipelines.
+        dtype = prompt_embeds.dtype
+        image_latents = image and image_latents_of(plan, image.sample(self._generators, dtype), image_scaling)
+        video_latents = video and video_latents_of(plan, video.sample(self._generators, dtype))
+        noise = randn_tensor(plan.latent_shape, generator=self._generators, dtype=dtype)
+        self._initial = noise if video_latents is None else self._scheduler.noisy(video_latents, noise)
         if plan.guided:
             prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         positions = None
@@ -138,7 +160,7 @@ class Denoising:
         The next step donates the state: only the last one may be kept.
         """
         start = self._start() if self._resumed is None else self._resumed
-        for state in self._loop(programs, start, range(self.done, self.plan.num_inference_steps), self._generators):
+        for state in self._loop(programs, start, range(self.done, self.plan.steps), self._generators):
             self.done += 1
             yield state
 
@@ -181,12 +203,12 @@ class Denoising:
             yield state
 
     def _start(self) -> State:
-        """Return the initial noise and an empty estimate, in new buffers each time, because a step donates them."""
+        """Return the initial latents and an empty estimate, in new buffers each time, because a step donates them."""
         empty = jax.tree.map(
             lambda array: jnp.zeros(array.shape, array.dtype, device=array.sharding),
             abstract_arguments(self.plan).state,
         )
-        return empty._replace(latents=self._to_device(self._noise, self.plan.dtype))
+        return empty._replace(latents=self._to_device(self._initial, self.plan.dtype))
 
     def _copied_generators(self) -> "list[torch.Generator]":
         """Return generators that draw what those of the run will draw."""
@@ -195,7 +217,7 @@ class Denoising:
     def _inputs(self, i: int, generators: "Sequence[torch.Generator]") -> StepInputs:
         """Return the inputs of step `i`; draws the noise of each video from its generator."""
         scheduler, plan = self._scheduler, self.plan
-        noise = scheduler.noise(i, plan.latent_shape, self._noise.dtype, generators)
+        noise = scheduler.noise(i, plan.latent_shape, self._initial.dtype, generators)
         scalars = (
             jnp.int32(scheduler.timesteps[i]),
             jnp.asarray(scheduler.coefficients[i]),

@@ -29,13 +29,15 @@ class DenoisingPlan(Plan):
     Attributes:
         vae, height, width, frames, batch, dtype: see `Plan`.
         transformer, scheduler: the model's other configs, checked.
-        num_inference_steps: denoising steps.
+        num_inference_steps: denoising steps of the scheduler; `steps` is how many of them are run.
         guidance_scale: of classifier-free guidance; there is no guidance if it is at most 1.
         use_dynamic_cfg: whether it changes from step to step; see `guidance_at`.
         parallelism: the mesh of devices, how they share attention, and the layout of the parameters.
         attention: the implementation, with its options.
         step_cache: whether full steps keep what the blocks add, for steps that leave them out.
         guidance_interval: the first and the last step with guidance, counted from 0; None for all steps.
+        strength: the share of the scheduler's steps that a given video goes through, above 0 and at most 1; None to
+            begin with noise alone.
     """
 
     transformer: Mapping
@@ -47,6 +49,20 @@ class DenoisingPlan(Plan):
     attention: Attention
     step_cache: bool
     guidance_interval: tuple[int, int] | None
+    strength: float | None = None
+
+    @property
+    def dropped_steps(self) -> int:
+        """Steps of the scheduler that come before the first one of the run: its latents begin with a given video.
+
+        Source: `CogVideoXVideoToVideoPipeline.get_timesteps`.
+        """
+        return 0 if self.strength is None else self.num_inference_steps - int(self.num_inference_steps * self.strength)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the run, which are counted from 0 wherever steps are named."""
+        return self.num_inference_steps - self.dropped_steps
 
     @property
     def guided(self) -> bool:
@@ -55,22 +71,21 @@ class DenoisingPlan(Plan):
 
     def kinds(self, skipped: Collection[int] = ()) -> "list[StepKind]":
         """Return the kind of each step, of which `skipped` leave out the blocks."""
-        first, last = self.guidance_interval or (0, self.num_inference_steps)
-        steps = range(self.num_inference_steps)
-        return [StepKind(short=i in skipped, guided=self.guided and first <= i <= last) for i in steps]
+        first, last = self.guidance_interval or (0, self.steps)
+        return [StepKind(short=i in skipped, guided=self.guided and first <= i <= last) for i in range(self.steps)]
 
     def guidance_at(self, timestep: int) -> float:
         """Return the guidance scale of a step; source: `use_dynamic_cfg` of `CogVideoXPipeline.__call__`."""
         if not self.use_dynamic_cfg:
             return self.guidance_scale
-        steps = self.num_inference_steps
+        steps = self.steps  # without the dropped ones, as in CogVideoXVideoToVideoPipeline
         return 1 + self.guidance_scale * (1 - math.cos(math.pi * ((steps - timestep) / steps) ** 5.0)) / 2
 
     @property
     def always_full(self) -> set[int]:
         """The steps that must not leave out the blocks: the first, the last, and the first one with guidance."""
         first_guided, _ = self.guidance_interval or (0, 0)
-        return {0, self.num_inference_steps - 1, first_guided}
+        return {0, self.steps - 1, first_guided}
 
     @property
     def prompts(self) -> int:
@@ -188,13 +203,14 @@ def make_denoising_plan(
     layout: str = "tp",
     step_cache: bool = False,
     guidance_interval: tuple[int, int] | None = None,
+    strength: float | None = None,
 ) -> DenoisingPlan:
     """Make the plan that the options ask for, on `devices` of `platform` ("tpu", "cpu" or "gpu"); see `DenoisingPlan`.
 
     Args:
         attention, block_sizes, use_k_smooth: see `Attention.choose`.
         use_dp, sp_num, mesh_order, layout: see `possible_parallelisms`, of which the fastest by prediction is taken.
-        step_cache, guidance_interval: see `DenoisingPlan`.
+        step_cache, guidance_interval, strength: see `DenoisingPlan`.
 
     Raises:
         PlanError: the model, the devices and the options do not fit together.
@@ -219,6 +235,7 @@ def make_denoising_plan(
         attention=Attention.choose(attention, platform, block_sizes, use_k_smooth, head_dim, dtype),
         step_cache=step_cache,
         guidance_interval=guidance_interval,
+        strength=strength,
     )
     check_plan(plan)
     plans = [dataclasses.replace(plan, parallelism=parallelism) for parallelism in possible]
@@ -229,7 +246,6 @@ def check_plan(plan: DenoisingPlan) -> None:
     """Raise PlanError, naming values that work, if the scheduler, the sizes or the number of steps cannot be run."""
     check_sides(plan.vae, plan.transformer, plan.height, plan.width)
     check_frames(plan.vae, plan.frames)
-    check_guidance(plan)
     check_layout(plan)
     if plan.scheduler["_class_name"] not in SAMPLERS:
         name = plan.scheduler["_class_name"]
@@ -237,6 +253,16 @@ def check_plan(plan: DenoisingPlan) -> None:
     maximum = plan.scheduler["num_train_timesteps"]
     if plan.num_inference_steps > maximum:
         raise PlanError("num_inference_steps", f"can be at most {maximum} with this scheduler")
+    if plan.strength is not None and plan.features.image:
+        raise PlanError(
+            None, "the model makes videos of an image; a given video (--video of stage 1) is for the others"
+        )
+    if plan.steps == 0:
+        strength = plan.strength or 1.0
+        least = math.ceil(1 / strength)
+        message = f"{plan.num_inference_steps} leaves no step at strength {strength:g}; at least {least} does"
+        raise PlanError("num_inference_steps", message)
+    check_guidance(plan)
 
 
 def check_layout(plan: DenoisingPlan) -> None:
@@ -256,7 +282,5 @@ def check_guidance(plan: DenoisingPlan) -> None:
         message = f"is an interval with guidance, {there_is_none}; use one of the two"
         raise PlanError("guidance_interval", message, scale)
     first, last = plan.guidance_interval or (0, 0)
-    if not first <= last < plan.num_inference_steps:
-        raise PlanError(
-            "guidance_interval", f"{first},{last} is no interval of the steps 0 to {plan.num_inference_steps - 1}"
-        )
+    if not first <= last < plan.steps:
+        raise PlanError("guidance_interval", f"{first},{last} is no interval of the steps 0 to {plan.steps - 1}")

@@ -81,22 +81,24 @@ class AffineScheduler:
     Args:
         scheduler: an object of one of the classes in SAMPLERS.
         num_inference_steps: number of denoising steps.
+        dropped: how many of them are left out, the first ones.
 
     Attributes:
-        timesteps: int64 array [num_inference_steps], descending.
-        coefficients: float32 array [num_inference_steps, 2, 3]; rows (prev_sample, pred_original_sample), columns
+        timesteps: int64 array [steps], descending, of the steps that are left.
+        coefficients: float32 array [steps, 2, 3]; rows (prev_sample, pred_original_sample), columns
             (sample, model_output, old_pred_original_sample).
 
     Raises:
         ValueError: a step is not affine: it clips what is large, for example.
     """
 
-    def __init__(self, scheduler: "SchedulerMixin", num_inference_steps: int):
+    def __init__(self, scheduler: "SchedulerMixin", num_inference_steps: int, dropped: int = 0):
         scheduler.set_timesteps(num_inference_steps)
+        scheduler.timesteps = scheduler.timesteps[dropped:]
         self._scheduler = scheduler
         self._sampler = SAMPLERS[type(scheduler).__name__]
         self.timesteps = scheduler.timesteps.numpy()
-        self.coefficients = np.stack([self._matrix(i) for i in range(num_inference_steps)]).astype(np.float32)
+        self.coefficients = np.stack([self._matrix(i) for i in range(len(self.timesteps))]).astype(np.float32)
 
     def noise(
         self, step: int, shape: tuple[int, ...], dtype: "torch.dtype", generators: "Sequence[torch.Generator]"
@@ -112,6 +114,10 @@ class AffineScheduler:
         zeros = torch.zeros(1, *shape[1:], dtype=dtype)
         samples = [self._sampler.step(self._scheduler, step, zeros, zeros, zeros, one)[0] for one in generators]
         return torch.cat(samples).to(dtype)
+
+    def noisy(self, sample: "torch.Tensor", noise: "torch.Tensor") -> "torch.Tensor":
+        """Return `sample` [batch, ...] with as much of `noise` as the first step begins with."""
+        return self._scheduler.add_noise(sample, noise, self._scheduler.timesteps[:1].expand(len(sample)))
 
     def _matrix(self, step: int) -> np.ndarray:
         """Return the coefficients of step `step`, float64 [2, 3]."""
