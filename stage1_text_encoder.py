@@ -40,7 +40,7 @@ ROWS = 128  # T5's embedding has a row for each token, and may have more up to a
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(
-        "Stage 1 of CogVideoX: encode the prompt, and the image that the video begins with.",
+        "Stage 1 of CogVideoX on TPUs: encode the prompt, and the image of models that take one.",
         others=STAGES,
         prog=PROGRAM,
         usage="%(prog)s --prompt TEXT [options]",

@@ -28,7 +28,7 @@ PROGRAM = "stage2_transformer.py"
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(
-        "Stage 2 of CogVideoX text to video: denoise the latents.",
+        "Stage 2 of CogVideoX on TPUs: denoise the latents.",
         others=STAGES,
         prog=PROGRAM,
         usage="%(prog)s [options]",

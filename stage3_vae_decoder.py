@@ -26,7 +26,7 @@ from utils import CONFIG, LATENTS
 def parse_arguments(argv: Sequence[str] | None, decoder: str) -> argparse.Namespace:
     """Read the command line."""
     parser = ArgumentParser(
-        "Stage 3 of CogVideoX text to video: decode the latents.",
+        "Stage 3 of CogVideoX on TPUs: decode the latents.",
         others=STAGES,
         prog=next_command.STAGE3[decoder],
         usage="%(prog)s [options]",

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.reproduce_tables import LARGE, MIDDLE, SMALL, video_tokens
+from cogvideox.features import features_of
 from cogvideox.files import checkpoint, generation_defaults
+from cogvideox.models.shared.sizes import spatial_compression_ratio
 from compile_for_tpu.programs import BUILT_IN_MODEL
 
 if TYPE_CHECKING:
@@ -133,7 +135,10 @@ class Machine:
         """Tokens for the attention kernel: those of the scale, the first of them the model's own if it is another."""
         if self.is_of_the_tables or self.scale.videos is not None:
             return self.scale.lengths
-        return self.denoising_plan(self.size, False, devices=self.devices[:1]).tokens, self.scale.lengths[0]
+        import jax
+
+        plan = self.denoising_plan(self.size, False, devices=jax.devices("cpu")[:1], platform="cpu")
+        return plan.tokens, self.scale.lengths[0]
 
     def video(self, size: Size) -> Size:
         """Return height, width and frames that are run in the place of a size."""
@@ -159,7 +164,8 @@ class Machine:
     @functools.cached_property
     def transformer(self) -> dict:
         """The transformer's config."""
-        return checkpoint.read_config(self.model, "transformer") | dict(self.scale.transformer)
+        config = checkpoint.read_config(self.model, "transformer") | dict(self.scale.transformer)
+        return config | ({"ofs_embed_dim": config["time_embed_dim"]} if config["ofs_embed_dim"] else {})
 
     @functools.cached_property
     def vae(self) -> dict:
@@ -173,6 +179,12 @@ class Machine:
         height, width, frames = video
         defaults: dict = {"transformer": self.transformer, "devices": self.devices, "platform": self.platform}
         defaults["num_inference_steps"] = 1 + self.scale.repetitions  # the first one is not timed
+        arguments = defaults | options
+        # Learned positions are for one size; drawn like the other weights, they are for that of the plan.
+        spatial = spatial_compression_ratio(self.vae)
+        sample = {"sample_height": height // spatial, "sample_width": width // spatial}
+        if features_of(arguments["transformer"]).positions == "learned":
+            arguments["transformer"] = arguments["transformer"] | sample
         return make_denoising_plan(
             vae=self.vae,
             scheduler=checkpoint.read_config(self.model, "scheduler", "scheduler_config.json"),
@@ -180,7 +192,7 @@ class Machine:
             width=width,
             frames=frames,
             guidance_scale=GUIDANCE_SCALE if guided else 1.0,
-            **defaults | options,
+            **arguments,
         )
 
     def decoding_plan(

@@ -60,7 +60,8 @@ from cogvideox.cli.program import run
 from cogvideox.cli.report import Report, memory_of
 from cogvideox.cli.types import folder_path, number
 from cogvideox.errors import UserError
-from cogvideox.files import writing
+from cogvideox.features import features_of
+from cogvideox.files import checkpoint, writing
 from cogvideox.files.names import STAGE_OUTPUTS
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.versions import LIBRARIES, versions
@@ -249,10 +250,24 @@ def hashed(shape: tuple[int, ...], seed: int) -> "jax.Array":
 
 
 def start_denoising(plan: "DenoisingPlan", weights: "Mapping[str, jax.Array]") -> "denoising.Denoising":
-    """Return a run of a plan from drawn prompts, which bfloat16 holds exactly, as it does the noise."""
+    """Return a run of a plan from drawn prompts and images, which bfloat16 holds exactly, as it does the noise."""
     from cogvideox.models.transformer.denoising import Denoising
 
-    return Denoising(plan, weights, *draw_prompts(plan), [LATENT_SEED] * plan.batch)
+    return Denoising(plan, weights, *draw_prompts(plan), [LATENT_SEED] * plan.batch, image=draw_image(plan))
+
+
+def draw_image(plan: "DenoisingPlan") -> "denoising.ImagePosterior | None":
+    """Draw the latents of an image, in the dtype of the prompts, for a model that takes one."""
+    import torch
+
+    from cogvideox.models.transformer.denoising import ImagePosterior
+
+    if not plan.features.image:
+        return None
+    batch, _, channels, height, width = plan.latent_shape
+    generator = torch.Generator().manual_seed(PROMPT_SEED)
+    mean = torch.randn(batch, channels, 1, height, width, generator=generator).bfloat16()
+    return ImagePosterior(mean, torch.full_like(mean, -2.0))
 
 
 def one_step(plan: "DenoisingPlan", weights: "Mapping[str, jax.Array]") -> "np.ndarray":
@@ -608,6 +623,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         end, theirs, made = time.perf_counter() + 60 * minutes, {}, made_with(arguments.model_id)
         writing.check_writable(Results(arguments.output, NAME, made, arguments.again).json)
         if arguments.beside:
+            if features_of(checkpoint.read_config(arguments.model_id, "transformer")).image:
+                raise UserError("--beside diffusers compares models of text alone; drop it, or choose another --model")
             theirs = run_diffusers(torch_device(), minutes, arguments, told)
         machine = find_machine(arguments.model_id)
         results = Results(arguments.output, NAME, {"devices": described(machine)} | made, arguments.again)

@@ -24,14 +24,15 @@ import functools
 import json
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import reproduce_tables
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.errors import UserError
-from cogvideox.files import writing
+from cogvideox.features import features_of
+from cogvideox.files import generation_defaults, published, writing
 from compile_for_tpu import report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +40,7 @@ INLINE = re.compile(r"(<!-- figure: (.+?) -->)(.*?)(<!-- / -->)")
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(^<!-- / -->$)", re.MULTILINE | re.DOTALL)
 SLICES = ("v6e-1", "v6e-4", "v6e-8", "v6e-16", "v6e-32")
 GUIDED = "stage2-v6e-8-768x1360x81-guided.json"  # the step of the default video
-HEADS = 48  # of CogVideoX1.5-5B
+MODEL, HEADS = "CogVideoX1.5-5B", 48  # of the figures that name no other
 CHIP_HOUR = 2.70  # dollars of a v6e chip on demand, by Google's price list in 2026; docs/tpu-vm.md says to check it
 LARGE, MIDDLE, SMALL = (768, 1360, 81), (720, 1280, 81), (640, 1280, 61)
 
@@ -93,7 +94,7 @@ def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *rows))
 
 
-def size_text(size: tuple[int, int, int]) -> str:
+def size_text(size: Sequence[int]) -> str:
     """Return a size as pages name it, such as "768 x 1360 x 81"."""
     return " x ".join(map(str, size))
 
@@ -101,15 +102,21 @@ def size_text(size: tuple[int, int, int]) -> str:
 # --- Our predictions ---------------------------------------------------------------------------------------------
 
 
-def step(topology: str, size: tuple[int, int, int], guided: bool) -> dict | None:
-    """Return seconds and GiB of our step, from its own report or from tables.json; None if it was not compiled."""
-    name = report.file_name("stage2", topology, ["x".join(map(str, size)), *["guided"] * guided])
+def step(topology: str, size: tuple[int, int, int], guided: bool, model: str = MODEL) -> dict | None:
+    """Return seconds and GiB of a model's step, from its report or from tables.json; None if it was not compiled."""
+    name = step_report(topology, size, guided, model)
     if (report.RESULTS / name).is_file():
         return {"seconds": result(name)["predicted_seconds"], "gib": result(name)["memory"]["peak"]}
-    for row in result("tables.json").values():
+    for row in result("tables.json").values() if model == MODEL else ():
         if (row["topology"], tuple(row["size"]), row["guided"]) == (topology, size, guided):
             return {"seconds": row["ours_seconds"], "gib": row["ours_gib"]}
     return None
+
+
+def step_report(topology: str, size: tuple[int, int, int], guided: bool, model: str) -> str:
+    """Return the name of the report of a model's step."""
+    labels = ["x".join(map(str, size)), *["guided"] * guided, *[f"model={model}"] * (model != MODEL)]
+    return report.file_name("stage2", topology, labels)
 
 
 def decode(topology: str, size: tuple[int, int, int]) -> dict | None:
@@ -216,6 +223,44 @@ def other_tpus() -> str:
         fits = f"{sizes['peak']:.1f} GiB of {sizes['limit']:.1f}"
         rows.append([found["topology"], options["attention"], fits, seconds])
     return table(["slice", "attention", "memory of a chip (on v4 and 7x, a core)", "a step, predicted"], rows)
+
+
+# The published models by their names on the hub, without "zai-org/".
+HUB_NAMES = ("CogVideoX1.5-5B", "CogVideoX1.5-5B-I2V", "CogVideoX-5b", "CogVideoX-5b-I2V", "CogVideoX-2b")
+
+
+def published_models() -> Iterator[tuple[str, str, bool, tuple[int, int, int]]]:
+    """Yield each model's name on the hub and in configs/, whether it takes an image, and its size."""
+    for name in HUB_NAMES:
+        folder = published.by_name(name)
+        assert folder, name
+        size = generation_defaults.of_model(name).entries
+        takes_image = features_of(json.loads((folder / "transformer" / "config.json").read_text())).image
+        yield name, folder.name, takes_image, (size["height"], size["width"], size["frames"])
+
+
+def models(heading: Sequence[str], text: str, image: str) -> str:
+    """Return the published models, and what a guided step of their size takes, with words in a page's language."""
+    rows = []
+    for name, model, takes_image, size in published_models():
+        seconds = (cell(step(topology, size, True, model), "seconds", "{:.2f} s") for topology in SLICES[:3])
+        link = f"[zai-org/{name}](https://huggingface.co/zai-org/{name})"
+        rows.append([link, image if takes_image else text, size_text(size), *seconds])
+    return table([*heading, *SLICES[:3]], rows)
+
+
+def other_models() -> str:
+    """Return memory, seconds and the kernel's rate of a guided step of the models that have reports of their own."""
+    rows = []
+    for _, model, _, size in published_models():
+        names = [step_report(topology, size, True, model) for topology in SLICES[:3]]
+        for found, name in ((result(name), name) for name in names if (report.RESULTS / name).is_file()):
+            rate = f"{kernel(name)['useful_scores_per_cycle']:.0f}"
+            mesh = " x ".join(re.findall(r"\d+", found["options"]["mesh"]))
+            gib, seconds = found["memory"]["peak"], found["predicted_seconds"]
+            rows.append([model, size_text(size), found["topology"], mesh, f"{gib:.1f} GiB", f"{seconds:.3f} s", rate])
+    heading = ["model", "size", "slice", "mesh (dp x sp x tp)", "memory of a chip", "a step, predicted"]
+    return table([*heading, "useful scores a cycle"], rows)
 
 
 def compile_report() -> str:
@@ -472,6 +517,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality options": quality_options,
     "quality of image to video": lambda: quality("quality-tiny_model_i2v.json", "pictures"),
     "other TPUs": other_tpus,
+    "other models": other_models,
+    "models": lambda: models(["`--model_id`", "from", "size"], "text", "text and an image"),
+    "models in Chinese": lambda: models(["`--model_id`", "输入", "尺寸"], "文字", "文字和图片"),
     "trust": trust,
     "trust in Chinese": lambda: trust(
         "请预期预测秒数的 {:.2f} 到 {:.2f} 倍：别人在 TPU 上实测过的 {} 个程序都落在这个范围内，"

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,9 +25,11 @@ import stage2_transformer
 import stage3_vae_decoder
 from cogvideox.cli import program
 from cogvideox.errors import UserError
-from cogvideox.files.stage_files import made_from
+from cogvideox.files.names import IMAGE_TENSORS
+from cogvideox.files.stage_files import TEXT_TENSORS, made_from
 from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, edit_config
 from tools import dump_reference
+from tools.make_tiny_model import make_pipeline
 
 STEPS, SEED, HEIGHT, WIDTH, SCALE = 4, 7, 32, 48, 5.0
 DDIM, DPM = CogVideoXDDIMScheduler, CogVideoXDPMScheduler
@@ -47,11 +57,21 @@ def make_files(model: Path, folder: Path, guided: bool = True, scheduler: type =
     shape = 1, sizes["max_text_seq_length"], sizes["text_embed_dim"]
     dtype = more.get("dtype", torch.float32)
     embeddings = {name: torch.randn(shape).to(dtype) for name in ("prompt_embeds", "negative_prompt_embeds")}
-    save_file(embeddings, folder / EMBEDDINGS, made_from(config, text))
     pixels = 2 ** (len(vae["block_out_channels"]) - 1)
+    if sizes["in_channels"] != sizes["out_channels"]:
+        image = 1, vae["latent_channels"], 1, HEIGHT // pixels, WIDTH // pixels
+        embeddings |= {name: torch.randn(image).to(dtype) for name in IMAGE_TENSORS}
+    save_file(embeddings, folder / EMBEDDINGS, made_from(config, text))
     latents = torch.randn(1, vae["latent_channels"], (frames + 3) // 4, HEIGHT // pixels, WIDTH // pixels)
     save_file({"latents": latents}, folder / LATENTS, made_from(config, [n for n in config if n != "fps"]))
     return folder
+
+
+@pytest.fixture(scope="module")
+def sine_cosine_model(made_once) -> Path:
+    """Make a small model that adds positions which no file has, for a video of the size of these tests."""
+    size = {"sample_size": (HEIGHT // 8, WIDTH // 8), "sample_frames": 9}
+    return made_once("sine_cosine_model", lambda folder: make_pipeline(folder, kind="CogVideoX-2B", **size))
 
 
 @pytest.fixture
@@ -73,8 +93,15 @@ def names_in(path: Path) -> list[str]:
 
 def pipeline_outputs(files: Path, dtype=torch.float32, latents=None) -> dict[str, torch.Tensor]:
     """Run diffusers' pipeline as people do, and return what it computes, by the names of a dump."""
-    config = json.loads((files / CONFIG).read_text())
-    pipeline = CogVideoXPipeline.from_pretrained(config["model_id"], dtype=dtype)
+    config, embeddings = json.loads((files / CONFIG).read_text()), load_file(files / EMBEDDINGS)
+    is_of_images = IMAGE_TENSORS[0] in embeddings
+    kind = CogVideoXImageToVideoPipeline if is_of_images else CogVideoXPipeline
+    pipeline = kind.from_pretrained(config["model_id"], dtype=dtype)
+    image = {}
+    if is_of_images:  # which is what the encoder would return
+        posterior = DiagonalGaussianDistribution(torch.cat([embeddings[name] for name in IMAGE_TENSORS], dim=1))
+        pipeline.vae.encode = lambda _: AutoencoderKLOutput(posterior)
+        image = {"image": torch.zeros(1, 3, HEIGHT, WIDTH)}
     pipeline.set_progress_bar_config(disable=True)
     layers = pipeline.transformer.config.num_layers
     guided = config["guidance_scale"] > 1
@@ -105,7 +132,8 @@ def pipeline_outputs(files: Path, dtype=torch.float32, latents=None) -> dict[str
 
     pipeline.scheduler.step = step_and_keep
     pipeline(
-        **{name: tensor.to(dtype) for name, tensor in load_file(files / EMBEDDINGS).items()},
+        **{name: embeddings[name].to(dtype) for name in TEXT_TENSORS},
+        **image,
         **{name: config[name] for name in ("height", "width", "num_inference_steps", "guidance_scale")},
         num_frames=config["frames"],
         generator=torch.Generator().manual_seed(SEED),
@@ -132,7 +160,7 @@ def cases() -> list:
     for model, guided, scheduler in itertools.product(("random_model", "other_model"), (True, False), (DDIM, DPM)):
         quick = (model, guided, scheduler) in {("other_model", True, DPM), ("other_model", False, DDIM)}
         found.append(pytest.param(model, guided, scheduler, marks=[] if quick else pytest.mark.slow))
-    return found
+    return [*found, ("image_model", True, DPM), ("sine_cosine_model", False, DDIM)]
 
 
 def readable(value):
@@ -296,10 +324,14 @@ def test_chunks_are_the_decoders(model, frames, request, tmp_path, dump):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("guided", "scheduler"), [(True, DPM), (False, DDIM)], ids=readable)
-def test_lines_up_with_the_stages(guided, scheduler, other_model, tmp_path, dump, one_device):
+@pytest.mark.parametrize(
+    ("model", "guided", "scheduler"),
+    [("other_model", True, DPM), ("other_model", False, DDIM), ("image_model", True, DPM)],
+    ids=readable,
+)
+def test_lines_up_with_the_stages(model, guided, scheduler, request, tmp_path, dump, one_device):
     """What the stages dump has all names of the reference, and its shapes and, in float32, its values."""
-    files = make_files(other_model, tmp_path, guided, scheduler)
+    files = make_files(request.getfixturevalue(model), tmp_path, guided, scheduler)
     names = ("height", "width", "frames", "num_inference_steps", "guidance_scale", "seed")
     config = json.loads((files / CONFIG).read_text())
     options = [f"--{name}={config[name]}" for name in names]
@@ -320,6 +352,11 @@ def test_lines_up_with_the_stages(guided, scheduler, other_model, tmp_path, dump
 
 def without(*files: str):
     return lambda folder: [(folder / file).unlink() for file in files]
+
+
+def scaled_as_the_authors_do(folder: Path) -> None:
+    plan = json.dumps({"plan": {"image_latent_scale": "sat"}})
+    save_file({"latents": torch.zeros(1)}, folder / LATENTS, {"provenance": plan})
 
 
 def edit_json(file: str, **entries):
@@ -354,6 +391,8 @@ def edit_json(file: str, **entries):
         (lambda folder: edit_config(folder, skipped_steps="1,2"), (), "with skipped_steps 1,2, which diffusers"),
         (lambda folder: edit_config(folder, guidance_interval=[0, 1]), (), r"with guidance_interval \[0, 1\], which"),
         (edit_json("model/transformer/config.json", text_embed_dim=8), (), "the transformer takes"),
+        (edit_json("model/transformer/config.json", in_channels=32), (), "has no image"),
+        (scaled_as_the_authors_do, (), "with image_latent_scale sat, which diffusers"),
     ],
 )
 def test_bad_input(change, options, message, random_model, tmp_path, dump):

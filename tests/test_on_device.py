@@ -21,6 +21,7 @@ from benchmarks.diffusers_comparison import FILES, LATENTS, WRITTEN
 from benchmarks.entries import NO_TIME, NOT_QUICK, STARTED, Entry
 from benchmarks.machine import FULL, ON_A_CPU, ON_A_GPU, STEPS, Machine
 from cogvideox.errors import UserError
+from cogvideox.files import published
 from cogvideox.models.transformer import attention, parameters
 from cogvideox.models.transformer import plan as plan_module
 from compile_for_tpu import report
@@ -404,3 +405,31 @@ def test_every_configuration_of_the_tables_is_there():
     assert {(size, guided) for size, guided, _ in STEPS} == {
         (row.size, row.guided) for row in reproduce_tables.ROWS.values()
     }
+
+
+# --- Other models -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["CogVideoX-2B", "CogVideoX-5B-I2V", "CogVideoX1.5-5B-I2V"])
+def test_other_models(name):
+    """Flat patches and all kinds of positions, an image and ofs, in small sizes."""
+    machine = Machine(jax.devices()[:1], ON_A_CPU, str(published.by_name(name)))
+    found = on_device.step_on_cpu(machine, 1, True, "float32")
+    assert found.any() and np.isfinite(found).all()
+
+
+def test_rows_of_another_model():
+    """Its own size, with and without guidance, beside its own predictions."""
+    machine = Machine(tpu(8).devices, FULL, str(published.by_name("CogVideoX-5B")))
+    rows = {entry.name: entry for entry in on_device.entries(machine)}
+    expected = rows["step, 480 x 720 x 49, guidance"].run.args[-1]
+    saved = json.loads((report.RESULTS / "stage2-v6e-8-480x720x49-guided-model=CogVideoX-5B.json").read_text())
+    assert expected["predicted_seconds"] == saved["predicted_seconds"]
+    assert expected["original_seconds"] is None
+    assert "attention splash_exp2, 6 heads, 17,776 tokens, one device" in rows, list(rows)
+
+
+def test_an_image_model_beside_diffusers_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="--beside diffusers compares models of text alone"):
+        on_device.main(["--model", "CogVideoX-5B-I2V", "--beside", "diffusers", "--output", str(tmp_path)])

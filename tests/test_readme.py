@@ -132,9 +132,9 @@ def made_small(module: str, arguments: list[str]) -> list[str]:
 
 
 def is_of_tiny_model(folder: str) -> bool:
-    """Return whether stage 1 has used the tiny model, which says its size, for the prompts in a folder."""
+    """Return whether stage 1 has used a tiny model, which says its size, for the prompts in a folder."""
     configs = [json.loads(file.read_text()) for file in Path(folder).rglob(CONFIG)]
-    return any(Path(config["model_id"]).name == "tiny_model" for config in configs)
+    return any(Path(config["model_id"]).name.startswith("tiny_model") for config in configs)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The tiny image-to-video model: shape, colours and place come from its picture, the direction from its prompt."""
 
+import json
 import os
 
 import numpy as np
@@ -8,9 +9,20 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 
+from benchmarks import quality
 from tests.helpers import ROOT, TINY_MODEL, contents
 from tools import moving_shapes, train_tiny_image_model
-from tools.moving_shapes import DIRECTIONS, FRAMES, SIZE, held_out_pictures, measure, prompts_of, render, same_place
+from tools.moving_shapes import (
+    DIRECTIONS,
+    FRAMES,
+    SIZE,
+    Caption,
+    held_out_pictures,
+    measure,
+    prompts_of,
+    render,
+    same_place,
+)
 
 TINY_IMAGE_MODEL = ROOT / "tiny_model_i2v"
 FEW = ("--effort", "0.0005", "--work_dir", "work", "--device", "cpu")
@@ -54,6 +66,23 @@ def test_one_picture_goes_where_the_prompt_says(pipeline):
     assert (10 * np.log10(255**2 / error) > 25).all()
 
 
+@pytest.mark.slow
+def test_quality_of_a_few_pictures(one_device, tmp_path, capsys):
+    """Our stages against diffusers' pipeline, from the same pictures."""
+    few = ("--model_id", str(TINY_IMAGE_MODEL), "--captions", "1", "--videos", "1", "--num_inference_steps", "4")
+    quality.main([*few, "--output", "report.json", "--sheet", "sheet.png"])
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    for rows in report["adherence"].values():
+        assert set(rows["true clips"].values()) == set(rows["through VAE"].values()) == {1.0}, printed
+        assert rows["ours"].keys() == {*Caption._fields, "place"}
+        assert min(rows["ours"]["place"], rows["ours"]["colour"], rows["ours"]["direction"]) == 1, printed
+        assert not rows["untrained"]["place"], printed
+    assert report["psnr"]["ours against diffusers"]["least"] > 40, printed
+    assert report["psnr"]["the picture, ours"]["least"] > 22, printed
+    assert np.asarray(Image.open(tmp_path / "sheet.png")).shape[0] > 3 * SIZE
+
+
 def test_it_begins_as_the_text_model():
     """Whatever the picture and `ofs` are."""
     text = CogVideoXPipeline.from_pretrained(TINY_MODEL, dtype=torch.float32)
@@ -85,7 +114,7 @@ def test_it_is_trained_on_what_the_pipeline_makes_of_a_picture(pipeline):
 def test_the_recipe_on_a_few_batches(tmp_path, monkeypatch, capsys):
     """The text model's parts stay as they are; started again it has nothing left to do, and writes the same."""
     monkeypatch.chdir(tmp_path)
-    known: set[moving_shapes.Caption] = set()
+    known: set[Caption] = set()
     drawn = train_tiny_image_model.random_clips
     monkeypatch.setattr(
         train_tiny_image_model,

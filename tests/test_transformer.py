@@ -126,7 +126,7 @@ def test_tiles_match_diffusers(mesh, layout, bias):
 @pytest.mark.parametrize(
     ("heads", "mesh", "layout", "attention"),
     [
-        (4, (1, 8, 1), "tp", Attention("splash_exp2", "cpu")),  # groups of four
+        (4, (1, 8, 1), "tp", Attention("splash_exp2", "cpu")),  # two groups of four
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [

@@ -21,7 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline, CogVideoXTransformer3DModel
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.embeddings import CogVideoXPatchEmbed
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.schedulers import scheduling_dpm_cogvideox
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -34,9 +42,11 @@ from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.terminal import bar_options
 from cogvideox.cli.types import file_path, number
+from cogvideox.defaults import IMAGE_LATENT_SCALES
 from cogvideox.errors import UserError
-from cogvideox.files import checkpoint, lora, stage_files, tensor_dump
-from cogvideox.files.names import EMBEDDINGS, LATENTS
+from cogvideox.features import features_of
+from cogvideox.files import checkpoint, lora, provenance, stage_files, tensor_dump
+from cogvideox.files.names import EMBEDDINGS, IMAGE_TENSORS, LATENTS
 from cogvideox.files.schemas import VideoConfig
 from cogvideox.files.tensor_dump import Dump, Planned
 from cogvideox.models.decoder.decoder import chunk_sizes
@@ -46,6 +56,7 @@ from cogvideox.models.transformer.parameters import stored_shapes
 from cogvideox.models.transformer.plan import DenoisingPlan, make_denoising_plan
 from cogvideox.models.transformer.scheduler import make_scheduler
 from cogvideox.run.accelerator import prepare_libraries
+from cogvideox.run.jobs import check_embeddings
 from cogvideox.run.plans import plan_errors
 
 # The modules, as regular expressions, whose outputs the stages name too.
@@ -61,7 +72,7 @@ DECODER = (
 # Entries of generation_config.json that decide what is computed here, or that decide no number.
 UNDERSTOOD = {
     *("model_id", "prompt", "negative_prompt", "height", "width", "frames", "fps", "num_inference_steps", "seed"),
-    *("guidance_scale", "use_dynamic_cfg", "scheduler", "timestep_spacing", "lora"),
+    *("guidance_scale", "use_dynamic_cfg", "scheduler", "timestep_spacing", "lora", "image", "prompt_seed"),
 }
 WAITING_BYTES = 2**26  # of arrays that are written together
 VALUES_AT_A_TIME = 2**24  # that statistics are computed of
@@ -139,11 +150,11 @@ class Start(NamedTuple):
 def dump_denoising(arguments: argparse.Namespace) -> Dump:
     """Run diffusers' pipeline up to the last wanted step, and return the finished dump."""
     config = stage_files.read_config(arguments.input_dir, VideoConfig)
-    check_entries(config)
+    check_entries(config, arguments.input_dir / LATENTS)
     path = arguments.input_dir / EMBEDDINGS
-    shapes = stage_files.tensor_shapes(path, 1, ("prompt_embeds", "negative_prompt_embeds"), config)
+    shapes = stage_files.tensor_shapes(path, 1, stage_files.embedding_names(path), config)
     plan = denoising_plan(config, batch=shapes["prompt_embeds"][0])
-    stage_files.check_embeddings(shapes, plan.transformer, path)
+    check_embeddings({path: shapes}, plan)
     first = arguments.from_step or 0
     steps = steps_from(first, arguments.dump_steps, plan.num_inference_steps)
     last = plan.num_inference_steps - 1 if arguments.dump_stats else steps[-1]
@@ -168,11 +179,14 @@ def dump_denoising(arguments: argparse.Namespace) -> Dump:
     return recorder.dump
 
 
-def check_entries(config: Mapping) -> None:
-    """Raise UserError if the latents were made with something that diffusers' pipeline cannot do."""
-    for name, field in VideoConfig.model_fields.items():
-        value = config.get(name, field.default)
-        if name not in UNDERSTOOD and value != field.default:
+def check_entries(config: Mapping, latents: Path) -> None:
+    """Raise UserError if the latents, whose file may be missing, were made with what diffusers' pipeline cannot do."""
+    made = provenance.decided_by(latents) if latents.is_file() else {}
+    by_default = {name: field.default for name, field in VideoConfig.model_fields.items() if name not in UNDERSTOOD}
+    found = {**made, **config}  # what is no entry of the config, such as the scale of an image's latents, the file says
+    for name, default in {**by_default, "image_latent_scale": IMAGE_LATENT_SCALES[0]}.items():
+        value = found.get(name, default)
+        if value != default:
             raise UserError(
                 f"the latents were made with {name} {value}, which diffusers' pipeline does not have; run stage 2 "
                 "without it, and compare that run"
@@ -232,7 +246,13 @@ def planned_step(
     rows = plan.batch * plan.prompts
     text = latents.new_empty(rows, plan.transformer["max_text_seq_length"], plan.transformer["text_embed_dim"])
     handles = attach(transformer, TRANSFORMER, "", of_tokens, planner)
-    transformer(latents.repeat(plan.prompts, 1, 1, 1, 1), text, torch.zeros(rows, dtype=torch.int64, device="meta"))
+    timestep = torch.zeros(rows, dtype=torch.int64, device="meta")
+    transformer(
+        latents.repeat(plan.prompts, 1, 2 if plan.features.image else 1, 1, 1),
+        text,
+        timestep,
+        ofs=latents.new_empty(1) if plan.features.ofs else None,
+    )
     for handle in handles:
         handle.remove()
     for name, tensor in (("noise_pred", latents.float()), ("pred_original_sample", latents.float())):
@@ -242,7 +262,7 @@ def planned_step(
 
 
 def follow_steps(
-    pipeline: CogVideoXPipeline, recorder: "Recorder", batch: int, first: int, last: int, start: Start | None
+    pipeline: "Pipeline", recorder: "Recorder", batch: int, first: int, last: int, start: Start | None
 ) -> None:
     """Record what the pipeline's loop passes to the transformer and to the scheduler; run no model but first to last.
 
@@ -252,9 +272,10 @@ def follow_steps(
     forward, step = pipeline.transformer.forward, pipeline.scheduler.step
 
     def transformer_forward(hidden_states: torch.Tensor, **others: object) -> tuple:
+        noisy = hidden_states[:, :, : pipeline.transformer.config.out_channels]  # those of an image come after them
         if recorder.number < first:
-            return (torch.zeros_like(hidden_states),)
-        recorder("latents", hidden_states[:batch])
+            return (torch.zeros_like(noisy),)
+        recorder("latents", noisy[:batch])
         return forward(hidden_states, **others)
 
     @functools.wraps(step)  # the pipeline looks at the parameters
@@ -275,7 +296,7 @@ def follow_steps(
 
 
 def run_pipeline(
-    pipeline: CogVideoXPipeline,
+    pipeline: "Pipeline",
     embeddings: Mapping[str, torch.Tensor],
     plan: DenoisingPlan,
     seed: int,
@@ -284,11 +305,20 @@ def run_pipeline(
 ) -> torch.Tensor:
     """Call diffusers' pipeline, in `dtype`, on the noise that stage 2 draws, or from the first step's latents.
 
+    The VAE's encoder does not run: the pipeline gets the latents of an image as stage 1 has encoded it.
+
     Returns:
         Its latents, [batch, frames, channels, height, width], with the surplus frames of the plan in front.
     """
     drawn = embeddings["prompt_embeds"].dtype  # whatever dtype the computation has
     generator = torch.Generator().manual_seed(seed)
+    image = {}
+    if plan.features.image:
+        posterior = DiagonalGaussianDistribution(torch.cat([embeddings[name] for name in IMAGE_TENSORS], dim=1))
+        sample = posterior.sample(generator)  # which the pipeline would draw in its turn, before the noise
+        posterior.sample = lambda _: sample.to(pipeline._execution_device)
+        pipeline.vae.encode = lambda _: AutoencoderKLOutput(posterior)
+        image = {"image": torch.zeros(1, 3, plan.height, plan.width)}
     latents = randn_tensor(plan.latent_shape, generator=generator, dtype=drawn)
     if start is not None:
         latents = start.latents
@@ -309,7 +339,8 @@ def run_pipeline(
             use_dynamic_cfg=plan.use_dynamic_cfg,
             generator=generator,
             latents=latents.to(dtype),
-            **{name: tensor.to(device, dtype) for name, tensor in embeddings.items()},
+            **{name: embeddings[name].to(device, dtype) for name in stage_files.TEXT_TENSORS},
+            **image,
             output_type="latent",
         ).frames
 
@@ -352,7 +383,7 @@ def dump_decoding(arguments: argparse.Namespace) -> Dump:
     return recorder.dump
 
 
-def decode(pipeline: CogVideoXPipeline, latents: torch.Tensor, recorder: "Planner | Recorder") -> None:
+def decode(pipeline: "Pipeline", latents: torch.Tensor, recorder: "Planner | Recorder") -> None:
     """Decode latents [1, C, T, H, W] as the pipeline does, and record each chunk."""
     decoder = pipeline.vae.decoder
     handles = attach(decoder, DECODER, "decoder.", of_frames, recorder)
@@ -370,14 +401,25 @@ def of_frames(_: str, output: torch.Tensor | tuple) -> torch.Tensor:
 # --- diffusers' modules ------------------------------------------------------------------------------------------
 
 
-class Pipeline(CogVideoXPipeline):
-    """diffusers' pipeline, which runs on `device_of_run` though its modules lie nowhere while they wait."""
+class OnDevice:
+    """A pipeline that runs on `device_of_run` though its modules lie nowhere while they wait."""
 
     device_of_run = "cpu"
 
     @property
     def _execution_device(self) -> torch.device:
         return torch.device(self.device_of_run)
+
+
+class TextPipeline(OnDevice, CogVideoXPipeline):
+    """diffusers' pipeline of a model for text to video."""
+
+
+class ImagePipeline(OnDevice, CogVideoXImageToVideoPipeline):
+    """diffusers' pipeline of a model for image to video."""
+
+
+Pipeline = TextPipeline | ImagePipeline
 
 
 def make_pipeline(
@@ -389,7 +431,8 @@ def make_pipeline(
             config and kind.from_config(dict(config)).to(dtype).eval()
             for kind, config in ((AutoencoderKLCogVideoX, vae), (CogVideoXTransformer3DModel, transformer))
         ]
-    pipeline = Pipeline(None, None, *modules, scheduler)
+    takes_image = transformer is not None and features_of(transformer).image
+    pipeline = (ImagePipeline if takes_image else TextPipeline)(None, None, *modules, scheduler)
     pipeline.device_of_run = device
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -429,6 +472,9 @@ def stream_weights(
                 one.add(weight, array, (slice(None),) * array.ndim)
         tensors = {weight.removeprefix(f"{name}."): from_numpy(array) for weight, array in weights.items()}
         part.load_state_dict({weight: x.to(device, dtype) for weight, x in tensors.items()}, assign=True)
+        if isinstance(part, CogVideoXPatchEmbed) and part.use_positional_embeddings:  # which are in no file
+            size = part.sample_height, part.sample_width, part.sample_frames
+            part.pos_embedding = part._get_positional_embeddings(*size, device=device)
 
     def drop(part: nn.Module, *_: object) -> None:
         part.to("meta")

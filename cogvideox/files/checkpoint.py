@@ -65,7 +65,7 @@ def read_config(model_id: str, component: str, name: str = "config.json", downlo
     Without `download` it is the one that was downloaded last.
 
     Raises:
-        UserError: the component has no config, or the config is not one of a CogVideoX 1.5 for text to video.
+        UserError: the component has no config, or the config is not one of a CogVideoX.
     """
     path = model_folder(model_id, [f"{component}/{name}"], download) / component / name
     missing = f"model '{model_id}' has no {component}/{name}; --model_id must name a CogVideoX model"

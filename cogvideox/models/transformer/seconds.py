@@ -24,8 +24,9 @@ def step_seconds(
     """Predict the seconds of a full step, up to a factor: of its products, and of its exchanges.
 
     In each block the chips that share a sample exchange query, key, value and output: over sp from shares of the
-    sequence to shares of the heads and back, over tp twice a gather and twice a sum of the hidden states. Where sp
-    splits the queries into parts, it also gathers the keys and values of the other parts.
+    sequence to shares of the heads and back, over tp twice a gather and twice a sum of the hidden states, of which the
+    TPU compiler makes an all-reduce. Where sp splits the queries into parts, it also gathers the keys and values of the
+    other parts.
 
     Args:
         samples: that the step has, with guidance two for each video.
@@ -38,5 +39,5 @@ def step_seconds(
     weights = 12 * width**2  # of the products of a block: four in attention, the MLP has four times the width
     products = samples * config["num_layers"] * (2 * weights * padded + 4 * width * padded * tokens)
     share = samples * padded * width * jnp.dtype(dtype).itemsize / chips  # bytes of a chip's hidden states
-    moved = 4 * ((heads - 1) / heads + (tp - 1)) + 2 * (parallelism.query_parts - 1)  # shares of a chip in a block
+    moved = 4 * (heads - 1) / heads + 6 * (tp - 1) + 2 * (parallelism.query_parts - 1)  # shares of a chip in a block
     return products / chips / FLOPS + config["num_layers"] * share * moved / BANDWIDTH
