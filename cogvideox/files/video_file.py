@@ -52,8 +52,9 @@ def first_frames(path: Path, number: int, height: int, width: int) -> "np.ndarra
     frames = np.empty((number, height, width, 3), np.uint8)
     found = 0
     try:
-        with imageio.get_reader(path, format="FFMPEG") as reader:
-            for frame in itertools.islice(iter(reader), number):
+        reader: Any = imageio.get_reader(path, format="FFMPEG")
+        with contextlib.closing(reader):
+            for frame in itertools.islice(reader, number):
                 frames[found] = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
                 found += 1
     except (OSError, ValueError, RuntimeError, IndexError) as error:
