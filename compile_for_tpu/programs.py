@@ -176,7 +176,8 @@ def _stage3_labels(arguments: argparse.Namespace) -> list[str]:
 
 def add_encoder_options(parser: ArgumentParser) -> None:
     """Add the options of the encoder."""
-    _add_model_options(parser)
+    add_model_option(parser)
+    _add_dtype_option(parser, "dtype of the weights")
     options.add_size_options(parser)
 
 

@@ -185,6 +185,14 @@ def test_trees_of_an_executable_are_those_of_this_run(tmp_path):
 
 
 @pytest.mark.slow
+def test_encoder(compile_for, random_model):
+    """Of a video in three chunks, the first of which is longer."""
+    size = ("--height", 32, "--width", 48, "--frames", 25)
+    _, found = compile_for("encoder", "--model_id", random_model, *size, "--topology", "cpu")
+    assert found["options"]["frames"] == "25" and found["memory"]["fits"] and found["flops"] > 0
+
+
+@pytest.mark.slow
 def test_decoder_round_trip(compile_for, run, outputs, random_model):
     """The same for stage 3, and programs for another split."""
     size = ("--height", 32, "--width", 48, "--frames", 9, "--dtype", "float32")

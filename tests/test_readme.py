@@ -22,6 +22,7 @@ import pytest
 from benchmarks import write_figures
 from cogvideox.cli.parser import ALIASES, plain
 from compile_for_tpu import report
+from compile_for_tpu.programs import KINDS
 from tests.helpers import CONFIG, ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, run_command
 from tests.in_process import run_here
 
@@ -51,6 +52,7 @@ RUN_ELSEWHERE = {
     r"\S*python -m compile_for_tpu stage2 .*--save.*": "test_compile_for_tpu.py::test_executable_round_trip",
     r"\S*python -m compile_for_tpu stage2 .*": "test_compile_for_tpu.py::test_stage2_of_the_tiny_model",
     r"\S*python -m compile_for_tpu stage3 .*": "test_compile_for_tpu.py::test_decoder_round_trip",
+    r"\S*python -m compile_for_tpu encoder .*": "test_compile_for_tpu.py::test_encoder",
     r"\S*python -m compile_for_tpu kernel .*": "test_compile_for_tpu.py::test_kernel",
     r"\S*python -m benchmarks\.on_device( --beside diffusers)?": "test_on_device.py::test_everything_runs",
     r"\S*python -m benchmarks\.quality.*": "test_tiny_model.py::test_quality_of_a_few_captions",
@@ -346,7 +348,7 @@ def options_of(module: str, *subcommand: str) -> set[str]:
 def programs() -> Iterator[tuple[str, ...]]:
     """Yield the module of each program of the project, and its subcommand."""
     yield from ((script.removesuffix(".py"),) for script in (*STAGES, "inspect_tensors.py"))
-    yield from (("compile_for_tpu.__main__", what) for what in ("stage2", "stage3", "kernel"))
+    yield from (("compile_for_tpu.__main__", what) for what in KINDS)
     for folder in ("benchmarks", "tools"):
         for file in sorted((ROOT / folder).glob("*.py")):
             if '__name__ == "__main__"' in file.read_text():

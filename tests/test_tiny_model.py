@@ -13,8 +13,10 @@ import stage2_transformer
 import stage3_vae_decoder
 from benchmarks import quality
 from cogvideox.errors import UserError
+from cogvideox.files.names import VIDEO
+from cogvideox.files.video_file import video_writer
 from tests.helpers import ROOT, TINY_MODEL
-from tools.moving_shapes import ALL, FRAMES, SIZE, held_out, measure
+from tools.moving_shapes import ALL, FRAMES, SIZE, Caption, held_out, measure, render, same_place
 
 
 def test_at_most_10_megabytes_in_the_published_layout():
@@ -36,6 +38,23 @@ def test_the_demo_shows_what_its_prompt_says(one_device, tmp_path):
     for decoder in ("torchax", "flax"):
         stage3_vae_decoder.main(["--output_video", f"{decoder}.mp4"], decoder)
         assert measure(imageio.imread(tmp_path / f"{decoder}.mp4")) == caption, decoder
+
+
+@pytest.mark.slow
+def test_a_video_is_changed_as_the_prompt_says(one_device, tmp_path):
+    """Another background; the shape stays in its place, which the prompt does not say."""
+    caption = Caption("red", "circle", "left", "black")
+    wanted = caption._replace(background="white")
+    clip = render(caption, np.random.default_rng(0))
+    with video_writer("clip.mp4", 8) as append:
+        for frame in clip:
+            append(frame)
+    of_video = ["--video", "clip.mp4", "--strength", "0.6"]
+    stage1_text_encoder.main(["--prompt", str(wanted), "--model_id", str(TINY_MODEL), *of_video])
+    stage2_transformer.main([])
+    stage3_vae_decoder.main([])
+    video = imageio.imread(tmp_path / "stage_outputs" / VIDEO)
+    assert video.shape == clip.shape and measure(video) == wanted and same_place(video[0], clip[0])
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ STAGE3 = {"torchax": "stage3_vae_decoder.py", "flax": "stage3_vae_decoder_flax.p
 # of `generation_defaults.OURS` beside them.
 OF_WEIGHTS: dict[str, Any] = {"variant": None, "dtype": None}
 OF_STAGE1: dict[str, Any] = {
-    **{"model_id": MODEL_NAME, "negative_prompt": "", "image": None, "video": None, "strength": STRENGTH},
+    **{"model_id": MODEL_NAME, "negative_prompt": "", "image": None, "video": None, "strength": None},
     **{"height": None, "width": None, "frames": None},
     **OF_WEIGHTS,
 }
@@ -51,7 +51,7 @@ def stage1(output_dir: Path, given: Sequence[object], options: Mapping[str, Any]
         options: values of OF_STAGE1, by name; others are passed over.
     """
     model_id = options.get("model_id")
-    by_default = OF_STAGE1 | (_size_of(model_id) if isinstance(model_id, str) else {})
+    by_default = OF_STAGE1 | {"strength": STRENGTH} | (_size_of(model_id) if isinstance(model_id, str) else {})
     paths = {name: here(path) for name in ("model_id", *GIVEN_TENSORS) if isinstance(path := options.get(name), str)}
     return command(STAGE1, *given, "--output_dir", output_dir, *words({**options, **paths}, by_default))
 

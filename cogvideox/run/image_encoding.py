@@ -71,15 +71,10 @@ def complete_size(
     For --video --frames is set, too.
     """
     of_video, taken_size = arguments.video is not None, ("height", "width")
-    for name in ("frames", "strength"):
-        if getattr(arguments, name) and not of_video:
-            raise UserError(f"--{name} belongs here to --video, which names a video to change")
+    if not of_video:
+        _refuse(arguments, ("frames", "strength"), "--video")
     if not images and not of_video:
-        for name in taken_size:
-            if getattr(arguments, name):
-                raise UserError(
-                    f"--{name} is here the size of what --image or --video names; stage 2 takes that of a video"
-                )
+        _refuse(arguments, taken_size, "--image or --video")
         return []
     names = (*taken_size, "frames") if of_video else taken_size
     taken = generation_defaults.complete(arguments, generation_defaults.of_model(model_id), names)
@@ -91,6 +86,13 @@ def complete_size(
     except PlanError as error:
         raise UserError(f"--{error}") from error
     return taken
+
+
+def _refuse(arguments: argparse.Namespace, names: Iterable[str], of: str) -> None:
+    """Raise UserError if one of the options `names` is given, which are those `of` another option."""
+    for name in names:
+        if getattr(arguments, name):
+            raise UserError(f"--{name} is here that of what {of} names; a video made of text has its own from stage 2")
 
 
 class Encoded(NamedTuple):
