@@ -256,18 +256,18 @@ def start_denoising(plan: "DenoisingPlan", weights: "Mapping[str, jax.Array]") -
     return Denoising(plan, weights, *draw_prompts(plan), [LATENT_SEED] * plan.batch, image=draw_image(plan))
 
 
-def draw_image(plan: "DenoisingPlan") -> "denoising.ImagePosterior | None":
+def draw_image(plan: "DenoisingPlan") -> "denoising.Posterior | None":
     """Draw the latents of an image, in the dtype of the prompts, for a model that takes one."""
     import torch
 
-    from cogvideox.models.transformer.denoising import ImagePosterior
+    from cogvideox.models.transformer.denoising import Posterior
 
     if not plan.features.image:
         return None
     batch, _, channels, height, width = plan.latent_shape
     generator = torch.Generator().manual_seed(PROMPT_SEED)
     mean = torch.randn(batch, channels, 1, height, width, generator=generator).bfloat16()
-    return ImagePosterior(mean, torch.full_like(mean, -2.0))
+    return Posterior(mean, torch.full_like(mean, -2.0))
 
 
 def one_step(plan: "DenoisingPlan", weights: "Mapping[str, jax.Array]") -> "np.ndarray":

@@ -47,7 +47,7 @@ from cogvideox.cli.terminal import bar_options
 from cogvideox.cli.types import file_path, number
 from cogvideox.defaults import FPS, NUM_STEPS, SEED
 from cogvideox.files import checkpoint, generation_defaults, lora, stage_files, videos, writing
-from cogvideox.files.names import EMBEDDINGS, IMAGE_TENSORS, ROOT
+from cogvideox.files.names import EMBEDDINGS, GIVEN_TENSORS, ROOT
 from cogvideox.run import accelerator, decoding, denoising, plans
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.signals import Interruption
@@ -336,7 +336,7 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     """
     from safetensors.torch import load_file
 
-    from cogvideox.models.transformer.denoising import Denoising, ImagePosterior
+    from cogvideox.models.transformer.denoising import Denoising, Posterior
     from cogvideox.models.transformer.parameters import load_parameters
     from cogvideox.models.transformer.step import abstract_arguments, make_step
 
@@ -356,8 +356,8 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
         embeds = prompts["prompt_embeds"], prompts["negative_prompt_embeds"]
         image = None
         if plan.features.image:
-            mean, logvar = (prompts[name] for name in IMAGE_TENSORS)
-            image = ImagePosterior(mean, logvar)
+            mean, logvar = (prompts[name] for name in GIVEN_TENSORS["image"])
+            image = Posterior(mean, logvar)
         run = Denoising(plan, parameters, *embeds, [seed], skipped, image).run(programs)
         (state,) = collections.deque(run, maxlen=1)
         return np.asarray(state.latents[:, plan.surplus_frames :]).swapaxes(1, 2)
