@@ -31,7 +31,7 @@ import stage1_text_encoder
 from cogvideox.cli import types
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, prompts, schemas, stage_files
-from cogvideox.files.names import GIVEN_TENSORS, VIDEO
+from cogvideox.files.names import IMAGE_TENSORS, VIDEO
 from cogvideox.files.tensors import DTYPES, is_finite
 from cogvideox.files.video_file import check_ffmpeg, video_writer
 from cogvideox.run import accelerator, compilation
@@ -167,7 +167,7 @@ def a_png(width: int, height: int) -> bytes:
 
 def image_latents(*shape: int) -> Callable[[], object]:
     """Give the embeddings the latents of an image."""
-    return tensors(OUT / EMBEDDINGS, lambda t: t.update({name: torch.ones(shape) for name in GIVEN_TENSORS["image"]}))
+    return tensors(OUT / EMBEDDINGS, lambda t: t.update({name: torch.ones(shape) for name in IMAGE_TENSORS}))
 
 
 def to_long(tensor: torch.Tensor) -> torch.Tensor:

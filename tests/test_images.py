@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from cogvideox.files import provenance
 from cogvideox.files.images import read_image
-from cogvideox.files.names import GIVEN_TENSORS
+from cogvideox.files.names import IMAGE_TENSORS
 from tests.helpers import CONFIG, EMBEDDINGS, STAGE1, STAGE2, check
 from tests.in_process import run_here
 
@@ -138,5 +138,5 @@ def test_in_bfloat16(image_model, tmp_path):
     printed = check(run_here(STAGE1, *options, "--dtype", "bfloat16", folder=tmp_path)).stdout
     assert printed.count("encoded ") == 1 and "VAE's encoder: dtype: bfloat16, as --dtype says" in printed, printed
     first, second = (load_file(path) for path in sorted((tmp_path / "stage_outputs").rglob(EMBEDDINGS)))
-    for name in GIVEN_TENSORS["image"]:
+    for name in IMAGE_TENSORS:
         assert first[name].dtype == torch.bfloat16 and torch.equal(first[name], second[name]) and first[name].any()

@@ -8,8 +8,9 @@ CONFIGS = ROOT / "configs"  # of published models, without their weights
 STAGE_OUTPUTS = Path("stage_outputs")  # the folder where they are, unless an option names another one
 CONFIG = "generation_config.json"
 EMBEDDINGS = "stage1_embeddings.safetensors"
-# Among the embeddings, of the latents of what is given beside the prompt: mean and log-variance.
-GIVEN_TENSORS = {"image": ("image_mean", "image_logvar"), "video": ("video_mean", "video_logvar")}
+IMAGE_TENSORS = ("image_mean", "image_logvar")  # among the embeddings, of the latents of an image
+VIDEO_TENSORS = ("video_mean", "video_logvar")  # of those of a video to change
+GIVEN_TENSORS = {"image": IMAGE_TENSORS, "video": VIDEO_TENSORS}
 LATENTS = "stage2_latents.safetensors"
 PREVIEW = "stage2_preview.png"
 STATE = "stage2_state.safetensors"  # of an unfinished run

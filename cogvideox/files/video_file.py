@@ -52,9 +52,10 @@ def first_frames(path: Path, number: int, height: int, width: int) -> "np.ndarra
     frames = np.empty((number, height, width, 3), np.uint8)
     found = 0
     try:
-        with imageio.get_reader(path, format="FFMPEG") as reader:
+        reader: Any = imageio.get_reader(path, format="FFMPEG")
+        with contextlib.closing(reader):
             for frame in itertools.islice(reader, number):
-                frames[found] = Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS)
+                frames[found] = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
                 found += 1
     except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise UserError(f"{path} is no video that ffmpeg can read: {first_line(error)}") from error

@@ -14,7 +14,7 @@ from cogvideox.cli.report import Report
 from cogvideox.defaults import DRAFT
 from cogvideox.files import checkpoint, tensor_dump, videos
 from cogvideox.files.lora import Lora
-from cogvideox.files.names import CONFIG, GIVEN_TENSORS, PREVIEW
+from cogvideox.files.names import CONFIG, IMAGE_TENSORS, PREVIEW, VIDEO_TENSORS
 from cogvideox.run.hosts import Hosts
 from cogvideox.run.jobs import Group, Task
 from cogvideox.run.plans import attention_wanted, dump_recorder, dump_wanted, plan_errors, skipped_steps
@@ -180,10 +180,8 @@ class DenoisingRun:
         )
         seeds = [video.config["seed"] for video in filled]
 
-        def posterior(name: str) -> Posterior:
-            return Posterior(
-                *(torch.cat([of_prompt[part] for of_prompt in embeddings]) for part in GIVEN_TENSORS[name])
-            )
+        def posterior(names: Sequence[str]) -> Posterior:
+            return Posterior(*(torch.cat([of_prompt[name] for of_prompt in embeddings]) for name in names))
 
         denoising = Denoising(
             plan,
@@ -192,9 +190,9 @@ class DenoisingRun:
             negative,
             seeds,
             self.steps.skipped,
-            image=posterior("image") if plan.features.image else None,
+            image=posterior(IMAGE_TENSORS) if plan.features.image else None,
             image_scaling=self.arguments.image_latent_scale,
-            video=posterior("video") if plan.strength is not None else None,
+            video=posterior(VIDEO_TENSORS) if plan.strength is not None else None,
         )
         if group.saved:
             denoising.resume(group.saved)

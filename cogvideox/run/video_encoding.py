@@ -11,7 +11,7 @@ from cogvideox.defaults import STRENGTH
 from cogvideox.errors import UserError
 from cogvideox.features import features_of
 from cogvideox.files import checkpoint
-from cogvideox.files.names import GIVEN_TENSORS
+from cogvideox.files.names import VIDEO_TENSORS
 from cogvideox.files.tensors import compute_dtype
 from cogvideox.files.video_file import first_frames
 from cogvideox.models.shared.sizes import latent_size
@@ -99,4 +99,4 @@ def encode_video(
             f"the VAE of {model_id} gives NaN or infinite latents of {arguments.video}; {checkpoint.REMEDY}"
         )
     tensors = [torch.from_numpy(array.astype(np.float32)).to(getattr(torch, dtype)) for array in encoded]
-    return dict(zip(GIVEN_TENSORS["video"], tensors, strict=True))
+    return dict(zip(VIDEO_TENSORS, tensors, strict=True))
