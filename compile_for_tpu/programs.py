@@ -171,6 +171,42 @@ def _stage3_labels(arguments: argparse.Namespace) -> list[str]:
     return [_size_label(arguments)] + [arguments.decoder] * (arguments.decoder != "torchax")
 
 
+# --- Stage 1, with a video ---------------------------------------------------------------------------------------
+
+
+def add_encoder_options(parser: ArgumentParser) -> None:
+    """Add the options of the encoder."""
+    _add_model_options(parser)
+    options.add_size_options(parser)
+
+
+def trace_encoder(arguments: argparse.Namespace, devices: list) -> Programs:
+    """Trace the encoder's two programs, one for the first chunk of frames and one for each later chunk."""
+    from cogvideox.models.decoder import chunks
+    from cogvideox.models.decoder.encoder import FRAMES_PER_CHUNK, abstract_weights, chunk_programs
+    from cogvideox.models.decoder.spatial_split import choose_split
+    from cogvideox.models.decoder.vae_torchax import make_encoder
+    from cogvideox.models.shared.sizes import check_frames, check_sides, latent_size
+
+    vae = checkpoint.read_config(arguments.model_id, "vae")
+    size = arguments.frames, arguments.height, arguments.width
+    with plans.plan_errors():
+        check_sides(vae, checkpoint.read_config(arguments.model_id, "transformer"), *size[1:])
+        check_frames(vae, arguments.frames)
+    split, encoder = choose_split(devices, *latent_size(vae, *size)[1:]), make_encoder(vae)
+    with compiling_for(split.mesh):
+        traced = chunk_programs(encoder, abstract_weights(encoder, dtype_of(arguments), split), (*size, 3), split)
+    return Programs(
+        traced=traced,
+        times=[1, len(chunks.sizes(arguments.frames, FRAMES_PER_CHUNK)) - 1][: len(traced)],
+        devices=split.mesh.devices.flatten().tolist(),
+        options=_size(arguments) | {"split": split},
+        model=model_name(arguments.model_id),
+        name="encoder",
+        advice="a slice of more chips, or a smaller --height or --width",
+    )
+
+
 # --- The attention kernel alone ----------------------------------------------------------------------------------
 
 
@@ -259,5 +295,6 @@ def _size_label(arguments: argparse.Namespace) -> str:
 KINDS: dict[str, Kind] = {
     "stage2": Kind("the denoising step of stage 2", add_stage2_options, trace_stage2, _stage2_labels),
     "stage3": Kind("the decoder of stage 3", add_stage3_options, trace_stage3, _stage3_labels),
+    "encoder": Kind("the encoder of stage 1's --video", add_encoder_options, trace_encoder, lambda a: [_size_label(a)]),
     "kernel": Kind("the attention kernel of one chip", add_kernel_options, trace_kernel, _kernel_labels),
 }

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -31,7 +32,7 @@ import stage1_text_encoder
 from cogvideox.cli import types
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, prompts, schemas, stage_files
-from cogvideox.files.names import IMAGE_TENSORS, VIDEO
+from cogvideox.files.names import GIVEN_TENSORS, VIDEO
 from cogvideox.files.tensors import DTYPES, is_finite
 from cogvideox.files.video_file import check_ffmpeg, video_writer
 from cogvideox.run import accelerator, compilation
@@ -165,9 +166,13 @@ def a_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4) + header + zlib.crc32(header).to_bytes(4) + b"\0\0\0\x09IDATabc"
 
 
-def image_latents(*shape: int) -> Callable[[], object]:
-    """Give the embeddings the latents of an image."""
-    return tensors(OUT / EMBEDDINGS, lambda t: t.update({name: torch.ones(shape) for name in IMAGE_TENSORS}))
+def given_latents(name: str, *shape: int) -> Callable[[], object]:
+    """Give the embeddings the latents of an image or of a video."""
+    return tensors(OUT / EMBEDDINGS, lambda t: t.update({part: torch.ones(shape) for part in GIVEN_TENSORS[name]}))
+
+
+image_latents = functools.partial(given_latents, "image")
+video_latents = functools.partial(given_latents, "video")
 
 
 def to_long(tensor: torch.Tensor) -> torch.Tensor:
@@ -179,7 +184,7 @@ KIND = "not a CogVideoX"  # what is said of every wrong config of a model
 AGAIN1, AGAIN2, MODEL_AGAIN = "run stage 1 again", "run stage 2 again", "get the model again"
 
 OF_IMAGES = of_model("transformer", in_channels=32)  # as a model for image to video has it
-IMAGE, PROMPT_FILE = ["--image", "a.png"], ["--prompt_file", "p"]
+IMAGE, PROMPT_FILE, CLIP = ["--image", "a.png"], ["--prompt_file", "p"], ["--video", "a.mp4"]
 
 # what: (arguments, what is spoilt, words of the message)
 STAGE1_CASES = {
@@ -288,6 +293,23 @@ STAGE1_CASES = {
     ),
     "image is the embeddings": (["--image", OUT / EMBEDDINGS], OF_IMAGES, ["would replace", EMBEDDINGS]),
     "image height": ([*IMAGE, "--height", 40], OF_IMAGES, ["--height 40", "multiple of 16", "example 32"]),
+    # videos to change
+    "video for a model of images": (["--video", OUT / VIDEO], OF_IMAGES, ["--video", "text to video"]),
+    "video missing": (CLIP, nothing, ["--video a.mp4 does not exist, or is no file"]),
+    "video is empty": (CLIP, content("a.mp4", b""), ["--video a.mp4 is no video that ffmpeg can read"]),
+    "video is text": (CLIP, content("a.mp4", DEEP), ["--video a.mp4 is no video that ffmpeg can read"]),
+    "video is cut": (["--video", OUT / VIDEO], cut(OUT / VIDEO, 500), [f"{VIDEO} is no video that ffmpeg can read"]),
+    "video too short": (
+        ["--video", OUT / VIDEO, "--frames", 13],
+        nothing,
+        ["has 9 frames, and 13 are wanted", "add --frames 9"],
+    ),
+    "frames of a video": (["--video", OUT / VIDEO, "--frames", 8], nothing, ["--frames 8 is not 4n + 1", "5 and 9"]),
+    "width of a video": (["--video", OUT / VIDEO, "--width", 40], nothing, ["--width 40", "multiple of 16"]),
+    "strength without a video": (["--strength", 0.5], nothing, ["--strength", "--video"]),
+    "frames without a video": (["--frames", 9], nothing, ["--frames", "--video"]),
+    "strength above 1": ([*CLIP, "--strength", 1.1], nothing, ["--strength", "from 0.001 to 1"]),
+    "video is the embeddings": (["--video", OUT / EMBEDDINGS], nothing, ["would replace", EMBEDDINGS]),
     # prompt files
     "JSON with a comma too many": (PROMPT_FILE, content("p", b'\n{"prompt": "a",}'), ["p, line 2: ", "JSON", "object"]),
     "JSON and text": (PROMPT_FILE, content("p", b'{"prompt": "a"}\n\na fox'), ["p, line 3: ", "JSON", "object"]),
@@ -414,6 +436,24 @@ STAGE2_CASES = {
         [],
         all_of(OF_IMAGES, image_latents(1, 8, 1, 4, 6)),
         ["image_mean", "[1, 16, 1, 4, 6]"],
+    ),
+    "video and no strength": ([], video_latents(1, 16, 3, 4, 6), [EMBEDDINGS, "has a video", "no strength", "--video"]),
+    "strength and no video": ([], entries(strength=0.5), [EMBEDDINGS, "has no video", "--video"]),
+    "strength of nothing": ([], entries(strength=0), [CONFIG, "strength", "greater than 0"]),
+    "strength of no step": (
+        [],
+        all_of(entries(strength=0.4), video_latents(1, 16, 3, 4, 6)),
+        ["--num_inference_steps 2 leaves no step at strength 0.4; at least 3 does"],
+    ),
+    "video of another length": (
+        [],
+        all_of(entries(strength=0.5), video_latents(1, 16, 5, 4, 6)),
+        [EMBEDDINGS, "video of 17 frames of 32 x 48 pixels, for a video of 9 frames of 32 x 48", "and --frames"],
+    ),
+    "video for a model of images": (
+        [],
+        all_of(OF_IMAGES, entries(strength=0.5), image_latents(1, 16, 1, 4, 6)),
+        ["videos of an image", "--video of stage 1"],
     ),
     "image without axes": ([], all_of(OF_IMAGES, image_latents(6)), ["image_mean", "[6]", "[1, 16, 1, 4, 6]", AGAIN1]),
     "made_from is no JSON": ([], made_from(OUT / EMBEDDINGS, "{"), [EMBEDDINGS, "made_from", "JSON"]),

@@ -69,10 +69,9 @@ def encode_video(
         UserError: the VAE's files are missing or damaged, or its latents are not finite.
     """
     with report.part("imports"):
-        import jax
         import torch
 
-        from cogvideox.models.decoder.encoder import chunk_programs, encode
+        from cogvideox.models.decoder.encoder import abstract_weights, chunk_programs, encode
         from cogvideox.models.decoder.plan import check_activation
         from cogvideox.models.decoder.spatial_split import choose_split
         from cogvideox.models.decoder.vae_torchax import make_encoder
@@ -88,7 +87,7 @@ def encode_video(
     dtype, line = compute_dtype(decoding.values_of(files), arguments.dtype, devices[0].platform)
     if line:
         report.say(f"VAE's encoder: {line}")
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=split.replicated), files)
+    abstract = abstract_weights(encoder, dtype, split)
     weights = decoding.load_weights(files, abstract, report, "encoder")
     with Cache(None, report):
         programs = [program.lower().compile() for program in chunk_programs(encoder, abstract, frames.shape, split)]
