@@ -6,6 +6,7 @@ OUT := stage_outputs
 PROMPT := a yellow triangle moving right on a gray background
 MOTION := moving right
 MODEL := zai-org/CogVideoX1.5-5B
+IMAGE :=
 OPTIONS :=
 
 # One word of a shell, whatever is in it.
@@ -21,7 +22,8 @@ help:  ## list the targets
 	@echo '  PROMPT='$(call quoted,"$(PROMPT)")
 	@echo '  MOTION='$(call quoted,"$(MOTION)")', of demo-i2v'
 	@echo '  OUT=$(OUT), the folder of the outputs; PYTHON=$(PYTHON)'
-	@echo '  MODEL=$(MODEL), of video; its OPTIONS are those of stage 2'
+	@echo '  MODEL=$(MODEL), of video; its OPTIONS are those of stage 2,'
+	@echo '  and its IMAGE is the picture that some models need'
 
 demo: $(VENV)/installed  ## run the stages on the tiny model; says where the video is
 	$(RUN) stage1_text_encoder.py --model_id tiny_model --output_dir $(OUT) --prompt $(call quoted,$(PROMPT))
@@ -38,7 +40,7 @@ demo-i2v: $(VENV)/installed  ## draw a picture and let the tiny image-to-video m
 	@echo "The picture is $(OUT)/picture.png, the video $(OUT)/output_video.mp4"
 
 video: $(VENV)/installed  ## the same with any model: make video MODEL=... PROMPT="..."
-	$(RUN) stage1_text_encoder.py --model_id $(call quoted,$(MODEL)) --output_dir $(OUT) --prompt $(call quoted,$(PROMPT))
+	$(RUN) stage1_text_encoder.py --model_id $(call quoted,$(MODEL)) --output_dir $(OUT) --prompt $(call quoted,$(PROMPT)) $(if $(IMAGE),--image $(call quoted,$(IMAGE)))
 	$(RUN) stage2_transformer.py --input_dir $(OUT) $(OPTIONS)
 	$(RUN) stage3_vae_decoder.py --input_dir $(OUT)
 	@echo "The video is $(OUT)/output_video.mp4"

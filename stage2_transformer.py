@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         until_end.enter_context(hosts.claimed(output_dir, "stage2", report.warn))
         model_id, shapes = jobs.check_files_to_denoise(videos, arguments, output_dir, loras, hosts, report)
         made_for = generation_defaults.of_model(model_id)
-        taken = jobs.complete_size(arguments, shapes, model_id)
+        taken = jobs.seeds_of_lines(videos) + jobs.complete_size(arguments, shapes, model_id)
         taken += generation_defaults.complete(arguments, made_for)
         hosts.agree({f"--{name} of the model": str(getattr(arguments, name)) for name in generation_defaults.OURS})
 

@@ -47,7 +47,7 @@ from cogvideox.cli.terminal import bar_options
 from cogvideox.cli.types import file_path, number
 from cogvideox.defaults import FPS, NUM_STEPS, SEED
 from cogvideox.files import checkpoint, generation_defaults, lora, stage_files, videos, writing
-from cogvideox.files.names import EMBEDDINGS, IMAGE_TENSORS, ROOT
+from cogvideox.files.names import EMBEDDINGS, GIVEN_TENSORS, ROOT
 from cogvideox.run import accelerator, decoding, denoising, plans
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.signals import Interruption
@@ -354,7 +354,10 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     def denoise(file: Path, seed: int) -> np.ndarray:
         prompts = load_file(file)
         embeds = prompts["prompt_embeds"], prompts["negative_prompt_embeds"]
-        image = Posterior(*(prompts[name] for name in IMAGE_TENSORS)) if plan.features.image else None
+        image = None
+        if plan.features.image:
+            mean, logvar = (prompts[name] for name in GIVEN_TENSORS["image"])
+            image = Posterior(mean, logvar)
         run = Denoising(plan, parameters, *embeds, [seed], skipped, image).run(programs)
         (state,) = collections.deque(run, maxlen=1)
         return np.asarray(state.latents[:, plan.surplus_frames :]).swapaxes(1, 2)

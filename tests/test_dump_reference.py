@@ -326,7 +326,7 @@ def test_chunks_are_the_decoders(model, frames, request, tmp_path, dump):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "guided", "scheduler"),
-    [("other_model", True, DPM), ("other_model", False, DDIM), ("image_model", True, DPM)],
+    [("other_model", True, DPM), ("image_model", False, DDIM)],
     ids=readable,
 )
 def test_lines_up_with_the_stages(model, guided, scheduler, request, tmp_path, dump, one_device):

@@ -1,6 +1,7 @@
 """Stage 1 with images: what it encodes is what diffusers' pipeline encodes, of every kind of picture."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,10 @@ def test_a_picture_that_changes_or_goes(image_model, tmp_path):
     options = ("--prompt", "red", "--image", "a.png", *SIZE, "--model_id", image_model, "--output_dir", "out")
     printed = check(run_here(STAGE1, *options, folder=tmp_path)).stdout
     assert printed.strip().splitlines()[-1].endswith(f"{STAGE2} --input_dir out"), printed  # which takes the size
+
+    looked_at = check(run_here("inspect_tensors.py", "out", folder=tmp_path)).stdout
+    names = re.findall(r"^  (\w+) +1x\d+x", looked_at, re.MULTILINE)
+    assert names == ["prompt_embeds", "negative_prompt_embeds", *IMAGE_TENSORS], looked_at
 
     def status() -> str:
         return check(run_here("utils.py", "status", "out", folder=tmp_path)).stdout.strip()

@@ -180,7 +180,7 @@ def test_contradictions_and_remarks(outputs, run_stage):
 
 def test_dynamic_guidance_is_a_number_for_every_timestep():
     """The power is of a negative base: a float's, not a fractional one's."""
-    plan = type("DenoisingPlan", (), {"use_dynamic_cfg": True, "num_inference_steps": 50, "guidance_scale": 6.0})
+    plan = type("DenoisingPlan", (), {"use_dynamic_cfg": True, "steps": 50, "guidance_scale": 6.0})
     from cogvideox.models.transformer.plan import DenoisingPlan
 
     values = [DenoisingPlan.guidance_at(plan, timestep) for timestep in range(1000)]

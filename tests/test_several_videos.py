@@ -74,6 +74,7 @@ def test_the_seed_of_a_line(number, expected, tmp_path):
     options = ["--input_dir", str(tmp_path), "--seed", str(SEED), "--num_videos_per_prompt", str(number)]
     found = jobs.videos_to_denoise(stage2_transformer.parse_arguments(options), tmp_path, hosts.Hosts())
     assert [video.config["seed"] for video in found] == [seed for seeds in expected for seed in seeds]
+    assert jobs.seeds_of_lines(found) == ["taken from the prompt file: the seeds of 1 of 2 prompts"]
 
 
 def check_against_diffusers(outputs: Path, model: Path) -> None:

@@ -46,7 +46,7 @@ from cogvideox.defaults import IMAGE_LATENT_SCALES
 from cogvideox.errors import UserError
 from cogvideox.features import features_of
 from cogvideox.files import checkpoint, lora, provenance, stage_files, tensor_dump
-from cogvideox.files.names import EMBEDDINGS, IMAGE_TENSORS, LATENTS
+from cogvideox.files.names import EMBEDDINGS, GIVEN_TENSORS, LATENTS
 from cogvideox.files.schemas import VideoConfig
 from cogvideox.files.tensor_dump import Dump, Planned
 from cogvideox.models.decoder.decoder import chunk_sizes
@@ -314,7 +314,9 @@ def run_pipeline(
     generator = torch.Generator().manual_seed(seed)
     image = {}
     if plan.features.image:
-        posterior = DiagonalGaussianDistribution(torch.cat([embeddings[name] for name in IMAGE_TENSORS], dim=1))
+        posterior = DiagonalGaussianDistribution(
+            torch.cat([embeddings[name] for name in GIVEN_TENSORS["image"]], dim=1)
+        )
         sample = posterior.sample(generator)  # which the pipeline would draw in its turn, before the noise
         posterior.sample = lambda _: sample.to(pipeline._execution_device)
         pipeline.vae.encode = lambda _: AutoencoderKLOutput(posterior)

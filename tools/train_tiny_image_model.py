@@ -5,7 +5,7 @@
 The transformer gets channels for the picture, whose weights are zero at first, and an embedding of `ofs` as
 CogVideoX1.5-5B-I2V has it. It learns to animate the first frame of a clip: shape, colours and place come from the
 picture, the direction comes from the prompt. The other parts of the tiny model stay as they are; the new folder has
-relative links to them. That takes about ten minutes on a CPU core. A checkpoint is saved in --work_dir each minute, and
+relative links to them. That takes about 13 minutes on a CPU core. A checkpoint is saved in --work_dir each minute, and
 the script continues from there when it is started again.
 """
 

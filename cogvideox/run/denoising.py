@@ -328,7 +328,7 @@ def reason_of_mesh(plan: "DenoisingPlan", arguments: argparse.Namespace) -> str:
         return reason
     heads, group = plan.transformer["num_attention_heads"] // parallelism.tp, parallelism.head_parts
     how = f"groups of {group} exchange heads, and gather" if group > 1 else "they gather"
-    return f"{reason}; {parallelism.sp} chips do not divide {heads} heads, so {how} keys and values"
+    return f"{reason}; heads: {heads} for {parallelism.sp} chips along sp, so {how} keys and values"
 
 
 def report_step_cache(steps: Steps, report: Report) -> None:

@@ -142,6 +142,13 @@ def check_files_to_denoise(
     return model_id, shapes
 
 
+def seeds_of_lines(found: Sequence[Video]) -> list[str]:
+    """Return a line that says how many of the prompts have seeds from their lines of --prompt_file, if any have."""
+    prompts = {video.embeddings: video.config.get("prompt_seed") is not None for video in found}
+    told = sum(prompts.values())
+    return [f"taken from the prompt file: the seeds of {told} of {len(prompts)} prompts"] if told else []
+
+
 def complete_size(
     arguments: argparse.Namespace, shapes: Mapping[Path, Mapping[str, tuple[int, ...]]], model_id: str
 ) -> list[str]:
