@@ -253,17 +253,17 @@ def test_an_unfinished_run_goes_on(outputs, run_stage):
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "skipped", "has_image"),
+    ("scheduler", "skipped", "given"),
     [
-        ("CogVideoXDDIMScheduler", [], False),
-        ("CogVideoXDPMScheduler", [], True),
-        ("CogVideoXDDIMScheduler", [1, 2], True),
-        ("CogVideoXDPMScheduler", [1, 2], False),
+        ("CogVideoXDDIMScheduler", [], "nothing"),
+        ("CogVideoXDPMScheduler", [], "image"),
+        ("CogVideoXDDIMScheduler", [1, 2], "image"),
+        ("CogVideoXDPMScheduler", [1, 2], "video"),
     ],
     ids=str,
 )
-def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, has_image, random_model):
-    """With a scheduler that draws noise and keeps an estimate, with skipped steps, with an image; after each step."""
+def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, given, random_model):
+    """With a scheduler that draws noise and keeps an estimate, with skipped steps, an image, a video; after each step."""
     configs = {
         name: json.loads((random_model / name / file).read_text())
         for name, file in (
@@ -273,7 +273,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, has_image
         )
     }
     configs["scheduler"]["_class_name"] = scheduler
-    if has_image:
+    if given == "image":
         channels, embed = (configs["transformer"][name] for name in ("out_channels", "time_embed_dim"))
         configs["transformer"] |= {"in_channels": 2 * channels, "ofs_embed_dim": embed}
     plan = make_denoising_plan(
@@ -283,7 +283,8 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, has_image
         height=32,
         width=48,
         frames=9,
-        num_inference_steps=4,
+        num_inference_steps=5 if given == "video" else 4,
+        strength=0.8 if given == "video" else None,
         guidance_scale=6.0,
         dtype=np.float32,
         step_cache=bool(skipped),
@@ -291,18 +292,17 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, has_image
     generator = torch.Generator().manual_seed(0)
     width, tokens = plan.transformer["text_embed_dim"], plan.transformer["max_text_seq_length"]
     text = [torch.randn(1, tokens, width, generator=generator) for _ in range(2)]
-    image = None
-    if has_image:
-        _, _, channels, *size = plan.latent_shape
-        mean, logvar = torch.randn(2, 1, channels, 1, *size, generator=generator)
-        image = denoising.Posterior(mean, logvar)
+    frames, height, width = plan.latent_size
+    size = 1, plan.transformer["out_channels"], 1 if given == "image" else frames, height, width
+    posterior = denoising.Posterior(*torch.randn(2, *size, generator=generator))
+    latents = {} if given == "nothing" else {given: posterior}
     shapes = abstract_arguments(plan).parameters
     values = np.random.default_rng(0)
     parameters = {name: jax.numpy.asarray(values.normal(0, 0.1, s.shape), s.dtype) for name, s in shapes.items()}
     programs = {kind: make_step(plan, kind=kind) for kind in plan.kinds(skipped)}
 
     def run(saved: dict | None = None) -> list[dict]:
-        run = denoising.Denoising(plan, parameters, *text, seeds=[3], skipped=skipped, image=image)
+        run = denoising.Denoising(plan, parameters, *text, seeds=[3], skipped=skipped, **latents)
         if saved:
             run.resume(saved)
         return [run.saved(state) for state in run.run(programs)]
