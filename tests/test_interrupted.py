@@ -263,7 +263,7 @@ def test_an_unfinished_run_goes_on(outputs, run_stage):
     ids=str,
 )
 def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, given, random_model):
-    """With a scheduler that draws noise and keeps an estimate, with skipped steps, an image, a video; after each step."""
+    """With a scheduler that draws noise and keeps an estimate, skipped steps, an image, a video; after each step."""
     configs = {
         name: json.loads((random_model / name / file).read_text())
         for name, file in (

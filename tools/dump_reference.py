@@ -188,7 +188,7 @@ def check_entries(config: Mapping, latents: Path) -> None:
         value = found.get(name, default)
         if value != default:
             raise UserError(
-                f"the latents were made with {name} {value}, which diffusers' pipeline does not have; run stage 2 "
+                f"the latents were made with {name} {value}, which the pipeline run here does not have; run stage 2 "
                 "without it, and compare that run"
             )
 
