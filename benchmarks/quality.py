@@ -466,7 +466,7 @@ def write_animation(path: str, shown: Sequence[tuple]) -> None:
 
     `shown` has for each case the case and its video.
     """
-    chosen = [shown[i] for i in np.linspace(0, len(shown) - 1, 8).round().astype(int)]
+    chosen = [shown[i * len(shown) // 8] for i in range(8)]
     pictures = [
         labelled([(case, video[frame].repeat(3, axis=0).repeat(3, axis=1)) for case, video in chosen], columns=4)
         for frame in range(FRAMES)

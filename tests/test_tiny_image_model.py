@@ -25,7 +25,7 @@ from tools.moving_shapes import (
 )
 
 TINY_IMAGE_MODEL = ROOT / "tiny_model_i2v"
-FEW = ("--effort", "0.0005", "--work_dir", "work", "--device", "cpu")
+FEW = ("--effort", "0.0015", "--work_dir", "work", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")

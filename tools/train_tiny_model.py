@@ -32,6 +32,7 @@ from cogvideox.cli.terminal import bar_options
 from cogvideox.cli.types import folder_path, number
 from cogvideox.defaults import FPS, NUM_STEPS
 from cogvideox.files import generation_defaults
+from cogvideox.models.transformer.embeddings import OFS
 from cogvideox.run.accelerator import prepare_libraries
 from tools import moving_shapes
 from tools.make_tiny_model import make_pipeline
@@ -59,7 +60,6 @@ BATCH_SIZE = 32
 PROMPT_DROPOUT = 0.1
 FULL_TEXT = 0.04  # share of the batches whose text is padded to the full length, as the pipelines pad it
 FULL_TEXT_BATCH_SIZE = 8
-OFS = 2.0  # the constant that the pipelines give to image models which have an embedding of it
 
 
 class Part(NamedTuple):
