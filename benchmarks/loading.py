@@ -64,8 +64,8 @@ def make_model(folder: Path, blocks: int, text_blocks: int) -> None:
     """Write the transformer, the VAE's decoder and the text encoder at their real widths, with few blocks."""
     from transformers import T5Config
 
-    from cogvideox.models.decoder import vae_flax
     from cogvideox.models.transformer import parameters
+    from cogvideox.models.vae import vae_flax
 
     config = checkpoint.read_config(BUILT_IN_MODEL, "transformer") | {"num_layers": blocks}
     name = "diffusion_pytorch_model.safetensors"
@@ -138,7 +138,7 @@ def prepare_vae(folder: Path) -> Callable[[], object]:
     """Return a function that loads the VAE's decoder as stage 3 does, onto one device."""
     import jax
 
-    from cogvideox.models.decoder.plan import make_decoding_plan
+    from cogvideox.models.vae.plan import make_decoding_plan
 
     size = {"height": 768, "width": 1360, "frames": 81}
     vae = json.loads((folder / "config.json").read_text())

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from cogvideox.models.decoder.decoder import Decoder
-    from cogvideox.models.decoder.plan import DecodingPlan
     from cogvideox.models.transformer.plan import DenoisingPlan
+    from cogvideox.models.vae.decoder import Decoder
+    from cogvideox.models.vae.plan import DecodingPlan
 
 Size = tuple[int, int, int]  # height, width and frames of a video
 
@@ -199,7 +199,7 @@ class Machine:
         self, video: Size, decoder: str, devices: Sequence["jax.Device"], dtype: str = "bfloat16"
     ) -> "DecodingPlan":
         """Make the plan of a decode."""
-        from cogvideox.models.decoder.plan import make_decoding_plan
+        from cogvideox.models.vae.plan import make_decoding_plan
 
         height, width, frames = video
         return make_decoding_plan(
@@ -246,7 +246,7 @@ def decode_frames(plan: "DecodingPlan", decoder: "Decoder", weights: Any, latent
     import jax.numpy as jnp
     import numpy as np
 
-    from cogvideox.models.decoder.decoder import chunk_programs, decode
+    from cogvideox.models.vae.decoder import chunk_programs, decode
 
     traced = chunk_programs(decoder, weights, plan.latent_shape, plan.split, jnp.float32)
     programs = [program.lower().compile() for program in traced]

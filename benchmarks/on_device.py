@@ -71,10 +71,10 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
-    from cogvideox.models.decoder.decoder import Decoder
-    from cogvideox.models.decoder.plan import DecodingPlan
     from cogvideox.models.transformer import denoising
     from cogvideox.models.transformer.plan import DenoisingPlan
+    from cogvideox.models.vae.decoder import Decoder
+    from cogvideox.models.vae.plan import DecodingPlan
 
 # What decides the results, beside the sources of the model.
 OWN_SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("on_device", "entries", "machine")]
@@ -534,7 +534,7 @@ def measure_step(machine: Machine, video: tuple[int, int, int], guided: bool, ex
 
 def measure_decode(machine: Machine, video: tuple[int, int, int], decoder: str, expected: Mapping) -> dict:
     """Time the decoding of a video until all its frames are on the host, with the default options of stage 3."""
-    from cogvideox.models.decoder.decoder import decode
+    from cogvideox.models.vae.decoder import decode
 
     memory = MemoryUse(machine.devices)
     plan = machine.decoding_plan(video, decoder, machine.devices)

@@ -367,8 +367,8 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
 
 def decoder(model: str, dtype: str) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function that decodes latents [1, C, T, H, W] as stage 3 does, to uint8 [frames, height, width, 3]."""
-    from cogvideox.models.decoder.decoder import decode
-    from cogvideox.models.decoder.plan import make_decoding_plan
+    from cogvideox.models.vae.decoder import decode
+    from cogvideox.models.vae.plan import make_decoding_plan
 
     plan = make_decoding_plan(
         vae=checkpoint.read_config(model, "vae"),

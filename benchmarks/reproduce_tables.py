@@ -91,8 +91,8 @@ def trace_original_block(row: Row, devices: list) -> prediction.Programs:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from cogvideox.models.decoder.torch_function import jax_function
     from cogvideox.models.shared import sharding
+    from cogvideox.models.vae.torch_function import jax_function
 
     config = checkpoint.read_config(programs.BUILT_IN_MODEL, "transformer")
     sizes = {"dp": row.dp, "sp": 1, "tp": len(devices) // row.dp}

@@ -35,6 +35,6 @@ DRAFT: dict[str, object] = {
 SOME_QUERIES = 8  # tokens whose attention weights a dump has if none are named
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # what --dtype may be
 ATTENTIONS = ("splash_exp2", "splash", "xla")  # what --attention may be: the names in its table of implementations
-DECODERS = ("torchax", "flax")  # what --decoder may be: of each there is a module models/decoder/vae_<name>.py
+DECODERS = ("torchax", "flax")  # what --decoder may be: of each there is a module models/vae/vae_<name>.py
 STRENGTH = 0.8  # of CogVideoXVideoToVideoPipeline
 IMAGE_LATENT_SCALES = ("diffusers", "sat")  # what --image_latent_scale may be

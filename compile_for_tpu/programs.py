@@ -183,11 +183,11 @@ def add_encoder_options(parser: ArgumentParser) -> None:
 
 def trace_encoder(arguments: argparse.Namespace, devices: list) -> Programs:
     """Trace the encoder's two programs, one for the first chunk of frames and one for each later chunk."""
-    from cogvideox.models.decoder import chunks
-    from cogvideox.models.decoder.encoder import FRAMES_PER_CHUNK, abstract_weights, chunk_programs
-    from cogvideox.models.decoder.spatial_split import choose_split
-    from cogvideox.models.decoder.vae_torchax import make_encoder
     from cogvideox.models.shared.sizes import check_frames, check_sides, latent_size
+    from cogvideox.models.vae import chunks
+    from cogvideox.models.vae.encoder import FRAMES_PER_CHUNK, abstract_weights, chunk_programs
+    from cogvideox.models.vae.spatial_split import choose_split
+    from cogvideox.models.vae.vae_torchax import make_encoder
 
     vae = checkpoint.read_config(arguments.model_id, "vae")
     size = arguments.frames, arguments.height, arguments.width

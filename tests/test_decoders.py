@@ -16,11 +16,11 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 
-from cogvideox.models.decoder import vae_flax, vae_layers, vae_torchax
-from cogvideox.models.decoder.conv_input import conv_input, plain_conv_input
-from cogvideox.models.decoder.decoder import chunk_programs, chunk_sizes, decode, to_pixels
-from cogvideox.models.decoder.spatial_split import choose_split
 from cogvideox.models.shared.sizes import MOST_ELEMENTS
+from cogvideox.models.vae import vae_flax, vae_layers, vae_torchax
+from cogvideox.models.vae.conv_input import conv_input, plain_conv_input
+from cogvideox.models.vae.decoder import chunk_programs, chunk_sizes, decode, to_pixels
+from cogvideox.models.vae.spatial_split import choose_split
 from compile_for_tpu import topologies
 from tests.helpers import ROOT, needs_libtpu
 
@@ -273,7 +273,7 @@ def test_conv_input_kernel(source, frames, factor, scale, history, cached, dtype
 COMPILE_CONV_INPUT = """
 import functools, jax, jax.numpy as jnp
 from compile_for_tpu import topologies
-from cogvideox.models.decoder.conv_input import conv_input
+from cogvideox.models.vae.conv_input import conv_input
 device = topologies.devices("v6e-1")[0]
 array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
     shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))

@@ -9,9 +9,9 @@ import torch
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from cogvideox.models.decoder.encoder import chunk_programs, encode
-from cogvideox.models.decoder.spatial_split import choose_split
-from cogvideox.models.decoder.vae_torchax import make_encoder
+from cogvideox.models.vae.encoder import chunk_programs, encode
+from cogvideox.models.vae.spatial_split import choose_split
+from cogvideox.models.vae.vae_torchax import make_encoder
 from tests.test_decoders import VAES, make_vae, products, real_vae
 
 

@@ -25,11 +25,11 @@ from safetensors.numpy import save_file
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint
 from cogvideox.files.tensors import compute_dtype
-from cogvideox.models.decoder.plan import DECODERS, make_decoding_plan
 from cogvideox.models.shared import loading
 from cogvideox.models.shared.layouts import LAYOUTS
 from cogvideox.models.shared.sharding import Parallelism, make_mesh
 from cogvideox.models.transformer import parameters
+from cogvideox.models.vae.plan import DECODERS, make_decoding_plan
 from cogvideox.run import decoding, page_cache
 from compile_for_tpu import programs, topologies
 from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, needs_libtpu
@@ -400,7 +400,7 @@ def test_no_more_is_read_ahead_than_stays(tmp_path, asked_for, monkeypatch):
 
 def test_a_plan_needs_neither_torch_nor_diffusers():
     code = (
-        "import sys; from cogvideox.models.decoder import plan, vae_flax; "
+        "import sys; from cogvideox.models.vae import plan, vae_flax; "
         "from cogvideox.models.transformer import denoising; "
         "print(*{'torch', 'diffusers', 'transformers', 'torchax', 'scipy'} & sys.modules.keys())"
     )

@@ -13,8 +13,6 @@ from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embe
 from jax.sharding import PartitionSpec
 
 from cogvideox.files.tensor_dump import merged, statistics_of
-from cogvideox.models.decoder.decoder import chunk_programs
-from cogvideox.models.decoder.spatial_split import choose_split
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import Parallelism, make_mesh
 from cogvideox.models.transformer import block, taps
@@ -22,6 +20,8 @@ from cogvideox.models.transformer.attention import Attention, xla_attention
 from cogvideox.models.transformer.embeddings import rotary_embedding
 from cogvideox.models.transformer.parameters import load_parameters
 from cogvideox.models.transformer.transformer import transformer
+from cogvideox.models.vae.decoder import chunk_programs
+from cogvideox.models.vae.spatial_split import choose_split
 from tests.test_decoders import both_decoders, make_vae
 from tests.test_transformer import SMALL, make_module, relative_error
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cogvideox.models.decoder.torch_function import jax_function
+from cogvideox.models.vae.torch_function import jax_function
 
 
 class Mixer(torch.nn.Module):

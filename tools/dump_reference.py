@@ -49,12 +49,12 @@ from cogvideox.files import checkpoint, lora, provenance, stage_files, tensor_du
 from cogvideox.files.names import EMBEDDINGS, GIVEN_TENSORS, LATENTS
 from cogvideox.files.schemas import VideoConfig
 from cogvideox.files.tensor_dump import Dump, Planned
-from cogvideox.models.decoder.decoder import chunk_sizes
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sizes import latent_size
 from cogvideox.models.transformer.parameters import stored_shapes
 from cogvideox.models.transformer.plan import DenoisingPlan, make_denoising_plan
 from cogvideox.models.transformer.scheduler import make_scheduler
+from cogvideox.models.vae.decoder import chunk_sizes
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.run.jobs import check_embeddings
 from cogvideox.run.plans import plan_errors

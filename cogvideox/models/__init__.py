@@ -1,1 +1,1 @@
-"""Arrays in, arrays out: the transformer, the decoder, and what they share."""
+"""Arrays in, arrays out: the transformer, the VAE, and what they share."""

@@ -24,8 +24,8 @@ from cogvideox.files import writing
 if TYPE_CHECKING:
     import jax
 
-    from cogvideox.models.decoder.plan import DecodingPlan
     from cogvideox.models.transformer.plan import DenoisingPlan
+    from cogvideox.models.vae.plan import DecodingPlan
 
 NO_CACHE = Path("none")
 

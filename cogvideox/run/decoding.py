@@ -28,9 +28,9 @@ MOST_SHOWN = 100  # videos on a contact sheet
 if TYPE_CHECKING:
     import jax
 
-    from cogvideox.models.decoder.decoder import Decoder
-    from cogvideox.models.decoder.encoder import Encoder
-    from cogvideox.models.decoder.plan import DecodingPlan
+    from cogvideox.models.vae.decoder import Decoder
+    from cogvideox.models.vae.encoder import Encoder
+    from cogvideox.models.vae.plan import DecodingPlan
     from cogvideox.run.profiling import Profile
     from cogvideox.run.recorder import NoRecorder, Recorder
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 def import_modules(decoder: str) -> None:
     """Import what loading, a decoder and the encoding need, so that no other part of the run waits for it."""
     for name in (
-        f"cogvideox.models.decoder.vae_{decoder}",
+        f"cogvideox.models.vae.vae_{decoder}",
         "cogvideox.models.shared.loading",
         "cogvideox.run.recorder",
         "imageio.plugins.ffmpeg",
@@ -144,7 +144,7 @@ class DecodingRun:
 
     def warm_up(self, stored: np.ndarray, compiled: "Sequence[Callable]", recorder: "Recorder | NoRecorder") -> None:
         """Run each program once, untimed, on stored latents, unless --no-warmup is given."""
-        from cogvideox.models.decoder.decoder import warm_up
+        from cogvideox.models.vae.decoder import warm_up
 
         if not self.arguments.warmup:
             self.report.say("no warm-up: the seconds of the run hold what the first run of each program costs")
@@ -205,7 +205,7 @@ class DecodingRun:
         Returns:
             The latents, scaled, [1, C, T, H, W], and the seconds of decoding and encoding.
         """
-        from cogvideox.models.decoder.decoder import decode
+        from cogvideox.models.vae.decoder import decode
 
         latents = scaled(stage_files.read_latents(video.latents, allow_nan=True), self.plan)
         # What the video is made from is read before the timed run.

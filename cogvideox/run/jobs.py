@@ -27,8 +27,8 @@ from cogvideox.versions import versions
 if TYPE_CHECKING:
     import numpy as np
 
-    from cogvideox.models.decoder.plan import DecodingPlan
     from cogvideox.models.transformer.plan import DenoisingPlan
+    from cogvideox.models.vae.plan import DecodingPlan
 
 SIZE = ("height", "width", "frames")
 

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
-    from cogvideox.models.decoder.plan import DecodingPlan
     from cogvideox.models.shared import tap
     from cogvideox.models.shared.plan import Plan
     from cogvideox.models.transformer.plan import DenoisingPlan
+    from cogvideox.models.vae.plan import DecodingPlan
     from cogvideox.run import recorder
 
 MOST_QUERIES = 64  # whose attention weights a dump has
@@ -212,7 +212,7 @@ def decoding_plan(
     Raises:
         UserError: the model, the devices and the options do not fit together.
     """
-    from cogvideox.models.decoder.plan import make_decoding_plan
+    from cogvideox.models.vae.plan import make_decoding_plan
 
     with plan_errors():
         return make_decoding_plan(

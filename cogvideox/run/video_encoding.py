@@ -71,10 +71,10 @@ def encode_video(
     with report.part("imports"):
         import torch
 
-        from cogvideox.models.decoder.encoder import abstract_weights, chunk_programs, encode
-        from cogvideox.models.decoder.plan import check_activation
-        from cogvideox.models.decoder.spatial_split import choose_split
-        from cogvideox.models.decoder.vae_torchax import make_encoder
+        from cogvideox.models.vae.encoder import abstract_weights, chunk_programs, encode
+        from cogvideox.models.vae.plan import check_activation
+        from cogvideox.models.vae.spatial_split import choose_split
+        from cogvideox.models.vae.vae_torchax import make_encoder
 
     vae = checkpoint.read_config(model_id, "vae")
     with plan_errors():

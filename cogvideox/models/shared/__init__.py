@@ -1,1 +1,1 @@
-"""What transformer and decoder share: sizes, sharding, taps, loading onto the chips."""
+"""What transformer and VAE share: sizes, sharding, taps, loading onto the chips."""

@@ -20,11 +20,11 @@ from diffusers.models.autoencoders.autoencoder_kl_cogvideox import (
 from diffusers.models.downsampling import CogVideoXDownsample3D
 from diffusers.models.upsampling import CogVideoXUpsample3D
 
-from cogvideox.models.decoder.decoder import Decoder, channels_last
-from cogvideox.models.decoder.encoder import Encoder
-from cogvideox.models.decoder.spatial_split import Split
-from cogvideox.models.decoder.torch_function import jax_function
-from cogvideox.models.decoder.vae_layers import (
+from cogvideox.models.vae.decoder import Decoder, channels_last
+from cogvideox.models.vae.encoder import Encoder
+from cogvideox.models.vae.spatial_split import Split
+from cogvideox.models.vae.torch_function import jax_function
+from cogvideox.models.vae.vae_layers import (
     ACTIVATIONS,
     Deferred,
     causal_conv,

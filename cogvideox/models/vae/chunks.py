@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from cogvideox.models.decoder.spatial_split import Split
 from cogvideox.models.shared import tap
+from cogvideox.models.vae.spatial_split import Split
 
 
 def sizes(frames: int, per_chunk: int) -> list[int]:

@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 
 from cogvideox.defaults import DECODERS
 from cogvideox.errors import PlanError
-from cogvideox.models.decoder.decoder import Decoder, chunk_programs, chunk_sizes
-from cogvideox.models.decoder.spatial_split import Split, choose_split
-from cogvideox.models.decoder.vae_layers import ACTIVATIONS
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.plan import Plan
 from cogvideox.models.shared.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
+from cogvideox.models.vae.decoder import Decoder, chunk_programs, chunk_sizes
+from cogvideox.models.vae.spatial_split import Split, choose_split
+from cogvideox.models.vae.vae_layers import ACTIVATIONS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class DecodingPlan(Plan):
 
     def make_decoder(self) -> Decoder:
         """Make the decoder, without weights."""
-        return importlib.import_module(f"cogvideox.models.decoder.vae_{self.decoder}").make_decoder(self.vae)
+        return importlib.import_module(f"cogvideox.models.vae.vae_{self.decoder}").make_decoder(self.vae)
 
     def programs(self, decoder: Decoder, weights: Any, wanted: tap.Wanted | None = None) -> list[jax.stages.Traced]:
         """Trace the programs; see `chunk_programs`."""

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cogvideox.models.decoder import chunks
-from cogvideox.models.decoder.spatial_split import Split
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import to_devices
+from cogvideox.models.vae import chunks
+from cogvideox.models.vae.spatial_split import Split
 
 # AutoencoderKLCogVideoX.num_latent_frames_batch_size. The group norms see one chunk at a time, so the chunks are part
 # of the result, and the VAE was trained with this number: it is no option.

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from cogvideox.models.decoder.decoder import Decoder, channels_last
-from cogvideox.models.decoder.spatial_split import Split
-from cogvideox.models.decoder.vae_layers import (
+from cogvideox.models.vae.decoder import Decoder, channels_last
+from cogvideox.models.vae.spatial_split import Split
+from cogvideox.models.vae.vae_layers import (
     ACTIVATIONS,
     Deferred,
     causal_conv,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import torch
 
-from cogvideox.models.decoder.torchax_compat import torchax
+from cogvideox.models.vae.torchax_compat import torchax
 
 
 def jax_function(

@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from cogvideox.models.decoder.conv_input import conv_input, modulated, plain_conv_input
-from cogvideox.models.decoder.spatial_split import Split
 from cogvideox.models.shared import tap
+from cogvideox.models.vae.conv_input import conv_input, modulated, plain_conv_input
+from cogvideox.models.vae.spatial_split import Split
 
 # Activations by the config's act_fn. The padding of a convolution is zero after them, so each must map zero to zero.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cogvideox.models.decoder import chunks
-from cogvideox.models.decoder.spatial_split import Split
 from cogvideox.models.shared.sharding import to_devices
+from cogvideox.models.vae import chunks
+from cogvideox.models.vae.spatial_split import Split
 
 # AutoencoderKLCogVideoX.num_sample_frames_batch_size: a part of the result, as is the number of the decoder.
 FRAMES_PER_CHUNK = 8
