@@ -39,14 +39,21 @@ def rule(embeddings: torch.Tensor, polynomial: list[float], threshold: float) ->
     return skipped
 
 
-@pytest.mark.parametrize("model", ["random_model", "other_model"])
-def test_which_steps_are_skipped(model, request):
+@pytest.mark.parametrize(
+    ("model", "has_ofs"), [("random_model", False), ("other_model", False), ("random_model", True)]
+)
+def test_which_steps_are_skipped(model, has_ofs, request):
     """With the embeddings of diffusers' own modules; thresholds from nothing to all that may be skipped."""
     model = request.getfixturevalue(model)
     module = CogVideoXTransformer3DModel.from_pretrained(model, subfolder="transformer").double()
+    if has_ofs:
+        of_image = {"in_channels": 32, "ofs_embed_dim": module.config.time_embed_dim}
+        module = CogVideoXTransformer3DModel.from_config(dict(module.config) | of_image).double()
     timesteps = np.linspace(999, 0, 25).astype(int)
     with torch.no_grad():
         theirs = module.time_embedding(module.time_proj(torch.tensor(timesteps)).double())
+        if has_ofs:
+            theirs = theirs + module.ofs_embedding(module.ofs_proj(torch.tensor([2.0])).double())
     plan = type("Plan", (), {"transformer": dict(module.config), "dtype": np.dtype(np.float32)})
     stored = {name: weight.float().numpy() for name, weight in module.state_dict().items()}
     ours = time_embeddings(plan, timesteps, stored.__getitem__)
@@ -118,14 +125,17 @@ def test_wrong_options(options, words, outputs, run_stage):
     assert len(error.splitlines()) == 1 and all(word in error for word in words), error
 
 
-def test_fit(tmp_path, capsys):
-    """From dumps whose output changes as a known polynomial of how the time embedding changes."""
+@pytest.mark.parametrize("has_ofs", [False, True])
+def test_fit(has_ofs, tmp_path, capsys):
+    """From dumps whose output changes as a known polynomial of how the time embedding changes, with that of ofs."""
     known = [0.5, -0.2, 0.05]
     generator = np.random.default_rng(0)
     for run in range(2):
         embedding, output, arrays = np.ones((1, 8), np.float32), np.ones((1, 4, 2), np.float32), {}
         for step in range(20):
-            arrays[f"step_{step:03}/time_embedding.linear_2"] = embedding
+            arrays[f"step_{step:03}/time_embedding.linear_2"] = embedding - 3 * has_ofs
+            if has_ofs:
+                arrays[f"step_{step:03}/ofs_embedding.linear_2"] = np.full_like(embedding, 3)
             arrays[f"step_{step:03}/noise_pred"] = output
             change = generator.uniform(0.01, 0.4)
             embedding, output = embedding * (1 + change), output * (1 + np.polyval(known, change))
@@ -133,6 +143,8 @@ def test_fit(tmp_path, capsys):
         (tmp_path / str(run)).mkdir()
         save_file(arrays, tmp_path / str(run) / "stage2_tensors.safetensors")
     (tmp_path / "model" / "transformer").mkdir(parents=True)
+    config = {"ofs_embed_dim": 512, "in_channels": 32} if has_ofs else {}
+    (tmp_path / "model" / "transformer" / "config.json").write_text(json.dumps(config))
     dumps = [str(tmp_path / str(run)) for run in range(2)]
     fit_step_cache.main([*dumps, "--model_id", str(tmp_path / "model"), "--degree", "2"])
     fitted = polynomial_of(str(tmp_path / "model"))
