@@ -388,11 +388,11 @@ def edit_json(file: str, **entries):
         (lambda folder: edit_config(folder, height=64), ("--stage", "3"), "was made with height"),
         (edit_json("model/transformer/config.json", patch_size_t=None), (), "patch_embed.proj"),
         (lambda folder: edit_config(folder, scheduler="NoScheduler"), (), "is not supported"),
-        (lambda folder: edit_config(folder, skipped_steps="1,2"), (), "with skipped_steps 1,2, which diffusers"),
+        (lambda folder: edit_config(folder, skipped_steps="1,2"), (), "with skipped_steps 1,2, which the pipeline"),
         (lambda folder: edit_config(folder, guidance_interval=[0, 1]), (), r"with guidance_interval \[0, 1\], which"),
         (edit_json("model/transformer/config.json", text_embed_dim=8), (), "the transformer takes"),
         (edit_json("model/transformer/config.json", in_channels=32), (), "has no image"),
-        (scaled_as_the_authors_do, (), "with image_latent_scale sat, which diffusers"),
+        (scaled_as_the_authors_do, (), "with image_latent_scale sat, which the pipeline"),
     ],
 )
 def test_bad_input(change, options, message, random_model, tmp_path, dump):
