@@ -19,7 +19,7 @@ from cogvideox.cli.report import Report
 from cogvideox.cli.stages import STAGES, add_stage1_options
 from cogvideox.errors import UserError, shortened
 from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
-from cogvideox.files.names import INDEX
+from cogvideox.files.names import INDEX, VIDEO
 from cogvideox.files.prompts import Prompt, read_prompts
 from cogvideox.files.schemas import EMBEDDING_ENTRIES
 from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors, values_by_dtype
@@ -138,6 +138,11 @@ def check_outputs(prompts: Sequence[Prompt], arguments: argparse.Namespace) -> N
     outputs = [prompt.folder / name for prompt in prompts for name in (EMBEDDINGS, CONFIG)]
     outputs += [arguments.output_dir / INDEX] if arguments.prompt_file else []
     there = [("--output_dir", path) for path in outputs if path.parent.is_dir()]
+    replaced = {prompt.folder / VIDEO for prompt in prompts}
+    if arguments.video and arguments.video.resolve() in {path.resolve() for path in replaced}:
+        raise UserError(
+            f"--video {arguments.video} is where stage 3 will write the new one; choose another --output_dir"
+        )
     inputs = [arguments.log_json, arguments.prompt_file, arguments.video, *{prompt.image for prompt in prompts}]
     writing.check_outputs(there, inputs, arguments.model_id)
 

@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         strength = jobs.strength_of(videos)
         plan = denoising_plan(arguments, model_id, devices, devices[0].platform, len(videos), strength=strength)
         jobs.check_embeddings(shapes, plan)
+        jobs.check_image_scale(arguments, plan)
         check_dump(arguments, plan.steps)
 
         report.title(f"Stage 2: transformer of {model_id}")

@@ -185,6 +185,7 @@ AGAIN1, AGAIN2, MODEL_AGAIN = "run stage 1 again", "run stage 2 again", "get the
 
 OF_IMAGES = of_model("transformer", in_channels=32)  # as a model for image to video has it
 IMAGE, PROMPT_FILE, CLIP = ["--image", "a.png"], ["--prompt_file", "p"], ["--video", "a.mp4"]
+NEW = ["--output_dir", "new"]  # where no video of stage 3 is
 
 # what: (arguments, what is spoilt, words of the message)
 STAGE1_CASES = {
@@ -294,18 +295,29 @@ STAGE1_CASES = {
     "image is the embeddings": (["--image", OUT / EMBEDDINGS], OF_IMAGES, ["would replace", EMBEDDINGS]),
     "image height": ([*IMAGE, "--height", 40], OF_IMAGES, ["--height 40", "multiple of 16", "example 32"]),
     # videos to change
-    "video for a model of images": (["--video", OUT / VIDEO], OF_IMAGES, ["--video", "text to video"]),
+    "video for a model of images": (["--video", OUT / VIDEO, *NEW], OF_IMAGES, ["--video", "text to video"]),
+    "video is replaced": (["--video", OUT / VIDEO], nothing, ["where stage 3 will write", "--output_dir"]),
+    "strength alone": (["--strength", "0.5"], nothing, ["--strength of stage 1 belongs to --video"]),
+    "image of the web": (["--image", "https://x.org/a.png"], OF_IMAGES, ["download it first"]),
     "video missing": (CLIP, nothing, ["--video a.mp4 does not exist, or is no file"]),
     "video is empty": (CLIP, content("a.mp4", b""), ["--video a.mp4 is no video that ffmpeg can read"]),
     "video is text": (CLIP, content("a.mp4", DEEP), ["--video a.mp4 is no video that ffmpeg can read"]),
-    "video is cut": (["--video", OUT / VIDEO], cut(OUT / VIDEO, 500), [f"{VIDEO} is no video that ffmpeg can read"]),
+    "video is cut": (
+        ["--video", OUT / VIDEO, *NEW],
+        cut(OUT / VIDEO, 500),
+        [f"{VIDEO} is no video that ffmpeg can read"],
+    ),
     "video too short": (
-        ["--video", OUT / VIDEO, "--frames", 13],
+        ["--video", OUT / VIDEO, *NEW, "--frames", 13],
         nothing,
         ["has 9 frames, and 13 are wanted", "add --frames 9"],
     ),
-    "frames of a video": (["--video", OUT / VIDEO, "--frames", 8], nothing, ["--frames 8 is not 4n + 1", "5 and 9"]),
-    "width of a video": (["--video", OUT / VIDEO, "--width", 40], nothing, ["--width 40", "multiple of 16"]),
+    "frames of a video": (
+        ["--video", OUT / VIDEO, *NEW, "--frames", 8],
+        nothing,
+        ["--frames 8 is not 4n + 1", "5 and 9"],
+    ),
+    "width of a video": (["--video", OUT / VIDEO, *NEW, "--width", 40], nothing, ["--width 40", "multiple of 16"]),
     "strength without a video": (["--strength", 0.5], nothing, ["--strength", "--video"]),
     "frames without a video": (["--frames", 9], nothing, ["--frames", "--video"]),
     "strength above 1": ([*CLIP, "--strength", 1.1], nothing, ["--strength", "from 0.001 to 1"]),
@@ -313,6 +325,7 @@ STAGE1_CASES = {
     # prompt files
     "JSON with a comma too many": (PROMPT_FILE, content("p", b'\n{"prompt": "a",}'), ["p, line 2: ", "JSON", "object"]),
     "JSON and text": (PROMPT_FILE, content("p", b'{"prompt": "a"}\n\na fox'), ["p, line 3: ", "JSON", "object"]),
+    "array": (PROMPT_FILE, content("p", b'[{"prompt": "a"}]'), ["p is a JSON array", "one on each line"]),
     "text and JSON": (PROMPT_FILE, content("p", b'a fox\n{"prompt": "a"}'), ["p, line 2: this is JSON", "one way"]),
     "unknown key": (PROMPT_FILE, content("p", b'{"prompt": "a", "sed": 1}'), ["p, line 1: sed: ", "not 1"]),
     "no prompt in a line": (PROMPT_FILE, content("p", b'{"image": "a"}'), ["p, line 1: prompt is missing"]),

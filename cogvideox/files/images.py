@@ -23,7 +23,8 @@ def read_image(path: Path) -> "Image":
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} does not exist, or is no file; name a picture")
+        remedy = "download it first" if {"http:", "https:"} & {*path.parts} else "name a picture"
+        raise UserError(f"{path} does not exist, or is no file; {remedy}")
     try:
         check_pointer(path)
         with warnings.catch_warnings(action="ignore"), Image.open(path) as opened:

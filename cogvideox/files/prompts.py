@@ -15,6 +15,8 @@ from cogvideox.files.schemas import PromptLine, parse_json
 
 OBJECT = re.compile(r'\{\s*(["}]|$)')  # how a JSON object begins, and what is to be one; {red|blue} is a text
 
+ARRAY = re.compile(r"\[\s*(\{|$)")  # [cinematic] is a text
+
 
 class Prompt(NamedTuple):
     """A prompt.
@@ -58,6 +60,8 @@ def read_prompts(file: Path, output_dir: Path, image: Path | None) -> list[Promp
         reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
         raise UserError(f"--prompt_file {file} cannot be read: {reason}") from error
     found = {f"{file}, line {n}": text for n, line in enumerate(lines, 1) if (text := line.strip())}
+    if ARRAY.match(next(iter(found.values()), "")):
+        raise UserError(f"--prompt_file {file} is a JSON array; write its objects alone, one on each line")
     if not found:
         raise UserError(f"--prompt_file {file} has no prompt; write one on each line")
     return [

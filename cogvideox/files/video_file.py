@@ -58,7 +58,9 @@ def first_frames(path: Path, number: int, height: int, width: int) -> "np.ndarra
                 frames[found] = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.LANCZOS))
                 found += 1
     except (OSError, ValueError, RuntimeError, IndexError) as error:
-        raise UserError(f"{path} is no video that ffmpeg can read: {first_line(error)}") from error
+        raise UserError(
+            f"{path} is no video that ffmpeg can read: {first_line(error)}; a picture is for --image"
+        ) from error
     return frames[:found]
 
 

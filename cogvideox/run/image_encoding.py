@@ -92,7 +92,8 @@ def _refuse(arguments: argparse.Namespace, names: Iterable[str], of: str) -> Non
     """Raise UserError if one of the options `names` is given, which are those `of` another option."""
     for name in names:
         if getattr(arguments, name):
-            raise UserError(f"--{name} is here that of what {of} names; a video made of text has its own from stage 2")
+            own = "" if name == "strength" else f"; a video made of text has its --{name} from stage 2"
+            raise UserError(f"--{name} of stage 1 belongs to {of}, which is missing{own}")
 
 
 class Encoded(NamedTuple):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from safetensors import SafetensorError
 
 from cogvideox.cli.report import Report
-from cogvideox.defaults import MOST_SEED
+from cogvideox.defaults import IMAGE_LATENT_SCALES, MOST_SEED
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, provenance, stage_files, tensor_dump, videos, writing
 from cogvideox.files.lora import Lora
@@ -184,6 +184,12 @@ def strength_of(found: Sequence[Video]) -> float | None:
                 "the folder of one of them as --input_dir"
             )
     return first
+
+
+def check_image_scale(arguments: argparse.Namespace, plan: "DenoisingPlan") -> None:
+    """Raise UserError if --image_latent_scale is given, and the model takes no image."""
+    if arguments.image_latent_scale != IMAGE_LATENT_SCALES[0] and not plan.features.image:
+        raise UserError(f"--image_latent_scale {arguments.image_latent_scale} is for models that take an image")
 
 
 def check_embeddings(shapes: Mapping[Path, Mapping[str, tuple[int, ...]]], plan: "DenoisingPlan") -> None:
