@@ -26,10 +26,9 @@ TOLERANCE = 1e-3  # of the latents' scale
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["random_model", "other_model"])
-def test_latents_of_the_authors_settings(model, request, run_stage, tmp_path):
-    """The models name DDIM; DPM with trailing timesteps and the guidance of each step are those of the pipeline."""
-    model = request.getfixturevalue(model)
+def test_latents_of_the_authors_settings(other_model, run_stage, tmp_path):
+    """The model names DDIM; DPM with trailing timesteps and the guidance of each step are those of the pipeline."""
+    model = other_model
     run_stage(STAGE1, "--prompt", "a cat", "--negative_prompt", "dog", "--model_id", model, "--output_dir", tmp_path)
     options = ("--preset", "authors", "--num_inference_steps", STEPS, "--guidance_scale", SCALE, "--seed", SEED)
     printed = run_stage(STAGE2, "--input_dir", tmp_path, *SIZE[:-2], *options).stdout

@@ -21,7 +21,8 @@ from tools.make_tiny_model import make_pipeline
 STEPS, STRENGTH, SOURCE = 5, 0.7, "source.mp4"  # of five steps three are run
 RUN_STEPS = 3
 # Kind and frames. With 17 frames 1.5 has an odd number of latent frames, which the pipeline refuses.
-CASES = [("CogVideoX1.5-5B", 17), ("CogVideoX1.5-5B", 13), ("CogVideoX-5B", 9), ("CogVideoX-2B", 21)]
+CASES = [("CogVideoX1.5-5B", 17), ("CogVideoX1.5-5B", 13), ("CogVideoX-5B", 9)]
+in_one_case = pytest.mark.parametrize("encoded", CASES[:1], indirect=True, ids=["one case"])
 # Scheduler, guidance scale, whether it is dynamic.
 SAMPLED = {"dpm-dynamic": (DPM, 6.0, True), "ddim-unguided": (DDIM, 1.0, False)}
 
@@ -60,6 +61,7 @@ def pixels_of(folder: Path, frames: int) -> torch.Tensor:
     return VideoProcessor(vae_scale_factor=8).preprocess_video(video, HEIGHT, WIDTH)
 
 
+@in_one_case
 def test_posterior_matches_diffusers(encoded):
     _, frames, folder = encoded
     vae = AutoencoderKLCogVideoX.from_pretrained(folder / "model", subfolder="vae")
@@ -128,6 +130,7 @@ def test_latents_match_the_pipeline(encoded, sampled):
     check_latents(latents_of(folder / "stage_outputs"), truth(kind, frames, folder, *SAMPLED[sampled]))
 
 
+@in_one_case
 def test_several_videos_with_step_cache_and_previews(encoded):
     """Steps are counted from the first that is run: of three, the middle one can leave out the blocks."""
     _, _, folder = encoded
