@@ -21,6 +21,11 @@ class Features(NamedTuple):
     image: bool
     ofs: bool
 
+    @property
+    def frames_per_patch(self) -> int:
+        """Latent frames of a patch, flat or not."""
+        return self.patch_frames or 1
+
 
 def features_of(config: Mapping) -> Features:
     """Return the features that `transformer/config.json` says; entries that are not there have diffusers' defaults.
@@ -42,5 +47,9 @@ def features_of(config: Mapping) -> Features:
         raise ValueError("ofs_embed_dim belongs to a model that takes an image")
     if ofs and ofs != config.get("time_embed_dim", 512):
         raise ValueError(f"ofs_embed_dim {ofs} is not time_embed_dim, to whose embedding that of ofs is added")
-    positions: Literal["sine-cosine", "learned"] | None = "learned" if learned else None
-    return Features(frames, rotary, positions if rotary else "sine-cosine", inputs != outputs, bool(ofs))
+    positions: Literal["sine-cosine", "learned"] | None = None
+    if not rotary:
+        positions = "sine-cosine"
+    elif learned:
+        positions = "learned"
+    return Features(frames, rotary, positions, image=inputs != outputs, ofs=bool(ofs))

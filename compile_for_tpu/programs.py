@@ -185,7 +185,7 @@ def trace_encoder(arguments: argparse.Namespace, devices: list) -> Programs:
     """Trace the encoder's two programs, one for the first chunk of frames and one for each later chunk."""
     from cogvideox.models.shared.sizes import check_frames, check_sides, latent_size
     from cogvideox.models.vae import chunks
-    from cogvideox.models.vae.encoder import FRAMES_PER_CHUNK, abstract_weights, chunk_programs
+    from cogvideox.models.vae.encoder import FRAMES_PER_CHUNK, chunk_programs
     from cogvideox.models.vae.spatial_split import choose_split
     from cogvideox.models.vae.vae_torchax import make_encoder
 
@@ -196,7 +196,8 @@ def trace_encoder(arguments: argparse.Namespace, devices: list) -> Programs:
         check_frames(vae, arguments.frames)
     split, encoder = choose_split(devices, *latent_size(vae, *size)[1:]), make_encoder(vae)
     with compiling_for(split.mesh):
-        traced = chunk_programs(encoder, abstract_weights(encoder, dtype_of(arguments), split), (*size, 3), split)
+        weights = chunks.abstract_weights(encoder.weight_shapes, encoder.convert_weights, dtype_of(arguments), split)
+        traced = chunk_programs(encoder, weights, (*size, 3), split)
     return Programs(
         traced=traced,
         times=[1, len(chunks.sizes(arguments.frames, FRAMES_PER_CHUNK)) - 1][: len(traced)],

@@ -71,7 +71,8 @@ def encode_video(
     with report.part("imports"):
         import torch
 
-        from cogvideox.models.vae.encoder import abstract_weights, chunk_programs, encode
+        from cogvideox.models.vae import chunks
+        from cogvideox.models.vae.encoder import chunk_programs, encode
         from cogvideox.models.vae.plan import check_activation
         from cogvideox.models.vae.spatial_split import choose_split
         from cogvideox.models.vae.vae_torchax import make_encoder
@@ -87,7 +88,7 @@ def encode_video(
     dtype, line = compute_dtype(decoding.values_of(files), arguments.dtype, devices[0].platform)
     if line:
         report.say(f"VAE's encoder: {line}")
-    abstract = abstract_weights(encoder, dtype, split)
+    abstract = chunks.on_devices(files, dtype, split)
     weights = decoding.load_weights(files, abstract, report, "encoder")
     with Cache(None, report):
         programs = [program.lower().compile() for program in chunk_programs(encoder, abstract, frames.shape, split)]

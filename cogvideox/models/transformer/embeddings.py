@@ -19,7 +19,7 @@ def token_grid(config: Mapping, latent_shape: tuple[int, ...]) -> tuple[int, int
     """Return the patches of latents [batch, frames, channels, height, width] along frames, height and width."""
     _, frames, _, height, width = latent_shape
     patch = config["patch_size"]
-    return frames // (features_of(config).patch_frames or 1), height // patch, width // patch
+    return frames // features_of(config).frames_per_patch, height // patch, width // patch
 
 
 def rotary_embedding(config: Mapping, latent_shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -125,7 +125,7 @@ def embedded_number(
 def patchify(latents: jax.Array, config: Mapping) -> jax.Array:
     """Cut [batch, frames, channels, height, width] into [batch, video tokens, patch]; source: `CogVideoXPatchEmbed`."""
     batch, frames, channels, height, width = latents.shape
-    p, pt = config["patch_size"], features_of(config).patch_frames or 1
+    p, pt = config["patch_size"], features_of(config).frames_per_patch
     x = latents.reshape(batch, frames // pt, pt, channels, height // p, p, width // p, p)
     x = x.transpose(0, 1, 4, 6, 3, 2, 5, 7)
     return x.reshape(batch, -1, channels * pt * p * p)
@@ -134,6 +134,6 @@ def patchify(latents: jax.Array, config: Mapping) -> jax.Array:
 def unpatchify(x: jax.Array, latent_shape: tuple[int, ...], config: Mapping) -> jax.Array:
     """Join patches [batch, video tokens, patch] to [batch, frames, channels, height, width]."""
     batch, frames, channels, height, width = latent_shape
-    p, pt = config["patch_size"], features_of(config).patch_frames or 1
+    p, pt = config["patch_size"], features_of(config).frames_per_patch
     x = x.reshape(batch, frames // pt, height // p, width // p, channels, pt, p, p)
     return x.transpose(0, 1, 5, 4, 2, 6, 3, 7).reshape(batch, frames, channels, height, width)

@@ -100,7 +100,7 @@ PARAMETERS = {
 def axis_sizes(config: Mapping) -> dict[str, int]:
     """Return the size of each logical axis of the parameters."""
     embed = config["num_attention_heads"] * config["attention_head_dim"]
-    patch = config["patch_size"] ** 2 * (features_of(config).patch_frames or 1)
+    patch = config["patch_size"] ** 2 * features_of(config).frames_per_patch
     return {
         "layers": config["num_layers"],
         "embed": embed,

@@ -118,7 +118,7 @@ class DenoisingPlan(Plan):
     @property
     def surplus_frames(self) -> int:
         """Latent frames that are put in front to fill the temporal patch, and cut off again at the end."""
-        return -self.latent_size[0] % (self.features.patch_frames or 1)
+        return -self.latent_size[0] % self.features.frames_per_patch
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int, int]:

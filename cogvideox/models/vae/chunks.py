@@ -1,6 +1,6 @@
 """A video in chunks of frames: their sizes, and the programs that run one chunk after the other, split in space."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,22 @@ def sizes(frames: int, per_chunk: int) -> list[int]:
     if chunks == 0:
         return [rest]
     return [per_chunk + rest] + [per_chunk] * (chunks - 1)
+
+
+def on_devices(weights: Any, dtype: jax.typing.DTypeLike, split: Split) -> Any:
+    """Return the shapes of a tree of weights on the devices, each of which has all of them, in one dtype."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=split.replicated), weights)
+
+
+def abstract_weights(
+    shapes: Mapping[str, tuple[int, ...]], convert: Callable, dtype: jax.typing.DTypeLike, split: Split
+) -> Any:
+    """Return the weights of a decoder or an encoder as shapes on the devices, to compile without the weights.
+
+    `shapes` and `convert` are its `weight_shapes` and `convert_weights`.
+    """
+    stored = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    return on_devices(jax.eval_shape(convert, stored), dtype, split)
 
 
 def trace(

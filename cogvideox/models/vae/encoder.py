@@ -33,13 +33,6 @@ class Encoder(NamedTuple):
     convert_weights: Callable[[dict[str, Any]], Any]
 
 
-def abstract_weights(encoder: Encoder, dtype: jax.typing.DTypeLike, split: Split) -> Any:
-    """Return the encoder's weights as shapes on the devices, each of which has all of them."""
-    stored = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in encoder.weight_shapes.items()}
-    tree = jax.eval_shape(encoder.convert_weights, stored)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=split.replicated), tree)
-
-
 def chunk_programs(encoder: Encoder, weights: Any, shape: tuple[int, ...], split: Split) -> list[jax.stages.Traced]:
     """Trace the programs that encode frames [frames, height, width, 3]: the first chunk, and any later one.
 

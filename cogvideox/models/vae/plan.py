@@ -14,6 +14,7 @@ from cogvideox.errors import PlanError
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.plan import Plan
 from cogvideox.models.shared.sizes import check_frames, check_multiple, latent_size, spatial_compression_ratio
+from cogvideox.models.vae import chunks
 from cogvideox.models.vae.decoder import Decoder, chunk_programs, chunk_sizes
 from cogvideox.models.vae.spatial_split import Split, choose_split
 from cogvideox.models.vae.vae_layers import ACTIVATIONS
@@ -63,13 +64,11 @@ class DecodingPlan(Plan):
 
     def abstract_weights(self, decoder: Decoder) -> Any:
         """Return the decoder's weights as shapes on the devices, to compile without the weights."""
-        stored = {name: jax.ShapeDtypeStruct(shape, self.dtype) for name, shape in decoder.weight_shapes.items()}
-        return self.on_devices(jax.eval_shape(decoder.convert_weights, stored))
+        return chunks.abstract_weights(decoder.weight_shapes, decoder.convert_weights, self.dtype, self.split)
 
     def on_devices(self, weights: Any) -> Any:
         """Return the shapes of a tree of weights on the devices, each of which has all of them, in the plan's dtype."""
-        replicated = self.split.replicated
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, self.dtype, sharding=replicated), weights)
+        return chunks.on_devices(weights, self.dtype, self.split)
 
 
 def check_activation(vae: Mapping) -> None:
