@@ -29,8 +29,9 @@ PLACES_OF_ENCODER = 16  # places for which one process encodes prompts
 STEPS = {"encode": ("stage1",), "make": ("stage2", "stage3")}  # the stages of a share
 PORT = 8482  # of the first process of a place of several machines
 
+PROCESS_DIED = "worker process has died"
 NO_PLACE = (
-    "no machine of the cluster has chips for a video; waiting for one with a TPU or a GPU, or one that was started with "
+    "no machine of the cluster has chips for a video; waiting for one with a TPU or a GPU, or one that is started with "
     """ray start --resources '{"video_worker": 1}'"""
 )
 
@@ -271,19 +272,21 @@ class Conductor:
 
     def _lose(self, hand: Hand, error: RayActorError) -> None:
         """Give the share of a process that has died to another one: it is its fault unless its machine is gone."""
-        share, lost = hand.share, {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
+        share, reason = hand.share, " ".join(str(error).split())
+        # Ray says what has died: the process, by the word of its machine, or the machine, of which nobody speaks.
+        is_there = PROCESS_DIED in reason and not error.preempted
         self._dismiss(hand)
         if not hand.processes:
             self._faults[hand.place] += 1
             if self._faults[hand.place] == MOST_FAULTS:
-                self.report.warn(f"no process begins on {hand.name}: {' '.join(str(error).split())}")
+                self.report.warn(f"no process begins on {hand.name}: {reason}")
         if share is None:
             return
-        if ("node" in str(error).lower() and "die" in str(error).lower()) or lost & {node.id for node in hand.nodes}:
-            self.work.lost(share, hand.step)
-            self.report.say(f"  {hand.name} is gone; its {len(share.prompts)} prompts go to others")
+        if is_there:
+            self._fail(hand, share, f"its process ended in {hand.stage}: {reason}")
         else:
-            self._fail(hand, share, f"its process ended in {hand.stage}: {' '.join(str(error).split())}")
+            self.work.lost(share, hand.step)
+            self.report.say(f"  {hand.name} is gone; {len(share.prompts)} prompts go to others")
 
     def _fail(self, hand: Hand, share: Share, error: str) -> None:
         """Note that a share has failed, and tell of the prompts for which that was the last try."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import io
 import os
@@ -12,13 +13,16 @@ import traceback
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from cogvideox.errors import NO_SPACE, UserError, as_user_error, error_message, first_line, one_line, system_error
+from cogvideox.errors import UserError, as_user_error, error_message, first_line, one_line, system_error
 from cogvideox.files.writing import InUse
 from cogvideox.run import warm
 from cogvideox.run.hosts import sources
 from cogvideox.signals import SIGNALS, Interruption
 
 WARNING = "WARNING: "  # how a line begins in which a stage warns
+
+# What the system says of a place where no file can be written, whichever it is.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 # How a stage can end. "broken" is an end with which the process may be in disorder, as after a bug or a device without
 # memory; another one must go on. "busy" is a folder that another process still has.
@@ -111,5 +115,5 @@ def ended_by(raised: Exception) -> tuple[End, str, str]:
     if isinstance(shown, InUse):
         return "busy", one_line(str(shown)), ""
     cause = raised if isinstance(raised, OSError) else raised.__cause__
-    is_full = cause is not None and system_error(cause) in NO_SPACE
+    is_full = cause is not None and system_error(cause) in FULL
     return "full" if is_full else "failed", one_line(str(shown)), ""
