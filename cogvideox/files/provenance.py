@@ -65,16 +65,23 @@ def weights(model_id: str, component: str, variant: str | None) -> dict[str, str
         return {}
     found = hashlib.sha256()
     for file in files:
-        about = file.stat()
-        of_file = _digest_in_state(file, about.st_ino, about.st_mtime_ns, about.st_size)
+        of_file = digest_in_state(file, sample=file.suffix == ".safetensors")
         found.update(f"{file.parent.name}/{file.name} {of_file}".encode())
     return {f"{component} of {model_id}": found.hexdigest()}
 
 
+def digest_in_state(file: Path, sample: bool = False) -> str:
+    """Return the digest of a file of weights: `digest` with a sample of them, or else `file_digest`.
+
+    It is computed once as long as the file stays as it is, for a run may have a thousand videos.
+    """
+    about = file.stat()
+    return _digest_in_state(file, sample, about.st_ino, about.st_mtime_ns, about.st_size)
+
+
 @functools.cache
-def _digest_in_state(file: Path, *state: int) -> str:
-    """Return the digest of a model's file: once as long as it stays as it is, for a run may have a thousand videos."""
-    return digest(file, sample=True) if file.suffix == ".safetensors" else file_digest(file)
+def _digest_in_state(file: Path, sample: bool, *state: int) -> str:
+    return digest(file, sample=True) if sample else file_digest(file)
 
 
 def differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:

@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from cogvideox.cli.program import in_background
 from cogvideox.cli.report import Report
 from cogvideox.errors import UserError
 from cogvideox.files import writing
+from cogvideox.run import warm
 
 if TYPE_CHECKING:
     import jax
@@ -187,9 +189,9 @@ class Compiling:
         self._what, self._cache, self._report = what, cache, report
         self._advice = "make a smaller video" if plan.batch == 1 else "make fewer --videos_at_once"
         self._start = self._end = time.perf_counter()
-        self._found: list[bool] = []
+        self._found: list[bool] | None = None  # whether each program was in the cache; None if this process has kept it
         self._programs = self._from_file(arguments.executable, plan, traced) if arguments.executable else None
-        self._futures = [] if self._programs else [in_background(self._compile, program) for program in traced]
+        self._futures = [] if self._programs else warm.kept(f"compiled {what}", [*traced], lambda: self._begin(traced))
 
     def _from_file(
         self, path: Path, plan: "DenoisingPlan | DecodingPlan", traced: "Sequence[jax.stages.Traced]"
@@ -206,11 +208,17 @@ class Compiling:
         self._report.say(f"loaded the {self._what} from {path}")
         return programs
 
+    def _begin(self, traced: "Sequence[jax.stages.Traced]") -> list[Future]:
+        """Begin to compile."""
+        self._found = []
+        return [in_background(self._compile, program) for program in traced]
+
     def _compile(self, program: "jax.stages.Traced") -> "jax.stages.Compiled":
         """Compile a program, or find it in the cache."""
         found = self._cache.found_here
         compiled = program.lower().compile()
-        self._found.append(self._cache.found_here > found)
+        if self._found is not None:
+            self._found.append(self._cache.found_here > found)
         self._end = time.perf_counter()
         return compiled
 
@@ -225,6 +233,9 @@ class Compiling:
         waiting = time.perf_counter()
         with memory_errors(self._what, self._advice):
             programs = [future.result() for future in self._futures]
+        if self._found is None:
+            self._report.say(f"the compiled {self._what} is that of the run before")
+            return programs, ""
         seconds, before = self._end - self._start, min(self._end, waiting) - self._start
         loaded = sum(self._found)
         self._report.compiled(program=self._what, seconds=seconds, before=before, loaded=loaded, of=len(programs))
