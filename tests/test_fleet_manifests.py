@@ -72,11 +72,12 @@ def test_both_run_the_fleet_in_the_checkout():
     checkout = next(path for path, source in cluster["file_mounts"].items() if source == ".")
     for command in (*cluster["head_start_ray_commands"], *cluster["worker_start_ray_commands"]):
         assert f"~/{Path(checkout).name}" in command
-    words = shlex.split(job["spec"]["entrypoint"])
-    assert words[:4] == ["env", "--chdir=/home/ray/cogvideox-tpu", "python", "-m"] and words[4] == "fleet"
+    start, _, command = job["spec"]["entrypoint"].partition(" python -m fleet ")
+    assert start.split()[0] == "env" and "--chdir=/home/ray/cogvideox-tpu" in start.split()
     assert f"/home/ray/{Path(checkout).name}" in (ROOT / "fleet/Dockerfile").read_text()
     mount = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"][0]
-    options = dict(zip(words[5::2], words[6::2], strict=True))
+    words = shlex.split(command)
+    options = dict(zip(words[::2], words[1::2], strict=True))
     for name in ("--prompt_file", "--model_id", "--output_dir", "--compilation_cache"):
         assert options[name].startswith(f"{mount['mountPath']}/"), name
     assert options["--address"] == "auto"

@@ -45,7 +45,7 @@ CANNOT_RUN = {
     r"gcloud .*": "needs a TPU VM",
     r"\S*python -m benchmarks\.reproduce_tables.*": "compiles the full-size model many times, for more than an hour",
     r"\S*python -m benchmarks\.measured_kernels": "needs other projects' packages, of other versions",
-    r"\S*python -m fleet .*--(address|preset) .*": "needs a cluster, or a TPU",
+    r"(env .* )?\S*python -m fleet .*--(address|preset) .*": "needs a cluster, or a TPU",
     r"(RAY_AUTH_MODE=token )?(\S*/)?ray .*": "starts Ray on other machines, or talks to it",
     r"(git archive|docker|kubectl) .*": "needs a registry of images and a Kubernetes cluster",
 }
