@@ -106,7 +106,7 @@ def as_metadata(
         "stage": stage,
         "inputs": dict(inputs),
         "plan": {name: _in_words(value) for name, value in (plan or {}).items()},
-        "options": {name: _plain(value) for name, value in vars(arguments).items() if value is not None},
+        "options": {name: plain(value) for name, value in vars(arguments).items() if value is not None},
         "versions": versions(*LIBRARIES),
         "time": writing.now(),
     }
@@ -127,10 +127,10 @@ def known_as(path: Path, folder: Path) -> str:
     return os.path.relpath(path, folder) if is_around else path.name
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """Return an option as JSON can hold it; a path is absolute, for whoever reads it may be in another folder."""
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return value if isinstance(value, (int, float)) else str(value.absolute() if isinstance(value, Path) else value)
 
 
