@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fleet.options import parse
 from tests.helpers import ROOT
 
 RAY = importlib.util.find_spec("ray")  # to import it takes a second
@@ -76,8 +77,7 @@ def test_both_run_the_fleet_in_the_checkout():
     assert start.split()[0] == "env" and "--chdir=/home/ray/cogvideox-tpu" in start.split()
     assert f"/home/ray/{Path(checkout).name}" in (ROOT / "fleet/Dockerfile").read_text()
     mount = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"][0]
-    words = shlex.split(command)
-    options = dict(zip(words[::2], words[1::2], strict=True))
-    for name in ("--prompt_file", "--model_id", "--output_dir", "--compilation_cache"):
-        assert options[name].startswith(f"{mount['mountPath']}/"), name
-    assert options["--address"] == "auto"
+    options = parse(shlex.split(command)).options
+    for path in (options.prompt_file, options.model_id, options.output_dir, options.compilation_cache):
+        assert str(path).startswith(f"{mount['mountPath']}/")
+    assert options.address == "auto"
