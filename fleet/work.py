@@ -1,7 +1,7 @@
-"""Say which prompts are to be encoded, to be made, under way, made or failed: the rules, without Ray and without a clock.
+"""Say which prompts are to be encoded or made, under way, made or failed: the rules, without Ray and without a clock.
 
-Whatever runs the stages takes work with `next_to_encode` and `next_to_make`, and says what became of it. A prompt is its
-number in the prompt file, from 1.
+Whatever runs the stages takes work with `next_to_encode` and `next_to_make`, and says what became of it. A prompt is
+its number in the prompt file, from 1.
 """
 
 import collections

@@ -349,7 +349,7 @@ def programs() -> Iterator[tuple[str, ...]]:
     """Yield the module of each program of the project, and its subcommand."""
     yield from ((script.removesuffix(".py"),) for script in (*STAGES, "inspect_tensors.py"))
     yield from (("compile_for_tpu.__main__", what) for what in KINDS)
-    for folder in ("benchmarks", "tools"):
+    for folder in ("benchmarks", "fleet", "tools"):
         for file in sorted((ROOT / folder).glob("*.py")):
             if '__name__ == "__main__"' in file.read_text():
                 yield (f"{folder}.{file.stem}",)
