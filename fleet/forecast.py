@@ -225,7 +225,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=number(type(default), least), default=default, help=about)
     parser.add_argument(
         "--preemptions_per_hour",
-        type=number(float, 0, 60),
+        type=number(float, 0, 4),
         nargs="+",
         default=[0.06, 0.6],
         help="how often an hour a host is lost: 0.06 was seen on spot TPUs of v2 and v3, docs/fleet.md",
