@@ -43,9 +43,9 @@ def joined(address: str | None) -> Iterator[str]:
             runtime_env={"env_vars": {"PYTHONPATH": path}},
             **own,
         )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         what = f"cannot join the Ray cluster at --address {address}" if address else "cannot start Ray"
-        raise UserError(f"{what}: {first_line(error)}; see docs/fleet.md") from error
+        raise UserError(f"{what}: {first_line(error)}; docs/fleet.md has the commands") from error
     try:
         for number in SIGNALS:  # Ray has taken SIGTERM
             signal.signal(number, Interruption.receive)

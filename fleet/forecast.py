@@ -19,7 +19,6 @@ from cogvideox.cli import terminal
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.types import number
-from cogvideox.defaults import WARMUP_STEPS
 from cogvideox.files import writing
 from cogvideox.files.state import SHARE
 from compile_for_tpu import report
@@ -48,7 +47,6 @@ ASSUMPTIONS = {
 }
 WRITES, STATE_WRITES, READS = 60, 6, 60  # requests a video and a kept state: counted with strace on the tiny model
 FILES, STATE = 7.4e6 + 11.0e6 + 0.5e6, 34e6  # bytes: embeddings, latents and a video of little detail; a state
-LINE = 300  # bytes of a video in videos.jsonl
 
 Rows = list[list[str]]
 
@@ -62,7 +60,7 @@ def times_of(topology: str, setting: str, given: argparse.Namespace) -> Times:
     compilation = of_step["compile_seconds"] + of_decode["compile_seconds"]
     return Times(
         start=given.load_seconds + given.compile_share * compilation,
-        group=WARMUP_STEPS * of_step["predicted_seconds"] + (0 if fits else given.reload_seconds),
+        group=0 if fits else given.reload_seconds,
         denoise=(STEPS[setting] - skipped) * of_step["predicted_seconds"] * (1 + SHARE),
         decode=of_decode["predicted_seconds"] + given.encode_seconds + given.fleet_seconds,
         between=max(given.keep_seconds / SHARE, of_step["predicted_seconds"]),
@@ -174,8 +172,7 @@ def limits(given: argparse.Namespace) -> Rows:
 
     # What it is, its limit if it has one, what so many videos a day ask of it, how that is written, and the way out.
     wanted: list[tuple[str, int, Callable[[int], list[float]], str, str]] = [
-        ("writes of videos.jsonl a second", 1, a_second(2), ",.2f", "several folders"),
-        ("GB of videos.jsonl a day", 0, lambda videos: [videos**2 * LINE / 1e9], ",.0f", "several folders"),
+        ("writes of fleet_report.jsonl a second", 1, a_second(1), ",.2f", "several folders"),
         (
             "hosts of a Ray cluster",
             2000,

@@ -39,7 +39,7 @@ def test_arithmetic_by_hand(given):
     step, decode = result("stage2-v6e-8-768x1360x81-guided.json"), result("stage3-v6e-8-768x1360x81.json")
     times = forecast.times_of("v6e-8", "authors", given)
     assert times.start == pytest.approx(30 + 0.13 * (step["compile_seconds"] + decode["compile_seconds"]))
-    assert times.group == 2 * step["predicted_seconds"]  # warm-up; stage 3 fits beside the weights
+    assert times.group == 0  # stage 3 fits beside the weights
     assert times.denoise == pytest.approx(50 * 1.02 * step["predicted_seconds"])
     assert times.decode == pytest.approx(decode["predicted_seconds"] + 3.5)
     cached = forecast.times_of("v6e-8", "cached", given)
