@@ -10,7 +10,7 @@ from cogvideox.cli.stages import STAGES, add_stage1_options, add_stage2_options,
 from cogvideox.cli.types import file_path, folder_path, model_id, number
 from cogvideox.defaults import MODEL_NAME
 from cogvideox.files.names import STAGE_OUTPUTS
-from cogvideox.run.compilation import NO_CACHE
+from cogvideox.run.compilation import NO_CACHE, address_of
 
 GROUP = 8  # prompts that a process takes at a time
 DECODERS = {"torchax": "stage3_vae_decoder", "flax": "stage3_vae_decoder_flax"}  # by name, the module of stage 3
@@ -145,6 +145,7 @@ def _words(
             found.append(f"--{name}={','.join(map(str, value))}")
         else:
             is_path = isinstance(value, Path) or (name == "model_id" and Path(value).is_dir())
-            is_path &= value != NO_CACHE and "://" not in str(value)  # of --compilation_cache
-            found.append(f"--{name}={Path(value).absolute() if is_path else value}")
+            text = address_of(value) if isinstance(value, Path) else str(value)
+            is_path &= value != NO_CACHE and "://" not in text  # of --compilation_cache
+            found.append(f"--{name}={Path(value).absolute() if is_path else text}")
     return found

@@ -49,6 +49,11 @@ def default_folder() -> Path | None:
     return None
 
 
+def address_of(folder: Path) -> str:
+    """Return a folder as text, with both slashes of an address such as gs://bucket/a, of which a path keeps one."""
+    return re.sub(r"^(\w\w+):/(?!/)", r"\1://", str(folder))
+
+
 class Cache:
     """jax's persistent compilation cache, switched on for this process. A fault of it is a warning, never an end.
 
@@ -80,7 +85,7 @@ class Cache:
                     "compiled programs are not kept: there is no home folder; --compilation_cache names another"
                 )
         self.keeps = self.folder is not None and self._prepare(self.folder)
-        jax.config.update("jax_compilation_cache_dir", str(self.folder) if self.folder else None)
+        jax.config.update("jax_compilation_cache_dir", address_of(self.folder) if self.folder else None)
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         compilation_cache.reset_cache()  # else jax stays with the folder of this process' first program
@@ -106,7 +111,7 @@ class Cache:
 
     def _prepare(self, folder: Path) -> bool:
         """Make the folder, and return whether files can be written there; without a folder the cache is off."""
-        if "://" in str(folder):  # cloud storage, which jax can use
+        if "://" in address_of(folder):  # cloud storage, which jax can use
             return True
         try:
             writing.check_writable(folder / "program")
