@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from cogvideox.files import videos
-from cogvideox.files.names import EMBEDDINGS, INDEX, LATENTS, ROOT, STATE, VIDEO
+from cogvideox.files.names import INDEX, LATENTS, ROOT, STATE, VIDEO
 from fleet.__main__ import FAILED
 from fleet.report import FILE
 from tests.helpers import check
@@ -89,7 +89,7 @@ def family(process: int, title: str = "") -> set[int]:
 
 def assert_gone(processes: set[int]) -> None:
     """See that none of these processes is left over; what has ended, and waits for somebody to look, is gone."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 150
     while left := [one for one in processes if is_alive(one)]:
         assert time.monotonic() < until, [Path(f"/proc/{one}/cmdline").read_text() for one in left]
         time.sleep(0.2)
@@ -164,13 +164,13 @@ class Hard:
         self.lines = lines(self.outputs)
 
     def denoising(self) -> list[int]:
-        """Return the processes that have the lock of a prompt's folder and may not be at its video yet."""
+        """Return the processes that have jax, which stage 1 does without, and the locks of prompts' folders."""
         found = []
         for process in family(os.getpid(), PROCESS):
             with contextlib.suppress(OSError):
-                files = {os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir()}
-                claimed = {Path(file).parent for file in files if file.startswith(f"{self.outputs}/prompt_")}
-                found += [process] if any((folder / EMBEDDINGS).exists() for folder in claimed) else []
+                files = [os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir()]
+                if any(file.startswith(f"{self.outputs}/prompt_") for file in files):
+                    found += [process] if "jaxlib" in Path(f"/proc/{process}/maps").read_text() else []
         return found
 
 
@@ -233,9 +233,8 @@ def test_a_full_disk_and_a_killed_driver(tmp_path, truth):
 
     with fleet(file, "--group", 1) as started:
         wait_for(lambda: len(made()) > len(before), started)
-        all_of_it = family(started.pid)
+        killed = family(started.pid)
         started.kill()
-    assert_gone(all_of_it)
 
     with fleet(file, "--group", 1) as started:
         wait_for(lambda: len(made()) > len(before) + 1, started)
@@ -258,3 +257,4 @@ def test_a_full_disk_and_a_killed_driver(tmp_path, truth):
         status, printed = ended(started)
     assert status == 0 and f"{count} of {count}" in printed, printed
     assert between.items() <= made().items()
+    assert_gone(killed)  # after a minute or so: Ray's agents first try to tell the others that are dead
