@@ -1,5 +1,6 @@
 """Make the videos of a prompt file on all machines of a Ray cluster, or on this one: `python -m fleet`."""
 
+import contextlib
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -35,8 +36,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             try:
                 if not work.is_over:
                     make(work, prompts, command, report)
-            finally:
-                videos.record(folder, found.entries(prompts), anew=True)
+            except BaseException:
+                with contextlib.suppress(UserError):  # why it ends is what counts
+                    videos.record(folder, found.entries(prompts), anew=True)
+                raise
+            videos.record(folder, found.entries(prompts), anew=True)
             report.table(work.made, work.failed)
     if work.failed:
         sys.exit(FAILED + min(len(work.failed), MOST))

@@ -33,13 +33,15 @@ def joined(address: str | None) -> Iterator[str]:
         os.environ.setdefault(name, value)
     import ray
 
+    # When a machine dies, Ray prints a page of its log, and has no switch for it. The file is in its folder of logs.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
     own = {} if address else _own_cluster()
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     try:
         context = ray.init(
             address or "local",
             log_to_driver=False,
-            logging_level=logging.ERROR,
+            logging_level=logging.CRITICAL,
             runtime_env={"env_vars": {"PYTHONPATH": path}},
             **own,
         )

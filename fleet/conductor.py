@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from fleet.worker import Outcome, Process, Worker, interrupt
 
 LOOK_SECONDS = 5.0  # after which the cluster is looked at again, and what could not begin is tried again
 MOST_FAULTS = 3  # processes of a place that end before they begin; then it gets no other
+PATIENCE_SECONDS = 120.0  # that a process may take to begin before somebody is told
 STOP_SECONDS = 120.0  # that processes have to end a step and keep their state
 PLACES_OF_ENCODER = 16  # places for which one process encodes prompts
 STEPS = {"encode": ("stage1",), "make": ("stage2", "stage3")}  # the stages of a share
@@ -54,6 +56,7 @@ class Hand:
         seconds: that the stages of the share took.
         warnings: that they gave.
         rests_until: the time before which it gets nothing new.
+        hired: when Ray was asked for it.
     """
 
     step: str
@@ -66,6 +69,7 @@ class Hand:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     warnings: list[str] = dataclasses.field(default_factory=list)
     rests_until: float = 0.0
+    hired: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -99,7 +103,7 @@ class Conductor:
         self.hands: list[Hand] = []
         self.pending: dict[Any, Hand] = {}
         self.stop: str | None = None
-        self._encoder = {"memory": int(ENCODER_BASE + ENCODER_MEMORY * encoder_bytes), "num_cpus": 1}
+        self._encoder_memory = int(ENCODER_BASE + ENCODER_MEMORY * encoder_bytes)
         self._seconds_of_stage1: dict[int, float] = {}
         self._looked, self._said = 0.0, False
         self._faults: collections.Counter[Place | None] = collections.Counter()  # of processes that did not begin
@@ -148,18 +152,28 @@ class Conductor:
         if not there and not self._said:
             self._said = True
             self.report.warn(NO_PLACE)
+        for hand in self.hands:
+            if not hand.processes and self._looked - hand.hired > PATIENCE_SECONDS:
+                hand.hired = math.inf  # which is said once
+                what = f"the chips of {hand.name}" if hand.place else "a CPU and memory for stage 1"
+                self.report.warn(f"still waiting for {what}; `ray status` says who has them")
 
     def _hire(self, step: str, place: Place | None) -> None:
         """Let Ray start the processes of a place, or an encoder."""
         hand = Hand(step, place, [])
         for node in hand.nodes or (None,):
-            options = place.actor_options | {"num_cpus": 0} if place else self._encoder
+            options = place.actor_options | {"num_cpus": 0} if place else self._encoder_options()
             if node:
                 options |= {"scheduling_strategy": NodeAffinitySchedulingStrategy(node.id, soft=False)}
             actor = self._worker.options(max_restarts=0, **options).remote(os.environ.get("OMP_NUM_THREADS"))
             hand.actors.append(actor)
         self.hands.append(hand)
         self._ask(hand, [actor.process.remote() for actor in hand.actors])
+
+    def _encoder_options(self) -> dict[str, Any]:
+        """Return the resources of a process for stage 1: a CPU and its memory, or all of a machine's if it has less."""
+        most = max((node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"]), default=0)
+        return {"num_cpus": 1, "memory": min(self._encoder_memory, int(most))}
 
     def _ask(self, hand: Hand, answers: Sequence[Any]) -> None:
         """Expect an answer of each process of a place."""

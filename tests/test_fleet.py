@@ -236,10 +236,10 @@ def test_a_full_disk_and_a_killed_driver(tmp_path, truth):
         killed = family(started.pid)
         started.kill()
 
-    with fleet(file, "--group", 1) as started:
+    with fleet(file, "--group", 1, start_new_session=True) as started:
         wait_for(lambda: len(made()) > len(before) + 1, started)
         all_of_it = family(started.pid)
-        started.send_signal(signal.SIGINT)
+        os.killpg(started.pid, signal.SIGINT)  # as a terminal does it, to all that belong to the command
         status, printed = ended(started)
     assert status == 128 + signal.SIGINT, printed
     assert "the same command goes on" in printed.splitlines()[-1], printed
