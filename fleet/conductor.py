@@ -213,7 +213,7 @@ class Conductor:
         if len(hand.actors) > 1:
             words += ["--coordinator_address", f"{hand.nodes[0].address}:{PORT}"]
             words += ["--num_processes", str(len(hand.actors)), "--process_id"]
-            answers = [actor.run.remote(module, [*words, str(n)]) for n, actor in enumerate(hand.actors)]
+            answers = [actor.run_with_others.remote(module, [*words, str(n)]) for n, actor in enumerate(hand.actors)]
         else:
             answers = [hand.actors[0].run.remote(module, words)]
         self._ask(hand, answers)
@@ -280,9 +280,8 @@ class Conductor:
             self._fail(hand, share, outcome.error)
             if outcome.trace:
                 self.report.warn(f"on {hand.name}:\n{outcome.trace}")
-        # Several processes join for one stage alone, and a broken one may be in disorder.
-        if outcome.end == "broken" or len(hand.actors) > 1:
-            self._dismiss(hand)
+        if outcome.end == "broken":
+            self._dismiss(hand)  # for it may be in disorder
 
     def _lose(self, hand: Hand, error: RayActorError) -> None:
         """Give the share of a process that has died to another one: it is its fault unless its machine is gone."""

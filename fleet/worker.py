@@ -8,12 +8,15 @@ import io
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from cogvideox.errors import UserError, as_user_error, error_message, first_line, one_line, system_error
+from cogvideox.files.names import ROOT
 from cogvideox.files.writing import InUse
 from cogvideox.run import warm
 from cogvideox.run.hosts import sources
@@ -104,6 +107,34 @@ class Worker:
         printed = [*out.getvalue().splitlines(), *err.getvalue().splitlines()]
         warnings = tuple(line.strip().removeprefix(WARNING) for line in printed if line.strip().startswith(WARNING))
         return Outcome(end, time.perf_counter() - begin, error, trace, warnings)
+
+    def run_with_others(self, module: str, words: Sequence[str]) -> Outcome:
+        """Run a stage as one of the processes that do it together, such as one on each host of a slice.
+
+        It is a process of its own, below this one: a process can join others once, so nothing stays warm.
+        """
+        begin, command = time.perf_counter(), [sys.executable, str(ROOT / f"{module}.py"), *words]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+
+            def pass_on() -> None:
+                process.send_signal(signal.SIGINT)
+                process.wait()
+
+            with Interruption.cleaned_up(pass_on):
+                _, printed = process.communicate()
+        seconds, error = time.perf_counter() - begin, error_message(printed) if printed.strip() else ""
+        if process.returncode in (0, 2):
+            return Outcome(of_message(error) if process.returncode else "made", seconds, one_line(error))
+        interrupted = process.returncode == 128 + signal.SIGINT
+        trace = "" if interrupted else printed
+        return Outcome("interrupted" if interrupted else "broken", seconds, one_line(error), trace)
+
+
+def of_message(error: str) -> End:
+    """Return how a stage of another process has ended, by its line."""
+    if " is in use by " in error:
+        return "busy"
+    return "full" if any(os.strerror(number) in error for number in FULL) else "failed"
 
 
 def ended_by(raised: Exception) -> tuple[End, str, str]:

@@ -1,20 +1,27 @@
 """The fleet's command line, its places, and what it takes for made; none of it needs Ray."""
 
+import errno
 import importlib.util
 import itertools
 import json
 import shutil
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from cogvideox.files import checkpoint, prompts
+from cogvideox.errors import UserError
+from cogvideox.files import checkpoint, prompts, writing
 from cogvideox.files.names import LATENTS, VIDEO
+from cogvideox.run import warm
 from fleet import found
 from fleet.__main__ import main
 from fleet.found import State
 from fleet.options import REFUSED, parse
 from fleet.places import ON_CPU, places
+from fleet.worker import Worker, of_message
 from tests.helpers import ROOT, SIZE, STAGE1, STAGE2, STAGE3, TINY_MODEL, check, edit_config, edit_latents
 from tests.in_process import run_here
 
@@ -141,3 +148,67 @@ def test_what_counts_as_made(tmp_path):
         change(folder)
         assert states(of=folder) == expected
         shutil.rmtree(folder)
+
+
+@pytest.fixture
+def worker(monkeypatch) -> Worker:
+    """Return what runs stages in this process, which keeps its handlers of signals and nothing of the stages."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(warm._Kept, "of_name", None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return Worker("1")
+
+
+@pytest.mark.parametrize(
+    ("raised", "end", "error"),
+    [
+        (None, "made", ""),
+        (UserError("the line"), "failed", "the line"),
+        (writing.InUse("a is in use"), "busy", "a is in use"),
+        (OSError(errno.ENOSPC, "No space left on device", "a"), "full", "a: No space left on device; free some"),
+        (SystemExit(2), "failed", "of argparse"),
+        (KeyboardInterrupt("after step 3"), "interrupted", "after step 3"),
+        (ZeroDivisionError("a bug"), "broken", "ZeroDivisionError: a bug"),
+        (MemoryError(), "failed", "this machine's memory is too small"),
+    ],
+)
+def test_how_a_stage_ends(raised, end, error, worker, monkeypatch):
+    def main(words):
+        print("  WARNING: look")
+        print("fleet: error: of argparse", file=sys.stderr)
+        if raised:
+            raise raised
+
+    monkeypatch.setitem(sys.modules, "stage", SimpleNamespace(main=main))
+    outcome = worker.run("stage", ["--quiet"])
+    assert (outcome.end, outcome.warnings) == (end, ("look",)) and error in outcome.error, outcome
+    assert bool(outcome.trace) == (end == "broken")
+
+
+def test_how_a_stage_of_several_processes_ends(worker, tmp_path):
+    outcome = worker.run_with_others("stage2_transformer", ["--input_dir", str(tmp_path), "--quiet"])
+    assert outcome.end == "failed" and "generation_config.json does not exist" in outcome.error, outcome
+    for error, end in (("/a is in use by stage2", "busy"), ("cannot write a: File too large", "full")):
+        assert of_message(error) == end
+
+
+def test_what_stays_warm(monkeypatch):
+    """One thing of each name stays, as long as it is asked for with the same; without `keep` nothing does."""
+    monkeypatch.setattr(warm._Kept, "of_name", None)
+    made = itertools.count()
+    assert [warm.kept("a", 1, lambda: next(made)) for _ in range(2)] == [0, 1]
+    warm.keep()
+    assert [warm.kept(*what, lambda: next(made)) for what in (("a", 1), ("a", 1), ("b", 1), ("a", 2))] == [2, 2, 3, 4]
+    warm.let_go("a", "c")
+    assert [warm.kept(*what, lambda: next(made)) for what in (("b", 1), ("a", 2))] == [3, 5]
+
+
+@pytest.mark.parametrize(("in_use", "stays"), [(10, True), (11, False), (None, True)])
+def test_room_for_another_stage(in_use, stays, monkeypatch):
+    """What is kept of other stages goes if a program does not fit beside it; a CPU does not say how much it has."""
+    monkeypatch.setattr(warm._Kept, "of_name", {"transformer": (0, "weights"), "vae": (0, "weights")})
+    sizes = {"argument_size_in_bytes": 4, "temp_size_in_bytes": 5, "output_size_in_bytes": 1}
+    program = SimpleNamespace(memory_analysis=lambda: SimpleNamespace(**sizes))
+    memory = None if in_use is None else {"bytes_in_use": in_use, "bytes_limit": 20}
+    warm.make_room([program], [SimpleNamespace(memory_stats=lambda: memory)], others=["transformer"])
+    assert set(warm._Kept.of_name) == ({"transformer", "vae"} if stays else {"vae"})
