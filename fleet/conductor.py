@@ -261,17 +261,17 @@ class Conductor:
         hand.seconds[hand.stage] = outcome.seconds / len(share.prompts)
         hand.warnings += outcome.warnings
         following = STEPS[hand.step][STEPS[hand.step].index(hand.stage) + 1 :]
-        if outcome.end == "made" and following:
+        if outcome.end == "made" and following and not self.stop:
             self._begin(hand, following[0])
             return
         hand.share = None
         if outcome.end == "made" and hand.step == "encode":
             work.encoded(share)
             self._seconds_of_stage1 |= dict.fromkeys(share.prompts, hand.seconds["stage1"])
-        elif outcome.end == "made":
+        elif outcome.end == "made" and not following:
             work.finished(share)
             self._tell(hand, share, share.prompts)
-        elif outcome.end in ("busy", "interrupted", "full"):  # which is not the prompts' fault
+        elif outcome.end in ("made", "busy", "interrupted", "full"):  # which is not the prompts' fault
             work.lost(share, hand.step)
             hand.rests_until = time.monotonic() + LOOK_SECONDS
             if outcome.end == "full":

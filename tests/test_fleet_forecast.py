@@ -41,7 +41,7 @@ def test_arithmetic_by_hand(given):
     assert times.start == pytest.approx(30 + 0.13 * (step["compile_seconds"] + decode["compile_seconds"]))
     assert times.group == 0  # stage 3 fits beside the weights
     assert times.denoise == pytest.approx(50 * 1.02 * step["predicted_seconds"])
-    assert times.decode == pytest.approx(decode["predicted_seconds"] + 3.5)
+    assert times.decode == pytest.approx(decode["predicted_seconds"] + 3.2)
     cached = forecast.times_of("v6e-8", "cached", given)
     assert cached.denoise == pytest.approx((28 + 22 * 0.0075) * 1.02 * step["predicted_seconds"])
     on_one_chip = forecast.times_of("v6e-1", "draft", given)
