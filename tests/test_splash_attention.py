@@ -176,9 +176,9 @@ def test_uninitialized_memory_is_never_read():
 
 
 def test_each_head_takes_the_kernel_that_it_needs():
-    query, key, _ = (jnp.asarray(array[0], "float32") for array in mixed_heads())
+    query, key, value = (jnp.asarray(array[0], "float32") for array in mixed_heads())
     factor = HEAD_DIM**-0.5 / np.log(2)
-    assert online_heads(query[None], key[None]).tolist() == [[False, True, False, True]]
+    assert online_heads(query[None], key[None], value[None]).tolist() == [[False, True, False, True]]
     # The bound holds, and no row's maximum is further below it than the fast kernel can represent.
     for head in (0, 2):
         scores = np.asarray(query[head] @ (key[head] - key[head].mean(0)).T) * factor

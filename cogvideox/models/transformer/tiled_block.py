@@ -55,7 +55,8 @@ class TiledBlock(BaseBlock):
             value = self.gathered(project("v", None), TILES)
             all_heads, query_parts = self.config["num_attention_heads"], self.parallelism.query_parts
             taps.tap_weights(lambda: (rows(query), rows(key)), self.length, all_heads, query_parts)
-            y = self.attention.tiled(query, key, value, self.length, query_parts)
+            y, online = self.attention.tiled(query, key, value, self.length)
+            taps.tap_online_heads(lambda: online, query_parts)
             y = self.exchanged(y.reshape(parts, -1, *y.shape[1:]), CHIPS, CHIPS)
             weight = self.weight("attn1.to_out.0.weight")
             product = functools.partial(kernels.from_heads, y, weight, interpret=interpret)
