@@ -233,6 +233,11 @@ class Attention:
         return IMPLEMENTATIONS[self.name].block_sizes is not None
 
     @property
+    def has_online_kernel(self) -> bool:
+        """Whether some heads may take a slower kernel, which `tiled` tells."""
+        return IMPLEMENTATIONS[self.name].online_heads is not None
+
+    @property
     def interpret(self) -> bool:
         """Whether kernels run in Pallas' interpreter."""
         return self.platform != "tpu"

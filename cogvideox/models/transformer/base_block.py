@@ -45,8 +45,11 @@ class BaseBlock(abc.ABC):
     attention: Callable
 
     @abc.abstractmethod
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Apply the block."""
+    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Apply the block; returns the hidden states, and how many heads of this chip needed the slower kernel, int32.
+
+        The second is 0 with an attention that has no slower kernel.
+        """
 
     @property
     def heads(self) -> int:

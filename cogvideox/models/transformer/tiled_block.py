@@ -33,14 +33,15 @@ class TiledBlock(BaseBlock):
 
     attention: Attention
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
+    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Apply the block to hidden states [batch / dp, sequence / (sp * tp), embed]."""
-        hidden = self.feed_forward(self.self_attention(hidden))
+        hidden, online = self.self_attention(hidden)
+        hidden = self.feed_forward(hidden)
         tap.tap("", hidden, HIDDEN_STATES, self.bounds)
-        return hidden
+        return hidden, online.sum(dtype=jnp.int32)
 
-    def self_attention(self, hidden: jax.Array) -> jax.Array:
-        """Apply the first half of the block: norm, attention, gated residual."""
+    def self_attention(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Apply the first half of the block: norm, attention, gated residual; also returns which heads were slow."""
         parts, interpret = self.parallelism.head_parts, self.attention.interpret
         x, gates = self.modulated_norm(hidden, "norm1")
         with tap.scope("attn1"):
@@ -60,7 +61,7 @@ class TiledBlock(BaseBlock):
             y = self.exchanged(y.reshape(parts, -1, *y.shape[1:]), CHIPS, CHIPS)
             weight = self.weight("attn1.to_out.0.weight")
             product = functools.partial(kernels.from_heads, y, weight, interpret=interpret)
-            return self.added(product, hidden, "attn1.to_out.0", gates)
+            return self.added(product, hidden, "attn1.to_out.0", gates), online
 
     def feed_forward(self, hidden: jax.Array) -> jax.Array:
         """Apply the second half of the block: norm, MLP, gated residual."""
