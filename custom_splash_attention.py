@@ -7,15 +7,15 @@ and masks the padded keys: a head fills only a part of the MXU's 256 rows, and c
 Two kernels work in this way. The fast kernel subtracts an upper bound of the row's maximum, which is known beforehand:
 with the mean of the keys taken out (any constant in a row cancels in the softmax), Cauchy-Schwarz gives
 |q . (k - mean)| <= |q| max|k - mean|. Where bound and maximum are too far apart for float32, the sum of a row's weights
-shows it, and the head is computed again by the online kernel, which keeps the running maximum of Milakov and Gimelshein
-(arXiv:1805.02867) and FlashAttention (arXiv:2205.14135).
+shows it, and the row's block of queries is computed again by the online kernel, which keeps the running maximum of
+Milakov and Gimelshein (arXiv:1805.02867) and FlashAttention (arXiv:2205.14135).
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -181,7 +181,8 @@ def tiled_attention(
         kv_length, scale, block_sizes, k_smooth, interpret: as for `splash_attention`.
 
     Returns:
-        An array like `queries`, and which heads the online kernel computed, bool [heads].
+        An array like `queries`, and of each head the share of its blocks of queries that the online kernel computed,
+        float32 [heads].
     """
     tiles, _, head_dim, lanes = queries.shape
     if block_sizes is None:
@@ -200,12 +201,13 @@ def tiled_attention(
 def online_heads(
     query: jax.Array, key: jax.Array, value: jax.Array, *, kv_length: int | None = None, **options: Any
 ) -> jax.Array:
-    """Tell which heads `splash_attention` computes by the online kernel, bool [batch, heads]; arguments as there.
+    """Tell which heads `splash_attention` computes, for some queries, by the online kernel; arguments as there.
 
-    Only the fast kernel's result tells it: this takes as long as the attention.
+    Only the fast kernel's result tells it: this takes as long as the attention. Returns bool [batch, heads].
     """
     tiles = (to_tiles(array) for array in (query, key, value))
-    return tiled_attention(*tiles, kv_length=kv_length or key.shape[2], **options)[1].reshape(query.shape[:2])
+    _, online = tiled_attention(*tiles, kv_length=kv_length or key.shape[2], **options)
+    return online.reshape(query.shape[:2]) > 0
 
 
 def to_tiles(x: jax.Array) -> jax.Array:
@@ -360,41 +362,55 @@ def _run(
     kv_len: int,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Run the fast kernel for all heads, and then the online kernel for the heads, if any, for which it is not exact.
+    """Run the fast kernel, and then the online kernel for the blocks of queries, if any, for which it is not exact.
 
-    Returns the output, and for which heads the online kernel ran, bool [heads].
+    Returns the output, and of each head the share of such blocks, float32 [heads].
     """
     call = functools.partial(_call, factor=factor, kv_len=kv_len, interpret=interpret)
     # The online kernel's program is longer, and it need not be fast: it is unrolled less.
     online_blocks = dataclasses.replace(
         blocks, block_kv_compute=min(blocks.block_kv_compute, 4 * blocks.block_kv_compute_in)
     )
-    output, inexact = call(0, queries, keys, values, bound, blocks=blocks)
-    inexact = inexact.max((0, 2, 3)) > 0
-    order = jnp.argsort(~inexact)
+    output, inexact = call(queries, keys, values, bound, blocks=blocks)
+    inexact = inexact.max((2, 3)) > 0  # [blocks of queries, heads]
+    order = jnp.argsort(~inexact.any(0))
 
     def online(index, output):
-        return call(order[index], queries, keys, values, jnp.zeros_like(bound), output, blocks=online_blocks)
+        again = Again(output, order[index], inexact[:, order[index]])
+        return call(queries, keys, values, jnp.zeros_like(bound), again, blocks=online_blocks)
 
-    output = lax.fori_loop(0, inexact.sum(), online, output)
+    output = lax.fori_loop(0, inexact.any(0).sum(), online, output)
     # Without this, XLA may choose the loop's layout for the operation that reads it, and copy what the kernel wrote.
-    return with_layout_constraint(output, Layout(major_to_minor=(0, 1, 2, 3))), inexact
+    return with_layout_constraint(output, Layout(major_to_minor=(0, 1, 2, 3))), inexact.mean(0, dtype=jnp.float32)
+
+
+class Again(NamedTuple):
+    """What the online kernel computes again.
+
+    Attributes:
+        output: what there is, which it writes into, [tiles, heads, head_dim, 128].
+        head: int32 scalar.
+        blocks: which of the head's blocks of queries, at least one, bool [blocks of queries].
+    """
+
+    output: jax.Array
+    head: jax.Array
+    blocks: jax.Array
 
 
 def _call(
-    head: int | jax.Array,
     queries: jax.Array,
     keys: jax.Array,
     values: jax.Array,
     bound: jax.Array,
-    output: jax.Array | None = None,
+    again: Again | None = None,
     *,
     factor: float,
     blocks: BlockSizes,
     kv_len: int,
     interpret: bool,
 ) -> Any:
-    """Run the fast kernel over all heads, or, if `output` is given, the online kernel, which replaces one head in it.
+    """Run the fast kernel, or, if there is anything to do `again`, the online kernel.
 
     Takes and returns tiles, [tiles, heads, head_dim, 128], and the bound [tiles, heads, 1, 128]. The last blocks may
     reach over the end, where a read is undefined and a write is dropped. The fast kernel also returns, in an array
@@ -403,19 +419,22 @@ def _call(
     tiles, heads, head_dim, _ = queries.shape
     q_tiles, kv_tiles = blocks.block_q // LANES, blocks.block_kv // LANES
     assert keys.shape == values.shape and bound.shape == (tiles, heads, 1, LANES)
-    online = output is not None
-    arrays = _in_hbm([queries, keys, values, bound, *([] if output is None else [output])], interpret)
+    arrays, q_blocks = [queries, keys, values, bound], pl.cdiv(tiles, q_tiles)
+    if online := again is not None:
+        arrays.append(again.output)
+        chosen = jnp.append(jnp.argsort(~again.blocks), again.head).astype(jnp.int32)
+        kernel: Callable = _online_kernel
+        grid: tuple = 1, again.blocks.sum(dtype=jnp.int32)
+        place = lambda h, i, chosen: (chosen[i], chosen[q_blocks])  # noqa: E731
+    else:
+        chosen, kernel, grid = jnp.zeros(1, jnp.int32), functools.partial(_fast_kernel, tiles=tiles), (heads, q_blocks)
+        place = lambda h, i, chosen: (i, h)  # noqa: E731
 
     def query_spec(rows: int) -> pl.BlockSpec:
-        return pl.BlockSpec((q_tiles, 1, rows, LANES), lambda h, i, j, head: (i, head[0] + h, 0, 0))
+        return pl.BlockSpec((q_tiles, 1, rows, LANES), lambda h, i, j, chosen: (*place(h, i, chosen), 0, 0))
 
-    key_spec = pl.BlockSpec((kv_tiles, 1, head_dim, LANES), lambda h, i, j, head: (j, head[0] + h, 0, 0))
-    if online:
-        kernel: Callable = _online_kernel
-    else:
-        kernel = functools.partial(_fast_kernel, tiles=tiles)
-    q_blocks = pl.cdiv(tiles, q_tiles)
-    inexact_spec = pl.BlockSpec((1, 1, 1, LANES), lambda h, i, j, head: (i, h, 0, 0))
+    key_spec = pl.BlockSpec((kv_tiles, 1, head_dim, LANES), lambda h, i, j, chosen: (j, place(h, i, chosen)[1], 0, 0))
+    inexact_spec = pl.BlockSpec((1, 1, 1, LANES), lambda h, i, j, chosen: (i, h, 0, 0))
     inexact = jax.ShapeDtypeStruct((q_blocks, heads, 1, LANES), jnp.float32)
     like_queries = jax.ShapeDtypeStruct(queries.shape, queries.dtype)
     return pl.pallas_call(
@@ -423,7 +442,7 @@ def _call(
         name="exp2_splash_online" if online else "exp2_splash",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(1 if online else heads, q_blocks, pl.cdiv(kv_len, blocks.block_kv)),
+            grid=(*grid, pl.cdiv(kv_len, blocks.block_kv)),
             in_specs=[
                 query_spec(head_dim),
                 key_spec,
@@ -440,7 +459,7 @@ def _call(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         interpret=interpret,
-    )(jnp.full(1, head, jnp.int32), *arrays)
+    )(chosen, *_in_hbm(arrays, interpret))
 
 
 def _in_hbm(arrays: list[jax.Array], interpret: bool) -> list[jax.Array]:

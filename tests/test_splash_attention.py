@@ -182,6 +182,13 @@ def apart(distance, q_len=300, kv_len=500):
     return query, key, value
 
 
+def far_text():
+    """One head that is far apart for its first queries alone."""
+    query, key, value = apart(190)
+    query[:, :, :100] *= 1.5
+    return query, key, value
+
+
 def one_key():
     """One head whose rows have all their weight on one key, whose score is the bound."""
     query, key, value = random(300, 500, heads=1)
@@ -198,18 +205,19 @@ def test_uninitialized_memory_is_never_read():
     check(*(np.concatenate(arrays, 1) for arrays in zip(*heads, strict=True)), "bfloat16", interpret=strict)
 
 
-ENDS = [  # of float32: a head, the exponent of its largest value, whether it needs the online kernel
-    (apart(100), 0, False),
-    (apart(190), 0, False),
-    (apart(190), 8, False),
-    (apart(190), -60, True),  # products that would underflow
-    (apart(240), 0, True),
-    (apart(2000), 0, True),
-    (equal_keys(), 8, False),  # all weights are the greatest that there can be
-    (equal_keys(), 40, True),
-    (one_key(), 8, False),
-    (one_key(), 120, True),
-    (layer_normed(), -60, False),
+ENDS = [  # of float32: a head, the exponent of its largest value, its share of blocks for the online kernel
+    (apart(100), 0, 0),
+    (apart(190), 0, 0),
+    (apart(190), 8, 0),
+    (apart(190), -60, 1),  # products that would underflow
+    (far_text(), 0, 0.5),
+    (apart(240), 0, 1),
+    (apart(2000), 0, 1),
+    (equal_keys(), 8, 0),  # all weights are the greatest that there can be
+    (equal_keys(), 40, 1),
+    (one_key(), 8, 0),
+    (one_key(), 120, 1),
+    (layer_normed(), -60, 0),
 ]
 
 
@@ -230,7 +238,7 @@ def test_both_ends_of_the_range(dtype):
         return from_tiles(output, 1, query.shape[2]), online
 
     output, online = run(query, *(array.at[:, :, length:].set(1e30) for array in (key, value)))
-    assert online.tolist() == [slow for *_, slow in ENDS]
+    assert online.tolist() == [share for *_, share in ENDS]
     errors = errors_of_heads(output, attention(query, key[:, :, :length], value[:, :, :length]))
     assert (errors <= TOLERANCE[dtype]).all(), errors
 

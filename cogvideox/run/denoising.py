@@ -160,7 +160,7 @@ class DenoisingRun:
             seconds, steps, online = seconds + more_seconds, steps + more_steps, online + more_online
         self.report.add("per step", f"{seconds / steps:.3f} s")
         if heads := len(groups) * self.steps.plan.attended_heads(self.steps.kinds):
-            self.report.add("online kernel", online_summary(online, heads))
+            self.report.add("online kernel", online_summary(online[0], online[1], heads))
         if len(groups) > 1:
             self.report.add("run of all groups", f"{seconds:.2f} s")
         return latents
@@ -203,7 +203,7 @@ class DenoisingRun:
 
     def make(
         self, group: Group, denoising: "Denoising", programs: "Mapping[StepKind, Callable]", label: str = ""
-    ) -> tuple[np.ndarray, float, int, int]:
+    ) -> tuple[np.ndarray, float, int, np.ndarray]:
         """Run the steps of a group and write its latents.
 
         Returns:
@@ -220,7 +220,7 @@ class DenoisingRun:
                 latents = self.save(group, state)
         for task in group.tasks:
             report.say(f"wrote {task.video.latents} and {CONFIG}")
-        return latents[: len(group.tasks)], phase.seconds, self.steps.plan.steps - done, int(state.online_heads)
+        return latents[: len(group.tasks)], phase.seconds, self.steps.plan.steps - done, np.asarray(state.online_heads)
 
     def run_steps(self, group: Group, denoising: "Denoising", programs: "Mapping[StepKind, Callable]") -> "State":
         """Run the steps that are not done; keep the state, and draw previews, as the options say."""
@@ -275,11 +275,11 @@ class DenoisingRun:
         return latents
 
 
-def online_summary(online: int, heads: int) -> str:
-    """Say how many heads, of so many in all prompts, blocks and steps, took the slower kernel of attention."""
+def online_summary(online: float, shares: float, heads: int) -> str:
+    """Say how many of all prompts', blocks' and steps' heads took attention's slower kernel, and for how much of it."""
     if not online:
         return f"none of {heads:,} heads of all blocks and steps"
-    return f"{online / heads:.2%} of {heads:,} heads of all blocks and steps: {online:,}"
+    return f"{online:,.0f} of {heads:,} heads of all blocks and steps, for {shares / heads:.2%} of all queries"
 
 
 # --- What is said before the run ---------------------------------------------------------------------------------

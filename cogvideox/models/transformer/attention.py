@@ -133,9 +133,10 @@ class Implementation(NamedTuple):
             has none. A function with block sizes also takes `k_smooth` and `interpret`.
         platform_options: options of the function by platform of the devices, for those that need some.
         online_heads: a function of the same arguments that tells which heads, bool [batch, heads], take the slower of
-            the function's two kernels; None where it has one.
-        tiled: the function from and to arrays [tiles, batch * heads, head_dim, 128], which also returns those heads,
-            bool [batch * heads]; None where there is none. With it, a TPU copies nothing between projection and kernel.
+            the function's two kernels for some queries; None where it has one.
+        tiled: the function from and to arrays [tiles, batch * heads, head_dim, 128], which also returns of each head
+            the share of the queries that did, float32 [batch * heads]; None where there is none. With it, a TPU copies
+            nothing between projection and kernel.
     """
 
     function: Callable[..., jax.Array]
@@ -234,7 +235,7 @@ class Attention:
 
     @property
     def has_online_kernel(self) -> bool:
-        """Whether some heads may take a slower kernel, which `tiled` tells."""
+        """Whether some queries may take a slower kernel, which `tiled` tells."""
         return IMPLEMENTATIONS[self.name].online_heads is not None
 
     @property
@@ -253,7 +254,8 @@ class Attention:
     ) -> tuple[jax.Array, jax.Array]:
         """Compute attention of tiles [tiles, batch, heads, head_dim, 128]; only where `is_tiled`.
 
-        Returns an array like the queries, and which heads took the slower of the two kernels, bool [batch, heads].
+        Returns an array like the queries, and of each head the share of the queries that took the slower of the two
+        kernels, float32 [batch, heads].
         """
         tiled, shape = IMPLEMENTATIONS[self.name].tiled, queries.shape
         assert tiled

@@ -46,10 +46,7 @@ class BaseBlock(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Apply the block; returns the hidden states, and how many heads of this chip needed the slower kernel, int32.
-
-        The second is 0 with an attention that has no slower kernel.
-        """
+        """Apply the block; returns the hidden states, and `Prediction.online_heads` of this block and chip."""
 
     @property
     def heads(self) -> int:

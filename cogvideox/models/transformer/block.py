@@ -35,7 +35,7 @@ class Block(BaseBlock):
         pieces = zip(jnp.split(hidden, self.cuts, TOKENS), jnp.split(self.is_text, self.cuts), strict=True)
         hidden = jnp.concatenate(tap.pieces(self.feed_forward, list(pieces), TOKENS), axis=TOKENS)
         tap.tap("", hidden, HIDDEN_STATES, self.bounds)
-        return hidden, jnp.int32(0)
+        return hidden, jnp.zeros(2)
 
     def self_attention(self, hidden: jax.Array) -> jax.Array:
         """Apply the first half of the block: norm, attention, gated residual."""

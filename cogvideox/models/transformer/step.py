@@ -31,7 +31,7 @@ class State(NamedTuple):
             first step.
         finite_steps: int32 scalar, the steps whose latents were finite. What is not finite stays so in all later steps.
         residual: what the blocks have added in the last full step (`Prediction`); None without the step cache.
-        online_heads: int32 scalar, those of all steps (`Prediction`).
+        online_heads: float32 [2], the sum over all steps (`Prediction`).
     """
 
     latents: jax.Array
@@ -187,7 +187,7 @@ def abstract_arguments(plan: DenoisingPlan) -> StepArguments:
         residual = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=state_shardings(plan).residual)
     return StepArguments(
         abstract_parameters(config, plan.dtype, plan.parallelism),
-        State(latents, array(plan.latent_shape), array((), jnp.int32), residual, array((), jnp.int32)),
+        State(latents, array(plan.latent_shape), array((), jnp.int32), residual, array((2,))),
         Condition(array(text, plan.dtype), (rotary, rotary), positions, latents if plan.features.image else None),
         StepInputs(array((), jnp.int32), array((2, 3)), latents if plan.sampler.adds_noise else None, array(())),
     )

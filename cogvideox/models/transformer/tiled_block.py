@@ -38,10 +38,10 @@ class TiledBlock(BaseBlock):
         hidden, online = self.self_attention(hidden)
         hidden = self.feed_forward(hidden)
         tap.tap("", hidden, HIDDEN_STATES, self.bounds)
-        return hidden, online.sum(dtype=jnp.int32)
+        return hidden, jnp.stack([(online > 0).sum(dtype=jnp.float32), online.sum()])
 
     def self_attention(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Apply the first half of the block: norm, attention, gated residual; also returns which heads were slow."""
+        """Apply the first half of the block: norm, attention, gated residual; also of each head its share of slow queries."""
         parts, interpret = self.parallelism.head_parts, self.attention.interpret
         x, gates = self.modulated_norm(hidden, "norm1")
         with tap.scope("attn1"):
@@ -57,7 +57,7 @@ class TiledBlock(BaseBlock):
             all_heads, query_parts = self.config["num_attention_heads"], self.parallelism.query_parts
             taps.tap_weights(lambda: (rows(query), rows(key)), self.length, all_heads, query_parts)
             y, online = self.attention.tiled(query, key, value, self.length)
-            taps.tap_online_heads(lambda: online, query_parts)
+            taps.tap_online_heads(lambda: online > 0, query_parts)
             y = self.exchanged(y.reshape(parts, -1, *y.shape[1:]), CHIPS, CHIPS)
             weight = self.weight("attn1.to_out.0.weight")
             product = functools.partial(kernels.from_heads, y, weight, interpret=interpret)

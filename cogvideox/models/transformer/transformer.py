@@ -37,8 +37,8 @@ class Prediction(NamedTuple):
     Attributes:
         output: float32 [batch, frames, channels, height, width].
         residual: what the blocks have added to the hidden states; see `hidden_states_shape`.
-        online_heads: how many heads took the slower of the attention's two kernels, of all samples, blocks and
-            `Parallelism.query_parts`, int32 scalar.
+        online_heads: how many heads took the slower of the attention's two kernels for some queries, of all samples,
+            blocks and `Parallelism.query_parts`, and the sum of their shares of the queries; float32 [2].
     """
 
     output: jax.Array
@@ -99,7 +99,7 @@ def transformer(
             attention=attention,
         )
     else:
-        last, online_heads = hidden + residual, jnp.int32(0)
+        last, online_heads = hidden + residual, jnp.zeros(2)
     output = predict_patches(parameters, last, time, config, {-2: (text_length, length)})
     batch, frames, _, *size = latents.shape
     output = unpatchify(output[:, text_length:length], (batch, frames, config["out_channels"], *size), config)
@@ -213,7 +213,7 @@ def run_blocks(
 
         layers = jnp.arange(config["num_layers"], dtype=jnp.int32)
         sliced = {name: array for name, array in blocks.items() if name not in stacks}
-        hidden, online = tap.scan("transformer_blocks", step, (hidden, jnp.int32(0)), (layers, sliced))
+        hidden, online = tap.scan("transformer_blocks", step, (hidden, jnp.zeros(2)), (layers, sliced))
         return hidden, jax.lax.psum(online, MESH_AXES)
 
     run = tap.shard_map(
