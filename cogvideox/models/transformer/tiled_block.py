@@ -41,7 +41,7 @@ class TiledBlock(BaseBlock):
         return hidden, jnp.stack([(online > 0).sum(dtype=jnp.float32), online.sum()])
 
     def self_attention(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Apply the first half of the block: norm, attention, gated residual; also of each head its share of slow queries."""
+        """Apply the first half of the block: norm, attention, gated residual; and what `Attention.tiled` tells."""
         parts, interpret = self.parallelism.head_parts, self.attention.interpret
         x, gates = self.modulated_norm(hidden, "norm1")
         with tap.scope("attn1"):
