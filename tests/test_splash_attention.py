@@ -221,9 +221,12 @@ ENDS = [  # of float32: a head, the exponent of its largest value, its share of 
 ]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
-def test_both_ends_of_the_range(dtype):
-    """With padded keys and values that would show."""
+@pytest.mark.parametrize(
+    ("dtype", "block_sizes"),
+    [("bfloat16", SMALL), pytest.param("float32", BlockSizes(256, 512, 256, 128), marks=pytest.mark.slow)],
+)
+def test_both_ends_of_the_range(dtype, block_sizes):
+    """With padded keys and values that would show; in two blocks of keys, and in one."""
     scaled = [(query, key, value / np.abs(value).max() * 2.0**exponent) for (query, key, value), exponent, _ in ENDS]
     query, key, value = (
         jnp.asarray(np.concatenate([array[:, :1] for array in arrays], 1), dtype)
@@ -234,7 +237,7 @@ def test_both_ends_of_the_range(dtype):
     @jax.jit
     def run(*arrays):
         tiles = (to_tiles(array) for array in arrays)
-        output, online = tiled_attention(*tiles, kv_length=length, block_sizes=SMALL)
+        output, online = tiled_attention(*tiles, kv_length=length, block_sizes=block_sizes)
         return from_tiles(output, 1, query.shape[2]), online
 
     output, online = run(query, *(array.at[:, :, length:].set(1e30) for array in (key, value)))
