@@ -36,9 +36,7 @@ QUERY_TILE = 256  # queries in one product: the MXU's width
 LAG = 5  # tiles between a tile's two products: time to compute exp2, and to load P^T into the MXU
 VMEM_LIMIT = 64 * 2**20  # bytes
 VMEM_FOR_BLOCKS = 60 * 2**20  # bytes; in the rest the compiler keeps weights between a tile's two products
-VALUE_BITS = (
-    8  # fast kernel: with values up to 2^VALUE_BITS no sum can overflow; with larger ones it may, and is noticed
-)
+VALUE_BITS = 8  # fast kernel: with values up to 2^VALUE_BITS no sum overflows; with larger ones it may, and is noticed
 GUARD_BITS = 3  # fast kernel: what underflows is less by so many bits than what the output's dtype rounds off
 OFFSET_LIMIT = 2**12  # fast kernel: what is subtracted may be this large (log2) before float32 sums lose digits
 BOUND_TILES = 384  # tiles of a head that the kernels of the bound hold in VMEM at a time
