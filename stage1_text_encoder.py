@@ -18,12 +18,12 @@ from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
 from cogvideox.cli.stages import STAGES, add_stage1_options
 from cogvideox.errors import UserError, shortened
-from cogvideox.files import checkpoint, provenance, stage_files, videos, writing
+from cogvideox.files import checkpoint, numbers, provenance, stage_files, videos, writing
 from cogvideox.files.names import INDEX, VIDEO
 from cogvideox.files.prompts import Prompt, read_prompts
 from cogvideox.files.schemas import EMBEDDING_ENTRIES
 from cogvideox.files.tensors import check_pointer, compute_dtype, open_tensors, read_tensors, values_by_dtype
-from cogvideox.run import image_encoding, page_cache, video_encoding
+from cogvideox.run import image_encoding, page_cache, video_encoding, warm
 from cogvideox.run.accelerator import prepare_libraries
 from utils import CONFIG, EMBEDDINGS
 
@@ -55,8 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     output_dir = arguments.output_dir
     with Report("stage1", PROGRAM, arguments) as report, contextlib.ExitStack() as until_end:
         prompts = prompts_of(arguments)
+        chosen = chosen_of(prompts, arguments.only)
         videos.check_prompts(output_dir, [prompt.folder for prompt in prompts])
-        until_end.enter_context(writing.claimed(output_dir, "stage1", report.warn))
+        folders = videos.kept_for(output_dir, [prompt.folder for prompt in chosen], arguments.only)
+        for folder in folders:
+            until_end.enter_context(writing.claimed(folder, "stage1", report.warn))
+        prompts = chosen
         check_outputs(prompts, arguments)
         prepare_libraries()
         model_id = checkpoint.resolve_model_id(arguments.model_id)
@@ -70,8 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for line in taken:
             report.say(line)
         with report.phase("load"):
-            tokenizer, encoder = load_text_encoder(model_id, transformer["text_embed_dim"], report, arguments)
             weights = provenance.weights(model_id, "text_encoder", arguments.variant)
+            tokenizer, encoder = warm.kept(
+                "text encoder",
+                (weights, transformer["text_embed_dim"], arguments.dtype),
+                lambda: load_text_encoder(model_id, transformer["text_embed_dim"], report, arguments),
+            )
             report.say(f"loaded tokenizer and text encoder: {encoder.num_parameters():,} parameters, {encoder.dtype}")
         length = transformer["max_text_seq_length"]
         negative = Prompt(arguments.negative_prompt, output_dir, "--negative_prompt")
@@ -106,15 +114,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                     save(tensors, config, made, prompt.folder)
                 report.say(f"wrote {prompt.folder / EMBEDDINGS} and {CONFIG}")
 
-        entries = [videos.Entry(prompt.folder, prompt.text) for prompt in prompts]
-        videos.record(output_dir, entries, anew=prompts[0].is_line)
-        if prompts[0].is_line:
-            report.say(f"wrote {output_dir / INDEX}, which lists all videos")
+        if arguments.only is None:
+            entries = [videos.Entry(prompt.folder, prompt.text) for prompt in prompts]
+            videos.record(output_dir, entries, anew=prompts[0].is_line)
+            if prompts[0].is_line:
+                report.say(f"wrote {output_dir / INDEX}, which lists all videos")
         for name, tensor in tensors.items():
             report.add_array(name, tensor)
         before = next_command.options_of_run(output_dir, model_id)
-        options = before | next_command.only_of_weights(vars(arguments))
-        report.close(output_dir, next_command.stage2(output_dir, output_dir, model_id, options))
+        options = before | next_command.taken_over(vars(arguments))
+        report.close(folders, next_command.stage2(output_dir, output_dir, model_id, options))
 
 
 def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
@@ -123,6 +132,13 @@ def prompts_of(arguments: argparse.Namespace) -> list[Prompt]:
     if arguments.prompt_file:
         return read_prompts(arguments.prompt_file, arguments.output_dir, image)
     return [Prompt(arguments.prompt, arguments.output_dir, "--prompt", image=image)]
+
+
+def chosen_of(prompts: list[Prompt], only: str | None) -> list[Prompt]:
+    """Return those of the prompts that --only names; raise UserError if they are not there, or are no lines."""
+    if only is not None and not prompts[0].is_line:
+        raise UserError(f"--only {only} is for the prompts of a --prompt_file")
+    return [prompts[number - 1] for number in numbers.named(only, len(prompts), "--only", first=1)]
 
 
 def entries_of_video(arguments: argparse.Namespace) -> dict[str, object]:
@@ -136,7 +152,7 @@ def entries_of_video(arguments: argparse.Namespace) -> dict[str, object]:
 def check_outputs(prompts: Sequence[Prompt], arguments: argparse.Namespace) -> None:
     """Raise UserError if a file of the stage would replace an input or the log, or cannot be written."""
     outputs = [prompt.folder / name for prompt in prompts for name in (EMBEDDINGS, CONFIG)]
-    outputs += [arguments.output_dir / INDEX] if arguments.prompt_file else []
+    outputs += [arguments.output_dir / INDEX] if arguments.prompt_file and arguments.only is None else []
     there = [("--output_dir", path) for path in outputs if path.parent.is_dir()]
     replaced = {prompt.folder / VIDEO for prompt in prompts}
     if arguments.video and arguments.video.resolve() in {path.resolve() for path in replaced}:

@@ -15,7 +15,8 @@ from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
 from cogvideox.cli.stages import STAGES, add_stage2_options
 from cogvideox.files import generation_defaults, lora
-from cogvideox.run import accelerator, denoising, jobs, page_cache
+from cogvideox.files import videos as of_index
+from cogvideox.run import accelerator, denoising, jobs, page_cache, warm
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
 from cogvideox.run.plans import check_dump, denoising_plan, with_compute_dtype
@@ -47,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         videos = jobs.videos_to_denoise(arguments, output_dir, hosts)
         loras = [lora.read_lora(option) for option in arguments.lora]
         hosts.agree_on_files([file for one in loras for file in one.files])
-        until_end.enter_context(hosts.claimed(output_dir, "stage2", report.warn))
+        folders = of_index.kept_for(output_dir, [video.folder for video in videos], arguments.only)
+        for folder in folders:
+            until_end.enter_context(hosts.claimed(folder, "stage2", report.warn))
         model_id, shapes = jobs.check_files_to_denoise(videos, arguments, output_dir, loras, hosts, report)
         made_for = generation_defaults.of_model(model_id)
         taken = jobs.seeds_of_lines(videos) + jobs.complete_size(arguments, shapes, model_id)
@@ -79,25 +82,28 @@ def main(argv: Sequence[str] | None = None) -> None:
             denoising.report_plan(steps, loras, arguments, hosts, report)
             tasks = jobs.tasks_of(videos, arguments, plan, steps.skipped, loras)
             groups = jobs.groups_of(tasks, plan, arguments, hosts, report)
-            if hosts.is_first:
+            if hosts.is_first and arguments.only is None:
                 jobs.record_start(tasks, groups, output_dir)
+            next_stage = next_command.stage3(output_dir, next_command.taken_over(vars(arguments)))
             if not groups:
-                report.next(next_command.stage3(output_dir, next_command.only_of_weights(vars(arguments))))
+                report.next(next_stage)
                 return
             recorder = denoising.recorder(arguments, tasks[0], steps)
             compiling = Compiling(arguments, "denoising step", plan, [*steps.traced.values()], cache, report)
-            parameters = denoising.load_weights(read_weight, plan, loras, report)
+            made_from = jobs.weights_of(model_id, loras, arguments.variant)
+            parameters = denoising.load_weights(read_weight, plan, loras, made_from, report)
             run_of_groups = denoising.DenoisingRun(steps, parameters, arguments, hosts, report)
             first_run = run_of_groups.start(groups[0])
         with report.phase("compile") as compile_phase:
             compiled, compile_phase.note = compiling.wait()
+        warm.make_room(compiled, hosts.own(plan.devices), others=["vae"])
         run_of_groups.warm_up(first_run, compiled, recorder)
         latents = run_of_groups.make_all(groups, first_run, compiled, recorder, profile)
         profile.show()
         report.add_array("latents", latents)
         report.add_rows(recorder.summary())
         if hosts.is_first:
-            report.close(output_dir, next_command.stage3(output_dir, next_command.only_of_weights(vars(arguments))))
+            report.close(folders, next_stage)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.cli.report import Report
 from cogvideox.cli.stages import STAGES, add_stage3_options
-from cogvideox.files import stage_files
+from cogvideox.files import provenance, stage_files
+from cogvideox.files import videos as of_index
 from cogvideox.files.video_file import check_ffmpeg
-from cogvideox.run import accelerator, decoding, jobs, page_cache
+from cogvideox.run import accelerator, decoding, jobs, page_cache, warm
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
 from cogvideox.run.plans import check_dump, decoding_plan, with_compute_dtype
@@ -48,8 +49,9 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
             until_end.enter_context(
                 hosts.claimed(arguments.output_video.parent, "stage3", report.warn, arguments.output_video)
             )
-        if arguments.output_dir or not arguments.output_video:
-            until_end.enter_context(hosts.claimed(output_dir, "stage3", report.warn))
+        folders = of_index.kept_for(output_dir, jobs.places_of(videos, arguments), arguments.only)
+        for folder in folders if arguments.output_dir or not arguments.output_video else ():
+            until_end.enter_context(hosts.claimed(folder, "stage3", report.warn))
         model_id, shapes = jobs.check_files_to_decode(videos, arguments, hosts, report)
         check_ffmpeg()
 
@@ -69,18 +71,28 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
             with report.part("imports"):
                 decoding.import_modules(decoder)
             with report.part("tracing"):
-                vae = plan.make_decoder()
+                vae = warm.kept("decoder", plan, plan.make_decoder)
             files = decoding.weight_files(vae, model_id, arguments.variant, report.say)
             plan = with_compute_dtype(plan, decoding.values_of(files), arguments, report.say)
             report.plan(plan, hosts.own(plan.devices))
             hosts.agree_on_model(model_id, "vae", arguments.variant)
+            if arguments.only:
+                videos = decoding.not_decoded(videos, model_id, plan, arguments)
+            if not videos:
+                report.say("already decoded: all videos")
+                return
             with report.part("tracing"):
                 traced = decoding.trace_chunks(arguments, plan, vae, files)
             recorder = decoding.recorder(arguments, videos[0], model_id, plan, traced)
             compiling = Compiling(arguments, f"{decoder} decoder", plan, traced, cache, report)
-            weights = decoding.load_weights(files, plan.on_devices(files), report)
+            weights = warm.kept(
+                "vae",
+                (provenance.weights(model_id, "vae", arguments.variant), plan),
+                lambda: decoding.load_weights(files, plan.on_devices(files), report),
+            )
         with report.phase("compile") as compile_phase:
             compiled, compile_phase.note = compiling.wait()
+        warm.make_room(compiled, hosts.own(plan.devices), others=["transformer"])
         run_of_videos = decoding.DecodingRun(model_id, plan, weights, arguments, hosts, report)
         run_of_videos.warm_up(stored, compiled, recorder)
         latents = run_of_videos.decode_all(videos, compiled, recorder, profile)
@@ -90,7 +102,7 @@ def main(argv: Sequence[str] | None = None, decoder: str = "torchax") -> None:
         report.add("video", decoding.video_row(videos[-1], plan, arguments))
         report.add_rows(recorder.summary())
         if hosts.is_first:
-            report.close(output_dir)
+            report.close(folders)
 
 
 if __name__ == "__main__":

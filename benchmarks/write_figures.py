@@ -442,6 +442,15 @@ def quality_options() -> str:
     return table(["option", "blocks run in", "adherence, the worst attribute", "PSNR, median", "least"], rows)
 
 
+# --- Many machines -------------------------------------------------------------------------------------------------
+
+
+def fleet(name: str) -> str:
+    """Return a table that `python -m fleet.forecast` prints."""
+    heading, *rows = result("fleet-forecast.json")[name]
+    return table(heading, rows)
+
+
 # --- The package's files -------------------------------------------------------------------------------------------
 
 
@@ -516,6 +525,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "quality options": quality_options,
     "quality of image to video": lambda: quality("quality-tiny_model_i2v.json", "pictures"),
+    **{
+        f"fleet, {name}": functools.partial(fleet, name)
+        for name in ("assumptions", "settings", "hosts", "losses", "limits")
+    },
     "other TPUs": other_tpus,
     "other models": other_models,
     "models": lambda: models(["`--model_id`", "from", "size"], "text", "text and an image"),

@@ -25,9 +25,9 @@ def is_required(module: str) -> bool:
     return module.partition(".")[0] in {package.replace("-", "_") for package in packages}
 
 
-def missing(module: str) -> str:
-    """Say that the Python that runs does not have a module, and what helps."""
-    install = f"{sys.executable} -m pip install -r {os.path.relpath(REQUIREMENTS)}"
+def missing(module: str, requirements: Path = REQUIREMENTS) -> str:
+    """Say that the Python that runs does not have a module of these requirements, and what helps."""
+    install = f"{sys.executable} -m pip install -r {os.path.relpath(requirements)}"
     line = f"the package {module.partition('.')[0]} is not installed for {sys.executable}; install it with {install}"
     python = ENVIRONMENT / "bin" / "python"
     is_other = python.exists() and Path(sys.prefix) != ENVIRONMENT

@@ -1,7 +1,7 @@
-"""Say which prompts are to be encoded, to be made, under way, made or failed: the rules, without Ray and without a clock.
+"""Say which prompts are to be encoded or made, under way, made or failed: the rules, without Ray and without a clock.
 
-Whatever runs the stages takes work with `next_to_encode` and `next_to_make`, and says what became of it. A prompt is its
-number in the prompt file, from 1.
+Whatever runs the stages takes work with `next_to_encode` and `next_to_make`, and says what became of it. A prompt is
+its number in the prompt file, from 1.
 """
 
 import collections
@@ -52,6 +52,7 @@ class Work:
         self.under_way: list[Share] = []
         self._to_encode, self._to_make = collections.deque(to_encode), collections.deque(to_make)
         self._back: dict[str, collections.deque[Share]] = {"encode": collections.deque(), "make": collections.deque()}
+        self._encoding: list[Share] = []
         self._failures: collections.Counter[int] = collections.Counter()  # of the stage that a prompt is in
 
     @property
@@ -59,6 +60,16 @@ class Work:
         """How many prompts are to be encoded or made, and nobody has them."""
         back = sum(len(share.prompts) for shares in self._back.values() for share in shares)
         return len(self._to_encode) + len(self._to_make) + back
+
+    @property
+    def left(self) -> int:
+        """How many prompts are neither made nor have failed for good."""
+        return self.waiting + sum(len(share.prompts) for share in self.under_way)
+
+    @property
+    def is_encoding(self) -> bool:
+        """Whether prompts are to be encoded, or are under way there."""
+        return bool(self._to_encode or self._back["encode"] or self._encoding)
 
     @property
     def is_over(self) -> bool:
@@ -87,6 +98,8 @@ class Work:
         self.under_way.append(share)
         if step == "make":
             self.tries.update(share.prompts)
+        else:
+            self._encoding.append(share)
         return share
 
     def encoded(self, share: Share) -> None:
@@ -132,3 +145,5 @@ class Work:
     def _end(self, share: Share) -> None:
         """Take a share back."""
         self.under_way.remove(share)
+        if share in self._encoding:
+            self._encoding.remove(share)

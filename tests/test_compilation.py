@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cogvideox.run import compilation
 from tests.helpers import ROOT, SIZE, STAGE2, STAGE3, STAGE3_FLAX, needs_libtpu, run_command, stage_command
 
 pytestmark = pytest.mark.slow
@@ -155,3 +156,12 @@ print(hash(cache_key._canonicalize_ir(module, cache_key.IgnoreCallbacks.NO)))
         environment = os.environ | {"PYTHONHASHSEED": "0"}
         keys.append(subprocess.check_output([sys.executable, script], cwd=folder, env=environment))
     assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [("gs://bucket/programs", "gs://bucket/programs"), ("/tmp/a:/b", "/tmp/a:/b"), ("programs", "programs")],
+)
+def test_the_address_of_a_bucket(given, address):
+    """A path has one slash in the place of two."""
+    assert compilation.address_of(Path(given)) == address

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cogvideox.errors import UserError
-from cogvideox.files import tensor_dump
+from cogvideox.files import numbers, tensor_dump
 from cogvideox.models.transformer import denoising
 from tests.helpers import EMBEDDINGS, LATENTS, SIZE, STAGE2, STAGE3, check
 from tests.in_process import run_here
@@ -255,14 +255,14 @@ def test_an_interrupted_dump_keeps_the_steps_before(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "numbers"),
+    ("text", "expected"),
     [("0", [0]), ("0,3-5", [0, 3, 4, 5]), ("-1", [9]), ("-2--1,0", [0, 8, 9]), (None, [*range(10)])],
 )
-def test_numbers_of_steps(text, numbers):
-    assert tensor_dump.steps(text, 10) == numbers
+def test_numbers_of_steps(text, expected):
+    assert numbers.named(text, 10) == expected
 
 
 @pytest.mark.parametrize("text", ["", "x", "5-3", "10", "-11", "1,,2", "1-2-3"])
 def test_wrong_numbers_of_steps(text):
     with pytest.raises(UserError, match="--dump_steps"):
-        tensor_dump.steps(text, 10)
+        numbers.named(text, 10)

@@ -5,7 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from cogvideox.files import tensor_dump
+from cogvideox.files import numbers
 from tests import oracle
 from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, SIZE, STAGE1, STAGE2
 
@@ -34,7 +34,7 @@ def test_latents(model, devices, preset, interval, skipped, request, run_stage, 
     assert devices == 1 or "for 8 chips along sp, so" in printed, printed
     ours = load_file(tmp_path / LATENTS)["latents"]
     settings = {"seed": SEED, "guidance_scale": SCALE} | dict.fromkeys(("dpm", "use_dynamic_cfg"), preset == "authors")
-    settings["skipped"] = tensor_dump.steps(skipped, STEPS) if skipped else ()
+    settings["skipped"] = numbers.named(skipped, STEPS) if skipped else ()
     error = oracle.difference(ours, oracle.latents(model, tmp_path / EMBEDDINGS, STEPS, interval=interval, **settings))
     assert error <= TOLERANCE, f"latents differ by {error:.1e} of their scale"
     whole = oracle.latents(model, tmp_path / EMBEDDINGS, STEPS, **settings)

@@ -16,7 +16,7 @@ from tests.helpers import ROOT, STAGE1, STAGE2, STAGE3, STAGE3_FLAX
 STAGES = (STAGE1, STAGE2, STAGE3, STAGE3_FLAX)
 KERNEL = "custom_splash_attention.py"
 SCRIPTS = {*STAGES, KERNEL, "inspect_tensors.py", "utils.py"}
-FOLDERS = ("benchmarks", "cogvideox", "compile_for_tpu", "tools")
+FOLDERS = ("benchmarks", "cogvideox", "compile_for_tpu", "fleet", "tools")
 
 
 def name_of(file: Path) -> str:

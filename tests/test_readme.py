@@ -45,6 +45,9 @@ CANNOT_RUN = {
     r"gcloud .*": "needs a TPU VM",
     r"\S*python -m benchmarks\.reproduce_tables.*": "compiles the full-size model many times, for more than an hour",
     r"\S*python -m benchmarks\.measured_kernels": "needs other projects' packages, of other versions",
+    r"(env .* )?\S*python -m fleet .*--(address|preset) .*": "needs a cluster, or a TPU",
+    r"(RAY_AUTH_MODE=token )?(\S*/)?ray .*": "starts Ray on other machines, or talks to it",
+    r"(git archive|docker|kubectl) .*": "needs a registry of images and a Kubernetes cluster",
 }
 
 # Commands that take so long, or need several processes, that another test has them, with checks of its own.
@@ -167,8 +170,8 @@ def run_line(command: str) -> None:
         return
     words = shlex.split(command)
     program = module_of(words)
-    if program is None:
-        process = run_command(["bash", "-ec", command])
+    if program is None or program[0] == "fleet":  # the fleet's processes end with the one that has started them
+        process = run_command(["bash", "-ec", command] if program is None else [sys.executable, *words[1:]])
         assert process.returncode == 0, f"{command}\n{process.stdout}\n{process.stderr}"
         return
     module, arguments = program
@@ -349,7 +352,7 @@ def programs() -> Iterator[tuple[str, ...]]:
     """Yield the module of each program of the project, and its subcommand."""
     yield from ((script.removesuffix(".py"),) for script in (*STAGES, "inspect_tensors.py"))
     yield from (("compile_for_tpu.__main__", what) for what in KINDS)
-    for folder in ("benchmarks", "tools"):
+    for folder in ("benchmarks", "fleet", "tools"):
         for file in sorted((ROOT / folder).glob("*.py")):
             if '__name__ == "__main__"' in file.read_text():
                 yield (f"{folder}.{file.stem}",)

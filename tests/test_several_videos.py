@@ -1,10 +1,14 @@
 """Several videos in one start: the same as each alone, and as diffusers' in torch; folders, reruns, refusals."""
 
+import contextlib
+import fcntl
 import itertools
 import json
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import jax
 import numpy as np
@@ -13,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import stage2_transformer
-from cogvideox.files import videos
-from cogvideox.files.names import INDEX, SHEET, VIDEO
+from cogvideox.files import videos, writing
+from cogvideox.files.names import INDEX, SHEET, STATE, VIDEO
 from cogvideox.models.transformer import throughput
 from cogvideox.models.transformer.plan import make_denoising_plan
 from cogvideox.run import hosts, jobs
@@ -210,6 +214,69 @@ def test_a_rerun_makes_what_is_missing(several, run_stage, tmp_path):
     assert "already finished: 4 of 4" in printed and contents(outputs) == after, printed
     printed = run_stage(STAGE2, "--input_dir", outputs, *OPTIONS, *TWO_SEEDS, "--guidance_scale", 2).stdout
     assert "already finished" not in printed and printed.count("wrote") == 4, printed
+
+
+@pytest.mark.slow
+def test_only_some_of_the_prompts(several, random_model, run_stage, tmp_path):
+    """They are those of a start for all, in the same folders; nothing else is touched, and nothing is made twice."""
+    outputs, second = tmp_path / "outputs", "prompt_0002"
+    given = ("--prompt_file", several.parent / "prompts.txt", "--negative_prompt", "dog", "--model_id", random_model)
+    printed = run_stage(STAGE1, *given, "--output_dir", outputs, "--only", 2).stdout
+    assert printed.strip().endswith(f"{STAGE2} --input_dir {outputs} --only 2"), printed
+    options = ("--input_dir", outputs, *OPTIONS, *TWO_SEEDS, "--only", 2)
+    with held(outputs):  # another process may have the folder around
+        printed = run_stage(STAGE2, *options).stdout
+    assert printed.strip().endswith(f"{STAGE3} --input_dir {outputs} --only 2"), printed
+    run_stage(STAGE3, "--input_dir", outputs, "--only", 2, "--output_frames", tmp_path / "frames.safetensors")
+    for folder in FOLDERS[2:]:
+        assert values(outputs / folder / LATENTS) == values(several / folder / LATENTS)
+        assert (tmp_path / f"frames_{folder.replace('/', '_')}.safetensors").stat().st_size
+    found = {str(path.relative_to(outputs)) for path in outputs.rglob("*") if path.is_file()}
+    of_videos = {f"{folder}/{name}" for folder in FOLDERS[2:] for name in (CONFIG, LATENTS, VIDEO)}
+    assert found == of_videos | {f"{second}/{name}" for name in (CONFIG, EMBEDDINGS, "timings.json")}
+
+    run_stage(STAGE1, *given, "--output_dir", outputs, "--only", "1-2")
+    edit_config(outputs / FOLDERS[2], height=None)  # as stage 1 leaves the config of a single video
+    before = {path: path.stat().st_mtime_ns for path in outputs.rglob("*seed*/*") if path.name != CONFIG}
+    assert "already finished: 2 of 2" in run_stage(STAGE2, *options).stdout
+    assert "already decoded: all videos" in run_stage(STAGE3, "--input_dir", outputs, "--only", 2).stdout
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert json.loads((outputs / FOLDERS[2] / CONFIG).read_text())["height"] == 32
+
+    for script, words, error in (
+        (STAGE1, (*given, "--only", 3), "'3' is not within 1 to 2"),
+        (STAGE1, ("--prompt", "a", "--model_id", random_model, "--only", 1), "is for the prompts of a --prompt_file"),
+        (STAGE2, ("--input_dir", outputs, "--only", "0-1"), "'0-1' is not within 1 to 2"),
+        (STAGE3, ("--input_dir", outputs / second, "--only", 1), "is for the folder of several prompts"),
+    ):
+        said = run_stage(script, *words, status=2).stderr
+        assert error in said and said.count("\n") == 1, said
+    (outputs / "prompt_0001").rename(outputs / "prompt_0003")
+    assert "prompt_0001 is not there" in run_stage(STAGE2, *options[:-1], "1-3", status=2).stderr
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Lock a folder as another process would."""
+    with open(folder / writing.LOCK, "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    (folder / writing.LOCK).unlink()
+
+
+@pytest.mark.slow
+def test_a_state_of_videos_at_a_time_is_no_obstacle(several, run_stage, tmp_path):
+    """A fleet may divide a group that was interrupted; what it had of two videos at a time is of no use for one."""
+    outputs = shutil.copytree(several, tmp_path / "outputs")
+    prompt = outputs / "prompt_0001"
+    options = ("--input_dir", outputs, *OPTIONS, "--videos_at_once", 2, "--only")
+    for folder in FOLDERS:
+        shutil.rmtree(outputs / folder)
+    with mock.patch.object(jobs.Task, "save", side_effect=KeyboardInterrupt):
+        run_stage(STAGE2, *options, "1-2", "--checkpoint_every", 1, status=130)
+    assert (prompt / STATE).exists()
+    printed = run_stage(STAGE2, *options, 1).stdout
+    assert "WARNING" in printed and "starts over" in printed and (prompt / LATENTS).exists(), printed
 
 
 @pytest.mark.slow

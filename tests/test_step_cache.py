@@ -9,7 +9,7 @@ from diffusers import CogVideoXTransformer3DModel
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 
-from cogvideox.files import tensor_dump
+from cogvideox.files import numbers
 from cogvideox.files.step_polynomial import polynomial_of
 from cogvideox.models.transformer import step_cache
 from cogvideox.models.transformer.step import time_embeddings
@@ -71,9 +71,9 @@ def test_which_steps_are_skipped(model, has_ofs, request):
 
 
 def test_as_text_is_what_steps_reads():
-    for numbers in ([], [3], [1, 2, 3], [0, 2, 3, 7, 8, 11]):
-        text = tensor_dump.as_text(numbers)
-        assert not numbers or tensor_dump.steps(text, 12) == numbers, text
+    for steps in ([], [3], [1, 2, 3], [0, 2, 3, 7, 8, 11]):
+        text = numbers.as_text(steps)
+        assert not steps or numbers.named(text, 12) == steps, text
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_latents_against_a_torch_loop(preset, outputs, random_model, run_stage, 
         seed=SEED,
         dpm=preset == "authors",
         use_dynamic_cfg=preset == "authors",
-        skipped=tensor_dump.steps(SKIPPED, STEPS),
+        skipped=numbers.named(SKIPPED, STEPS),
     )
     uncached = load_file(outputs / LATENTS)["latents"]
     for devices in (1, 8):

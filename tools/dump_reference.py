@@ -45,7 +45,7 @@ from cogvideox.cli.types import file_path, number
 from cogvideox.defaults import IMAGE_LATENT_SCALES
 from cogvideox.errors import UserError
 from cogvideox.features import features_of
-from cogvideox.files import checkpoint, lora, provenance, stage_files, tensor_dump
+from cogvideox.files import checkpoint, lora, numbers, provenance, stage_files, tensor_dump
 from cogvideox.files.names import EMBEDDINGS, GIVEN_TENSORS, LATENTS
 from cogvideox.files.schemas import VideoConfig
 from cogvideox.files.tensor_dump import Dump, Planned
@@ -373,7 +373,7 @@ def dump_decoding(arguments: argparse.Namespace) -> Dump:
     pipeline = make_pipeline(arguments.device, dtype, vae)
     planner = Planner()
     decode(pipeline, torch.empty(shape, dtype=dtype, device="meta"), planner)
-    chunks = tensor_dump.steps(arguments.dump_steps, planner.number)
+    chunks = numbers.named(arguments.dump_steps, planner.number)
     selected = select(arguments, {chunk: planner.planned[chunk] for chunk in chunks})
     stream_weights({"decoder": pipeline.vae.decoder}, config["model_id"], "vae", dtype, arguments.device)
     latents = load_file(path)["latents"].to(arguments.device, dtype)
@@ -574,7 +574,7 @@ def steps_from(first: int, text: str | None, count: int) -> list[int]:
     """
     if first >= count:
         raise UserError(f"--from_step {first}: the steps are 0 to {count - 1}")
-    steps = list(range(first, count)) if text is None else tensor_dump.steps(text, count)
+    steps = list(range(first, count)) if text is None else numbers.named(text, count)
     if steps[0] < first:
         raise UserError(f"--dump_steps {text}: step {steps[0]} comes before --from_step {first}")
     return steps

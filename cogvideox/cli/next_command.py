@@ -34,10 +34,13 @@ OF_STAGE2: dict[str, Any] = {
     **{"seed": SEED, "num_videos_per_prompt": 1, "videos_at_once": None, "lora": [], "guidance_interval": None},
     **{"cache_threshold": None, "cache_schedule": None, "attention": None, "block_sizes": None, "use_k_smooth": None},
     **{"image_latent_scale": IMAGE_LATENT_SCALES[0]},
-    **{"use_dp": USE_DP, "sp_num": None, "layout": LAYOUT, "mesh_order": None, "restart": False},
+    **{"use_dp": USE_DP, "sp_num": None, "layout": LAYOUT, "mesh_order": None, "restart": False, "only": None},
     **OF_WEIGHTS,
 }
-OF_STAGE3: dict[str, Any] = {"fps": None, "allow_nan": False, "chip_rows": None, "strips": None, **OF_WEIGHTS}
+OF_STAGE3: dict[str, Any] = {
+    **{"fps": None, "allow_nan": False, "chip_rows": None, "strips": None, "only": None},
+    **OF_WEIGHTS,
+}
 SIZE = ("height", "width", "frames")
 LISTS = {"guidance_interval", "lora", "block_sizes"}
 
@@ -87,8 +90,13 @@ def _size_of(model_id: str) -> dict[str, Any]:
 
 
 def only_of_weights(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a stage's options that the next stage takes over, as far as they are given."""
+    """Return those of a stage's options that say which weights are read and how, as far as they are given."""
     return {name: value for name in OF_WEIGHTS if (value := options.get(name))}
+
+
+def taken_over(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of a stage's options that the next stage takes over as they are, as far as they are given."""
+    return {name: value for name in ("only", *OF_WEIGHTS) if (value := options.get(name))}
 
 
 # --- What a run was told -----------------------------------------------------------------------------------------

@@ -41,6 +41,15 @@ def add_log_options(parser: ArgumentParser) -> None:
     )
 
 
+def add_only_option(parser: ArgumentParser, whose: str) -> None:
+    """Add --only; the prompts are `whose`, such as "of the folder"."""
+    parser.group("input and output").add_argument(
+        "--only",
+        metavar="NUMBERS",
+        help=f"take only these prompts {whose}, such as 1-8,11; other processes may have the others (default: all)",
+    )
+
+
 def add_force_option(parser: ArgumentParser) -> None:
     """Add --force; see `Report.refuse`."""
     parser.group("input and output").add_argument(

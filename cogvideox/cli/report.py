@@ -286,10 +286,11 @@ class Report:
         """Print the command to run next."""
         self._print(f"\nNext: {command}")
 
-    def close(self, folder: Path, next_command: str | None = None) -> None:
-        """Write the timings to `folder`, print the table, and the command to run next if there is one."""
-        if warning := timings.write_timings(folder, self._stage, self._timings):
-            self.warn(warning)
+    def close(self, folders: Iterable[Path], next_command: str | None = None) -> None:
+        """Write the timings to each of `folders`, print the table, and the command to run next if there is one."""
+        for folder in folders:
+            if warning := timings.write_timings(folder, self._stage, self._timings):
+                self.warn(warning)
         for name, seconds in self._asides.items():
             self.add(name, f"{seconds:.2f} s, not part of the seconds above")
         width = max(len(name) for name, _ in self._rows)

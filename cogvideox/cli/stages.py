@@ -16,6 +16,7 @@ from cogvideox.cli.options import (
     add_host_options,
     add_log_options,
     add_lora_option,
+    add_only_option,
     add_preset_option,
     add_profile_option,
     add_size_options,
@@ -47,6 +48,7 @@ def add_stage1_options(parser: ArgumentParser) -> None:
     )
     files.add_argument("--model_id", type=model_id, default=MODEL_NAME, help="Hugging Face model id, or a folder")
     files.add_argument("--output_dir", type=folder_path, default=STAGE_OUTPUTS, help="where the files go")
+    add_only_option(parser, "of --prompt_file")
     add_size_options(parser, "the video that --image or --video is encoded for")
     parser.group("video").add_argument(
         "--strength",
@@ -64,6 +66,7 @@ def add_stage2_options(parser: ArgumentParser) -> None:
     files.add_argument("--input_dir", type=folder_path, default=STAGE_OUTPUTS, help="stage 1's output folder")
     files.add_argument("--output_dir", type=folder_path, help="where the files go (default: --input_dir)")
     _add_model_option(files)
+    add_only_option(parser, "of --input_dir")
     add_lora_option(parser)
     add_preset_option(parser)
     add_denoising_options(parser)
@@ -88,6 +91,7 @@ def add_stage3_options(parser: ArgumentParser) -> None:
     files.add_argument("--output_frames", type=file_path, help="also save the frames, uint8, as safetensors")
     files.add_argument("--allow_nan", action="store_true", help="decode latents that hold NaN or infinity")
     _add_model_option(files)
+    add_only_option(parser, "of --input_dir")
     parser.group("video").add_argument(
         "--fps", type=frame_rate, help="frames per second (default: what stage 2 was told)"
     )

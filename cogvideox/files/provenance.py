@@ -65,16 +65,23 @@ def weights(model_id: str, component: str, variant: str | None) -> dict[str, str
         return {}
     found = hashlib.sha256()
     for file in files:
-        about = file.stat()
-        of_file = _digest_in_state(file, about.st_ino, about.st_mtime_ns, about.st_size)
+        of_file = digest_in_state(file, sample=file.suffix == ".safetensors")
         found.update(f"{file.parent.name}/{file.name} {of_file}".encode())
     return {f"{component} of {model_id}": found.hexdigest()}
 
 
+def digest_in_state(file: Path, sample: bool = False) -> str:
+    """Return the digest of a file of weights: `digest` with a sample of them, or else `file_digest`.
+
+    It is computed once as long as the file stays as it is, for a run may have a thousand videos.
+    """
+    about = file.stat()
+    return _digest_in_state(file, sample, about.st_ino, about.st_mtime_ns, about.st_size)
+
+
 @functools.cache
-def _digest_in_state(file: Path, *state: int) -> str:
-    """Return the digest of a model's file: once as long as it stays as it is, for a run may have a thousand videos."""
-    return digest(file, sample=True) if file.suffix == ".safetensors" else file_digest(file)
+def _digest_in_state(file: Path, sample: bool, *state: int) -> str:
+    return digest(file, sample=True) if sample else file_digest(file)
 
 
 def differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
@@ -99,7 +106,7 @@ def as_metadata(
         "stage": stage,
         "inputs": dict(inputs),
         "plan": {name: _in_words(value) for name, value in (plan or {}).items()},
-        "options": {name: _plain(value) for name, value in vars(arguments).items() if value is not None},
+        "options": {name: plain(value) for name, value in vars(arguments).items() if value is not None},
         "versions": versions(*LIBRARIES),
         "time": writing.now(),
     }
@@ -120,10 +127,10 @@ def known_as(path: Path, folder: Path) -> str:
     return os.path.relpath(path, folder) if is_around else path.name
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """Return an option as JSON can hold it; a path is absolute, for whoever reads it may be in another folder."""
     if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
+        return [plain(one) for one in value]
     return value if isinstance(value, (int, float)) else str(value.absolute() if isinstance(value, Path) else value)
 
 

@@ -8,7 +8,6 @@ lie in the order of execution.
 import contextlib
 import json
 import math
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -188,41 +187,6 @@ class Dump:
 
     def _name(self, number: int, name: str) -> str:
         return f"{row_name(self._unit, number)}/{name}"
-
-
-def steps(text: str | None, count: int, option: str = "--dump_steps") -> list[int]:
-    """Return the numbers that `text`, such as "0,3-5,-1", names out of 0 ... count - 1; -1 is the last, None all.
-
-    `option` is named in the errors.
-
-    Raises:
-        UserError: the text is no such list, or names what is not there.
-    """
-    if text is None:
-        return list(range(count))
-    found: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", part.strip())
-        if not match:
-            raise UserError(f"{option} {text}: '{part}' is no number and no range such as 3-5")
-        first, last = (
-            int(bound) % count if -count <= int(bound) < 0 else int(bound) for bound in (match[1], match[2] or match[1])
-        )
-        if not 0 <= first <= last < count:
-            raise UserError(f"{option} {text}: '{part}' is not within 0 to {count - 1}")
-        found.update(range(first, last + 1))
-    return sorted(found)
-
-
-def as_text(numbers: Iterable[int]) -> str:
-    """Return the text that `steps` reads as these numbers, which ascend, with ranges for neighbours."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def merged(sums: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from cogvideox.errors import UserError
-from cogvideox.files import writing
+from cogvideox.files import numbers, writing
 from cogvideox.files.names import CONFIG, INDEX, LATENTS
 from cogvideox.files.schemas import IndexEntry, parse_json
 
@@ -42,14 +42,39 @@ def seeds(text: Mapping, seed: int, number: int) -> range:
     return range(first, first + number)
 
 
-def prompts(folder: Path) -> list[Path]:
-    """Return the folders of the prompts in `folder`, or `folder` itself, which then has one prompt."""
-    return _numbered(folder, PROMPT) or [folder]
+def prompts(folder: Path, only: str | None = None) -> list[Path]:
+    """Return the folders of the prompts in `folder`, or `folder` itself, which then has one prompt.
+
+    `only` has the numbers of those that are wanted, as --only says them.
+
+    Raises:
+        UserError: a prompt of `only` is not there.
+    """
+    found = _numbered(folder, PROMPT)
+    if only is None:
+        return found or [folder]
+    if not found:
+        raise UserError(f"--only {only} is for the folder of several prompts, and {folder} is none")
+    by_number = {int(path.name.removeprefix(PROMPT)): path for path in found}
+    wanted = numbers.named(only, max(by_number), "--only", first=1)
+    if missing := [number for number in wanted if number not in by_number]:
+        raise UserError(f"--only {only}: {of_prompt(folder, missing[0])} is not there; run stage 1 for this prompt")
+    return [by_number[number] for number in wanted]
 
 
-def videos(folder: Path) -> list[Path]:
-    """Return the folders of the videos in `folder`, which may be that of a single one."""
-    return [video for prompt in prompts(folder) for video in _numbered(prompt, SEED) or [prompt]]
+def videos(folder: Path, only: str | None = None) -> list[Path]:
+    """Return the folders of the videos in `folder`, which may be that of a single one; `only` as in `prompts`."""
+    return [video for prompt in prompts(folder, only) for video in _numbered(prompt, SEED) or [prompt]]
+
+
+def kept_for(folder: Path, inside: Iterable[Path], only: str | None) -> list[Path]:
+    """Return the folders that a stage has for itself: `folder`, or with --only those of the prompts in it.
+
+    `inside` are the folders of the prompts, or of their videos.
+    """
+    if only is None:
+        return [folder]
+    return list(dict.fromkeys(folder / one.relative_to(folder).parts[0] for one in inside))
 
 
 def check_prompts(folder: Path, new: Collection[Path]) -> None:

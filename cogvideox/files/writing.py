@@ -211,6 +211,10 @@ def finish(folder: Path) -> None:
             ready.parent.rmdir()
 
 
+class InUse(UserError):
+    """Another process has a folder."""
+
+
 @contextlib.contextmanager
 def claimed(
     folder: Path, stage: str, warn: Callable[[str], None] | None = None, asked: Path | None = None
@@ -221,7 +225,8 @@ def claimed(
     With `warn` it is tried whether a stage can end there; see `_try_commit`. An error names the file `asked`, if any.
 
     Raises:
-        UserError: another process has the folder, which the message names, or the folder cannot be written.
+        InUse: another process has the folder, which the message names.
+        UserError: the folder cannot be written.
     """
     place = Path(os.path.realpath(folder))  # unlike `resolve`, takes links that loop
     if place in CLAIMED:
@@ -283,7 +288,7 @@ def _locked_file(folder: Path) -> int:
                 if os.path.samestat(os.fstat(lock), os.stat(folder / LOCK)):
                     return lock
         except BlockingIOError:
-            raise UserError(in_use) from None
+            raise InUse(in_use) from None
         except OSError as error:
             if error.errno not in LACKING:
                 raise
@@ -291,7 +296,7 @@ def _locked_file(folder: Path) -> int:
                 os.close(os.open(folder / HELD, os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 remedy = f"if that process was killed, remove {folder / HELD}"
-                raise UserError(f"{in_use}; there are no locks here ({error.strerror}): {remedy}") from None
+                raise InUse(f"{in_use}; there are no locks here ({error.strerror}): {remedy}") from None
             return lock
         os.close(lock)  # the owner of this file has just removed it
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cogvideox.files.latent_pictures import NOT_FINITE, NOT_FINITE_TEXT
-from cogvideox.files.tensor_dump import as_text
+from cogvideox.files.numbers import as_text
 from cogvideox.inspection.figure import HeatMap, Sheet
 from cogvideox.inspection.items import Item, progress
 

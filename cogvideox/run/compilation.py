@@ -13,6 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from cogvideox.cli.program import in_background
 from cogvideox.cli.report import Report
 from cogvideox.errors import UserError
 from cogvideox.files import writing
+from cogvideox.run import warm
 
 if TYPE_CHECKING:
     import jax
@@ -45,6 +47,11 @@ def default_folder() -> Path | None:
     with contextlib.suppress(RuntimeError):
         return (Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()) / "cogvideox-tpu"
     return None
+
+
+def address_of(folder: Path) -> str:
+    """Return a folder as text, with both slashes of an address such as gs://bucket/a, of which a path keeps one."""
+    return re.sub(r"^(\w\w+):/(?!/)", r"\1://", str(folder))
 
 
 class Cache:
@@ -78,7 +85,7 @@ class Cache:
                     "compiled programs are not kept: there is no home folder; --compilation_cache names another"
                 )
         self.keeps = self.folder is not None and self._prepare(self.folder)
-        jax.config.update("jax_compilation_cache_dir", str(self.folder) if self.folder else None)
+        jax.config.update("jax_compilation_cache_dir", address_of(self.folder) if self.folder else None)
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         compilation_cache.reset_cache()  # else jax stays with the folder of this process' first program
@@ -104,7 +111,7 @@ class Cache:
 
     def _prepare(self, folder: Path) -> bool:
         """Make the folder, and return whether files can be written there; without a folder the cache is off."""
-        if "://" in str(folder):  # cloud storage, which jax can use
+        if "://" in address_of(folder):  # cloud storage, which jax can use
             return True
         try:
             writing.check_writable(folder / "program")
@@ -187,9 +194,9 @@ class Compiling:
         self._what, self._cache, self._report = what, cache, report
         self._advice = "make a smaller video" if plan.batch == 1 else "make fewer --videos_at_once"
         self._start = self._end = time.perf_counter()
-        self._found: list[bool] = []
+        self._found: list[bool] | None = None  # whether each program was in the cache; None if this process has kept it
         self._programs = self._from_file(arguments.executable, plan, traced) if arguments.executable else None
-        self._futures = [] if self._programs else [in_background(self._compile, program) for program in traced]
+        self._futures = [] if self._programs else warm.kept(f"compiled {what}", [*traced], lambda: self._begin(traced))
 
     def _from_file(
         self, path: Path, plan: "DenoisingPlan | DecodingPlan", traced: "Sequence[jax.stages.Traced]"
@@ -206,11 +213,17 @@ class Compiling:
         self._report.say(f"loaded the {self._what} from {path}")
         return programs
 
+    def _begin(self, traced: "Sequence[jax.stages.Traced]") -> list[Future]:
+        """Begin to compile."""
+        self._found = []
+        return [in_background(self._compile, program) for program in traced]
+
     def _compile(self, program: "jax.stages.Traced") -> "jax.stages.Compiled":
         """Compile a program, or find it in the cache."""
         found = self._cache.found_here
         compiled = program.lower().compile()
-        self._found.append(self._cache.found_here > found)
+        if self._found is not None:
+            self._found.append(self._cache.found_here > found)
         self._end = time.perf_counter()
         return compiled
 
@@ -225,6 +238,9 @@ class Compiling:
         waiting = time.perf_counter()
         with memory_errors(self._what, self._advice):
             programs = [future.result() for future in self._futures]
+        if self._found is None:
+            self._report.say(f"the compiled {self._what} is that of the run before")
+            return programs, ""
         seconds, before = self._end - self._start, min(self._end, waiting) - self._start
         loaded = sum(self._found)
         self._report.compiled(program=self._what, seconds=seconds, before=before, loaded=loaded, of=len(programs))

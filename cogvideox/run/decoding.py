@@ -4,6 +4,7 @@ import argparse
 import collections
 import dataclasses
 import importlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,13 @@ import numpy as np
 
 from cogvideox.cli import next_command
 from cogvideox.cli.report import Progress, Report
+from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, contact_sheet, provenance, stage_files, tensors, writing
 from cogvideox.files import videos as of_index
 from cogvideox.files.names import SHEET
 from cogvideox.files.schemas import LATENT_ENTRIES
 from cogvideox.files.video_file import video_writer
+from cogvideox.run import warm
 from cogvideox.run.hosts import Hosts
 from cogvideox.run.jobs import Video, decoding_folder
 from cogvideox.run.plans import dump_recorder, dump_wanted, plan_errors
@@ -82,8 +85,9 @@ def trace_chunks(
     Raises:
         UserError: --dump_names names no module.
     """
+    wanted = dump_wanted(arguments)
     with plan_errors():
-        return plan.programs(decoder, plan.on_devices(files), dump_wanted(arguments))
+        return warm.kept("chunks", (plan, wanted), lambda: plan.programs(decoder, plan.on_devices(files), wanted))
 
 
 def recorder(
@@ -122,6 +126,22 @@ def load_weights(files: Any, abstract: Any, report: Report | None = None, name: 
     if report:
         report.say(f"loaded {name}: {sum(leaf.size for leaf in leaves):,} parameters, {leaves[0].dtype}")
     return jax.tree.unflatten(tree, leaves)
+
+
+def not_decoded(
+    found: Sequence[Video], model_id: str, plan: "DecodingPlan", arguments: argparse.Namespace
+) -> list[Video]:
+    """Return the videos that are not there, with the files that the options ask for, as this run would make them."""
+
+    def is_decoded(video: Video) -> bool:
+        wanted = json.loads(made(video, model_id, plan, arguments)["provenance"])
+        try:
+            there = [provenance.recorded(path) for path in (video.encoded, video.frames) if path]
+        except UserError:
+            return False
+        return all(one.get(name) == wanted[name] for one in there for name in ("inputs", "plan"))
+
+    return [video for video in found if not is_decoded(video)]
 
 
 def scaled(stored: np.ndarray, plan: "DecodingPlan") -> np.ndarray:
@@ -165,6 +185,7 @@ class DecodingRun:
         total, strips, folder = 0.0, [], decoding_folder(self.arguments)
         # One video that goes elsewhere, such as with another rate, is not the one that the index is to name.
         is_listed = self.hosts.is_first and (len(videos) > 1 or videos[0].output is None)
+        is_listed &= self.arguments.only is None  # the others of the folder may be under way elsewhere
         if is_listed:
             of_index.record(folder, [video.entry("denoised") for video in videos], only_forward=True)
         for n, video in enumerate(videos, 1):
@@ -177,7 +198,7 @@ class DecodingRun:
         self.report.add("per frame", f"{total / len(videos) / self.plan.frames:.3f} s")
         if len(videos) > 1:
             self.report.add("run of all videos", f"{total:.2f} s")
-            if self.hosts.is_first:
+            if is_listed:
                 self.draw_sheet(videos, strips)
         return latents
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from cogvideox.cli.report import Report
 from cogvideox.defaults import DRAFT
-from cogvideox.files import checkpoint, tensor_dump, videos
+from cogvideox.files import checkpoint, numbers, videos
 from cogvideox.files.lora import Lora
 from cogvideox.files.names import CONFIG, IMAGE_TENSORS, PREVIEW, VIDEO_TENSORS
+from cogvideox.run import warm
 from cogvideox.run.hosts import Hosts
 from cogvideox.run.jobs import Group, Task
 from cogvideox.run.plans import attention_wanted, dump_recorder, dump_wanted, plan_errors, skipped_steps
@@ -61,13 +62,24 @@ def import_modules() -> None:
 
 
 def load_weights(
-    read: Callable[[str], np.ndarray], plan: "DenoisingPlan", loras: Sequence[Lora], report: Report
+    read: Callable[[str], np.ndarray],
+    plan: "DenoisingPlan",
+    loras: Sequence[Lora],
+    made_from: Mapping[str, str],
+    report: Report,
 ) -> "Mapping[str, jax.Array]":
-    """Load the weights onto the devices, with the LoRAs added."""
+    """Load the weights onto the devices, with the LoRAs added.
+
+    What they are `made_from` says whether those of a run before in this process are the same; see `warm.kept`.
+    """
     from cogvideox.models.transformer.parameters import load_parameters
 
     changes = [one.add for one in loras]
-    parameters = load_parameters(read, plan.transformer, plan.parallelism, plan.dtype, changes, report.add_part)
+    parameters = warm.kept(
+        "transformer",
+        (made_from, plan.transformer, plan.parallelism, plan.dtype),
+        lambda: load_parameters(read, plan.transformer, plan.parallelism, plan.dtype, changes, report.add_part),
+    )
     report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
     return parameters
 
@@ -107,7 +119,12 @@ def trace_steps(
     with plan_errors():
         skipped = skipped_steps(arguments, plan, model_id, read)
         kinds = plan.kinds(skipped)
-        traced = {kind: make_step(plan, wanted, kind).trace(*abstract_arguments(plan)) for kind in dict.fromkeys(kinds)}
+        programs = [*dict.fromkeys(kinds)]
+        traced = warm.kept(
+            "steps",
+            (plan, wanted, programs),
+            lambda: {kind: make_step(plan, wanted, kind).trace(*abstract_arguments(plan)) for kind in programs},
+        )
     return Steps(plan, skipped, kinds, traced)
 
 
@@ -270,7 +287,8 @@ class DenoisingRun:
             for i, task in enumerate(group.tasks):
                 task.save(latents[i : i + 1], self.arguments)
             output_dir = self.arguments.output_dir or self.arguments.input_dir
-            videos.record(output_dir, [task.video.entry("denoised") for task in group.tasks])
+            if self.arguments.only is None:  # the others of the folder may be under way elsewhere
+                videos.record(output_dir, [task.video.entry("denoised") for task in group.tasks])
             group.state_file.remove()
         return latents
 
@@ -345,7 +363,7 @@ def report_step_cache(steps: Steps, report: Report) -> None:
     from cogvideox.models.transformer.step import residual_bytes
 
     skipped, number, size = steps.skipped, steps.plan.steps, residual_bytes(steps.plan) / 2**30
-    which = f": {tensor_dump.as_text(skipped)}" if skipped else ""
+    which = f": {numbers.as_text(skipped)}" if skipped else ""
     report.say(
         f"step cache: {len(skipped)} of {number} steps skip the blocks{which}; it takes {size:.2f} GiB of a chip"
     )

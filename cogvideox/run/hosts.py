@@ -193,7 +193,7 @@ def join(arguments: argparse.Namespace, inputs: Sequence[str]) -> Hosts:
     hosts.agree(
         {f"--{name}": str(value) for name, value in vars(arguments).items() if name not in OWN}
         | {f"the version of {name}": version for name, version in versions(*LIBRARIES).items()}
-        | {"the version of Python": sys.version.split()[0], "the files of this project": _sources()}
+        | {"the version of Python": sys.version.split()[0], "the files of this project": sources()}
     )
     hosts._share_inputs(arguments.input_dir, inputs, scratch)
     if arguments.dump:
@@ -273,7 +273,7 @@ def _digest(file: Path) -> str:
         return "missing"
 
 
-def _sources() -> str:
+def sources() -> str:
     """Return a digest of the Python files that a stage runs."""
     files = sorted([*ROOT.glob("*.py"), *ROOT.glob("cogvideox/**/*.py")])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

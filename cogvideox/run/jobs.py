@@ -4,6 +4,7 @@ The folders of several videos are those of `cogvideox.files.videos`; a single on
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 from cogvideox.cli.report import Report
 from cogvideox.defaults import IMAGE_LATENT_SCALES, MOST_SEED
 from cogvideox.errors import UserError
-from cogvideox.files import checkpoint, provenance, stage_files, tensor_dump, videos, writing
+from cogvideox.files import checkpoint, numbers, provenance, stage_files, videos, writing
 from cogvideox.files.lora import Lora
 from cogvideox.files.names import CONFIG, EMBEDDINGS, GIVEN_TENSORS, LATENTS, SHEET, TIMINGS, VIDEO
 from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES, VIDEO_ENTRIES, TextConfig, VideoConfig
@@ -94,7 +95,7 @@ def videos_to_denoise(arguments: argparse.Namespace, output_dir: Path, hosts: Ho
         UserError: stage 1's files are missing or wrong, or other videos are in the way.
     """
     found = []
-    for source in videos.prompts(arguments.input_dir):
+    for source in videos.prompts(arguments.input_dir, arguments.only):
         text = stage_files.read_config(source, TextConfig)
         seeds = videos.seeds(text, arguments.seed, arguments.num_videos_per_prompt)
         if seeds[-1] > MOST_SEED:
@@ -230,6 +231,14 @@ class Task(NamedTuple):
         except (OSError, SafetensorError, ValueError, AttributeError):
             return False
 
+    def complete_config(self) -> None:
+        """Write the config of finished latents again if stage 1, which writes its own entries alone, came after."""
+        with contextlib.suppress(UserError):
+            stage_files.read_config(self.video.folder, VideoConfig)
+            return
+        with writing.committing(self.video.folder, "stage2") as new:
+            stage_files.write_config(new, self.config)
+
     def made(self, arguments: argparse.Namespace) -> dict[str, str]:
         """Return the metadata that say what the latents, and what lies on the way to them, are made from."""
         made_from = stage_files.made_from(self.config, LATENT_ENTRIES)
@@ -254,14 +263,12 @@ def tasks_of(
     loras: Sequence[Lora],
 ) -> list[Task]:
     """Return the tasks of the videos; each file that they are made from is read once."""
-    lora_files = [file for one in loras for file in one.files]
-    digests = {path: provenance.file_digest(path) for path in lora_files}
-    digests |= {path: provenance.digest(path) for path in {video.embeddings: None for video in found}}
-    weights = provenance.weights(found[0].config["model_id"], "transformer", arguments.variant)
+    digests = {path: provenance.digest(path) for path in {video.embeddings: None for video in found}}
+    weights = weights_of(found[0].config["model_id"], loras, arguments.variant)
     of_plan = {
         "scheduler": plan.scheduler["_class_name"],
         "timestep_spacing": plan.scheduler.get("timestep_spacing"),
-        "skipped_steps": tensor_dump.as_text(skipped),
+        "skipped_steps": numbers.as_text(skipped),
     }
     of_run = plan.program_options | {
         "dtype": plan.dtype,
@@ -277,13 +284,21 @@ def tasks_of(
         config = {name: video.config[name] for name in TEXT_ENTRIES if name in video.config}
         config |= {name: known[name] for name in VIDEO_ENTRIES}
         inputs = {provenance.known_as(video.embeddings, video.folder): digests[video.embeddings]}
-        inputs |= {str(path): digests[path] for path in lora_files} | weights
+        inputs |= weights
         made_from = {name: config[name] for name in LATENT_ENTRIES if name in config}
         fingerprint = made_from | of_run | inputs
         fingerprint |= versions("jax", "jaxlib", "libtpu", "torch")
         return Task(video, config, inputs, of_run, {name: str(value) for name, value in fingerprint.items()})
 
     return [task(video) for video in found]
+
+
+def weights_of(model_id: str, loras: Sequence[Lora], variant: str | None) -> dict[str, str]:
+    """Return the digests of the weights of a run of stage 2, of LoRAs and model, by what they are known as."""
+    files = [file for one in loras for file in one.files]
+    return {str(file): provenance.digest_in_state(file) for file in files} | provenance.weights(
+        model_id, "transformer", variant
+    )
 
 
 class Group(NamedTuple):
@@ -302,8 +317,11 @@ def groups_of(
     todo = tasks
     if len(tasks) > 1:
         report.say(f"{len(tasks)} videos, {plan.batch} at a time: {reason_for_batch(plan, arguments)}")
-        if keeps_state and not arguments.restart:
-            todo = [task for task in tasks if not task.is_finished]
+    if (len(tasks) > 1 or arguments.only) and keeps_state and not arguments.restart:
+        todo = [task for task in tasks if not task.is_finished]
+        for task in tasks:
+            if task not in todo:
+                task.complete_config()
     if len(todo) < len(tasks):
         report.say(f"already finished: {len(tasks) - len(todo)} of {len(tasks)} videos; --restart makes them again")
     groups = []
@@ -314,8 +332,24 @@ def groups_of(
             fingerprint |= {f"{name} of {task.video.folder}": value for name, value in task.fingerprint.items()}
         every, about = arguments.checkpoint_every if keeps_state else 0, group[0].made(arguments)
         state_file = StateFile(group[0].video.folder, fingerprint, every, about)
-        groups.append(Group(group, state_file, state_file.load(arguments.restart) if keeps_state else None))
+        groups.append(Group(group, state_file, kept_state(state_file, arguments, report) if keeps_state else None))
     return groups
+
+
+def kept_state(
+    state_file: StateFile, arguments: argparse.Namespace, report: Report
+) -> "Mapping[str, np.ndarray] | None":
+    """Return the state of an unfinished run, None if there is none or if it is to start over; see `StateFile.load`.
+
+    With --only the state of another run is passed over: it may be that of videos which were made at a time elsewhere.
+    """
+    try:
+        return state_file.load(arguments.restart)
+    except UserError as error:
+        if arguments.only is None:
+            raise
+        report.warn(f"{error}; --only starts over, too")
+        return state_file.load(restart=True)
 
 
 def record_start(tasks: Sequence[Task], groups: Sequence[Group], output_dir: Path) -> None:
@@ -344,7 +378,7 @@ def videos_to_decode(arguments: argparse.Namespace) -> list[Video]:
     Raises:
         UserError: a config is missing or wrong, or the options are for a single video, or sizes differ.
     """
-    folders = videos.videos(arguments.input_dir)
+    folders, are_many = videos.videos(arguments.input_dir, arguments.only), len(videos.videos(arguments.input_dir)) > 1
     if len(folders) > 1 and arguments.dump:
         raise UserError(
             f"--dump is for one video, and {arguments.input_dir} has {len(folders)}; give the folder of one as "
@@ -353,7 +387,7 @@ def videos_to_decode(arguments: argparse.Namespace) -> list[Video]:
 
     def of_video(path: Path | None, folder: Path) -> Path | None:
         """Return the file that an option names, of several videos with the name of the video's folder in it."""
-        if path is None or len(folders) == 1:
+        if path is None or not are_many:
             return path
         return path.with_name(f"{path.stem}_{videos.label(folder, arguments.input_dir)}{path.suffix}")
 
@@ -384,6 +418,11 @@ def video_elsewhere(folder: Path, arguments: argparse.Namespace) -> Path | None:
     return arguments.output_dir / folder.relative_to(arguments.input_dir) / VIDEO
 
 
+def places_of(found: Sequence[Video], arguments: argparse.Namespace) -> list[Path]:
+    """Return where in `decoding_folder` each video goes."""
+    return [decoding_folder(arguments) / video.folder.relative_to(arguments.input_dir) for video in found]
+
+
 def decoding_folder(arguments: argparse.Namespace) -> Path:
     """Return the folder of the timings, and of what --output_video and --output_frames do not name."""
     return arguments.output_dir or arguments.input_dir
@@ -410,7 +449,7 @@ def check_files_to_decode(
     option = "--output_video" if arguments.output_video or not arguments.output_dir else "--output_dir"
     options: list[tuple[str, Path | None]] = [(option, video.encoded) for video in found]
     options += [("--output_frames", video.frames) for video in found]
-    if len(found) > 1:
+    if len(found) > 1 and not arguments.only:
         folder = decoding_folder(arguments)
         options += [("--output_dir", path) for path in (videos.index_file(folder), folder / SHEET)]
     configs = [video.folder / CONFIG for video in found]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cogvideox.errors import PlanError, UserError, first_line
-from cogvideox.files import checkpoint, tensor_dump, tensors
+from cogvideox.files import checkpoint, numbers, tensors
 from cogvideox.files.step_polynomial import FILE as STEP_CACHE
 from cogvideox.files.step_polynomial import polynomial_of
 from cogvideox.models.transformer.scheduler import CHOICES
@@ -65,19 +65,19 @@ def attention_wanted(arguments: argparse.Namespace, plan: "DenoisingPlan") -> di
 
     queries = some_queries(plan.tokens)
     if arguments.dump_queries:
-        queries = tensor_dump.steps(arguments.dump_queries, plan.tokens, "--dump_queries")
+        queries = numbers.named(arguments.dump_queries, plan.tokens, "--dump_queries")
         if len(queries) > MOST_QUERIES:
             raise UserError(
                 f"--dump_queries names {len(queries)} tokens; each has a weight for all, name {MOST_QUERIES}"
             )
     heads = plan.transformer["num_attention_heads"]
-    return {"queries": queries, "heads": tensor_dump.steps(arguments.dump_heads, heads, "--dump_heads")}
+    return {"queries": queries, "heads": numbers.named(arguments.dump_heads, heads, "--dump_heads")}
 
 
 def check_dump(arguments: argparse.Namespace, steps: int) -> None:
     """Raise UserError, before anything is loaded, if the options of --dump are wrong for a run of so many steps."""
     dump_wanted(arguments)
-    tensor_dump.steps(arguments.dump_steps, steps)
+    numbers.named(arguments.dump_steps, steps)
 
 
 def dump_recorder(
@@ -93,7 +93,7 @@ def dump_recorder(
 
     if arguments.dump is None:
         return recorder.NoRecorder()
-    chosen = tensor_dump.steps(arguments.dump_steps, len(programs))
+    chosen = numbers.named(arguments.dump_steps, len(programs))
     return recorder.Recorder(arguments.dump, stage, unit, made, mesh, programs, chosen)
 
 
@@ -167,7 +167,7 @@ def skipped_steps(
     """
     steps = plan.steps
     if arguments.cache_schedule is not None:
-        found = tensor_dump.steps(arguments.cache_schedule, steps, "--cache_schedule")
+        found = numbers.named(arguments.cache_schedule, steps, "--cache_schedule")
         if full := plan.always_full.intersection(found):
             and_guided = ", and the first one with guidance," if plan.guidance_interval else ""
             raise UserError(
