@@ -6,15 +6,16 @@ and masks the padded keys: a head fills only a part of the MXU's 256 rows, and c
 
 Two kernels work in this way. The fast kernel subtracts an upper bound of the row's maximum, which is known beforehand:
 with the mean of the keys taken out (any constant in a row cancels in the softmax), Cauchy-Schwarz gives
-|q . (k - mean)| <= |q| max|k - mean|, and the row's maximum is at least its mean, 0. A head where bound and mean are
-too far apart for float32 takes the online kernel, which keeps the running maximum of Milakov and Gimelshein
-(arXiv:1805.02867) and FlashAttention (arXiv:2205.14135).
+|q . (k - mean)| <= |q| max|k - mean|. Where bound and maximum are too far apart for float32, the sum of a row's weights
+shows it, and the row's block of queries is computed again by the online kernel, which keeps the running maximum of
+Milakov and Gimelshein (arXiv:1805.02867) and FlashAttention (arXiv:2205.14135).
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,8 @@ QUERY_TILE = 256  # queries in one product: the MXU's width
 LAG = 5  # tiles between a tile's two products: time to compute exp2, and to load P^T into the MXU
 VMEM_LIMIT = 64 * 2**20  # bytes
 VMEM_FOR_BLOCKS = 60 * 2**20  # bytes; in the rest the compiler keeps weights between a tile's two products
-SHIFT = 32  # fast kernel: weights are at most 2^SHIFT, so that small ones lie in the middle of float32's range
-LIMIT = 100  # fast kernel: the bound may exceed a row's maximum by this much (log2)
+VALUE_BITS = 8  # fast kernel: with values up to 2^VALUE_BITS no sum overflows; with larger ones it may, and is noticed
+GUARD_BITS = 3  # fast kernel: what underflows is less by so many bits than what the output's dtype rounds off
 OFFSET_LIMIT = 2**12  # fast kernel: what is subtracted may be this large (log2) before float32 sums lose digits
 BOUND_TILES = 384  # tiles of a head that the kernels of the bound hold in VMEM at a time
 MASKED = -1e30  # score of a padded key
@@ -149,7 +150,7 @@ def splash_attention(
     if block_sizes is not None:
         block_sizes.check(head_dim, query.dtype.itemsize)
 
-    output = tiled_attention(
+    output, _ = tiled_attention(
         *(to_tiles(array) for array in (query, key, value)),
         kv_length=kv_length,
         scale=scale,
@@ -170,7 +171,7 @@ def tiled_attention(
     block_sizes: BlockSizes | None = None,
     k_smooth: bool = USE_K_SMOOTH,
     interpret: bool | None = None,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array]:
     """Compute what `splash_attention` computes, from and to the kernel's own layout, so that nothing is copied.
 
     Args:
@@ -178,7 +179,8 @@ def tiled_attention(
         kv_length, scale, block_sizes, k_smooth, interpret: as for `splash_attention`.
 
     Returns:
-        An array like `queries`.
+        An array like `queries`, and of each head the share of its blocks of queries that the online kernel computed,
+        float32 [heads].
     """
     tiles, _, head_dim, lanes = queries.shape
     if block_sizes is None:
@@ -188,37 +190,22 @@ def tiled_attention(
     factor = _factor(scale, head_dim)
 
     def run(queries, keys, values, interpret):
-        bound, safe = _bound(queries, keys, factor=factor, k_smooth=k_smooth, kv_len=kv_length, interpret=interpret)
-        return _run(
-            queries, keys, values, bound, safe, factor=factor, blocks=blocks, kv_len=kv_length, interpret=interpret
-        )
+        bound = _bound(queries, keys, factor=factor, k_smooth=k_smooth, kv_len=kv_length, interpret=interpret)
+        return _run(queries, keys, values, bound, factor=factor, blocks=blocks, kv_len=kv_length, interpret=interpret)
 
     return _for_platform(run, interpret)(queries, keys, values)
 
 
 def online_heads(
-    query: jax.Array,
-    key: jax.Array,
-    *,
-    scale: float | None = None,
-    k_smooth: bool = USE_K_SMOOTH,
-    kv_length: int | None = None,
+    query: jax.Array, key: jax.Array, value: jax.Array, *, kv_length: int | None = None, **options: Any
 ) -> jax.Array:
-    """Tell which heads `splash_attention` computes by the online kernel, bool [batch, heads]; arguments as there."""
-    kv_length = kv_length or key.shape[2]
-    return tiled_online_heads(
-        to_tiles(query), to_tiles(key), scale=scale, k_smooth=k_smooth, kv_length=kv_length
-    ).reshape(query.shape[:2])
+    """Tell which heads `splash_attention` computes, for some queries, by the online kernel; arguments as there.
 
-
-def tiled_online_heads(
-    queries: jax.Array, keys: jax.Array, *, kv_length: int, scale: float | None = None, k_smooth: bool = USE_K_SMOOTH
-) -> jax.Array:
-    """Tell which heads `tiled_attention` computes by the online kernel, bool [heads]; arguments as there."""
-    factor = _factor(scale, queries.shape[2])
-    bound = functools.partial(_bound, factor=factor, k_smooth=k_smooth, kv_len=kv_length)
-    _, safe = _for_platform(bound, None)(queries, keys)
-    return ~safe
+    Only the fast kernel's result tells it: this takes as long as the attention. Returns bool [batch, heads].
+    """
+    tiles = (to_tiles(array) for array in (query, key, value))
+    _, online = tiled_attention(*tiles, kv_length=kv_length or key.shape[2], **options)
+    return online.reshape(query.shape[:2]) > 0
 
 
 def to_tiles(x: jax.Array) -> jax.Array:
@@ -252,8 +239,8 @@ def _for_platform(run: Callable, interpret: bool | None) -> Callable:
 
 def _bound(
     queries: jax.Array, keys: jax.Array, *, factor: float, k_smooth: bool, kv_len: int, interpret: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Compute what the fast kernel subtracts from the scores of each row, and which heads may take that kernel.
+) -> jax.Array:
+    """Compute what the fast kernel subtracts from the scores of each row.
 
     Two kernels read the arrays once each, and the keys of a head too long for VMEM twice. XLA takes ten times as long
     as they take to read them.
@@ -262,7 +249,7 @@ def _bound(
         queries, keys: [tiles, heads, head_dim, 128].
 
     Returns:
-        The bound, float32 [tiles, heads, 1, 128], in units of query . key, and whether a head is safe, bool [heads].
+        The bound, less what the greatest weight is above 1, float32 [tiles, heads, 1, 128], in units of query . key.
     """
     queries, keys = _in_hbm([queries, keys], interpret)
     q_tiles, heads, head_dim, _ = queries.shape
@@ -285,20 +272,19 @@ def _bound(
         interpret=interpret,
     )(keys)
     block = min(q_tiles, BOUND_TILES)
-    bound, unsafe = pl.pallas_call(
-        functools.partial(_query_bounds, factor=factor, k_smooth=k_smooth, tiles=q_tiles),
+    return pl.pallas_call(
+        functools.partial(_query_bounds, factor=factor, k_smooth=k_smooth, shift=_shift(kv_len)),
         name="exp2_splash_bound",
         grid=(heads, pl.cdiv(q_tiles, block)),
         in_specs=[pl.BlockSpec((block, 1, head_dim, LANES), lambda h, i: (i, h, 0, 0)), mean_spec, row_spec],
-        out_specs=[pl.BlockSpec((block, 1, 1, LANES), lambda h, i: (i, h, 0, 0)), row_spec],
-        out_shape=[jax.ShapeDtypeStruct((q_tiles, heads, 1, LANES), jnp.float32), row],
+        out_specs=pl.BlockSpec((block, 1, 1, LANES), lambda h, i: (i, h, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct((q_tiles, heads, 1, LANES), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=queries.size * queries.dtype.itemsize, transcendentals=0),
         interpret=interpret,
     )(queries, mean, radius)
-    return bound, unsafe.max((1, 2)) == 0
 
 
 def _key_statistics(k_ref, mean_ref, radius_ref, *, kv_len, k_smooth):
@@ -343,26 +329,24 @@ def _key_statistics(k_ref, mean_ref, radius_ref, *, kv_len, k_smooth):
         radius_ref[0] = jnp.broadcast_to(largest, (1, LANES))
 
 
-def _query_bounds(q_ref, mean_ref, radius_ref, bound_ref, unsafe_ref, *, factor, k_smooth, tiles):
-    """Compute the bounds of a block of queries, and note in `unsafe_ref` where one is too far from the mean score."""
-    block, mean, radius = q_ref.shape[0], mean_ref[0], radius_ref[0]
-    first = pl.program_id(1) * block
+def _query_bounds(q_ref, mean_ref, radius_ref, bound_ref, *, factor, k_smooth, shift):
+    """Compute the bounds of a block of queries; a row for which it is not exact enough gets no weight at all."""
+    mean, radius = mean_ref[0], radius_ref[0]
 
-    @pl.when(first == 0)
-    def _():
-        unsafe_ref[...] = jnp.zeros_like(unsafe_ref)
-
-    def tile_bound(tile, unsafe):
+    def tile_bound(tile, _):
         query = q_ref[tile, 0].astype(jnp.float32)
-        centre = (query * mean).sum(0, keepdims=True)  # the mean score of a row
         bound = jnp.sqrt(jnp.square(query).sum(0, keepdims=True)) * radius
         if k_smooth:
-            bound += centre
-        bound_ref[tile, 0] = bound - SHIFT / factor
-        safe = (factor * (bound - centre) <= LIMIT) & (factor * jnp.abs(bound) <= OFFSET_LIMIT)
-        return jnp.where(safe | (first + tile >= tiles), unsafe, 1.0)
+            bound += (query * mean).sum(0, keepdims=True)  # the mean score of a row
+        exact = factor * jnp.abs(bound) <= OFFSET_LIMIT
+        bound_ref[tile, 0] = jnp.where(exact, bound - shift / factor, -MASKED)
 
-    unsafe_ref[0] = lax.fori_loop(0, block, tile_bound, unsafe_ref[0], unroll=4)
+    lax.fori_loop(0, q_ref.shape[0], tile_bound, None, unroll=4)
+
+
+def _shift(kv_len: int) -> int:
+    """Return the greatest weight's exponent: kv_len such weights, times values, sum to half of float32's largest."""
+    return jnp.finfo(jnp.float32).maxexp - 1 - VALUE_BITS - (kv_len - 1).bit_length()
 
 
 def _run(
@@ -370,63 +354,93 @@ def _run(
     keys: jax.Array,
     values: jax.Array,
     bound: jax.Array,
-    safe: jax.Array,
     *,
     factor: float,
     blocks: BlockSizes,
     kv_len: int,
     interpret: bool,
-) -> jax.Array:
-    """Run the fast kernel for all heads, and then the online kernel for the heads, if any, that are not safe."""
+) -> tuple[jax.Array, jax.Array]:
+    """Run the fast kernel, and then the online kernel for the blocks of queries, if any, for which it is not exact.
+
+    Returns the output, and of each head the share of such blocks, float32 [heads].
+    """
     call = functools.partial(_call, factor=factor, kv_len=kv_len, interpret=interpret)
     # The online kernel's program is longer, and it need not be fast: it is unrolled less.
     online_blocks = dataclasses.replace(
         blocks, block_kv_compute=min(blocks.block_kv_compute, 4 * blocks.block_kv_compute_in)
     )
-    unsafe = jnp.argsort(safe)
+    output, inexact = call(queries, keys, values, bound, blocks=blocks)
+    inexact = inexact.max((2, 3)) > 0  # [blocks of queries, heads]
+    order = jnp.argsort(~inexact.any(0))
 
     def online(index, output):
-        return call(unsafe[index], queries, keys, values, jnp.zeros_like(bound), output, blocks=online_blocks)
+        again = Again(output, order[index], inexact[:, order[index]])
+        return call(queries, keys, values, jnp.zeros_like(bound), again, blocks=online_blocks)
 
-    output = lax.fori_loop(0, (~safe).sum(), online, call(0, queries, keys, values, bound, blocks=blocks))
+    output = lax.fori_loop(0, inexact.any(0).sum(), online, output)
     # Without this, XLA may choose the loop's layout for the operation that reads it, and copy what the kernel wrote.
-    return with_layout_constraint(output, Layout(major_to_minor=(0, 1, 2, 3)))
+    return with_layout_constraint(output, Layout(major_to_minor=(0, 1, 2, 3))), inexact.mean(0, dtype=jnp.float32)
+
+
+class Again(NamedTuple):
+    """What the online kernel computes again.
+
+    Attributes:
+        output: what there is, which it writes into, [tiles, heads, head_dim, 128].
+        head: int32 scalar.
+        blocks: which of the head's blocks of queries, at least one, bool [blocks of queries].
+    """
+
+    output: jax.Array
+    head: jax.Array
+    blocks: jax.Array
 
 
 def _call(
-    head: int | jax.Array,
     queries: jax.Array,
     keys: jax.Array,
     values: jax.Array,
     bound: jax.Array,
-    output: jax.Array | None = None,
+    again: Again | None = None,
     *,
     factor: float,
     blocks: BlockSizes,
     kv_len: int,
     interpret: bool,
-) -> jax.Array:
-    """Run the fast kernel over all heads, or, if `output` is given, the online kernel, which replaces one head in it.
+) -> Any:
+    """Run the fast kernel, or, if there is anything to do `again`, the online kernel.
 
     Takes and returns tiles, [tiles, heads, head_dim, 128], and the bound [tiles, heads, 1, 128]. The last blocks may
-    reach over the end, where a read is undefined and a write is dropped.
+    reach over the end, where a read is undefined and a write is dropped. The fast kernel also returns, in an array
+    [blocks of queries, heads, 1, 128], what is not 0 where the result is not exact.
     """
     tiles, heads, head_dim, _ = queries.shape
     q_tiles, kv_tiles = blocks.block_q // LANES, blocks.block_kv // LANES
     assert keys.shape == values.shape and bound.shape == (tiles, heads, 1, LANES)
-    online = output is not None
-    arrays = _in_hbm([queries, keys, values, bound, *([] if output is None else [output])], interpret)
+    arrays, q_blocks = [queries, keys, values, bound], pl.cdiv(tiles, q_tiles)
+    if online := again is not None:
+        arrays.append(again.output)
+        chosen = jnp.append(jnp.argsort(~again.blocks), again.head).astype(jnp.int32)
+        kernel: Callable = _online_kernel
+        grid: tuple = 1, again.blocks.sum(dtype=jnp.int32)
+        place = lambda h, i, chosen: (chosen[i], chosen[q_blocks])  # noqa: E731
+    else:
+        chosen, kernel, grid = jnp.zeros(1, jnp.int32), functools.partial(_fast_kernel, tiles=tiles), (heads, q_blocks)
+        place = lambda h, i, chosen: (i, h)  # noqa: E731
 
     def query_spec(rows: int) -> pl.BlockSpec:
-        return pl.BlockSpec((q_tiles, 1, rows, LANES), lambda h, i, j, head: (i, head[0] + h, 0, 0))
+        return pl.BlockSpec((q_tiles, 1, rows, LANES), lambda h, i, j, chosen: (*place(h, i, chosen), 0, 0))
 
-    key_spec = pl.BlockSpec((kv_tiles, 1, head_dim, LANES), lambda h, i, j, head: (j, head[0] + h, 0, 0))
+    key_spec = pl.BlockSpec((kv_tiles, 1, head_dim, LANES), lambda h, i, j, chosen: (j, place(h, i, chosen)[1], 0, 0))
+    inexact_spec = pl.BlockSpec((1, 1, 1, LANES), lambda h, i, j, chosen: (i, h, 0, 0))
+    inexact = jax.ShapeDtypeStruct((q_blocks, heads, 1, LANES), jnp.float32)
+    like_queries = jax.ShapeDtypeStruct(queries.shape, queries.dtype)
     return pl.pallas_call(
-        functools.partial(_online_kernel if online else _fast_kernel, factor=factor, blocks=blocks, kv_len=kv_len),
+        functools.partial(kernel, factor=factor, blocks=blocks, kv_len=kv_len),
         name="exp2_splash_online" if online else "exp2_splash",
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(1 if online else heads, pl.cdiv(tiles, q_tiles), pl.cdiv(kv_len, blocks.block_kv)),
+            grid=(*grid, pl.cdiv(kv_len, blocks.block_kv)),
             in_specs=[
                 query_spec(head_dim),
                 key_spec,
@@ -434,16 +448,16 @@ def _call(
                 query_spec(1),
                 *[pl.BlockSpec(memory_space=pl.ANY)] * online,
             ],
-            out_specs=query_spec(head_dim),
+            out_specs=query_spec(head_dim) if online else [query_spec(head_dim), inexact_spec],
             scratch_shapes=_scratch(head_dim, blocks, jnp.float32 if interpret else queries.dtype, online),
         ),
-        out_shape=jax.ShapeDtypeStruct(queries.shape, queries.dtype),
+        out_shape=like_queries if online else [like_queries, inexact],
         input_output_aliases={5: 0} if online else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         interpret=interpret,
-    )(jnp.full(1, head, jnp.int32), *arrays)
+    )(chosen, *_in_hbm(arrays, interpret))
 
 
 def _in_hbm(arrays: list[jax.Array], interpret: bool) -> list[jax.Array]:
@@ -463,13 +477,14 @@ def _scratch(head_dim: int, blocks: BlockSizes, dtype: jax.typing.DTypeLike, onl
         pltpu.VMEM((head_dim, blocks.block_kv), dtype),
         pltpu.VMEM((head_dim, blocks.block_q), jnp.float32),
         pltpu.VMEM((8, blocks.block_q), jnp.float32),
-        *[pltpu.VMEM((1, blocks.block_q), jnp.float32)] * online,
+        pltpu.VMEM((1, blocks.block_q) if online else (head_dim, LANES), jnp.float32),
     ]
 
 
-def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, *scratch, factor, blocks, kv_len):
-    """Compute weights relative to the bound, which the first product subtracts."""
-    query_ref, key_ref, value_ref, output_ref, sum_ref = scratch
+def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, inexact_ref, *scratch, factor, blocks, kv_len, tiles):
+    """Compute weights relative to the bound, which the first product subtracts, and note where that is not exact."""
+    query_ref, key_ref, value_ref, output_ref, sum_ref, size_ref = scratch
+    first = pl.program_id(1) * (blocks.block_q // LANES)
 
     def weigh(queries, keys):
         weights = jnp.exp2(_product(key_ref[keys, :], query_ref[:, queries]) * factor)
@@ -479,8 +494,29 @@ def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, *scratch, factor, blocks,
     def add(queries, keys, weights):
         output_ref[:, queries] += _product(value_ref[:, keys], weights)
 
-    _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, kv_len)
-    _attend(o_ref, output_ref, sum_ref, blocks, weigh, add)
+    def check(total):
+        exact = _is_exact(total, size_ref[:1, :1], kv_len, v_ref.dtype)
+        inexact = jnp.zeros((1, LANES), jnp.float32)
+        for tile in range(blocks.block_q // LANES):
+            fine = exact[:, tile * LANES : (tile + 1) * LANES] | (first + tile >= tiles)
+            inexact = jnp.where(fine, inexact, 1.0)
+        inexact_ref[0, 0] = inexact
+
+    _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, kv_len, size_ref)
+    _attend(o_ref, output_ref, sum_ref, blocks, weigh, add, check)
+
+
+def _is_exact(total: jax.Array, largest: jax.Array, kv_len: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Tell for which sums of a row's weights float32's range was wide enough; `largest` is that of the values.
+
+    Too small: each of kv_len weights, and of their products with a value, may underflow, and is then lost; together
+    they are to be 2^GUARD_BITS times less than what `dtype` rounds off. Beside a sum of 1 that is so for all values but
+    those that are nothing themselves. Too large: products overflow, if weights are near the bound and values are large.
+    """
+    info = jnp.finfo(jnp.float32)
+    least = kv_len * float(info.tiny) / float(jnp.finfo(dtype).eps) * 2**GUARD_BITS
+    products = total * largest
+    return (total >= least) & ((products >= least) | (total >= 1)) & (products <= float(info.max) / 2)
 
 
 def _online_kernel(_, q_ref, k_ref, v_ref, b_ref, __, o_ref, *scratch, factor, blocks, kv_len):
@@ -509,12 +545,12 @@ def _online_kernel(_, q_ref, k_ref, v_ref, b_ref, __, o_ref, *scratch, factor, b
     _attend(o_ref, output_ref, sum_ref, blocks, weigh, add)
 
 
-def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, kv_len):
+def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, kv_len, size_ref=None):
     """Append (-bound, 1) to each query and (1, mask) to each key, so that their product subtracts and masks.
 
     The bound takes two columns, what the query's dtype holds of it and the rest, so a key gets (1, 1, mask). Keys are
     transposed too, and keys and values beyond the end are cleared. Where one block holds all keys of a head, this is
-    done once for all of the head's queries.
+    done once for all of the head's queries. If there is `size_ref`, all of it is set to the largest |value| so far.
     """
     head_dim, rows = q_ref.shape[2], query_ref.shape[0]
     first = pl.program_id(2) * blocks.block_kv
@@ -545,11 +581,19 @@ def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, k
             key, value = (jnp.where(real, _columns(ref, start, length), 0) for ref in (k_ref, v_ref))
             key_ref[keys, :] = jnp.concatenate([key, appended.astype(key.dtype)], 0).T.astype(key_ref.dtype)
             value_ref[:, keys] = value.astype(value_ref.dtype)
+            if size_ref is not None:
+                size = jnp.abs(value)
+                size = functools.reduce(jnp.maximum, [size[:, i : i + LANES] for i in range(0, length, LANES)])
+                size_ref[...] = jnp.maximum(size_ref[...], size.astype(jnp.float32))
 
+        if size_ref is not None:
+            size_ref[...] = jnp.where(first == 0, jnp.zeros_like(size_ref), size_ref[...])
         _loop(blocks.block_kv, 8 * LANES, tile)
+        if size_ref is not None:
+            size_ref[...] = jnp.broadcast_to(size_ref[...].max((0, 1), keepdims=True), size_ref.shape)
 
 
-def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add):
+def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add, check=lambda total: None):
     """Do a grid step: clear the sums before the first block of keys, add every pass, divide after the last block."""
 
     @pl.when(pl.program_id(2) == 0)
@@ -561,7 +605,9 @@ def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add):
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
-        output = (output_ref[...] / sum_ref[...].sum(0, keepdims=True)).astype(o_ref.dtype)
+        total = sum_ref[...].sum(0, keepdims=True)
+        check(total)
+        output = (output_ref[...] / total).astype(o_ref.dtype)
         for tile in range(o_ref.shape[0]):
             o_ref[tile, 0] = output[:, tile * LANES : (tile + 1) * LANES]
 

@@ -404,7 +404,7 @@ def check_kernel(machine: Machine, name: str, inputs: str, length: int) -> dict:
     worst = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
     note, unmet = f"relative error of head {worst} of {len(errors)}, the worst", None
     if online_heads := IMPLEMENTATIONS[name].online_heads:
-        taken = float(jax.jit(functools.partial(online_heads, kv_length=length))(*arrays[:2]).mean())
+        taken = float(jax.jit(functools.partial(online_heads, kv_length=length))(*arrays).mean())
         note += f"; {taken:.0%} of the heads took the online kernel"
         if taken != (wanted := ONLINE.get(inputs, 0.0)):
             unmet = f"{wanted:.0%} of the heads should have taken the online kernel"

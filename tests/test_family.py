@@ -112,7 +112,8 @@ def denoise(kind: str, folder: Path, sampled: tuple, *options: object, devices: 
     scheduler, guidance_scale, dynamic = sampled
     settings = ["--scheduler", {DDIM: "ddim", DPM: "dpm"}[scheduler], "--guidance_scale", guidance_scale]
     settings += ["--use_dynamic_cfg"] * dynamic + ["--warmup_steps", 0, "--frames", FRAMES[kind], *SIZE]
-    check(run_here(STAGE2, *settings, *options, folder=folder, devices=devices))
+    done = check(run_here(STAGE2, *settings, *options, folder=folder, devices=devices))
+    assert ("online kernel      none of" in done.stdout) == ("splash_exp2" in options), done.stdout
     return load_file(folder / "stage_outputs" / "stage2_latents.safetensors")["latents"]
 
 

@@ -21,6 +21,7 @@ from cogvideox.cli.report import EventLog, Report, memory_of
 from cogvideox.files import timings
 from cogvideox.files.names import TIMINGS
 from cogvideox.inspection import seconds
+from cogvideox.run.denoising import online_summary
 from tests.helpers import LATENTS, SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, check, stage_command, stage_environment
 from tests.in_process import run_here
 
@@ -371,3 +372,14 @@ def test_a_killed_stage_leaves_what_happened(kill, outputs, tmp_path):
     last = ("step", "aside") if kill == signal.SIGKILL else ("error",)  # a step, or its state that was kept
     assert told[-1]["event"] in last, told[-1]
     assert (outputs / TIMINGS).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("online", "shares", "said"),
+    [
+        (0, 0, "none of 4,032 heads of all blocks and steps"),
+        (1234, 40.3, "1,234 of 4,032 heads of all blocks and steps, for 1.00% of all queries"),
+    ],
+)
+def test_how_many_heads_were_slow(online, shares, said):
+    assert online_summary(online, shares, 4032) == said

@@ -122,7 +122,7 @@ def test_a_wrong_kernel_fails_and_the_rest_goes_on(run, monkeypatch, capsys):
 def test_the_wrong_kernel_of_two_fails(run, monkeypatch):
     """Inputs that never reach the online kernel prove nothing about it."""
     never = attention.IMPLEMENTATIONS["splash_exp2"]._replace(
-        online_heads=lambda query, key, **_: jax.numpy.zeros(query.shape[:2], bool)
+        online_heads=lambda query, *_, **__: jax.numpy.zeros(query.shape[:2], bool)
     )
     monkeypatch.setitem(attention.IMPLEMENTATIONS, "splash_exp2", never)
     status, found = run(only=(ONLINE,))

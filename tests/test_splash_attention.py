@@ -13,13 +13,17 @@ from custom_splash_attention import (
     DEFAULT_BLOCK_SIZES,
     ORIGINAL_BLOCK_SIZES,
     BlockSizes,
+    from_tiles,
     online_heads,
     splash_attention,
+    tiled_attention,
+    to_tiles,
 )
 
 TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-3}
 SMALL = BlockSizes(256, 256, 128, 128)
 HEAD_DIM = 64
+FACTOR = HEAD_DIM**-0.5 / np.log(2)
 
 
 def attention(query, key, value, scale=None):
@@ -35,10 +39,13 @@ def check(query, key, value, dtype, scale=None, block_sizes=SMALL, **options):
     run = jax.jit(lambda *arrays: splash_attention(*arrays, scale=scale, block_sizes=block_sizes, **options))
     output = run(query, key, value)
     assert output.dtype == dtype and output.shape == query.shape
-    expected = attention(query, key, value, scale)
+    errors = errors_of_heads(output, attention(query, key, value, scale))
+    assert errors.max() <= TOLERANCE[dtype], f"normwise relative error {errors.max():.2e}, {dtype}"
+
+
+def errors_of_heads(output, expected):
     difference = np.linalg.norm(np.asarray(output, np.float64) - expected, axis=(2, 3))
-    error = (difference / np.linalg.norm(expected, axis=(2, 3))).max()
-    assert error <= TOLERANCE[dtype], f"normwise relative error {error:.2e}, {dtype}"
+    return difference / np.linalg.norm(expected, axis=(2, 3))
 
 
 def random(q_len, kv_len, heads=2, head_dim=HEAD_DIM, batch=1, seed=0):
@@ -166,19 +173,83 @@ def test_head_dims_batch_and_scale(head_dim):
     check(*random(200, 300, head_dim=head_dim, batch=2), "bfloat16", scale=0.3)
 
 
+def apart(distance, q_len=300, kv_len=500):
+    """One head whose bound is so far (log2) above the greatest score of each row, by keys that are long elsewhere."""
+    query, key, value = random(q_len, kv_len, heads=1)
+    query[..., 0] = 0
+    query *= 16 / np.linalg.norm(query, axis=-1, keepdims=True)
+    key[..., 0] = (distance / FACTOR / 16 + 3) * np.where(np.arange(kv_len) % 2, 1, -1)
+    return query, key, value
+
+
+def far_text():
+    """One head that is far apart for its first queries alone."""
+    query, key, value = apart(190)
+    query[:, :, :100] *= 1.5
+    return query, key, value
+
+
+def one_key():
+    """One head whose rows have all their weight on one key, whose score is the bound."""
+    query, key, value = random(300, 500, heads=1)
+    query, key = 0.05 * query, 0.1 * key
+    query[..., 0] = 16
+    key[:, :, 137] = 20 * np.eye(HEAD_DIM)[0]
+    return query, key, value
+
+
 @pytest.mark.slow
 def test_uninitialized_memory_is_never_read():
-    query, key, value = (jnp.asarray(array, "bfloat16") for array in random(256, 512))
     strict = pltpu.InterpretParams(uninitialized_memory="nan")
-    for factor in (1, 1000):
-        output = splash_attention(factor * query, key, value, block_sizes=SMALL, interpret=strict)
-        assert jnp.isfinite(output).all()
+    heads = (apart(distance, 256, 512) for distance in (0, 190, 2000))
+    check(*(np.concatenate(arrays, 1) for arrays in zip(*heads, strict=True)), "bfloat16", interpret=strict)
+
+
+ENDS = [  # of float32: a head, the exponent of its largest value, its share of blocks for the online kernel
+    (apart(100), 0, 0),
+    (apart(190), 0, 0),
+    (apart(190), 8, 0),
+    (apart(190), -60, 1),  # products that would underflow
+    (far_text(), 0, 0.5),
+    (apart(240), 0, 1),
+    (apart(2000), 0, 1),
+    (equal_keys(), 8, 0),  # all weights are the greatest that there can be
+    (equal_keys(), 40, 1),
+    (one_key(), 8, 0),
+    (one_key(), 120, 1),
+    (layer_normed(), -60, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "block_sizes"),
+    [("bfloat16", SMALL), pytest.param("float32", BlockSizes(256, 512, 256, 128), marks=pytest.mark.slow)],
+)
+def test_both_ends_of_the_range(dtype, block_sizes):
+    """With padded keys and values that would show; in two blocks of keys, and in one."""
+    scaled = [(query, key, value / np.abs(value).max() * 2.0**exponent) for (query, key, value), exponent, _ in ENDS]
+    query, key, value = (
+        jnp.asarray(np.concatenate([array[:, :1] for array in arrays], 1), dtype)
+        for arrays in zip(*scaled, strict=True)
+    )
+    length = 450
+
+    @jax.jit
+    def run(*arrays):
+        tiles = (to_tiles(array) for array in arrays)
+        output, online = tiled_attention(*tiles, kv_length=length, block_sizes=block_sizes)
+        return from_tiles(output, 1, query.shape[2]), online
+
+    output, online = run(query, *(array.at[:, :, length:].set(1e30) for array in (key, value)))
+    assert online.tolist() == [share for *_, share in ENDS]
+    errors = errors_of_heads(output, attention(query, key[:, :, :length], value[:, :, :length]))
+    assert (errors <= TOLERANCE[dtype]).all(), errors
 
 
 def test_each_head_takes_the_kernel_that_it_needs():
-    query, key, _ = (jnp.asarray(array[0], "float32") for array in mixed_heads())
+    query, key, value = (jnp.asarray(array[0], "float32") for array in mixed_heads())
     factor = HEAD_DIM**-0.5 / np.log(2)
-    assert online_heads(query[None], key[None]).tolist() == [[False, True, False, True]]
+    assert online_heads(query[None], key[None], value[None]).tolist() == [[False, True, False, True]]
     # The bound holds, and no row's maximum is further below it than the fast kernel can represent.
     for head in (0, 2):
         scores = np.asarray(query[head] @ (key[head] - key[head].mean(0)).T) * factor

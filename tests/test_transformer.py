@@ -277,6 +277,7 @@ def test_the_fastest_mesh(heads, guidance_scale, size, expected):
     )
     assert (*plan.mesh.shape.values(), plan.parallelism.query_parts) == expected
     assert ("query_parts" in plan.program_options) == (expected[-1] > 1)
+    assert plan.attended_heads(plan.kinds({3})) == 9 * plan.prompts * 42 * heads * expected[-1]
 
 
 def test_weights_that_the_chips_cannot_share():

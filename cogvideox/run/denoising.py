@@ -170,12 +170,14 @@ class DenoisingRun:
         """Run all groups, of which `first` is the first one's run, and return the latents of the last one."""
         profiled = profile.traced(compiled, self.steps.plan.steps - first.done)
         programs = dict(zip(self.steps.traced, map(recorder.recording, profiled), strict=True))
-        latents, seconds, steps = self.make(groups[0], first, programs)
+        latents, seconds, steps, online = self.make(groups[0], first, programs)
         for n, group in enumerate(groups[1:], 2):
             label = f", group {n} of {len(groups)}"
-            latents, more_seconds, more_steps = self.make(group, self.start(group), programs, label)
-            seconds, steps = seconds + more_seconds, steps + more_steps
+            latents, more_seconds, more_steps, more_online = self.make(group, self.start(group), programs, label)
+            seconds, steps, online = seconds + more_seconds, steps + more_steps, online + more_online
         self.report.add("per step", f"{seconds / steps:.3f} s")
+        if heads := len(groups) * self.steps.plan.attended_heads(self.steps.kinds):
+            self.report.add("online kernel", online_summary(online[0], online[1], heads))
         if len(groups) > 1:
             self.report.add("run of all groups", f"{seconds:.2f} s")
         return latents
@@ -218,11 +220,11 @@ class DenoisingRun:
 
     def make(
         self, group: Group, denoising: "Denoising", programs: "Mapping[StepKind, Callable]", label: str = ""
-    ) -> tuple[np.ndarray, float, int]:
+    ) -> tuple[np.ndarray, float, int, np.ndarray]:
         """Run the steps of a group and write its latents.
 
         Returns:
-            The latents, [B, C, T, H, W], and the seconds and the number of the steps.
+            The latents, [B, C, T, H, W], the seconds and the number of the steps, and `State.online_heads`.
         """
         done, report = denoising.done, self.report
         with Interruption.held_back(), contextlib.ExitStack() as claims:
@@ -235,7 +237,7 @@ class DenoisingRun:
                 latents = self.save(group, state)
         for task in group.tasks:
             report.say(f"wrote {task.video.latents} and {CONFIG}")
-        return latents[: len(group.tasks)], phase.seconds, self.steps.plan.steps - done
+        return latents[: len(group.tasks)], phase.seconds, self.steps.plan.steps - done, np.asarray(state.online_heads)
 
     def run_steps(self, group: Group, denoising: "Denoising", programs: "Mapping[StepKind, Callable]") -> "State":
         """Run the steps that are not done; keep the state, and draw previews, as the options say."""
@@ -289,6 +291,13 @@ class DenoisingRun:
                 videos.record(output_dir, [task.video.entry("denoised") for task in group.tasks])
             group.state_file.remove()
         return latents
+
+
+def online_summary(online: float, shares: float, heads: int) -> str:
+    """Say how many of all prompts', blocks' and steps' heads took attention's slower kernel, and for how much of it."""
+    if not online:
+        return f"none of {heads:,} heads of all blocks and steps"
+    return f"{online:,.0f} of {heads:,} heads of all blocks and steps, for {shares / heads:.2%} of all queries"
 
 
 # --- What is said before the run ---------------------------------------------------------------------------------

@@ -98,8 +98,8 @@ class Recorder:
         yield "dump", " and ".join(map(str, self._dump.paths)) or "nothing"
         if self._points:
             yield "not finite", self._not_finite or f"nothing at {self._points:,} points"
-        if self._online:
-            yield "online kernel", online_summary(np.concatenate(self._online, axis=1))
+        if self._online and (most := most_often_online(np.concatenate(self._online, axis=1))):
+            yield "most often online", most
         for line in self._differing[:5]:
             yield "chips differ", line
         if len(self._differing) > 5:
@@ -120,14 +120,11 @@ class NoRecorder:
         yield from ()
 
 
-def online_summary(heads: np.ndarray) -> str:
-    """Say how many heads took the online kernel, and which most often; bool [blocks, prompts of all steps, heads]."""
-    blocks, runs, number = heads.shape
-    if not heads.any():
-        return f"none of {blocks * number:,} heads, in no step"
+def most_often_online(heads: np.ndarray) -> str:
+    """Say which head took the online kernel most often, if any did; bool [blocks, prompts of all steps, heads]."""
     often = heads.sum(1)
     block, head = np.unravel_index(often.argmax(), often.shape)
-    return f"{heads.mean():.2%} of the heads; most often block {block}, head {head}: {often.max()} of {runs} times"
+    return f"block {block}, head {head}: {often.max()} of {heads.shape[1]} times" if often.any() else ""
 
 
 def differing_chips(checksums: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> Iterator[str]:

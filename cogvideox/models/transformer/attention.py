@@ -20,7 +20,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 import custom_splash_attention
 from cogvideox.errors import PlanError
 from cogvideox.models.shared.sizes import MOST_ELEMENTS
-from cogvideox.models.transformer import taps
 
 
 def xla_attention(
@@ -125,18 +124,6 @@ def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-class Tiled(NamedTuple):
-    """An implementation from and to arrays [tiles, batch * heads, head_dim, 128].
-
-    Attributes:
-        function: the attention.
-        online_heads: see `Implementation`, bool [batch * heads].
-    """
-
-    function: Callable[..., jax.Array]
-    online_heads: Callable[..., jax.Array]
-
-
 class Implementation(NamedTuple):
     """One line of the table.
 
@@ -145,9 +132,10 @@ class Implementation(NamedTuple):
         block_sizes: the frozen dataclass of its block sizes, with a method `check(head_dim, itemsize)`; None where it
             has none. A function with block sizes also takes `k_smooth` and `interpret`.
         platform_options: options of the function by platform of the devices, for those that need some.
-        online_heads: `online_heads(query, key, kv_length=..., k_smooth=...)` tells which heads, bool [batch, heads],
-            take the slower of the function's two kernels; None where it has one.
-        tiled: the two functions from and to the kernel's own layout; None where it has none. With them, a TPU copies
+        online_heads: a function of the same arguments that tells which heads, bool [batch, heads], take the slower of
+            the function's two kernels for some queries; None where it has one.
+        tiled: the function from and to arrays [tiles, batch * heads, head_dim, 128], which also returns of each head
+            the share of the queries that did, float32 [batch * heads]; None where there is none. With it, a TPU copies
             nothing between projection and kernel.
     """
 
@@ -155,7 +143,7 @@ class Implementation(NamedTuple):
     block_sizes: type | None = None
     platform_options: Mapping[str, Mapping] = MappingProxyType({})
     online_heads: Callable[..., jax.Array] | None = None
-    tiled: Tiled | None = None
+    tiled: Callable[..., tuple[jax.Array, jax.Array]] | None = None
 
 
 IMPLEMENTATIONS = {
@@ -163,7 +151,7 @@ IMPLEMENTATIONS = {
         custom_splash_attention.splash_attention,
         custom_splash_attention.BlockSizes,
         online_heads=custom_splash_attention.online_heads,
-        tiled=Tiled(custom_splash_attention.tiled_attention, custom_splash_attention.tiled_online_heads),
+        tiled=custom_splash_attention.tiled_attention,
     ),
     "splash": Implementation(splash_attention, BlockSizes),
     "xla": Implementation(
@@ -246,6 +234,11 @@ class Attention:
         return IMPLEMENTATIONS[self.name].block_sizes is not None
 
     @property
+    def has_online_kernel(self) -> bool:
+        """Whether some queries may take a slower kernel, which `tiled` tells."""
+        return IMPLEMENTATIONS[self.name].online_heads is not None
+
+    @property
     def interpret(self) -> bool:
         """Whether kernels run in Pallas' interpreter."""
         return self.platform != "tpu"
@@ -257,22 +250,18 @@ class Attention:
         return implementation.function(query, key, value, kv_length=kv_length, **options)
 
     def tiled(
-        self, queries: jax.Array, keys: jax.Array, values: jax.Array, kv_length: int, query_parts: int
-    ) -> jax.Array:
+        self, queries: jax.Array, keys: jax.Array, values: jax.Array, kv_length: int
+    ) -> tuple[jax.Array, jax.Array]:
         """Compute attention of tiles [tiles, batch, heads, head_dim, 128]; only where `is_tiled`.
 
-        The queries are one of `Parallelism.query_parts`.
+        Returns an array like the queries, and of each head the share of the queries that took the slower of the two
+        kernels, float32 [batch, heads].
         """
         tiled, shape = IMPLEMENTATIONS[self.name].tiled, queries.shape
         assert tiled
         queries, keys, values = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (queries, keys, values))
-
-        def which() -> jax.Array:
-            found = tiled.online_heads(queries, keys, kv_length=kv_length, k_smooth=self.k_smooth)
-            return found.reshape(shape[1:3])
-
-        taps.tap_online_heads(which, query_parts)
-        return tiled.function(queries, keys, values, kv_length=kv_length, **self._kernel_options()).reshape(shape)
+        output, online = tiled(queries, keys, values, kv_length=kv_length, **self._kernel_options())
+        return output.reshape(shape), online.reshape(shape[1:3])
 
     def _kernel_options(self) -> dict[str, Any]:
         """Return the options of a function that has block sizes."""

@@ -45,8 +45,8 @@ class BaseBlock(abc.ABC):
     attention: Callable
 
     @abc.abstractmethod
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        """Apply the block."""
+    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Apply the block; returns the hidden states, and `Prediction.online_heads` of this block and chip."""
 
     @property
     def heads(self) -> int:

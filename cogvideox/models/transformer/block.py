@@ -29,13 +29,13 @@ HEADS, ROWS = 1, 2  # axes of queries, keys and values
 class Block(BaseBlock):
     """See the top of this file."""
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
+    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Apply the block to hidden states [batch / dp, sequence / (sp * tp), embed]."""
         hidden = self.self_attention(hidden)
         pieces = zip(jnp.split(hidden, self.cuts, TOKENS), jnp.split(self.is_text, self.cuts), strict=True)
         hidden = jnp.concatenate(tap.pieces(self.feed_forward, list(pieces), TOKENS), axis=TOKENS)
         tap.tap("", hidden, HIDDEN_STATES, self.bounds)
-        return hidden
+        return hidden, jnp.zeros(2)
 
     def self_attention(self, hidden: jax.Array) -> jax.Array:
         """Apply the first half of the block: norm, attention, gated residual."""

@@ -74,6 +74,14 @@ class DenoisingPlan(Plan):
         first, last = self.guidance_interval or (0, self.steps)
         return [StepKind(short=i in skipped, guided=self.guided and first <= i <= last) for i in range(self.steps)]
 
+    def attended_heads(self, kinds: "Collection[StepKind]") -> int:
+        """Return of how many heads `State.online_heads` tells after steps of these kinds; 0 if it tells nothing."""
+        if not self.attention.has_online_kernel:
+            return 0
+        samples = sum(self.batch * (2 if kind.guided else 1) for kind in kinds if not kind.short)
+        heads = self.transformer["num_attention_heads"] * self.parallelism.query_parts
+        return samples * self.transformer["num_layers"] * heads
+
     def guidance_at(self, timestep: int) -> float:
         """Return the guidance scale of a step; source: `use_dynamic_cfg` of `CogVideoXPipeline.__call__`."""
         if not self.use_dynamic_cfg:

@@ -31,12 +31,14 @@ class State(NamedTuple):
             first step.
         finite_steps: int32 scalar, the steps whose latents were finite. What is not finite stays so in all later steps.
         residual: what the blocks have added in the last full step (`Prediction`); None without the step cache.
+        online_heads: float32 [2], the sum over all steps (`Prediction`).
     """
 
     latents: jax.Array
     pred_original_sample: jax.Array
     finite_steps: jax.Array
     residual: jax.Array | None
+    online_heads: jax.Array
 
 
 class Condition(NamedTuple):
@@ -139,7 +141,8 @@ def make_step(
         if plan.step_cache and not short:
             # That of negative prompts, if missing, is not read before it is there: see `DenoisingPlan.always_full`.
             residual = jnp.tile(prediction.residual, (plan.batch * plan.prompts // len(prediction.residual), 1, 1))
-        return State(prev_sample, pred_original_sample, finite_steps, residual)
+        online_heads = state.online_heads + prediction.online_heads
+        return State(prev_sample, pred_original_sample, finite_steps, residual, online_heads)
 
     shardings = state_shardings(plan)
     platform = plan.mesh.devices.flat[0].platform
@@ -161,7 +164,7 @@ def state_shardings(plan: DenoisingPlan) -> Any:
     """Return a `State` of shardings: each chip has its share of the residual, and all of the others."""
     sharding: Any = plan.parallelism.sharding
     residual = sharding(*HIDDEN_STATES) if plan.step_cache else None
-    return State(sharding(), sharding(), sharding(), residual)
+    return State(sharding(), sharding(), sharding(), residual, sharding())
 
 
 def abstract_arguments(plan: DenoisingPlan) -> StepArguments:
@@ -184,7 +187,7 @@ def abstract_arguments(plan: DenoisingPlan) -> StepArguments:
         residual = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=state_shardings(plan).residual)
     return StepArguments(
         abstract_parameters(config, plan.dtype, plan.parallelism),
-        State(latents, array(plan.latent_shape), array((), jnp.int32), residual),
+        State(latents, array(plan.latent_shape), array((), jnp.int32), residual, array((2,))),
         Condition(array(text, plan.dtype), (rotary, rotary), positions, latents if plan.features.image else None),
         StepInputs(array((), jnp.int32), array((2, 3)), latents if plan.sampler.adds_noise else None, array(())),
     )

@@ -33,14 +33,15 @@ class TiledBlock(BaseBlock):
 
     attention: Attention
 
-    def __call__(self, hidden: jax.Array) -> jax.Array:
+    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Apply the block to hidden states [batch / dp, sequence / (sp * tp), embed]."""
-        hidden = self.feed_forward(self.self_attention(hidden))
+        hidden, online = self.self_attention(hidden)
+        hidden = self.feed_forward(hidden)
         tap.tap("", hidden, HIDDEN_STATES, self.bounds)
-        return hidden
+        return hidden, jnp.stack([(online > 0).sum(dtype=jnp.float32), online.sum()])
 
-    def self_attention(self, hidden: jax.Array) -> jax.Array:
-        """Apply the first half of the block: norm, attention, gated residual."""
+    def self_attention(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Apply the first half of the block: norm, attention, gated residual; and what `Attention.tiled` tells."""
         parts, interpret = self.parallelism.head_parts, self.attention.interpret
         x, gates = self.modulated_norm(hidden, "norm1")
         with tap.scope("attn1"):
@@ -55,11 +56,12 @@ class TiledBlock(BaseBlock):
             value = self.gathered(project("v", None), TILES)
             all_heads, query_parts = self.config["num_attention_heads"], self.parallelism.query_parts
             taps.tap_weights(lambda: (rows(query), rows(key)), self.length, all_heads, query_parts)
-            y = self.attention.tiled(query, key, value, self.length, query_parts)
+            y, online = self.attention.tiled(query, key, value, self.length)
+            taps.tap_online_heads(lambda: online > 0, query_parts)
             y = self.exchanged(y.reshape(parts, -1, *y.shape[1:]), CHIPS, CHIPS)
             weight = self.weight("attn1.to_out.0.weight")
             product = functools.partial(kernels.from_heads, y, weight, interpret=interpret)
-            return self.added(product, hidden, "attn1.to_out.0", gates)
+            return self.added(product, hidden, "attn1.to_out.0", gates), online
 
     def feed_forward(self, hidden: jax.Array) -> jax.Array:
         """Apply the second half of the block: norm, MLP, gated residual."""

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from cogvideox.models.shared import tap
-from cogvideox.models.shared.sharding import HIDDEN_STATES, Parallelism, activation_spec, gather_at_use
+from cogvideox.models.shared.sharding import HIDDEN_STATES, MESH_AXES, Parallelism, activation_spec, gather_at_use
 from cogvideox.models.transformer import taps
 from cogvideox.models.transformer.attention import is_tiled
 from cogvideox.models.transformer.base_block import SEQUENCE_TILE, BaseBlock
@@ -36,10 +37,13 @@ class Prediction(NamedTuple):
     Attributes:
         output: float32 [batch, frames, channels, height, width].
         residual: what the blocks have added to the hidden states; see `hidden_states_shape`.
+        online_heads: how many heads took the slower of the attention's two kernels for some queries, of all samples,
+            blocks and `Parallelism.query_parts`, and the sum of their shares of the queries; float32 [2].
     """
 
     output: jax.Array
     residual: jax.Array
+    online_heads: jax.Array
 
 
 def block_for(attention: Callable) -> type[BaseBlock]:
@@ -83,7 +87,7 @@ def transformer(
         # Text and padding are not rotated: their angle is 0.
         edges = ((text_length, padded - length), (0, 0))
         cos, sin = jnp.pad(rotary[0], edges, constant_values=1.0), jnp.pad(rotary[1], edges)
-        last = run_blocks(
+        last, online_heads = run_blocks(
             parameters,
             hidden,
             time,
@@ -95,11 +99,11 @@ def transformer(
             attention=attention,
         )
     else:
-        last = hidden + residual
+        last, online_heads = hidden + residual, jnp.zeros(2)
     output = predict_patches(parameters, last, time, config, {-2: (text_length, length)})
     batch, frames, _, *size = latents.shape
     output = unpatchify(output[:, text_length:length], (batch, frames, config["out_channels"], *size), config)
-    return Prediction(output, last - hidden if residual is None else residual)
+    return Prediction(output, last - hidden if residual is None else residual, online_heads)
 
 
 def hidden_states_shape(
@@ -160,8 +164,10 @@ def run_blocks(
     config: Mapping,
     parallelism: Parallelism,
     attention: Callable,
-) -> jax.Array:
-    """Run all blocks on the hidden states [batch, padded, embed], split over the mesh; returns an array like them.
+) -> tuple[jax.Array, jax.Array]:
+    """Run all blocks on the hidden states [batch, padded, embed], split over the mesh.
+
+    Returns an array like them, and `Prediction.online_heads`.
 
     Args:
         parameters: of the whole model.
@@ -181,17 +187,19 @@ def run_blocks(
         if block.reads_stacks and BLOCK[name].read_in_stack and not gathered_axes(name, parallelism)
     ]
 
-    def on_chip(blocks: Mapping, hidden: jax.Array, time: jax.Array, rotary: tuple) -> jax.Array:
+    def on_chip(blocks: Mapping, hidden: jax.Array, time: jax.Array, rotary: tuple) -> tuple[jax.Array, jax.Array]:
         """Run all blocks on one chip's share [batch / dp, sequence / (sp * tp), embed] of the hidden states."""
         share = hidden.shape[1]
         position = (jax.lax.axis_index("sp") * parallelism.tp + jax.lax.axis_index("tp")) * share + jnp.arange(share)
         is_text = (position < text_length)[:, None]
 
-        def step(hidden: jax.Array, layer_and_parameters: tuple[jax.Array, dict[str, jax.Array]]) -> jax.Array:
-            layer, parameters = layer_and_parameters
+        def step(
+            carry: tuple[jax.Array, jax.Array], layer_and_parameters: tuple[jax.Array, dict[str, jax.Array]]
+        ) -> tuple[jax.Array, jax.Array]:
+            (hidden, online), (layer, parameters) = carry, layer_and_parameters
             weights: dict[str, Any] = {name: Weight(blocks[name], layer) for name in stacks}
             weights |= {name: gather_share(name, array, parallelism) for name, array in parameters.items()}
-            return block(
+            hidden, more = block(
                 parameters=weights,
                 time=time,
                 rotary=rotary,
@@ -201,18 +209,21 @@ def run_blocks(
                 parallelism=parallelism,
                 attention=attention,
             )(hidden)
+            return hidden, online + more
 
         layers = jnp.arange(config["num_layers"], dtype=jnp.int32)
         sliced = {name: array for name, array in blocks.items() if name not in stacks}
-        return tap.scan("transformer_blocks", step, hidden, (layers, sliced))
+        hidden, online = tap.scan("transformer_blocks", step, (hidden, jnp.zeros(2)), (layers, sliced))
+        return hidden, jax.lax.psum(online, MESH_AXES)
 
     run = tap.shard_map(
         on_chip,
         mesh=parallelism.mesh,
         in_specs=(specs, HIDDEN_STATES, activation_spec("time embedding"), (activation_spec("rotary embedding"),) * 2),
-        out_specs=HIDDEN_STATES,
+        out_specs=(HIDDEN_STATES, PartitionSpec()),
     )
-    return constrained(run(blocks, hidden, time, rotary), parallelism)
+    hidden, online = run(blocks, hidden, time, rotary)
+    return constrained(hidden, parallelism), online
 
 
 def gathered_axes(name: str, parallelism: Parallelism) -> tuple[int, tuple[str, ...]] | None:
