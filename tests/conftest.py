@@ -90,8 +90,8 @@ def run_stage(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Run a script or module of the project in `tmp_path`, as a person would, and return the finished process.
 
     `status` is the expected exit status; if it is another one, the assertion shows what the program printed. A module
-    has a process of its own, a script runs in that of the tests, where it finds one device, with `virtual_devices` eight,
-    or so many.
+    has a process of its own, a script runs in that of the tests, where it finds one device, with
+    `virtual_devices` eight, or so many.
     """
 
     def run(
@@ -137,8 +137,8 @@ def finished_run(made_once, random_model) -> Path:
 def processes_folder(made_once, random_model) -> Path:
     """Run each stage once as a process of its own, as a person does, and return the folder of what they leave.
 
-    For each script that is what it printed, with what it imports (.json), its log (.jsonl) and, in "cache", its compiled
-    programs.
+    For each script that is what it printed, with what it imports (.json), its log (.jsonl) and, in "cache", its
+    compiled programs.
     """
 
     def make(folder: Path) -> None:

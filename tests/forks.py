@@ -1,4 +1,4 @@
-"""Start programs as forks of a process that has imported the large libraries, which costs more than what they do here."""
+"""Start scripts as forks of a process that has imported the large libraries, which takes longer than what they do."""
 
 import atexit
 import importlib
