@@ -1,15 +1,12 @@
 """Compiled programs are kept for the next start, whatever happens to the folder where they are."""
 
 import argparse
-import contextlib
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -18,7 +15,7 @@ import pytest
 from cogvideox.cli.report import Report
 from cogvideox.run import compilation
 from tests.helpers import ROOT, SIZE, STAGE2, STAGE3, STAGE3_FLAX, check, needs_libtpu, run_command, stage_command
-from tests.in_process import jax_options_kept, run_here
+from tests.in_process import jax_options_kept, limited_files, run_here
 
 pytestmark = pytest.mark.slow
 
@@ -77,21 +74,10 @@ def test_no_first_run_of_a_program_is_timed(processes_folder):
         assert counts[phase] == {} and any(counts.values()), f"{script}: {counts}"
 
 
-@contextlib.contextmanager
-def limited_files() -> Iterator[None]:
-    """Let no file of this process grow beyond 24 kB: enough for all that the stage writes but its program."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_and_broken_files(outputs, tmp_path):
     """Warnings, said once; no incomplete file stays, and broken ones are replaced."""
     cache = tmp_path / "cache"
-    with limited_files():
+    with limited_files(24_000):  # enough for all that the stage writes but its program
         printed, _, _ = start(outputs, cache)
     assert printed.count("WARNING") == printed.count(FULL) == 1, printed
     assert "for the next start" not in printed, printed
