@@ -241,18 +241,17 @@ def test_ffmpeg_ends_with_an_interrupted_video(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_unfinished_run_goes_on(outputs, run_stage):
+def test_an_unfinished_run_goes_on(outputs, run_stage, tmp_path):
     """SIGTERM in the loop: the state is kept, the same command does the other steps, other options are refused."""
     run = ("--input_dir", outputs, *SIZE[:-1], 1000)  # steps enough not to come to the end
-    with subprocess.Popen(
-        stage_command(STAGE2, *run), env=stage_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
-        while not (outputs / STATE).exists():
-            time.sleep(0.02)
-            assert process.poll() is None, process.stderr.read().decode()
-        process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=300)[1].decode()
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    out, err = tmp_path / "out", tmp_path / "err"
+    process = Fork(stage_command(STAGE2, *run), tmp_path, stage_environment(), out, err)
+    while not (outputs / STATE).exists():
+        time.sleep(0.02)
+        assert process.poll() is None, err.read_text()
+    process.send_signal(signal.SIGTERM)
+    status, errors = process.wait(), err.read_text()
+    assert status == 128 + signal.SIGTERM, errors
     last = errors.strip().splitlines()[-1]
     done = int(load_file(outputs / STATE)["done"])
     assert f"interrupted after step {done} of 1000; the same command goes on from there" in last, errors

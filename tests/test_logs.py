@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from cogvideox.cli.report import EventLog, Report, memory_of
 from cogvideox.files import timings
 from cogvideox.files.names import TIMINGS
 from cogvideox.inspection import seconds
+from tests.forks import Fork
 from tests.helpers import LATENTS, SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, check, stage_command, stage_environment
 from tests.in_process import run_here
 
@@ -354,12 +354,8 @@ def test_inspect_shows_timings_and_does_not_judge_them(quiet_run, run_stage, tmp
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_stage_leaves_what_happened(kill, outputs, tmp_path):
     log, before = tmp_path / "log.jsonl", (outputs / TIMINGS).read_bytes()
-    process = subprocess.Popen(
-        stage_command(STAGE2, "--input_dir", outputs, *SIZE[:-1], 1000, "--quiet", "--log_json", log),
-        env=stage_environment(),
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )
+    command = stage_command(STAGE2, "--input_dir", outputs, *SIZE[:-1], 1000, "--quiet", "--log_json", log)
+    process = Fork(command, tmp_path, stage_environment(), tmp_path / "out", tmp_path / "err")
     deadline = time.monotonic() + 300
     while not (log.exists() and log.read_text().count('"event": "step"') >= 3) and time.monotonic() < deadline:
         time.sleep(0.05)
