@@ -35,6 +35,7 @@ class Fork:
         begins, begun = _forks.Pipe(duplex=False)
         self._process = _forks.Process(target=_run, args=(command[1:], cwd, dict(env), out, err, begun))
         self._process.start()
+        begun.close()
         begins.recv()
         self.pid = self._process.pid
 
@@ -70,9 +71,9 @@ def _run(argv: list[str], cwd: Path, env: Mapping[str, str], out: Path, err: Pat
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    sys.argv, sys.path[:0] = argv, [str(Path(argv[0]).parent)]
     for script in SCRIPTS:
         importlib.import_module(script)  # and with it the modules that receive signals
+    sys.argv, sys.path[:0] = argv, [str(Path(argv[0]).parent)]
     begun.send(True)
     try:
         runpy.run_path(argv[0], run_name="__main__")
