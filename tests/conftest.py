@@ -89,19 +89,15 @@ def image_model(made_once) -> Path:
 def run_stage(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     """Run a script or module of the project in `tmp_path`, as a person would, and return the finished process.
 
-    `status` is the expected exit status; if it is another one, the assertion shows what the program printed. `process`
-    says whether the program has a process of its own or runs in that of the tests; without it a module has one, and a
-    script has none. In the tests' process a program finds one device, with `virtual_devices` eight, or so many.
+    `status` is the expected exit status; if it is another one, the assertion shows what the program printed. A module
+    has a process of its own, a script runs in that of the tests, where it finds one device, with
+    `virtual_devices` eight, or so many.
     """
 
     def run(
-        script: str,
-        *arguments: object,
-        status: int = 0,
-        virtual_devices: bool | int = False,
-        process: bool | None = None,
+        script: str, *arguments: object, status: int = 0, virtual_devices: bool | int = False
     ) -> subprocess.CompletedProcess:
-        if process or (process is None and not script.endswith(".py")):
+        if not script.endswith(".py"):
             assert not virtual_devices, "a process of its own has one device"
             return check(run_command(stage_command(script, *arguments), cwd=tmp_path), status)
         devices = DEVICES if virtual_devices is True else int(virtual_devices) or 1
@@ -138,24 +134,33 @@ def finished_run(made_once, random_model) -> Path:
 
 
 @pytest.fixture(scope="session")
-def processes(made_once, random_model) -> dict[str, subprocess.CompletedProcess]:
-    """Run each stage once as a process of its own that says what it imports, and return the processes by script."""
-    stages = {
-        STAGE1: ("--prompt", "a red circle", "--model_id", random_model),
-        STAGE2: SIZE,
-        STAGE3: (),
-        STAGE3_FLAX: (),
-    }
+def processes_folder(made_once, random_model) -> Path:
+    """Run each stage once as a process of its own, as a person does, and return the folder of what they leave.
+
+    For each script that is what it printed, with what it imports (.json), its log (.jsonl) and, in "cache", its
+    compiled programs.
+    """
 
     def make(folder: Path) -> None:
-        for script, options in stages.items():
-            command = stage_command(script, *options)
+        for script, *options in (
+            (STAGE1, "--prompt", "a red circle", "--model_id", random_model),
+            (STAGE2, *SIZE, "--compilation_cache", folder / "cache" / STAGE2),
+            (STAGE3, "--compilation_cache", folder / "cache" / STAGE3),
+            (STAGE3_FLAX, "--compilation_cache", folder / "cache" / STAGE3_FLAX, "--output_video", "flax.mp4"),
+        ):
+            command = stage_command(script, *options, "--log_json", folder / f"{script}.jsonl")
             process = check(run_command(command, cwd=folder, env={"PYTHONPROFILEIMPORTTIME": "1"}))
             (folder / f"{script}.json").write_text(json.dumps(vars(process)))
 
-    folder = made_once("processes", make)
+    return made_once("processes", make)
+
+
+@pytest.fixture(scope="session")
+def processes(processes_folder) -> dict[str, subprocess.CompletedProcess]:
+    """Return the processes of `processes_folder` by script."""
     return {
-        script: subprocess.CompletedProcess(**json.loads((folder / f"{script}.json").read_text())) for script in stages
+        file.stem: subprocess.CompletedProcess(**json.loads(file.read_text()))
+        for file in processes_folder.glob("*.py.json")
     }
 
 

@@ -5,6 +5,7 @@ import fcntl
 import functools
 import importlib
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -56,6 +57,17 @@ def run_here(
                     thread.join()
         printed = [read() for read in (out, err)]
     return subprocess.CompletedProcess(command, status, *printed)
+
+
+@contextlib.contextmanager
+def limited_files(size: int) -> Iterator[None]:
+    """Let no file of this process grow beyond so many bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ import math
 import os
 import pathlib
 import re
-import resource
 import shutil
 import socket
 import subprocess
@@ -54,7 +53,7 @@ from tests.helpers import (
     stage_command,
     stage_environment,
 )
-from tests.in_process import run_here
+from tests.in_process import limited_files, run_here
 
 # --- Ways to spoil a folder that has a model and the outputs of a run ----------------------------------------------
 
@@ -1202,8 +1201,8 @@ def test_full_disk(script, outputs, random_model, tmp_path):
         STAGE2: ["--input_dir", outputs, *SIZE],
         STAGE3: ["--input_dir", outputs],
     }[script]
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # noqa: E731
-    process = run_command(stage_command(script, *arguments), preexec_fn=limit)
+    with limited_files(1000):
+        process = run_here(script, *arguments, folder=tmp_path)
     assert process.returncode == 2, process.stderr
     assert "cannot write" in process.stderr.splitlines()[-1] and "Traceback" not in process.stderr, process.stderr
     assert contents(outputs) == untouched

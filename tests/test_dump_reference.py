@@ -27,7 +27,8 @@ from cogvideox.cli import program
 from cogvideox.errors import UserError
 from cogvideox.files.names import IMAGE_TENSORS
 from cogvideox.files.stage_files import TEXT_TENSORS, made_from
-from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, edit_config
+from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, check, edit_config
+from tests.in_process import run_here
 from tools import dump_reference
 from tools.make_tiny_model import make_pipeline
 
@@ -436,7 +437,7 @@ def test_disk_too_small(random_model, tmp_path, dump, monkeypatch):
 
 
 @pytest.mark.slow
-def test_as_a_program(random_model, tmp_path, run_stage, capsys):
+def test_as_a_program(random_model, tmp_path, capsys):
     """One line and status 2 for what the user can mend; else what was written and the memory."""
     files = make_files(random_model, tmp_path)
     capsys.readouterr()
@@ -446,6 +447,7 @@ def test_as_a_program(random_model, tmp_path, run_stage, capsys):
     assert (
         end.value.code == 2 and len(error.splitlines()) == 1 and "--dump_names: no module is called nothing" in error
     ), error
-    process = run_stage("tools.dump_reference", files, "--dump", files / "reference", "--dump_steps", "0")
+    options = (files, "--dump", files / "reference", "--dump_steps", "0")
+    process = check(run_here("tools.dump_reference", *options, folder=tmp_path))
     assert "stage2_tensors.safetensors" in process.stdout and "peak memory" in process.stdout, process.stdout
     assert "2/2" in process.stderr, process.stderr  # the blocks of one step

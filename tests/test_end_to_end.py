@@ -1,6 +1,5 @@
 """The three scripts against `CogVideoXPipeline` in torch, float32, same model and seed; more in test_family.py."""
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -62,7 +61,6 @@ def truth(model: Path, frames: int, guidance_scale: float) -> tuple[torch.Tensor
     return embeddings, seen["latents"], video[-frames:]
 
 
-# The first case starts a process for each stage, as a person does.
 CASES = [
     ("random_model", 17, 6.0, DDIM),
     ("random_model", 61, 6.0, DPM),
@@ -83,17 +81,15 @@ def name(value):
     ids=name,
 )
 def test_stages_match_the_pipeline(model, frames, guidance_scale, scheduler, request, run_stage, tmp_path):
-    case = model, frames, guidance_scale, scheduler
-    run = functools.partial(run_stage, process=case == CASES[0])
     model = model_with_scheduler(request.getfixturevalue(model), scheduler, tmp_path / "model")
     embeddings, latents, video = truth(model, frames, guidance_scale)
     outputs = tmp_path / "outputs"
 
-    run(STAGE1, "--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--model_id", model, "--output_dir", outputs)
+    run_stage(STAGE1, "--prompt", PROMPT, "--negative_prompt", NEGATIVE, "--model_id", model, "--output_dir", outputs)
     saved = load_file(outputs / "stage1_embeddings.safetensors")
     assert torch.equal(torch.cat([saved["prompt_embeds"], saved["negative_prompt_embeds"]]), embeddings)
 
-    run(
+    run_stage(
         STAGE2,
         *("--input_dir", outputs, "--height", HEIGHT, "--width", WIDTH, "--frames", frames, "--fps", FPS),
         *("--num_inference_steps", STEPS, "--guidance_scale", guidance_scale, "--seed", SEED, "--warmup_steps", 1),
@@ -107,7 +103,7 @@ def test_stages_match_the_pipeline(model, frames, guidance_scale, scheduler, req
     export_to_video(list(video), str(tmp_path / "expected.mp4"), fps=FPS, macro_block_size=2)
     expected_mp4 = imageio.imread(tmp_path / "expected.mp4")
     for script in (STAGE3, STAGE3_FLAX):
-        run(script, "--input_dir", outputs, "--output_frames", tmp_path / "frames.safetensors")
+        run_stage(script, "--input_dir", outputs, "--output_frames", tmp_path / "frames.safetensors")
         check_frames(script, outputs / "output_video.mp4", tmp_path / "frames.safetensors", video, expected_mp4)
 
 

@@ -35,6 +35,7 @@ from cogvideox.inspection import status
 from cogvideox.models.transformer import denoising
 from cogvideox.models.transformer.plan import make_denoising_plan
 from cogvideox.models.transformer.step import abstract_arguments, make_step
+from tests.forks import Fork
 from tests.helpers import (
     CONFIG,
     EMBEDDINGS,
@@ -61,25 +62,30 @@ LONG = (*SIZE[:-1], STEPS)
 # --- Killed ------------------------------------------------------------------------------------------------------
 
 
-def kill(command: list[str], number: int, seconds: float) -> tuple[int, str]:
-    """Start a program, send it a signal after some seconds, and return its exit status and stderr."""
-    default = lambda: [signal.signal(n, signal.SIG_DFL) for n in SIGNALS[:3]]  # noqa: E731  pytest's parent may ignore some
-    process = subprocess.Popen(
-        command, env=stage_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default
-    )
+def kill(process: subprocess.Popen | Fork, number: int, seconds: float, errors: Path) -> tuple[int, str]:
+    """Send a program a signal after some seconds, and return its exit status and what is in its file of errors."""
     time.sleep(seconds)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=300)
-    return process.returncode, errors
+    return process.wait(timeout=300), errors.read_text()
+
+
+def started(command: list[str], errors: Path) -> subprocess.Popen:
+    """Start a program as a person does."""
+    default = lambda: [signal.signal(n, signal.SIG_DFL) for n in SIGNALS[:3]]  # noqa: E731  pytest's parent may ignore some
+    with open(errors, "w") as file:
+        return subprocess.Popen(
+            command, env=stage_environment(), stdout=subprocess.DEVNULL, stderr=file, preexec_fn=default
+        )
 
 
 def tensors(path: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(path)
 
 
-def kill_and_run_again(outputs: Path, script: str, moments: list[float], seed: int = 0) -> None:
+def kill_and_run_again(outputs: Path, script: str, moments: list[float], early: list[float], seed: int = 0) -> None:
     """Kill a stage at shares of the time that it takes; whatever is left of it, the same command comes to its end.
 
+    `early` are seconds after its first lines, while it imports libraries; at the `moments` they are there from the start.
     The files of the run before stay whole until then. A signal that can be received ends the stage in one line, but for
     SIGTERM and SIGHUP before anything is there to be put in order: they end it as they end any process.
     """
@@ -92,21 +98,31 @@ def kill_and_run_again(outputs: Path, script: str, moments: list[float], seed: i
     options += ("--model_id", model) if script == STAGE1 else ()
     command = stage_command(script, *options)
     name = {STAGE1: EMBEDDINGS, STAGE2: LATENTS, STAGE3: "frames.safetensors"}[script]
-    start = time.perf_counter()
-    run_command(command, check=True)
+    errors = outputs.parent / "errors"
+
+    def fork() -> Fork:
+        return Fork(command, outputs, stage_environment(), outputs.parent / "out", errors)
+
+    process, start = fork(), time.perf_counter()
+    assert process.wait() == 0, errors.read_text()
     whole = time.perf_counter() - start
+    start = time.perf_counter()
+    run_command(stage_command(script, "--help"), check=True)
+    begun = time.perf_counter() - start  # before, Python itself receives the signals
     expected, files = tensors(outputs / name), set(contents(outputs))
     before = tensors(outputs / name)
-    for i, moment in enumerate(moments):
-        number = SIGNALS[(i + seed) % len(SIGNALS)]
-        status, errors = kill(command, number, moment * whole)
-        where = f"{script}, signal {number} after {moment:.0%}"
-        assert status in (0, -number, 128 + number), f"{where}: exit {status}\n{errors}"
-        assert "Traceback" not in errors and "terminate called" not in errors, f"{where}\n{errors}"
+    for i, moment in enumerate([*early, *moments]):
+        number, is_early = SIGNALS[(i + seed) % len(SIGNALS)], i < len(early)
+        there = set(contents(outputs))  # with what SIGKILL has left, if this one ends before it tidies up
+        process, seconds = (started(command, errors), begun + moment) if is_early else (fork(), moment * whole)
+        status, said = kill(process, number, seconds, errors)
+        where = f"{script}, signal {number} after {seconds:.2f} of {whole:.2f} s{', early' * is_early}"
+        assert status in (0, -number, 128 + number), f"{where}: exit {status}\n{said}"
+        assert "Traceback" not in said and "terminate called" not in said, f"{where}\n{said}"
         if status == 128 + number:
-            assert "interrupted" in errors.splitlines()[-1], f"{where}\n{errors}"
+            assert "interrupted" in said.splitlines()[-1], f"{where}\n{said}"
         if number != signal.SIGKILL:
-            left = {file for file in set(contents(outputs)) - files if file != STATE}
+            left = set(contents(outputs)) - there - {STATE}
             assert not left, f"{where}: {left}"
         for found, kept in zip(tensors(outputs / name).values(), before.values(), strict=True):
             assert torch.equal(found, kept), f"{where}: half a file"
@@ -121,7 +137,8 @@ def kill_and_run_again(outputs: Path, script: str, moments: list[float], seed: i
 def test_killed_at_random(script, times, outputs):
     generator = random.Random()
     seed = generator.randrange(1000)
-    kill_and_run_again(outputs, script, [generator.uniform(0.02, 1.0) for _ in range(times)], seed)
+    moments = [generator.uniform(0.02, 1.0) for _ in range(times)]
+    kill_and_run_again(outputs, script, moments, [generator.uniform(0, 3) for _ in range(2)], seed)
 
 
 def program(body: str) -> subprocess.Popen:
@@ -229,18 +246,17 @@ def test_ffmpeg_ends_with_an_interrupted_video(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_unfinished_run_goes_on(outputs, run_stage):
+def test_an_unfinished_run_goes_on(outputs, run_stage, tmp_path):
     """SIGTERM in the loop: the state is kept, the same command does the other steps, other options are refused."""
     run = ("--input_dir", outputs, *SIZE[:-1], 1000)  # steps enough not to come to the end
-    with subprocess.Popen(
-        stage_command(STAGE2, *run), env=stage_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    ) as process:
-        while not (outputs / STATE).exists():
-            time.sleep(0.02)
-            assert process.poll() is None, process.stderr.read().decode()
-        process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=300)[1].decode()
-    assert process.returncode == 128 + signal.SIGTERM, errors
+    out, err = tmp_path / "out", tmp_path / "err"
+    process = Fork(stage_command(STAGE2, *run), tmp_path, stage_environment(), out, err)
+    while not (outputs / STATE).exists():
+        time.sleep(0.02)
+        assert process.poll() is None, err.read_text()
+    process.send_signal(signal.SIGTERM)
+    status, errors = process.wait(), err.read_text()
+    assert status == 128 + signal.SIGTERM, errors
     last = errors.strip().splitlines()[-1]
     done = int(load_file(outputs / STATE)["done"])
     assert f"interrupted after step {done} of 1000; the same command goes on from there" in last, errors

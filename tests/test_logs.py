@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from cogvideox.files import timings
 from cogvideox.files.names import TIMINGS
 from cogvideox.inspection import seconds
 from cogvideox.run.denoising import online_summary
+from tests.forks import Fork
 from tests.helpers import LATENTS, SIZE, STAGE1, STAGE2, STAGE3, STAGE3_FLAX, check, stage_command, stage_environment
 from tests.in_process import run_here
 
@@ -83,7 +83,7 @@ def run_report(clock: Clock, folder: Path, **given) -> Report:
             bar.update()
     assert run.seconds == 7 and bar.n == 3
     report.say("done")
-    report.close(folder, "python next.py")
+    report.close([folder], "python next.py")
     return report
 
 
@@ -165,7 +165,7 @@ def test_plan_and_memory_are_told(tmp_path, capsys):
     report.plan(Plan(devices), devices)
     with report.phase("load"):
         pass
-    report.close(tmp_path)
+    report.close([tmp_path])
     printed = capsys.readouterr().out
     assert "device 1: TPU v6 lite at [1, 0, 0]" in printed and "device 0" in printed, printed
     table = printed.split("  plan:\n")[1].splitlines()
@@ -355,12 +355,8 @@ def test_inspect_shows_timings_and_does_not_judge_them(quiet_run, run_stage, tmp
 @pytest.mark.parametrize("kill", [signal.SIGINT, signal.SIGKILL])
 def test_a_killed_stage_leaves_what_happened(kill, outputs, tmp_path):
     log, before = tmp_path / "log.jsonl", (outputs / TIMINGS).read_bytes()
-    process = subprocess.Popen(
-        stage_command(STAGE2, "--input_dir", outputs, *SIZE[:-1], 1000, "--quiet", "--log_json", log),
-        env=stage_environment(),
-        stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )
+    command = stage_command(STAGE2, "--input_dir", outputs, *SIZE[:-1], 1000, "--quiet", "--log_json", log)
+    process = Fork(command, tmp_path, stage_environment(), tmp_path / "out", tmp_path / "err")
     deadline = time.monotonic() + 300
     while not (log.exists() and log.read_text().count('"event": "step"') >= 3) and time.monotonic() < deadline:
         time.sleep(0.05)

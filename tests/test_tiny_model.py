@@ -64,7 +64,7 @@ def test_a_video_is_changed_as_the_prompt_says(one_device, tmp_path):
 def test_quality_of_a_few_captions(one_device, tmp_path, capsys):
     """Our stages with the project's kernel, in its reference form on the CPU, against diffusers."""
     outputs = ("--output", "report.json", "--sheet", "sheet.png", "--animation", "clips.webp")
-    few = ("--captions", "3", "--videos", "1", "--num_inference_steps", "6")
+    few = ("--captions", "2", "--videos", "1", "--num_inference_steps", "4")
     quality.main([*few, *outputs, "--", "--attention", "splash_exp2"])
     printed = capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
