@@ -137,7 +137,7 @@ def kill_and_run_again(outputs: Path, script: str, moments: list[float], early: 
 def test_killed_at_random(script, times, outputs):
     generator = random.Random()
     seed = generator.randrange(1000)
-    moments = [generator.uniform(0.02, 1.0) for _ in range(times)]
+    moments = [generator.uniform(0.1, 1.0) for _ in range(times)]
     kill_and_run_again(outputs, script, moments, [generator.uniform(0, 3) for _ in range(2)], seed)
 
 
