@@ -73,7 +73,7 @@ def _run(argv: list[str], cwd: Path, env: Mapping[str, str], out: Path, err: Pat
     os.chdir(cwd)
     for script in SCRIPTS:
         importlib.import_module(script)  # and with it the modules that receive signals
-    sys.argv, sys.path[:0] = argv, [str(Path(argv[0]).parent)]
+    sys.argv[:], sys.path[:0] = argv, [str(Path(argv[0]).parent)]
     begun.send(True)
     try:
         runpy.run_path(argv[0], run_name="__main__")

@@ -85,7 +85,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def kill_and_run_again(outputs: Path, script: str, moments: list[float], early: list[float], seed: int = 0) -> None:
     """Kill a stage at shares of the time that it takes; whatever is left of it, the same command comes to its end.
 
-    `early` are seconds after its first lines, while it imports libraries; at the `moments` they are there from the start.
+    `early` are seconds after its first lines, while it imports libraries; at the `moments` they are there.
     The files of the run before stay whole until then. A signal that can be received ends the stage in one line, but for
     SIGTERM and SIGHUP before anything is there to be put in order: they end it as they end any process.
     """
@@ -137,7 +137,7 @@ def kill_and_run_again(outputs: Path, script: str, moments: list[float], early: 
 def test_killed_at_random(script, times, outputs):
     generator = random.Random()
     seed = generator.randrange(1000)
-    moments = [generator.uniform(0.02, 1.0) for _ in range(times)]
+    moments = [generator.uniform(0.1, 1.0) for _ in range(times)]
     kill_and_run_again(outputs, script, moments, [generator.uniform(0, 3) for _ in range(2)], seed)
 
 
