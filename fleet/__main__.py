@@ -9,7 +9,7 @@ from cogvideox import packages
 from cogvideox.cli.program import run
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, videos, writing
-from cogvideox.files.names import ROOT
+from cogvideox.files.names import ROOT, VIDEO
 from cogvideox.files.prompts import Prompt, read_prompts
 from fleet import found
 from fleet.options import Command, parse
@@ -30,9 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         command = parse(argv, has_images=False)
     videos.check_prompts(folder, [prompt.folder for prompt in prompts])
     with writing.claimed(folder, "fleet"):
-        states = found.states(prompts, command, checkpoint.resolve_model_id(options.model_id))
+        model_id = checkpoint.resolve_model_id(options.model_id)
+        checkpoint.read_config(model_id, "transformer")  # says what is wrong with the model's name
+        states = found.states(prompts, command, model_id)
         work = work_of(states, command)
-        with Report(folder, prompts, work.made, options.quiet) as report:
+        with Report(folder, prompts, options.quiet) as report:
             try:
                 if not work.is_over:
                     make(work, prompts, command, report)
@@ -68,6 +70,10 @@ def make(work: Work, prompts: Sequence[Prompt], command: Command, report: Report
 
     options = command.options
     report.say(f"Fleet: {len(prompts)} prompts, {len(work.made)} of them made before, with {options.model_id}")
+    again = [one for n, one in enumerate(prompts, 1) if n not in work.made and any(one.folder.rglob(VIDEO))]
+    if again:
+        report.say(f"  {len(again)} others have videos of other options, weights or inputs, which are replaced")
+    report.say(f"  {'joining' if options.address else 'starting'} Ray")
     with joined(options.address) as dashboard:
         if dashboard:
             report.say(f"  Ray's dashboard: http://{dashboard}")

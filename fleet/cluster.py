@@ -3,15 +3,19 @@
 import contextlib
 import logging
 import os
+import re
 import signal
+import socket
 from collections.abc import Iterator
 
-from cogvideox.errors import UserError, first_line
+from cogvideox.errors import UserError, first_line, reason
 from cogvideox.files.names import ROOT
 from cogvideox.run import accelerator
 from cogvideox.signals import SIGNALS, Interruption
 from fleet.places import ON_CPU
 
+ADDRESS = re.compile(r"[^/]+:\d{1,5}")  # of a Ray head
+ANSWER_SECONDS = 15.0  # in which a head must answer
 STORE_BYTES = 128 * 2**20  # of Ray's object store: what passes here are words and seconds
 
 # Ray asks the first time whether it may report how it is used, and warns of a change of a later version.
@@ -29,6 +33,8 @@ def joined(address: str | None) -> Iterator[str]:
     Raises:
         UserError: there is no such cluster, or none can be started.
     """
+    if address and ADDRESS.fullmatch(address):
+        _check_answer(address)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
@@ -47,13 +53,26 @@ def joined(address: str | None) -> Iterator[str]:
         )
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         what = f"cannot join the Ray cluster at --address {address}" if address else "cannot start Ray"
-        raise UserError(f"{what}: {first_line(error)}; docs/fleet.md has the commands") from error
+        why = first_line(error).partition(". ")[0].rstrip(".")
+        raise UserError(f"{what}: {why}; docs/fleet.md has the commands") from error
     try:
         for number in SIGNALS:  # Ray has taken SIGTERM
             signal.signal(number, Interruption.receive)
         yield context.dashboard_url or ""
     finally:
         ray.shutdown()
+
+
+def _check_answer(address: str) -> None:
+    """Raise UserError if nobody answers at HOST:PORT; Ray itself would wait for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"nobody answers at --address {address} ({reason(error)}); is it what `ray start --head` printed, and does "
+            "Ray run there?"
+        ) from error
 
 
 def _own_cluster() -> dict:

@@ -25,6 +25,7 @@ from fleet.worker import Outcome, Process, Worker, interrupt
 
 LOOK_SECONDS = 5.0  # after which the cluster is looked at again, and what could not begin is tried again
 MOST_FAULTS = 3  # processes of a place that end before they begin; then it gets no other
+ALIKE = 2  # prompts that fail with the same words before one is made: then all would, as by a wrong option
 PATIENCE_SECONDS = 120.0  # that a process may take to begin before somebody is told
 STOP_SECONDS = 120.0  # that processes have to end a step and keep their state
 PLACES_OF_ENCODER = 16  # places for which one process encodes prompts
@@ -105,7 +106,7 @@ class Conductor:
         self.stop: str | None = None
         self._encoder_memory = int(ENCODER_BASE + ENCODER_MEMORY * encoder_bytes)
         self._seconds_of_stage1: dict[int, float] = {}
-        self._looked, self._said = 0.0, False
+        self._looked, self._said, self._placed, self._made_before = 0.0, False, False, len(work.made)
         self._faults: collections.Counter[Place | None] = collections.Counter()  # of processes that did not begin
         self._worker, self._sources = ray.remote(Worker), sources()
 
@@ -118,6 +119,7 @@ class Conductor:
         """
         try:
             with Interruption.raised():
+                self._show(now=True)
                 while not self.work.is_over and not self.stop:
                     self._look()
                     self._give()
@@ -131,6 +133,7 @@ class Conductor:
         if self.stop:
             self._end_early()
             raise UserError(self.stop)
+        self._show()
 
     # --- Who is there --------------------------------------------------------------------------------------------
 
@@ -141,6 +144,10 @@ class Conductor:
         self._looked = time.monotonic()
         there = [*places(ray.nodes(), self.command.options.chips)]
         fit = [place for place in there if self._faults[place] < MOST_FAULTS]
+        if there and not self._placed:
+            self._placed = True
+            names = collections.Counter(f"{place.chips:g} {place.kind}" for place in there)
+            self.report.say(f"  places: {', '.join(f'{n} x {name}' for name, n in names.items())}")
         taken = {hand.place for hand in self.hands if hand.place}
         for place in [place for place in fit if place not in taken][: max(self.work.left - len(taken), 0)]:
             self._hire("make", place)
@@ -220,8 +227,7 @@ class Conductor:
 
     def _wait(self) -> None:
         """Wait for answers, not longer than until it is time to look again, and take them."""
-        failed, left = len(self.work.failed), self.work.left
-        self.report.progress(len(self.prompts) - left - failed, left - self.work.waiting, failed, left)
+        self._show()
         if not self.pending:
             time.sleep(LOOK_SECONDS / 10)
             return
@@ -229,6 +235,12 @@ class Conductor:
         for ref in ready:
             if ref in self.pending:  # else it is of somebody who is gone
                 self._take(ref, self.pending.pop(ref))
+
+    def _show(self, now: bool = False) -> None:
+        """Show how far it is."""
+        work, stages = self.work, {hand.stage for hand in self.hands if hand.share}
+        failed, left = len(work.failed), work.left
+        self.report.progress(len(self.prompts) - left - failed, left - work.waiting, failed, left, stages, now)
 
     def _take(self, ref: Any, hand: Hand) -> None:
         """Take an answer of a process."""
@@ -303,9 +315,11 @@ class Conductor:
 
     def _fail(self, hand: Hand, share: Share, error: str) -> None:
         """Note that a share has failed, and tell of the prompts for which that was the last try."""
-        before = set(self.work.failed)
-        self.work.failed_with(share, hand.step, error)
-        self._tell(hand, share, [prompt for prompt in share.prompts if prompt in self.work.failed.keys() - before])
+        before, work = set(self.work.failed), self.work
+        work.failed_with(share, hand.step, error)
+        self._tell(hand, share, [prompt for prompt in share.prompts if prompt in work.failed.keys() - before])
+        if len(work.failed) >= ALIKE and len(set(work.failed.values())) == 1 and len(work.made) == self._made_before:
+            self.stop = f"each of the first {len(work.failed)} prompts fails twice, and alike: {error}"
 
     def _tell(self, hand: Hand, share: Share, ended: Sequence[int]) -> None:
         """Tell the report of prompts that are made or have failed for good."""

@@ -4,10 +4,13 @@ Files are whole, so there they count if they fit the command and what they say t
 """
 
 import argparse
+import contextlib
 import enum
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from cogvideox.cli import next_command
 from cogvideox.errors import UserError
@@ -89,9 +92,15 @@ def entries(prompts: Iterable[Prompt]) -> Iterator[videos.Entry]:
     for prompt in prompts:
         for folder in videos.videos(prompt.folder) if (prompt.folder / CONFIG).exists() else ():
             there = [(folder / name).exists() for name in (LATENTS, VIDEO)]
-            seed = next_command.recorded_options(folder / LATENTS).get("seed") if there[0] else None
             file = folder / VIDEO if all(there) else None
-            yield videos.Entry(folder, prompt.text, seed, file, videos.STATES[there[0] + all(there)])
+            yield videos.Entry(folder, prompt.text, _seed(folder), file, videos.STATES[there[0] + all(there)])
+
+
+def _seed(folder: Path) -> int | None:
+    """Return the seed of the latents in a folder; None if there are none."""
+    with contextlib.suppress(UserError, OSError, SafetensorError):
+        return stage_files.read_made_from(folder / LATENTS, stage_files.metadata(folder / LATENTS)).get("seed")
+    return None
 
 
 def encoder_bytes(options: argparse.Namespace) -> int:

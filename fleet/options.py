@@ -25,7 +25,7 @@ REFUSED = {
     **dict.fromkeys(("dump_shards", "profile", "log_json", "verbose", "output_video"), _BY_HAND),
     **dict.fromkeys(("process_id", "num_processes", "coordinator_address"), _BY_RAY),
     "input_dir": "--output_dir is the folder of all stages",
-    "only": "leave out the other lines of --prompt_file",
+    "only": "make a file of some of the prompts, and give another --output_dir",
     "executable": "it has the programs of one stage; the compilation cache keeps those of all",
     "restart": "remove the folders of the videos that are to be made again",
 }

@@ -23,30 +23,24 @@ class Report:
     Args:
         output_dir: the folder of all videos.
         prompts: all of them.
-        made: those that were made before it begins.
         quiet: whether nothing is printed but warnings.
     """
 
-    def __init__(self, output_dir: Path, prompts: Collection, made: Collection, quiet: bool):
+    def __init__(self, output_dir: Path, prompts: Collection, quiet: bool):
         self._file, self._quiet, self._writes = output_dir / FILE, quiet, True
         self._began = self._shown = time.monotonic()
         self._ends: collections.deque[float] = collections.deque(maxlen=RECENT)
         self._of_node: collections.Counter[str] = collections.Counter()
         self._seconds: collections.Counter[str] = collections.Counter()
-        self._bar = tqdm(
-            total=len(prompts),
-            initial=len(made),
-            desc="  prompts",
-            disable=quiet,
-            bar_format="{desc}: {n_fmt} of {total_fmt}{postfix}",
-            **terminal.bar_options(),
-        )
+        self._total = len(prompts)
+        self._bar: tqdm | None = None  # from the first progress on
 
     def __enter__(self) -> "Report":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def say(self, line: str) -> None:
         """Print a line above the progress."""
@@ -59,15 +53,24 @@ class Report:
         with tqdm.external_write_mode():
             print(terminal.fitted(f"  WARNING: {line}"), flush=True)
 
-    def progress(self, made: int, running: int, failed: int, waiting: int) -> None:
-        """Show how many prompts are made, under way and failed, how many are made an hour, and the time left."""
-        told = f", {running} under way, {failed} failed"
+    def progress(self, made: int, running: int, failed: int, left: int, stages: Collection[str], now: bool) -> None:
+        """Show how many prompts are made, under way and failed, how many are made an hour, and the time left.
+
+        Args:
+            made, running, failed: how many prompts are made, under way, and failed for good.
+            left: how many are neither made nor failed.
+            stages: those in which some are.
+            now: whether it is shown, at any rate, where stderr is no terminal and has a line now and then.
+        """
+        told = f"{running} under way" + (f" in {' and '.join(sorted(stages))}" if stages else "") + f", {failed} failed"
         if rate := self.rate():
-            left = tqdm.format_interval(3600 * waiting / rate)
-            told += f", {rate:.3g} an hour, {left} left"
+            told += f", {rate:.3g} an hour, {tqdm.format_interval(3600 * left / rate)} left"
+        if self._bar is None:
+            options = terminal.bar_options() | {"ncols": None, "bar_format": "{desc}: {n_fmt} of {total_fmt}{postfix}"}
+            self._bar = tqdm(total=self._total, desc="  prompts made", disable=self._quiet, delay=1e-9, **options)
         self._bar.n = made
-        self._bar.set_postfix_str(told.removeprefix(", "), refresh=False)
-        if sys.stderr.isatty() or time.monotonic() - self._shown >= terminal.LINE_SECONDS:
+        self._bar.set_postfix_str(told, refresh=False)
+        if now or sys.stderr.isatty() or time.monotonic() - self._shown >= terminal.LINE_SECONDS:
             self._shown = time.monotonic()
             self._bar.refresh()
 
@@ -116,7 +119,7 @@ class Report:
         rows = [
             [
                 "prompts made",
-                f"{len(made)} of {self._bar.total}" + (f", {count} of them now" if count < len(made) else ""),
+                f"{len(made)} of {self._total}" + (f", {count} of them now" if count < len(made) else ""),
             ]
         ]
         rows += [["failed", str(len(failed))]] if failed else []

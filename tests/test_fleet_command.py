@@ -123,6 +123,8 @@ def test_what_counts_as_made(tmp_path):
             str(state.value) for state in found.states(prompts.read_prompts(file, of, None), command, model_id)
         )
 
+    entries = [*found.entries(prompts.read_prompts(file, outputs, None))]
+    assert [(entry.seed, entry.state) for entry in entries] == [(42, "decoded"), (43, "decoded")] * 2
     made, encoded, nothing = (str(state.value) for state in (State.MADE, State.ENCODED, State.NOTHING))
     assert states() == states("--videos_at_once", 1, "--quiet", "--group", 3) == made * 2
     for changed in (("seed", 1), ("num_inference_steps", 3), ("scheduler", "dpm"), ("fps", 9), ("frames", 13)):
