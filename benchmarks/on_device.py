@@ -639,7 +639,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         found = {name: results.entries[name] for name in [*theirs, *(entry.name for entry in todo)]}
         tell(found, told)
-        told.close(arguments.output)
+        told.close([arguments.output])
         told.say(f"wrote {results.json} and {results.markdown.name}")
         if any(one["status"] == NO_TIME for one in found.values()):
             told.say("for what had no time, run the same command again: what is done is kept")

@@ -173,7 +173,7 @@ DECIDES_NOTHING = {
         "compilation_cache",
     ),
     *("num_processes", "process_id", "coordinator_address", "warmup", "warmup_steps", "preview_every"),
-    *("checkpoint_every", "prompt", "prompt_file", "model_id", "preset", "decoder"),
+    *("checkpoint_every", "prompt", "prompt_file", "model_id", "preset", "decoder", "only"),
 }
 
 
@@ -188,7 +188,7 @@ DECIDES_NOTHING = {
 )
 def test_no_option_is_forgotten(options, known):
     """Each that decides a result comes into the command, and has the default that the stage gives it."""
-    assert vars(options).keys() - DECIDES_NOTHING == known.keys() - {"model_id"}
+    assert vars(options).keys() - DECIDES_NOTHING == known.keys() - {"model_id", "only"}
     defaults = {
         name: value for name, value in vars(options).items() if name in known.keys() - generation_defaults.OURS.keys()
     }

@@ -251,6 +251,8 @@ def test_only_some_of_the_prompts(several, random_model, run_stage, tmp_path):
     ):
         said = run_stage(script, *words, status=2).stderr
         assert error in said and said.count("\n") == 1, said
+    said = run_stage("utils.py", "status", outputs).stdout
+    assert "Next: " in said and "--only" not in said, said
     (outputs / "prompt_0001").rename(outputs / "prompt_0003")
     assert "prompt_0001 is not there" in run_stage(STAGE2, *options[:-1], "1-3", status=2).stderr
 

@@ -103,12 +103,16 @@ def taken_over(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recorded_options(path: Path) -> dict[str, Any]:
-    """Return the options with which a file was made, without those that were None; nothing if it does not say."""
+    """Return the options with which a file was made, without those that were None; nothing if it does not say.
+
+    Of --only nothing is said: it is of the other files that were made with this one.
+    """
     options: object = None
     with contextlib.suppress(UserError):
         options = recorded(path).get("options") if path.is_file() else None
     if not isinstance(options, dict):
         return {}
+    options.pop("only", None)
     for name in LISTS & options.keys():
         with contextlib.suppress(ValueError, SyntaxError):  # earlier versions wrote lists as Python does
             options[name] = ast.literal_eval(str(options[name]))
