@@ -154,6 +154,7 @@ def tap(
     spec: PartitionSpec,
     bounds: Bounds | None = None,
     same_values: jax.Array | Callable[[], jax.Array] | None = None,
+    summed: jax.Array | None = None,
 ) -> None:
     """Let `collecting` return an array; does nothing, and does not call `array`, unless `collecting` is used.
 
@@ -165,15 +166,21 @@ def tap(
         bounds: first and last index of what is not padding in the whole array, by axis, counted from the end (-1, -2).
         same_values: the same values, or a function that computes them, in an order that costs less, for statistics;
             the last two axes have the same bounds.
+        summed: the `sums` of the chip's share, without checksums, where a kernel has computed them: inside `shard_map`,
+            of an array of which no two chips have the same share.
     """
     collector = _collector.get()
     if collector is None:
         return
-    name = ".".join([*_path.get(), *([name] if name else [])])
+    name = _full_name(name)
     wants = {kind: any([collector.wants(kind, n) for n in _names(name)]) for kind in ("arrays", "statistics")}
     if wants["arrays"]:
         collector.found["arrays", name] = Tapped(_computed(array), spec, tuple((bounds or {}).items()))
-    if wants["statistics"]:
+    if wants["statistics"] and summed is not None:
+        chips = PartitionSpec(tuple(collector.mesh.axis_names))
+        found = jnp.pad(summed, ((0, 0), (0, 2))) if collector.wanted.checksums else summed
+        collector.found["statistics", name] = Tapped(found, chips, tapped_spec=spec)
+    elif wants["statistics"]:
         values = _computed(array if same_values is None else same_values)
         if values.dtype == jnp.bool_:  # few, and each of them tells something
             collector.found["statistics", name] = Tapped(values, spec)
@@ -183,6 +190,17 @@ def tap(
         if not collector.in_shard_map:
             reduce = jax.shard_map(reduce, mesh=collector.mesh, in_specs=spec, out_specs=chips, check_vma=False)
         collector.found["statistics", name] = Tapped(reduce(values), chips, tapped_spec=spec)
+
+
+def wants_statistics(name: str) -> bool:
+    """Return whether `collecting` is used and wants statistics of a module, named as in `tap`."""
+    collector = _collector.get()
+    return collector is not None and any([collector.wants("statistics", n) for n in _names(_full_name(name))])
+
+
+def _full_name(name: str) -> str:
+    """Return the name of a module with the scopes around it."""
+    return ".".join([*_path.get(), *([name] if name else [])])
 
 
 def _computed(array: jax.Array | Callable[[], jax.Array]) -> jax.Array:
