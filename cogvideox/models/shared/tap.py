@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cogvideox.models.shared.sharding import mesh_axes
 
@@ -84,11 +84,48 @@ class Tapped:
         return array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What a program returns for the points of which statistics are wanted, in few arrays, which all chips have whole.
+
+    A step of the 5B model has 600 points, and to fetch an array takes its time however small it is.
+
+    Attributes:
+        stacked: arrays of one shape and dtype each, stacked.
+        places: of each point, in the order of execution, its name, its array's place in `stacked` and in the stack, and
+            `Tapped.tapped_spec`.
+    """
+
+    stacked: list[jax.Array]
+    places: tuple[tuple[str, int, int, PartitionSpec | None], ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, found: "Mapping[str, Tapped]", mesh: Mesh) -> "Statistics":
+        """Stack what was tapped, by name."""
+        groups: dict[tuple, list[jax.Array]] = {}
+        members = {}
+        for name, tapped in found.items():
+            group = groups.setdefault((tapped.array.shape, tapped.array.dtype), [])
+            members[name] = group, len(group)
+            group.append(tapped.array)
+        whole = NamedSharding(mesh, PartitionSpec())
+        stacked = [jax.lax.with_sharding_constraint(jnp.stack(group), whole) for group in groups.values()]
+        numbers = {id(group): number for number, group in enumerate(groups.values())}
+        places = [(name, numbers[id(group)], i, found[name].tapped_spec) for name, (group, i) in members.items()]
+        return cls(stacked, tuple(places))
+
+    def fetched(self) -> "dict[str, tuple[np.ndarray, PartitionSpec | None]]":
+        """Fetch all points: of each its `sums` of all chips, or else its array, and its `Tapped.tapped_spec`."""
+        stacked = jax.device_get(self.stacked)
+        return {name: (stacked[number][i], spec) for name, number, i, spec in self.places}
+
+
 class Collected(NamedTuple):
-    """What a program returns beside its result, by name, in the order of execution."""
+    """What a program returns beside its result: arrays by name, in the order of execution, and statistics."""
 
     arrays: "OrderedDict[str, Tapped]"
-    statistics: "OrderedDict[str, Tapped]"
+    statistics: Statistics
 
 
 @dataclasses.dataclass
@@ -290,8 +327,11 @@ def collecting(function: Callable, wanted: Wanted, mesh: Mesh) -> Callable:
         finally:
             _collector.reset(token)
         collector.check()
-        kinds = (OrderedDict((n, t) for (k, n), t in found.items() if k == kind) for kind in ("arrays", "statistics"))
-        return result, Collected(*kinds)
+        arrays, statistics = (
+            OrderedDict((name, tapped) for (kind, name), tapped in found.items() if kind == one)
+            for one in ("arrays", "statistics")
+        )
+        return result, Collected(arrays, Statistics.of(statistics, mesh))
 
     return collected
 
