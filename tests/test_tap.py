@@ -16,7 +16,7 @@ import custom_splash_attention
 from cogvideox.files.tensor_dump import merged, statistics_of
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import Parallelism, make_mesh
-from cogvideox.models.transformer import block, taps
+from cogvideox.models.transformer import block, kernels, taps
 from cogvideox.models.transformer.attention import Attention, xla_attention
 from cogvideox.models.transformer.embeddings import rotary_embedding
 from cogvideox.models.transformer.parameters import load_parameters
@@ -275,3 +275,39 @@ def test_off_it_is_not_in_the_program(monkeypatch):
     with_taps, _, _ = make_transformer(module, (2, 2, 2))
     monkeypatch.undo()
     assert ours != text_of(jax.jit(tap.collecting(with_taps, EVERYTHING, mesh)).lower(*arguments))
+
+
+def test_sums_of_kernels():
+    """What a kernel adds up beside its output, in blocks of 512 tokens of 640, of which the last are padding."""
+    real, batch, heads, head_dim, dtype = 600, 2, 2, 64, jnp.bfloat16
+    embed = heads * head_dim
+    keys = iter(jax.random.split(jax.random.key(0), 9))
+
+    def random(*shape, dtype=jnp.float32):
+        return jax.random.normal(next(keys), shape).astype(dtype)
+
+    x, layer = random(batch, 640, embed, dtype=dtype), jnp.int32(1)
+    weight, wide = (kernels.Weight(random(2, *shape, dtype=dtype) / 16, layer) for shape in [(embed, embed)] * 2)
+    bias, changes = random(embed), random(2, embed)
+    angles = random(640, head_dim // 2)
+    norm = kernels.QKNorm(random(head_dim), random(head_dim), 1e-6, jnp.cos(angles), jnp.sin(angles))
+    residual = kernels.Residual(x, bias, changes, jnp.int32(30))
+    counted = {"interpret": True, "real_tokens": jnp.int32(real)}
+    product = jnp.einsum("bti,oi->bto", x, weight.stack[1], preferred_element_type=jnp.float32)
+    projected = (product + bias).reshape(batch, 640, heads, head_dim)
+    mean, variance = projected.mean(-1, keepdims=True), projected.var(-1, keepdims=True)
+    normalized = (projected - mean) / jnp.sqrt(variance + 1e-6) * norm.weight + norm.bias
+    tiles, of_heads = kernels.to_heads(x, weight, bias, heads, 2, norm, **counted)
+    y, of_norm = kernels.modulated_norm(x, kernels.Modulation(changes, changes, jnp.int32(30)), 1e-5, **counted)
+    hidden, of_residual = kernels.dense(x, wide, residual, **counted)
+    activated, of_activation = kernels.dense(x, wide, kernels.Gelu(bias), **counted)
+    with_bias = jnp.einsum("bti,oi->bto", x, wide.stack[1], preferred_element_type=jnp.float32).astype(dtype) + bias
+    attended, of_output = kernels.from_heads(tiles, weight, residual, **counted)
+    from_tiles = tiles.transpose(2, 1, 5, 0, 3, 4).reshape(batch, 640, embed)
+    output = jnp.einsum("bti,oi->bto", from_tiles, weight.stack[1], preferred_element_type=jnp.float32)
+    expected = [projected, normalized, y, with_bias, hidden, activated, output.astype(dtype) + bias, attended]
+    found = [*of_heads, *of_norm, *of_residual, *of_activation, *of_output]
+    for i, (sums, array) in enumerate(zip(found, expected, strict=True)):
+        truth = statistics_of(np.asarray(array[:, :real], np.float32))
+        np.testing.assert_allclose(merged(np.asarray(sums)), truth, rtol=0.01, atol=1e-3, err_msg=f"point {i}")
+        assert sums[0, 0] == batch * real * embed

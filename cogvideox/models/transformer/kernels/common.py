@@ -1,6 +1,7 @@
 """What all kernels of a block share: how they are called, and how they read a weight."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ PRODUCT_TILES = 2  # tiles in a product: the MXU's width
 ROWS = 1536  # outputs in a block of a weight, in bfloat16
 TOKENS = 512  # tokens in a block
 SUBLANES = 8  # rows of a register
+SUM_ROWS = 128  # rows that `Sums` takes at a time
 VMEM_LIMIT = 64 * 2**20  # bytes
 
 # The rows of `Sums`: how values are reduced, and how two parts are joined.
@@ -69,18 +71,22 @@ class Sums:
         self._found: dict[int, list[jax.Array]] = {}
 
     def add(self, point: int, x: jax.Array, start: Any, axis: int) -> None:
-        """Add values [..., lanes, or several times as many] of a point; `axis` has the tokens from `start` on."""
-        lanes = self._ref.shape[-1]
-        shape = [1] * x.ndim
-        shape[axis] = x.shape[axis]
-        x = jnp.where(start + lax.broadcasted_iota(jnp.int32, shape, axis) < self._real_tokens, x, 0.0)
-        x = x.reshape(-1, math.gcd(math.prod(x.shape[:-1]), SUBLANES), x.shape[-1])
-        parts = [x.sum(0), jnp.square(x).sum(0), x.min(0), x.max(0)]
-        for first in range(0, x.shape[-1], lanes):
-            own = [part[:, first : first + lanes] for part in parts]
-            if point in self._found:
-                own = [join(*pair) for join, *pair in zip(JOINS, self._found[point], own, strict=True)]
-            self._found[point] = own
+        """Add values [rows, columns] of a point; `axis` has the tokens from `start` on.
+
+        It takes a column of registers after the other: so few are alive that none has to be put aside.
+        """
+        rows, columns, lanes = *x.shape, self._ref.shape[-1]
+        tokens = start + lax.broadcasted_iota(jnp.int32, (rows, 1) if axis == 0 else (1, columns), axis)
+        for row, column in itertools.product(range(0, rows, SUM_ROWS), range(0, columns, lanes)):
+            block = slice(row, row + SUM_ROWS), slice(column, column + lanes)
+            real = (tokens[block[0]] if axis == 0 else tokens[:, block[1]]) < self._real_tokens
+            part = jnp.where(real, x[block].astype(jnp.float32), 0.0)
+            part = part.reshape(-1, math.gcd(len(part), SUBLANES), lanes)
+            found = [part.sum(0), jnp.square(part).sum(0), part.min(0), part.max(0)]
+            before = self._found.get(point)
+            if before:
+                found = [join(*pair) for join, *pair in zip(JOINS, before, found, strict=True)]
+            self._found[point] = found
 
     def write(self) -> None:
         """Write what was added, at the end of a step of the grid."""
@@ -99,13 +105,18 @@ class Counted(NamedTuple):
         real_tokens: how many of the chip's tokens, from the first on, are not padding, int32 scalar.
         points: for how many points of the model the kernel has sums.
         values: how many values of each point a token has, all prompts together.
-        lanes: of a row of the sums.
+        columns: of the blocks of values.
     """
 
     real_tokens: jax.Array
     points: int
     values: int
-    lanes: int
+    columns: int
+
+    @property
+    def lanes(self) -> int:
+        """Of a row of the sums."""
+        return LANES if self.columns % LANES == 0 else self.columns
 
     def merged(self, rows: jax.Array) -> list[jax.Array]:
         """Merge what the steps of a grid have written into the `tap.sums` of each point."""

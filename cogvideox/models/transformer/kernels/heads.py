@@ -117,14 +117,14 @@ def _to_heads(_, x_ref, weight_ref, bias_ref, *refs, eps, interpret, sums):
     def finish(y, first, count):
         y = y.reshape(-1, head_dim, count * LANES)
         if sums:
-            sums.add(0, y, start + first * LANES, 2)
+            sums.add(0, y.reshape(-1, y.shape[-1]), start + first * LANES, axis=1)
         if eps is not None:
             columns = pl.ds(first * LANES, count * LANES)
             weight_ref, bias_ref, cos_ref, sin_ref = refs[:-1]
             norm, rotary = (weight_ref[...], bias_ref[...]), (cos_ref[:, columns], sin_ref[:, columns])
             y = _normalized(y, *norm, eps)
             if sums:
-                sums.add(1, y, start + first * LANES, 2)
+                sums.add(1, y.reshape(-1, y.shape[-1]), start + first * LANES, axis=1)
             y = _rotated(y, *rotary)
         y = y.astype(out_ref.dtype).reshape(chips, heads, head_dim, count * LANES)
         for tile in range(count):

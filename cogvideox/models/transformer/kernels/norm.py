@@ -65,7 +65,6 @@ def _modulated_norm(scalars_ref, hidden_ref, scales_ref, shifts_ref, out_ref, *,
         mean, scale = moments(x, eps)
         x = (x - mean) * scale
         scale, shift = (text_or_video(ref, start + first, len(x), scalars_ref[0]) for ref in (scales_ref, shifts_ref))
-        x = (x * scale + shift).astype(out_ref.dtype)
-        out_ref[0, rows] = x
-        if sums:
-            sums.add(0, x.astype(jnp.float32), start + first, 0)
+        out_ref[0, rows] = (x * scale + shift).astype(out_ref.dtype)
+    if sums:
+        sums.add(0, out_ref[0], start, axis=0)

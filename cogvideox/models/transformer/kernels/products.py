@@ -182,11 +182,11 @@ def _finished(y, refs, rows, start, text_tokens, dtype, sums):
         hidden_ref, gates_ref = residual_refs
         y = y.astype(hidden_ref.dtype).astype(jnp.float32) + bias_ref[...]
         if sums:
-            sums.add(0, y, start, 0)
+            sums.add(0, y, start, axis=0)
         y = hidden_ref[0, rows].astype(jnp.float32) + text_or_video(gates_ref, start, len(y), text_tokens) * y
     else:
         y = jax.nn.gelu(y + bias_ref[...], approximate=True)
     y = y.astype(dtype)
     if sums:
-        sums.add(1 if residual_refs else 0, y.astype(jnp.float32), start, 0)
+        sums.add(1 if residual_refs else 0, y, start, axis=0)
     return y
