@@ -122,7 +122,7 @@ class Counted(NamedTuple):
         """Merge what the steps of a grid have written into the `tap.sums` of each point."""
         rows = jnp.moveaxis(rows.reshape(-1, self.points, len(REDUCTIONS), self.lanes), 2, 0)
         total = [reduce(row, axis=(1, 2)) for reduce, row in zip(REDUCTIONS, jnp.swapaxes(rows, 1, 2), strict=True)]
-        count = (self.real_tokens * self.values).astype(jnp.float32)
+        count = self.real_tokens.astype(jnp.float32) * self.values  # as an integer it may be too large
         return [jnp.stack([count, *(row[point] for row in total)])[None] for point in range(self.points)]
 
 
