@@ -24,7 +24,7 @@ def tap_heads(
 ) -> None:
     """Tap queries, keys and values as they are projected, and queries and keys as they are normalised.
 
-    They are computed for the tap: a kernel that projects keeps them in VMEM, and with XLA they are computed once.
+    Arrays are computed for the tap: a kernel that projects keeps them in VMEM, and with XLA they are computed once.
 
     Args:
         x: what is projected, [batch, sequence / sp, embed].

@@ -61,7 +61,7 @@ def from_heads(
         weight: of embed outputs and heads * head_dim inputs.
         residual: where this chip has all heads; None for its part of the product alone.
         interpret: run in Pallas' interpreter.
-        real_tokens: how many tokens are not padding; None for no sums, as there is no point before the end of a sum.
+        real_tokens: how many tokens are not padding; None for no sums. Without a residual there are none.
 
     Returns:
         [batch, tokens, embed] of the dtype of x; and of the projection with its bias and of the result the `tap.sums`,
