@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -279,35 +280,37 @@ def test_off_it_is_not_in_the_program(monkeypatch):
 
 def test_sums_of_kernels():
     """What a kernel adds up beside its output, in blocks of 512 tokens of 640, of which the last are padding."""
-    real, batch, heads, head_dim, dtype = 600, 2, 2, 64, jnp.bfloat16
-    embed = heads * head_dim
-    keys = iter(jax.random.split(jax.random.key(0), 9))
+    real, text, layer, dtype = jnp.int32(600), jnp.int32(30), jnp.int32(1), jnp.bfloat16
+    embed, heads, head_dim = 128, 2, 64
+    options = {"interpret": True, "real_tokens": real}
+    seeds = itertools.count()
 
-    def random(*shape, dtype=jnp.float32):
-        return jax.random.normal(next(keys), shape).astype(dtype)
+    def random(*shape):
+        return jax.random.normal(jax.random.key(next(seeds)), shape)
 
-    x, layer = random(batch, 640, embed, dtype=dtype), jnp.int32(1)
-    weight, wide = (kernels.Weight(random(2, *shape, dtype=dtype) / 16, layer) for shape in [(embed, embed)] * 2)
-    bias, changes = random(embed), random(2, embed)
-    angles = random(640, head_dim // 2)
-    norm = kernels.QKNorm(random(head_dim), random(head_dim), 1e-6, jnp.cos(angles), jnp.sin(angles))
-    residual = kernels.Residual(x, bias, changes, jnp.int32(30))
-    counted = {"interpret": True, "real_tokens": jnp.int32(real)}
-    product = jnp.einsum("bti,oi->bto", x, weight.stack[1], preferred_element_type=jnp.float32)
-    projected = (product + bias).reshape(batch, 640, heads, head_dim)
-    mean, variance = projected.mean(-1, keepdims=True), projected.var(-1, keepdims=True)
-    normalized = (projected - mean) / jnp.sqrt(variance + 1e-6) * norm.weight + norm.bias
-    tiles, of_heads = kernels.to_heads(x, weight, bias, heads, 2, norm, **counted)
-    y, of_norm = kernels.modulated_norm(x, kernels.Modulation(changes, changes, jnp.int32(30)), 1e-5, **counted)
-    hidden, of_residual = kernels.dense(x, wide, residual, **counted)
-    activated, of_activation = kernels.dense(x, wide, kernels.Gelu(bias), **counted)
-    with_bias = jnp.einsum("bti,oi->bto", x, wide.stack[1], preferred_element_type=jnp.float32).astype(dtype) + bias
-    attended, of_output = kernels.from_heads(tiles, weight, residual, **counted)
-    from_tiles = tiles.transpose(2, 1, 5, 0, 3, 4).reshape(batch, 640, embed)
-    output = jnp.einsum("bti,oi->bto", from_tiles, weight.stack[1], preferred_element_type=jnp.float32)
-    expected = [projected, normalized, y, with_bias, hidden, activated, output.astype(dtype) + bias, attended]
-    found = [*of_heads, *of_norm, *of_residual, *of_activation, *of_output]
-    for i, (sums, array) in enumerate(zip(found, expected, strict=True)):
+    @jax.jit
+    def sums_and_arrays():
+        x, stack = random(2, 640, embed).astype(dtype), (random(2, embed, embed) / 16).astype(dtype)
+        weight, bias, changes, angles = kernels.Weight(stack, layer), random(embed), random(2, embed), random(640, 32)
+        norm = kernels.QKNorm(random(head_dim), random(head_dim), 1e-6, jnp.cos(angles), jnp.sin(angles))
+        residual = kernels.Residual(x, bias, changes, text)
+        tiles, of_heads = kernels.to_heads(x, weight, bias, heads, 2, norm, **options)
+        y, of_norm = kernels.modulated_norm(x, kernels.Modulation(changes, changes, text), 1e-5, **options)
+        hidden, of_residual = kernels.dense(x, weight, residual, **options)
+        activated, of_activation = kernels.dense(x, weight, kernels.Gelu(bias), **options)
+        attended, of_output = kernels.from_heads(tiles, weight, residual, **options)
+
+        def product(x):
+            return jnp.einsum("bti,oi->bto", x, stack[layer], preferred_element_type=jnp.float32)
+
+        projected = (product(x) + bias).reshape(2, 640, heads, head_dim)
+        mean, variance = projected.mean(-1, keepdims=True), projected.var(-1, keepdims=True)
+        normalized = (projected - mean) / jnp.sqrt(variance + 1e-6) * norm.weight + norm.bias
+        outputs = [product(y).astype(dtype) + bias for y in (x, tiles.transpose(2, 1, 5, 0, 3, 4).reshape(x.shape))]
+        arrays = projected, normalized, y, outputs[0], hidden, activated, outputs[1], attended
+        return [*of_heads, *of_norm, *of_residual, *of_activation, *of_output], arrays
+
+    for i, (sums, array) in enumerate(zip(*sums_and_arrays(), strict=True)):
         truth = statistics_of(np.asarray(array[:, :real], np.float32))
         np.testing.assert_allclose(merged(np.asarray(sums)), truth, rtol=0.01, atol=1e-3, err_msg=f"point {i}")
-        assert sums[0, 0] == batch * real * embed
+        assert sums[0, 0] == 2 * real * embed
