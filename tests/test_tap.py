@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -16,7 +17,7 @@ import custom_splash_attention
 from cogvideox.files.tensor_dump import merged, statistics_of
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import Parallelism, make_mesh
-from cogvideox.models.transformer import block, taps
+from cogvideox.models.transformer import block, kernels, taps
 from cogvideox.models.transformer.attention import Attention, xla_attention
 from cogvideox.models.transformer.embeddings import rotary_embedding
 from cogvideox.models.transformer.parameters import load_parameters
@@ -123,25 +124,27 @@ def test_transformer_modules_match_diffusers(mesh, query_parts, attention, monke
     function, devices, arguments = make_transformer(module, mesh, attention, query_parts)
     wanted = dataclasses.replace(EVERYTHING, arrays=["*", "*.[02].attn1.weights"], queries=QUERIES, heads=HEADS)
     (prediction, online_heads), collected = jax.jit(tap.collecting(function, wanted, devices))(*arguments)
-    for found in collected:
-        online = [np.asarray(found.pop(name).array) for name in list(found) if name.endswith("online_heads")]
+    statistics = {name: array for name, (array, _) in collected.statistics.fetched().items()}
+    arrays = {name: tapped.without_padding() for name, tapped in collected.arrays.items()}
+    for found in (arrays, statistics):
+        online = [found.pop(name) for name in list(found) if name.endswith("online_heads")]
         assert all(heads.shape == (SHAPE[0], SMALL["num_attention_heads"]) for heads in online)
         if query_parts == 1:  # or else each part of the queries counts
             assert np.sum(online) == online_heads[0] >= online_heads[1]
         assert (0 < np.mean(online) < 1) if online else not online_heads.any()
     expected, theirs = diffusers_outputs(module)
     assert (error := relative_error(prediction, expected)) < 1e-5, f"mesh {mesh}: {error:.1e}"
-    assert {*OF_THE_BLOCKS, *OUTSIDE, *WEIGHTS} == set(theirs) == set(collected.arrays)
-    assert [name for name in collected.arrays if name not in WEIGHTS] == list(collected.statistics)
-    order = [name for name in collected.arrays if name.startswith("transformer_blocks")]
+    assert {*OF_THE_BLOCKS, *OUTSIDE, *WEIGHTS} == set(theirs) == set(arrays)
+    assert [name for name in arrays if name not in WEIGHTS] == list(statistics)
+    order = [name for name in arrays if name.startswith("transformer_blocks")]
     assert [name.split(".")[1] for name in order] == sorted(name.split(".")[1] for name in order), "not block by block"
     for name, expected in theirs.items():
-        ours = collected.arrays[name].without_padding()
+        ours = arrays[name]
         assert ours.shape == expected.shape, f"{name}: {ours.shape}, diffusers {expected.shape}"
         assert (error := relative_error(ours, expected)) < 1e-5, f"{name} on mesh {mesh}: {error:.1e}"
         if name in WEIGHTS:  # of which no statistics are made
             continue
-        row, truth = merged(np.asarray(collected.statistics[name].array)), statistics_of(expected)
+        row, truth = merged(statistics[name]), statistics_of(expected)
         error = np.abs(row - truth).max() / np.abs(truth).max()
         assert error < 1e-5, f"statistics of {name} on mesh {mesh}: {row}, of diffusers' array {truth}"
 
@@ -160,7 +163,7 @@ def test_heads_that_are_slow_for_some_queries(query_parts, heads):
         return tap.shard_map(on_chip, mesh=mesh, in_specs=(), out_specs=PartitionSpec("sp"))()
 
     _, found = jax.jit(tap.collecting(function, tap.Wanted(statistics=["online_heads"]), mesh))()
-    online = np.asarray(found.statistics["online_heads"].array)
+    online, _ = found.statistics.fetched()["online_heads"]
     assert online.shape == (1, 8 // query_parts) and np.flatnonzero(online).tolist() == sorted(set(heads))
 
 
@@ -169,7 +172,9 @@ def test_only_what_is_asked_for():
     wanted = tap.Wanted(arrays=["transformer_blocks.1.ff.*", "proj_out"], statistics=["*.to_v"])
     _, found = jax.eval_shape(tap.collecting(function, wanted, mesh), *arguments)
     assert list(found.arrays) == ["transformer_blocks.1.ff.net.0", "transformer_blocks.1.ff.net.2", "proj_out"]
-    assert list(found.statistics) == [f"transformer_blocks.{i}.attn1.to_v" for i in range(LAYERS)]
+    assert [name for name, *_ in found.statistics.places] == [
+        f"transformer_blocks.{i}.attn1.to_v" for i in range(LAYERS)
+    ]
     with pytest.raises(tap.NoSuchNameError, match=r"no module is called \*.to_x; the nearest: .*to_[qkv]"):
         jax.eval_shape(tap.collecting(function, tap.Wanted(arrays=["*.to_x", "proj_out"]), mesh), *arguments)
     inside = r"transformer_blocks.1.attn1 has no output of its own; .*'transformer_blocks.1.attn1.\*' or one of .*to_q"
@@ -239,12 +244,13 @@ def test_decoder_modules_match_diffusers(decoder, chips, strips):
     (traced,) = chunk_programs(ours, weights, latents.shape, split, wanted=EVERYTHING)
     tiles = jax.device_put(split.tiles(latents.numpy()), split.latents)
     _, collected = traced.lower().compile()(weights, tiles)
+    statistics = {name: array for name, (array, _) in collected.statistics.fetched().items()}
     assert len(seen) > 30 and set(seen) <= set(collected.arrays), set(seen) - set(collected.arrays)
     for name, expected in seen.items():
         array = collected.arrays[name].without_padding()
         assert array.shape == expected.shape, f"{name}: {array.shape}, diffusers {expected.shape}"
         assert (error := relative_error(array, expected)) < 1e-4, f"{name}: {error:.1e}"
-        row, truth = merged(np.asarray(collected.statistics[name].array)), statistics_of(expected)
+        row, truth = merged(statistics[name]), statistics_of(expected)
         error = np.abs(row - truth).max() / np.abs(truth).max()
         assert error < 1e-4, f"statistics of {name}: {row}, of diffusers' array {truth}"
 
@@ -275,3 +281,41 @@ def test_off_it_is_not_in_the_program(monkeypatch):
     with_taps, _, _ = make_transformer(module, (2, 2, 2))
     monkeypatch.undo()
     assert ours != text_of(jax.jit(tap.collecting(with_taps, EVERYTHING, mesh)).lower(*arguments))
+
+
+def test_sums_of_kernels():
+    """What a kernel adds up beside its output, in blocks of 512 tokens of 640, of which the last are padding."""
+    real, text, layer, dtype = jnp.int32(600), jnp.int32(30), jnp.int32(1), jnp.bfloat16
+    embed, heads, head_dim = 128, 2, 64
+    options = {"interpret": True, "real_tokens": real}
+    seeds = itertools.count()
+
+    def random(*shape):
+        return jax.random.normal(jax.random.key(next(seeds)), shape)
+
+    @jax.jit
+    def sums_and_arrays():
+        x, stack = random(2, 640, embed).astype(dtype), (random(2, embed, embed) / 16).astype(dtype)
+        weight, bias, changes, angles = kernels.Weight(stack, layer), random(embed), random(2, embed), random(640, 32)
+        norm = kernels.QKNorm(random(head_dim), random(head_dim), 1e-6, jnp.cos(angles), jnp.sin(angles))
+        residual = kernels.Residual(x, bias, changes, text)
+        tiles, of_heads = kernels.to_heads(x, weight, bias, heads, 2, norm, **options)
+        y, of_norm = kernels.modulated_norm(x, kernels.Modulation(changes, changes, text), 1e-5, **options)
+        hidden, of_residual = kernels.dense(x, weight, residual, **options)
+        activated, of_activation = kernels.dense(x, weight, kernels.Gelu(bias), **options)
+        attended, of_output = kernels.from_heads(tiles, weight, residual, **options)
+
+        def product(x):
+            return jnp.einsum("bti,oi->bto", x, stack[layer], preferred_element_type=jnp.float32)
+
+        projected = (product(x) + bias).reshape(2, 640, heads, head_dim)
+        mean, variance = projected.mean(-1, keepdims=True), projected.var(-1, keepdims=True)
+        normalized = (projected - mean) / jnp.sqrt(variance + 1e-6) * norm.weight + norm.bias
+        outputs = [product(y).astype(dtype) + bias for y in (x, tiles.transpose(2, 1, 5, 0, 3, 4).reshape(x.shape))]
+        arrays = projected, normalized, y, outputs[0], hidden, activated, outputs[1], attended
+        return [*of_heads, *of_norm, *of_residual, *of_activation, *of_output], arrays
+
+    for i, (sums, array) in enumerate(zip(*sums_and_arrays(), strict=True)):
+        truth = statistics_of(np.asarray(array[:, :real], np.float32))
+        np.testing.assert_allclose(merged(np.asarray(sums)), truth, rtol=0.01, atol=1e-3, err_msg=f"point {i}")
+        assert sums[0, 0] == 2 * real * embed

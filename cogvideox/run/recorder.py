@@ -70,8 +70,7 @@ class Recorder:
 
     def _record(self, collected: Collected) -> None:
         number, self._number = self._number, self._number + 1
-        fetched = jax.device_get({name: tapped.array for name, tapped in collected.statistics.items()})
-        statistics = {name: self._row(name, fetched[name], tapped) for name, tapped in collected.statistics.items()}
+        statistics = {name: self._row(name, *found) for name, found in collected.statistics.fetched().items()}
         chosen = collected.arrays if number in self._chosen else {}
         self._dump.add(number, ((name, tapped.without_padding()) for name, tapped in chosen.items()), statistics)
         online = [row for name, row in statistics.items() if name.endswith(ONLINE_HEADS)]
@@ -79,9 +78,9 @@ class Recorder:
             self._online.append(np.stack(online))
         self._points = len(statistics)
 
-    def _row(self, name: str, array: np.ndarray, tapped: Tapped) -> np.ndarray:
+    def _row(self, name: str, array: np.ndarray, tapped_spec: PartitionSpec | None) -> np.ndarray:
         """Return what the dump has of a point, whose sums are `array`, and note what is wrong with it."""
-        if tapped.tapped_spec is None:
+        if tapped_spec is None:
             return array
         where = f"{self._unit} {self._number - 1}, {name}"
         row = merged(array)
@@ -89,7 +88,7 @@ class Recorder:
             self._not_finite = f"first {where}"
         checksums = array[:, CHECKSUMS]
         if checksums.size:
-            chips = differing_chips(checksums, self._mesh, tapped.tapped_spec)
+            chips = differing_chips(checksums, self._mesh, tapped_spec)
             self._differing += [f"{where}: {chip}" for chip in chips]
         return row
 

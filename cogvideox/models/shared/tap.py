@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cogvideox.models.shared.sharding import mesh_axes
 
@@ -84,11 +84,48 @@ class Tapped:
         return array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What a program returns for the points of which statistics are wanted, in few arrays, which all chips have whole.
+
+    A step of the 5B model has 600 points, and to fetch an array takes its time however small it is.
+
+    Attributes:
+        stacked: arrays of one shape and dtype each, stacked.
+        places: of each point, in the order of execution, its name, its array's place in `stacked` and in the stack, and
+            `Tapped.tapped_spec`.
+    """
+
+    stacked: list[jax.Array]
+    places: tuple[tuple[str, int, int, PartitionSpec | None], ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, found: "Mapping[str, Tapped]", mesh: Mesh) -> "Statistics":
+        """Stack what was tapped, by name."""
+        groups: dict[tuple, list[jax.Array]] = {}
+        members = {}
+        for name, tapped in found.items():
+            group = groups.setdefault((tapped.array.shape, tapped.array.dtype), [])
+            members[name] = group, len(group)
+            group.append(tapped.array)
+        whole = NamedSharding(mesh, PartitionSpec())
+        stacked = [jax.lax.with_sharding_constraint(jnp.stack(group), whole) for group in groups.values()]
+        numbers = {id(group): number for number, group in enumerate(groups.values())}
+        places = [(name, numbers[id(group)], i, found[name].tapped_spec) for name, (group, i) in members.items()]
+        return cls(stacked, tuple(places))
+
+    def fetched(self) -> "dict[str, tuple[np.ndarray, PartitionSpec | None]]":
+        """Fetch all points: of each its `sums` of all chips, or else its array, and its `Tapped.tapped_spec`."""
+        stacked = jax.device_get(self.stacked)
+        return {name: (stacked[number][i], spec) for name, number, i, spec in self.places}
+
+
 class Collected(NamedTuple):
-    """What a program returns beside its result, by name, in the order of execution."""
+    """What a program returns beside its result: arrays by name, in the order of execution, and statistics."""
 
     arrays: "OrderedDict[str, Tapped]"
-    statistics: "OrderedDict[str, Tapped]"
+    statistics: Statistics
 
 
 @dataclasses.dataclass
@@ -154,6 +191,7 @@ def tap(
     spec: PartitionSpec,
     bounds: Bounds | None = None,
     same_values: jax.Array | Callable[[], jax.Array] | None = None,
+    summed: jax.Array | None = None,
 ) -> None:
     """Let `collecting` return an array; does nothing, and does not call `array`, unless `collecting` is used.
 
@@ -165,15 +203,21 @@ def tap(
         bounds: first and last index of what is not padding in the whole array, by axis, counted from the end (-1, -2).
         same_values: the same values, or a function that computes them, in an order that costs less, for statistics;
             the last two axes have the same bounds.
+        summed: the `sums` of the chip's share, without checksums, where a kernel has computed them: inside `shard_map`,
+            of an array of which no two chips have the same share.
     """
     collector = _collector.get()
     if collector is None:
         return
-    name = ".".join([*_path.get(), *([name] if name else [])])
+    name = _full_name(name)
     wants = {kind: any([collector.wants(kind, n) for n in _names(name)]) for kind in ("arrays", "statistics")}
     if wants["arrays"]:
         collector.found["arrays", name] = Tapped(_computed(array), spec, tuple((bounds or {}).items()))
-    if wants["statistics"]:
+    if wants["statistics"] and summed is not None:
+        chips = PartitionSpec(tuple(collector.mesh.axis_names))
+        found = jnp.pad(summed, ((0, 0), (0, 2))) if collector.wanted.checksums else summed
+        collector.found["statistics", name] = Tapped(found, chips, tapped_spec=spec)
+    elif wants["statistics"]:
         values = _computed(array if same_values is None else same_values)
         if values.dtype == jnp.bool_:  # few, and each of them tells something
             collector.found["statistics", name] = Tapped(values, spec)
@@ -183,6 +227,17 @@ def tap(
         if not collector.in_shard_map:
             reduce = jax.shard_map(reduce, mesh=collector.mesh, in_specs=spec, out_specs=chips, check_vma=False)
         collector.found["statistics", name] = Tapped(reduce(values), chips, tapped_spec=spec)
+
+
+def wants_statistics(name: str) -> bool:
+    """Return whether `collecting` is used and wants statistics of a module, named as in `tap`."""
+    collector = _collector.get()
+    return collector is not None and any([collector.wants("statistics", n) for n in _names(_full_name(name))])
+
+
+def _full_name(name: str) -> str:
+    """Return the name of a module with the scopes around it."""
+    return ".".join([*_path.get(), *([name] if name else [])])
 
 
 def _computed(array: jax.Array | Callable[[], jax.Array]) -> jax.Array:
@@ -272,8 +327,11 @@ def collecting(function: Callable, wanted: Wanted, mesh: Mesh) -> Callable:
         finally:
             _collector.reset(token)
         collector.check()
-        kinds = (OrderedDict((n, t) for (k, n), t in found.items() if k == kind) for kind in ("arrays", "statistics"))
-        return result, Collected(*kinds)
+        arrays, statistics = (
+            OrderedDict((name, tapped) for (kind, name), tapped in found.items() if kind == one)
+            for one in ("arrays", "statistics")
+        )
+        return result, Collected(arrays, Statistics.of(statistics, mesh))
 
     return collected
 

@@ -19,17 +19,21 @@ def tap_vector(name: str, x: jax.Array) -> None:
     tap.tap(name, lambda: x[None], PartitionSpec(None, None))
 
 
-def tap_heads(x: jax.Array, parameters: Mapping, heads: int, bounds: tap.Bounds) -> None:
+def tap_heads(
+    x: jax.Array, parameters: Mapping, heads: int, bounds: tap.Bounds, summed: Mapping[str, jax.Array] | None = None
+) -> None:
     """Tap queries, keys and values as they are projected, and queries and keys as they are normalised.
 
-    They are computed for the tap: a kernel that projects keeps them in VMEM, and with XLA they are computed once.
+    Arrays are computed for the tap: a kernel that projects keeps them in VMEM, and with XLA they are computed once.
 
     Args:
         x: what is projected, [batch, sequence / sp, embed].
         parameters: of the block.
         heads: to which this chip projects.
         bounds: of the tokens that are not padding.
+        summed: their `tap.sums`, by name, where a kernel has computed them.
     """
+    summed = summed or {}
 
     @functools.cache
     def project(letter: str) -> jax.Array:
@@ -54,10 +58,12 @@ def tap_heads(x: jax.Array, parameters: Mapping, heads: int, bounds: tap.Bounds)
 
     for letter in "qkv":
         array, same_values = functools.partial(output_of_linear, letter), functools.partial(project, letter)
-        tap.tap(f"to_{letter}", array, activation_spec("gathered heads"), bounds, same_values)
+        name, spec = f"to_{letter}", activation_spec("gathered heads")
+        tap.tap(name, array, spec, bounds, same_values, summed.get(name))
     for letter in "qk":
         array, same_values = functools.partial(output_of_norm, letter), functools.partial(normalized, letter)
-        tap.tap(f"norm_{letter}", array, activation_spec("projected heads"), bounds, same_values)
+        name, spec = f"norm_{letter}", activation_spec("projected heads")
+        tap.tap(name, array, spec, bounds, same_values, summed.get(name))
 
 
 def tap_weights(
@@ -123,10 +129,13 @@ def some_queries(length: int) -> list[int]:
     return [i * (length - 1) // max(count - 1, 1) for i in range(count)]
 
 
-def tap_mlp(x: jax.Array, bounds: tap.Bounds) -> None:
-    """Tap what lies between the two products of the MLP, x [batch, tokens gathered over tp, mlp / tp]."""
+def tap_mlp(x: jax.Array, bounds: tap.Bounds, summed: jax.Array | None = None) -> None:
+    """Tap what lies between the two products of the MLP, x [batch, tokens gathered over tp, mlp / tp].
+
+    `summed` is its `tap.sums` where a kernel has computed them.
+    """
     own_tokens = functools.partial(jax.lax.all_to_all, x, "tp", split_axis=1, concat_axis=2, tiled=True)
-    tap.tap("net.0", own_tokens, HIDDEN_STATES, bounds)
+    tap.tap("net.0", own_tokens, HIDDEN_STATES, bounds, summed=summed)
 
 
 def interleaved(x: jax.Array) -> jax.Array:

@@ -36,8 +36,8 @@ class TiledBlock(BaseBlock):
     def __call__(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Apply the block to hidden states [batch / dp, sequence / (sp * tp), embed]."""
         hidden, online = self.self_attention(hidden)
-        hidden = self.feed_forward(hidden)
-        tap.tap("", hidden, HIDDEN_STATES, self.bounds)
+        hidden, summed = self.feed_forward(hidden)
+        tap.tap("", hidden, HIDDEN_STATES, self.bounds, summed=summed)
         return hidden, jnp.stack([(online > 0).sum(dtype=jnp.float32), online.sum()])
 
     def self_attention(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -45,15 +45,19 @@ class TiledBlock(BaseBlock):
         parts, interpret = self.parallelism.head_parts, self.attention.interpret
         x, gates = self.modulated_norm(hidden, "norm1")
         with tap.scope("attn1"):
-            taps.tap_heads(x, self.parameters, self.heads, self.bounds)
+            summed: dict[str, jax.Array] = {}
 
             def project(letter: str, norm: kernels.QKNorm | None) -> jax.Array:
                 weight, bias = self.weight(f"attn1.to_{letter}.weight"), self.parameters.get(f"attn1.to_{letter}.bias")
-                y = kernels.to_heads(x, weight, bias, self.heads, parts, norm, interpret)
+                names = f"to_{letter}", f"norm_{letter}"
+                real_tokens = self.real_tokens(x, "sp", *names)
+                y, found = kernels.to_heads(x, weight, bias, self.heads, parts, norm, interpret, real_tokens)
+                summed.update(zip(names, found, strict=False))  # values have no norm
                 return self.exchanged(y, CHIPS, CHIPS).reshape(-1, *y.shape[2:])
 
             query, key = project("q", self.norm("q")), self.gathered(project("k", self.norm("k")), TILES)
             value = self.gathered(project("v", None), TILES)
+            taps.tap_heads(x, self.parameters, self.heads, self.bounds, summed)
             all_heads, query_parts = self.config["num_attention_heads"], self.parallelism.query_parts
             taps.tap_weights(lambda: (rows(query), rows(key)), self.length, all_heads, query_parts)
             y, online = self.attention.tiled(query, key, value, self.length)
@@ -61,16 +65,17 @@ class TiledBlock(BaseBlock):
             y = self.exchanged(y.reshape(parts, -1, *y.shape[1:]), CHIPS, CHIPS)
             weight = self.weight("attn1.to_out.0.weight")
             product = functools.partial(kernels.from_heads, y, weight, interpret=interpret)
-            return self.added(product, hidden, "attn1.to_out.0", gates), online
+            return self.added(product, hidden, "attn1.to_out.0", gates)[0], online
 
-    def feed_forward(self, hidden: jax.Array) -> jax.Array:
-        """Apply the second half of the block: norm, MLP, gated residual."""
+    def feed_forward(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Apply the second half of the block: norm, MLP, gated residual; returns what `added` does."""
         dense = functools.partial(kernels.dense, interpret=self.attention.interpret)
         x, gates = self.modulated_norm(hidden, "norm2")
         with tap.scope("ff"):
             activation = kernels.Gelu(self.parameters["ff.net.0.proj.bias"])
-            x = dense(x, self.weight("ff.net.0.proj.weight"), activation)
-            taps.tap_mlp(x, self.bounds)
+            real_tokens = self.real_tokens(x, "sp", "net.0")
+            x, summed = dense(x, self.weight("ff.net.0.proj.weight"), activation, real_tokens=real_tokens)
+            taps.tap_mlp(x, self.bounds, *summed)
             product = functools.partial(dense, x, self.weight("ff.net.2.weight"))
             return self.added(product, hidden, "ff.net.2", gates)
 
@@ -83,19 +88,39 @@ class TiledBlock(BaseBlock):
                 weight, bias = (self.parameters[f"{name}.norm.{k}"].astype(jnp.float32) for k in ("weight", "bias"))
                 scales, shifts = weight * scales, bias * scales + shifts
             changes = kernels.Modulation(scales, shifts, self.text_tokens)
-            x = kernels.modulated_norm(hidden, changes, self.config["norm_eps"], self.attention.interpret)
-            tap.tap("", x, HIDDEN_STATES, self.bounds)
+            eps, real_tokens = self.config["norm_eps"], self.real_tokens(hidden, ("sp", "tp"), "")
+            x, summed = kernels.modulated_norm(hidden, changes, eps, self.attention.interpret, real_tokens)
+            tap.tap("", x, HIDDEN_STATES, self.bounds, None, *summed)
             return jax.lax.all_gather(x, "tp", axis=1, tiled=True), gates
 
     def added(
-        self, product: Callable[[kernels.Residual | None], jax.Array], hidden: jax.Array, name: str, gates: jax.Array
-    ) -> jax.Array:
-        """Compute hidden + gate * (product + bias of module `name`); without tp the kernel `product` does all of it."""
+        self, product: Callable[..., kernels.Summed], hidden: jax.Array, name: str, gates: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Compute hidden + gate * (product + bias of module `name`); without tp the kernel `product` does all of it.
+
+        Then it also returns the result's `tap.sums`, if statistics are wanted.
+        """
         if self.parallelism.tp > 1:
-            return self.gated_residual(hidden, product(None), name, gates, self.is_text)
-        tap.tap(name.partition(".")[2], lambda: self.with_bias(product(None), name), HIDDEN_STATES, self.bounds)
-        bias = self.parameters.get(f"{name}.bias")
-        return product(kernels.Residual(hidden, bias, gates, self.text_tokens))
+            return self.gated_residual(hidden, product(None)[0], name, gates, self.is_text), None
+        name_in_scope, bias = name.partition(".")[2], self.parameters.get(f"{name}.bias")
+        residual = kernels.Residual(hidden, bias, gates, self.text_tokens)
+        y, summed = product(residual, real_tokens=self.real_tokens(hidden, ("sp", "tp"), name_in_scope))
+        with_bias = functools.partial(self.with_bias, name=name)
+        tap.tap(name_in_scope, lambda: with_bias(product(None)[0]), HIDDEN_STATES, self.bounds, None, *summed[:1])
+        return y, summed[1] if summed else None
+
+    def real_tokens(self, x: jax.Array, axes: str | tuple[str, ...], *names: str) -> jax.Array | None:
+        """Return how many of this chip's tokens are not padding, if statistics of one of `names` are wanted.
+
+        Args:
+            x: [batch, tokens of this chip, anything].
+            axes: of the mesh over which the tokens are split.
+            names: as `tap.tap` takes them.
+        """
+        if not any([tap.wants_statistics(name) for name in names]):
+            return None
+        tokens = x.shape[1]
+        return jnp.clip(self.length - jax.lax.axis_index(axes) * tokens, 0, tokens)
 
     def norm(self, letter: str) -> kernels.QKNorm:
         """Return the norm and the rotary embedding of queries or keys."""

@@ -9,7 +9,7 @@ attention the first axis counts the chips that will attend the heads, and after 
 exchange between chips cuts and joins along the first axis of memory, and nothing is copied on either side of it.
 """
 
-from cogvideox.models.transformer.kernels.common import LANES, Weight
+from cogvideox.models.transformer.kernels.common import LANES, Summed, Weight
 from cogvideox.models.transformer.kernels.heads import QKNorm, to_heads
 from cogvideox.models.transformer.kernels.norm import Modulation, modulated_norm
 from cogvideox.models.transformer.kernels.products import Gelu, Residual, dense, from_heads
@@ -20,6 +20,7 @@ __all__ = [
     "Modulation",
     "QKNorm",
     "Residual",
+    "Summed",
     "Weight",
     "dense",
     "from_heads",

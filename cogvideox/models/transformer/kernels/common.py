@@ -1,5 +1,8 @@
 """What all kernels of a block share: how they are called, and how they read a weight."""
 
+import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +16,13 @@ LANES = 128  # tokens in a tile
 PRODUCT_TILES = 2  # tiles in a product: the MXU's width
 ROWS = 1536  # outputs in a block of a weight, in bfloat16
 TOKENS = 512  # tokens in a block
+SUBLANES = 8  # rows of a register
+SUM_ROWS = 128  # rows that `Sums` takes at a time
 VMEM_LIMIT = 64 * 2**20  # bytes
+
+# The rows of `Sums`: how values are reduced, and how two parts are joined.
+REDUCTIONS: tuple[Callable, ...] = (jnp.sum, jnp.sum, jnp.min, jnp.max)
+JOINS: tuple[Callable, ...] = (jnp.add, jnp.add, jnp.minimum, jnp.maximum)
 
 
 class Weight(NamedTuple):
@@ -42,6 +51,81 @@ class Weight(NamedTuple):
         return pl.BlockSpec((None, outputs, self.stack.shape[2]), lambda n, b, t, scalars: (scalars[1], n, 0))
 
 
+# A kernel's output, and the `tap.sums` of what it held in VMEM, where they are asked for, else nothing.
+Summed = tuple[jax.Array, list[jax.Array]]
+
+
+class Sums:
+    """What a kernel adds up of values that it holds in VMEM, for statistics: one to a few points of the model.
+
+    A kernel's second output has, for each step of its grid and each point, four rows: sum, sum of squares, least and
+    largest value of what is in a column of lanes. Padding counts as zero.
+
+    Args:
+        ref: of the output's block, [1 for each axis of the grid, 4 * points, lanes].
+        real_tokens: how many tokens, from the first on, are not padding.
+    """
+
+    def __init__(self, ref: Any, real_tokens: jax.Array):
+        self._ref, self._real_tokens = ref, real_tokens
+        self._found: dict[int, list[jax.Array]] = {}
+
+    def add(self, point: int, x: jax.Array, start: Any, axis: int) -> None:
+        """Add values [rows, columns] of a point; `axis` has the tokens from `start` on.
+
+        It takes a column of registers after the other: so few are alive that none has to be put aside.
+        """
+        rows, columns, lanes = *x.shape, self._ref.shape[-1]
+        tokens = start + lax.broadcasted_iota(jnp.int32, (rows, 1) if axis == 0 else (1, columns), axis)
+        for row, column in itertools.product(range(0, rows, SUM_ROWS), range(0, columns, lanes)):
+            block = slice(row, row + SUM_ROWS), slice(column, column + lanes)
+            real = (tokens[block[0]] if axis == 0 else tokens[:, block[1]]) < self._real_tokens
+            part = jnp.where(real, x[block].astype(jnp.float32), 0.0)
+            part = part.reshape(-1, math.gcd(len(part), SUBLANES), lanes)
+            found = [part.sum(0), jnp.square(part).sum(0), part.min(0), part.max(0)]
+            before = self._found.get(point)
+            if before:
+                found = [join(*pair) for join, *pair in zip(JOINS, before, found, strict=True)]
+            self._found[point] = found
+
+    def write(self) -> None:
+        """Write what was added, at the end of a step of the grid."""
+        rows = [
+            reduce(part, axis=0, keepdims=True)
+            for point in sorted(self._found)
+            for reduce, part in zip(REDUCTIONS, self._found[point], strict=True)
+        ]
+        self._ref[...] = jnp.concatenate(rows).reshape(self._ref.shape)
+
+
+class Counted(NamedTuple):
+    """Of what a kernel is to return `Sums`.
+
+    Attributes:
+        real_tokens: how many of the chip's tokens, from the first on, are not padding, int32 scalar.
+        points: for how many points of the model the kernel has sums.
+        values: how many values of each point a token has, all prompts together.
+        columns: of the blocks of values.
+    """
+
+    real_tokens: jax.Array
+    points: int
+    values: int
+    columns: int
+
+    @property
+    def lanes(self) -> int:
+        """Of a row of the sums."""
+        return LANES if self.columns % LANES == 0 else self.columns
+
+    def merged(self, rows: jax.Array) -> list[jax.Array]:
+        """Merge what the steps of a grid have written into the `tap.sums` of each point."""
+        rows = jnp.moveaxis(rows.reshape(-1, self.points, len(REDUCTIONS), self.lanes), 2, 0)
+        total = [reduce(row, axis=(1, 2)) for reduce, row in zip(REDUCTIONS, jnp.swapaxes(rows, 1, 2), strict=True)]
+        count = self.real_tokens.astype(jnp.float32) * self.values  # as an integer it may be too large
+        return [jnp.stack([count, *(row[point] for row in total)])[None] for point in range(self.points)]
+
+
 def call(
     kernel: Callable,
     name: str,
@@ -55,27 +139,42 @@ def call(
     products: int,
     moved: int,
     interpret: bool,
-) -> jax.Array:
-    """Run a kernel that reads the scalars text_tokens and layer.
+    counted: Counted | None = None,
+) -> Summed:
+    """Run a kernel that reads the scalars text_tokens and layer, and, where anything is `counted`, real_tokens.
 
-    It multiplies `products` pairs of values, and moves `moved` values between HBM and VMEM.
+    It multiplies `products` pairs of values, and moves `moved` values between HBM and VMEM. Its argument `sums` is
+    where it adds what is counted, or None.
     """
     size = moved * out_shape.dtype.itemsize
     semantics: Any = ("parallel", *["arbitrary"] * (len(grid) - 1))
     if not interpret:  # otherwise XLA puts what fits into VMEM, which the kernel needs for itself
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
         out_shape = pltpu.HBM(out_shape.shape, out_shape.dtype)
-    return pl.pallas_call(
-        kernel,
+    function: Callable = functools.partial(kernel, sums=None)
+    specs: Any = out_specs
+    if counted:
+        scalars, block = [*scalars, counted.real_tokens], (len(REDUCTIONS) * counted.points, counted.lanes)
+        sums_shape: Any = jax.ShapeDtypeStruct((*grid, *block), jnp.float32)
+        out_shape = [out_shape, sums_shape]
+        ones = (1,) * len(grid)
+        specs = [out_specs, pl.BlockSpec((*ones, *block), lambda *indices: (*indices[:-1], 0, 0))]
+
+        def function(*refs: Any) -> None:
+            sums = Sums(refs[-1], refs[0][2])
+            kernel(*refs[:-1], sums=sums)
+            sums.write()
+
+    found = pl.pallas_call(
+        function,
         name=name,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs
-        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=specs),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT),
         cost_estimate=pl.CostEstimate(flops=2 * products, bytes_accessed=size, transcendentals=0),
         interpret=interpret,
     )(jnp.stack(scalars), *arrays)
+    return (found[0], counted.merged(found[1])) if counted else (found, [])
 
 
 def matmul(left: jax.Array, right: jax.Array, contracted: tuple[tuple[int], tuple[int]], interpret: bool) -> jax.Array:

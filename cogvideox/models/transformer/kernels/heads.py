@@ -12,6 +12,8 @@ from cogvideox.models.transformer.kernels.common import (
     PRODUCT_TILES,
     ROWS,
     TOKENS,
+    Counted,
+    Summed,
     Weight,
     call,
     fitting,
@@ -44,7 +46,8 @@ def to_heads(
     parts: int,
     norm: QKNorm | None,
     interpret: bool,
-) -> jax.Array:
+    real_tokens: jax.Array | None = None,
+) -> Summed:
     """Project x [batch, tokens, embed] to heads, and normalise and rotate them if there is a `norm`.
 
     Args:
@@ -55,9 +58,11 @@ def to_heads(
         parts: chips of a group, which share them after the exchange.
         norm: for queries and keys.
         interpret: run in Pallas' interpreter.
+        real_tokens: how many tokens are not padding; None for no sums.
 
     Returns:
-        [parts, tiles, batch, heads / parts, head_dim, 128], of the dtype of x.
+        [parts, tiles, batch, heads / parts, head_dim, 128], of the dtype of x; and the `tap.sums` of the projection and
+        of the norm, if they are asked for.
     """
     batch, tokens, embed = x.shape
     head_dim, tiles, own = weight.outputs // heads, tokens // LANES, heads // parts
@@ -88,6 +93,7 @@ def to_heads(
         products=x.size * weight.outputs,
         moved=x.size * (parts // chips * groups) + weight.size + batch * tokens * weight.outputs,
         interpret=interpret,
+        counted=None if real_tokens is None else Counted(real_tokens, 2 if norm else 1, batch * weight.outputs, LANES),
     )
 
 
@@ -98,10 +104,11 @@ def head_blocks(parts: int, own: int, most: int) -> tuple[int, int]:
     return chips, block_heads
 
 
-def _to_heads(_, x_ref, weight_ref, bias_ref, *refs, eps, interpret):
+def _to_heads(_, x_ref, weight_ref, bias_ref, *refs, eps, interpret, sums):
     """Project a block of tokens, two tiles at a time; while one pair is finished, the MXU can begin with the next."""
     out_ref = refs[-1]
     chips, tiles, _, heads, head_dim, _ = out_ref.shape
+    start = pl.program_id(2) * tiles * LANES if sums else None
 
     def product(first, count):
         x = x_ref[0, pl.ds(first * LANES, count * LANES), :]
@@ -109,12 +116,16 @@ def _to_heads(_, x_ref, weight_ref, bias_ref, *refs, eps, interpret):
 
     def finish(y, first, count):
         y = y.reshape(-1, head_dim, count * LANES)
+        if sums:
+            sums.add(0, y.reshape(-1, y.shape[-1]), start + first * LANES, axis=1)
         if eps is not None:
             columns = pl.ds(first * LANES, count * LANES)
             weight_ref, bias_ref, cos_ref, sin_ref = refs[:-1]
-            y = _normalized_and_rotated(
-                y, weight_ref[...], bias_ref[...], eps, cos_ref[:, columns], sin_ref[:, columns]
-            )
+            norm, rotary = (weight_ref[...], bias_ref[...]), (cos_ref[:, columns], sin_ref[:, columns])
+            y = _normalized(y, *norm, eps)
+            if sums:
+                sums.add(1, y.reshape(-1, y.shape[-1]), start + first * LANES, axis=1)
+            y = _rotated(y, *rotary)
         y = y.astype(out_ref.dtype).reshape(chips, heads, head_dim, count * LANES)
         for tile in range(count):
             out_ref[:, first + tile, 0] = y[..., tile * LANES : (tile + 1) * LANES]
@@ -129,9 +140,13 @@ def _to_heads(_, x_ref, weight_ref, bias_ref, *refs, eps, interpret):
     finish(*pending)
 
 
-def _normalized_and_rotated(y, weight, bias, eps, cos, sin):
-    """Apply layer norm and rotary embedding to float32 [heads, head_dim, tokens], over the second axis."""
+def _normalized(y, weight, bias, eps):
+    """Apply layer norm to float32 [heads, head_dim, tokens], over the second axis."""
     mean, scale = moments(y, eps, axis=1)
-    y = (y - mean) * scale * weight + bias
+    return (y - mean) * scale * weight + bias
+
+
+def _rotated(y, cos, sin):
+    """Apply the rotary embedding to float32 [heads, head_dim, tokens], over the second axis."""
     first, second = jnp.split(y, 2, axis=1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)

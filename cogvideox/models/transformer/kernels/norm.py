@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from cogvideox.models.transformer.kernels.common import TOKENS, call, text_or_video
+from cogvideox.models.transformer.kernels.common import TOKENS, Counted, Summed, call, text_or_video
 from cogvideox.models.transformer.layers import moments
 
 NORM_ROWS = 16  # tokens that it normalises at a time: the rows of a bfloat16 tile
@@ -26,8 +26,12 @@ class Modulation(NamedTuple):
     text_tokens: jax.Array
 
 
-def modulated_norm(hidden: jax.Array, modulation: Modulation, eps: float, interpret: bool) -> jax.Array:
-    """Compute the layer norm of hidden states [batch, tokens, embed], modulated; returns an array like `hidden`.
+def modulated_norm(
+    hidden: jax.Array, modulation: Modulation, eps: float, interpret: bool, real_tokens: jax.Array | None = None
+) -> Summed:
+    """Compute the layer norm of hidden states [batch, tokens, embed], modulated.
+
+    Returns an array like `hidden`, and its `tap.sums` if there are `real_tokens`: how many are not padding.
 
     The kernel reads and writes the array once; XLA reads it twice, and takes longer over it.
     """
@@ -47,10 +51,11 @@ def modulated_norm(hidden: jax.Array, modulation: Modulation, eps: float, interp
         products=0,
         moved=2 * hidden.size,
         interpret=interpret,
+        counted=None if real_tokens is None else Counted(real_tokens, 1, batch * embed, embed),
     )
 
 
-def _modulated_norm(scalars_ref, hidden_ref, scales_ref, shifts_ref, out_ref, *, eps):
+def _modulated_norm(scalars_ref, hidden_ref, scales_ref, shifts_ref, out_ref, *, eps, sums):
     """Normalise a block of tokens, NORM_ROWS at a time, whose values stay in registers or near them."""
     tokens = hidden_ref.shape[1]
     start = pl.program_id(1) * tokens
@@ -61,3 +66,5 @@ def _modulated_norm(scalars_ref, hidden_ref, scales_ref, shifts_ref, out_ref, *,
         x = (x - mean) * scale
         scale, shift = (text_or_video(ref, start + first, len(x), scalars_ref[0]) for ref in (scales_ref, shifts_ref))
         out_ref[0, rows] = (x * scale + shift).astype(out_ref.dtype)
+    if sums:
+        sums.add(0, out_ref[0], start, axis=0)

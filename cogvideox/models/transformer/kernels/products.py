@@ -12,6 +12,8 @@ from cogvideox.models.transformer.kernels.common import (
     PRODUCT_TILES,
     ROWS,
     TOKENS,
+    Counted,
+    Summed,
     Weight,
     block_of_outputs,
     call,
@@ -49,7 +51,9 @@ class Residual(NamedTuple):
     text_tokens: jax.Array
 
 
-def from_heads(x: jax.Array, weight: Weight, residual: Residual | None, interpret: bool) -> jax.Array:
+def from_heads(
+    x: jax.Array, weight: Weight, residual: Residual | None, interpret: bool, real_tokens: jax.Array | None = None
+) -> Summed:
     """Multiply heads by the weight of the output projection, and add the result to a `residual` if there is one.
 
     Args:
@@ -57,9 +61,11 @@ def from_heads(x: jax.Array, weight: Weight, residual: Residual | None, interpre
         weight: of embed outputs and heads * head_dim inputs.
         residual: where this chip has all heads; None for its part of the product alone.
         interpret: run in Pallas' interpreter.
+        real_tokens: how many tokens are not padding; None for no sums. Without a residual there are none.
 
     Returns:
-        [batch, tokens, embed] of the dtype of x.
+        [batch, tokens, embed] of the dtype of x; and of the projection with its bias and of the result the `tap.sums`,
+        if they are asked for.
     """
     parts, tiles, batch, own, head_dim, _ = x.shape
     embed, block_tiles = weight.outputs, min(TOKENS // LANES, tiles)
@@ -79,10 +85,11 @@ def from_heads(x: jax.Array, weight: Weight, residual: Residual | None, interpre
         products=x.size * embed,
         moved=x.size * (embed // columns) + weight.size + 2 * batch * tiles * LANES * embed,
         interpret=interpret,
+        counted=_counted(real_tokens, residual, batch, embed, columns),
     )
 
 
-def _from_heads(scalars_ref, x_ref, weight_ref, *refs, interpret):
+def _from_heads(scalars_ref, x_ref, weight_ref, *refs, interpret, sums):
     """Project a block of tokens, two tiles at a time, to columns, and turn them into rows."""
     tiles, out_ref, start = x_ref.shape[1], refs[-1], pl.program_id(2) * x_ref.shape[1] * LANES
     for first in range(0, tiles, PRODUCT_TILES):
@@ -90,10 +97,12 @@ def _from_heads(scalars_ref, x_ref, weight_ref, *refs, interpret):
         rows = pl.ds(first * LANES, count * LANES)
         x = [x_ref[:, tile, 0].reshape(-1, LANES) for tile in range(first, first + count)]
         y = matmul(weight_ref[...], jnp.concatenate(x, axis=1), ((1,), (0,)), interpret).T
-        out_ref[0, rows] = _finished(y, refs[:-1], rows, start + first * LANES, scalars_ref[0]).astype(out_ref.dtype)
+        out_ref[0, rows] = _finished(y, refs[:-1], rows, start + first * LANES, scalars_ref[0], out_ref.dtype, sums)
 
 
-def dense(x: jax.Array, weight: Weight, after: Residual | Gelu | None, interpret: bool) -> jax.Array:
+def dense(
+    x: jax.Array, weight: Weight, after: Residual | Gelu | None, interpret: bool, real_tokens: jax.Array | None = None
+) -> Summed:
     """Multiply x [batch, tokens, inputs] by a weight.
 
     Args:
@@ -101,9 +110,10 @@ def dense(x: jax.Array, weight: Weight, after: Residual | Gelu | None, interpret
         weight: of as many inputs.
         after: what is done to the product; None for a chip's part of the product alone.
         interpret: run in Pallas' interpreter.
+        real_tokens: as in `from_heads`.
 
     Returns:
-        [batch, tokens, outputs] of the dtype of x.
+        [batch, tokens, outputs] of the dtype of x; and the `tap.sums` as of `from_heads`, or of the activation.
     """
     batch, tokens, inputs = x.shape
     outputs = weight.outputs
@@ -127,14 +137,15 @@ def dense(x: jax.Array, weight: Weight, after: Residual | Gelu | None, interpret
         products=x.size * outputs,
         moved=x.size * (outputs // columns) + weight.size + 2 * batch * tokens * outputs,
         interpret=interpret,
+        counted=_counted(real_tokens, after, batch, outputs, columns),
     )
 
 
-def _dense(scalars_ref, x_ref, weight_ref, *refs, interpret):
+def _dense(scalars_ref, x_ref, weight_ref, *refs, interpret, sums):
     """Multiply a block of tokens by a block of the weight."""
     start = pl.program_id(2) * x_ref.shape[1]
     y = matmul(x_ref[0], weight_ref[...], ((1,), (1,)), interpret)
-    refs[-1][0] = _finished(y, refs[:-1], slice(None), start, scalars_ref[0]).astype(refs[-1].dtype)
+    refs[-1][0] = _finished(y, refs[:-1], slice(None), start, scalars_ref[0], refs[-1].dtype, sums)
 
 
 def _epilogue(
@@ -153,13 +164,29 @@ def _epilogue(
     return after.text_tokens, [bias, after.hidden, after.gates], [table(1), tokens_spec, table(2)]
 
 
-def _finished(y, refs, rows, start, text_tokens):
+def _counted(
+    real_tokens: jax.Array | None, after: Residual | Gelu | None, batch: int, outputs: int, columns: int
+) -> Counted | None:
+    """Return what `_finished` adds up after a product."""
+    if real_tokens is None or after is None:
+        return None
+    return Counted(real_tokens, 2 if isinstance(after, Residual) else 1, batch * outputs, columns)
+
+
+def _finished(y, refs, rows, start, text_tokens, dtype, sums):
     """Do to a product y [tokens, outputs] what comes after it; `refs` are blocks of the arrays of `_epilogue`."""
     if not refs:
-        return y
+        return y.astype(dtype)
     bias_ref, *residual_refs = refs
-    if not residual_refs:
-        return jax.nn.gelu(y + bias_ref[...], approximate=True)
-    hidden_ref, gates_ref = residual_refs
-    y = y.astype(hidden_ref.dtype).astype(jnp.float32) + bias_ref[...]
-    return hidden_ref[0, rows].astype(jnp.float32) + text_or_video(gates_ref, start, len(y), text_tokens) * y
+    if residual_refs:
+        hidden_ref, gates_ref = residual_refs
+        y = y.astype(hidden_ref.dtype).astype(jnp.float32) + bias_ref[...]
+        if sums:
+            sums.add(0, y, start, axis=0)
+        y = hidden_ref[0, rows].astype(jnp.float32) + text_or_video(gates_ref, start, len(y), text_tokens) * y
+    else:
+        y = jax.nn.gelu(y + bias_ref[...], approximate=True)
+    y = y.astype(dtype)
+    if sums:
+        sums.add(1 if residual_refs else 0, y, start, axis=0)
+    return y
