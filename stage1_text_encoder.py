@@ -74,12 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for line in taken:
             report.say(line)
         with report.phase("load"):
-            weights = provenance.weights(model_id, "text_encoder", arguments.variant)
+            width = transformer["text_embed_dim"]
             tokenizer, encoder = warm.kept(
                 "text encoder",
-                (weights, transformer["text_embed_dim"], arguments.dtype),
-                lambda: load_text_encoder(model_id, transformer["text_embed_dim"], report, arguments),
+                (provenance.state(model_id, "text_encoder", arguments.variant), width, arguments.dtype),
+                lambda: load_text_encoder(model_id, width, report, arguments),
             )
+            weights = provenance.weights(model_id, "text_encoder", arguments.variant)
             report.say(f"loaded tokenizer and text encoder: {encoder.num_parameters():,} parameters, {encoder.dtype}")
         length = transformer["max_text_seq_length"]
         negative = Prompt(arguments.negative_prompt, output_dir, "--negative_prompt")

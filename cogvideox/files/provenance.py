@@ -5,6 +5,7 @@ The metadata of a safetensors file has `made_from`, the entries of generation_co
 second of them.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -68,6 +69,14 @@ def weights(model_id: str, component: str, variant: str | None) -> dict[str, str
         of_file = digest_in_state(file, sample=file.suffix == ".safetensors")
         found.update(f"{file.parent.name}/{file.name} {of_file}".encode())
     return {f"{component} of {model_id}": found.hexdigest()}
+
+
+def state(model_id: str, component: str, variant: str | None) -> list[tuple[Path, int, int]]:
+    """Return the files of a model's component with times and sizes, whole or not; nothing if it is not here."""
+    with contextlib.suppress(UserError, OSError):
+        files = checkpoint.files_of(model_id, component, variant)
+        return [(file, file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+    return []
 
 
 def digest_in_state(file: Path, sample: bool = False) -> str:
