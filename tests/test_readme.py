@@ -62,6 +62,7 @@ RUN_ELSEWHERE = {
     r"\S*python -m tools\.train_tiny_image_model.*": "test_tiny_image_model.py::test_the_recipe_on_a_few_batches",
     r"\S*python -m tools\.train.*": "test_train_tiny_model.py::test_all_parts_and_the_folder_that_comes_out",
     r"python stage2_transformer\.py --num_processes .*": "test_hosts.py::test_latents_of_several_processes",
+    r"python -m fleet --prompt_file .*": "test_fleet.py::test_a_full_disk_and_a_killed_driver",
 }
 
 # What a page's reader has before its first command.
