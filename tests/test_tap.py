@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import apply_rotary_emb, get_3d_rotary_pos_embed
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 
 import custom_splash_attention
@@ -25,7 +24,6 @@ from cogvideox.models.transformer.parameters import load_parameters
 from cogvideox.models.transformer.transformer import transformer
 from cogvideox.models.vae.decoder import chunk_programs
 from cogvideox.models.vae.spatial_split import choose_split
-from tests.in_process import jax_options_kept
 from tests.test_decoders import both_decoders, make_vae
 from tests.test_transformer import SMALL, make_module, relative_error
 
@@ -258,19 +256,12 @@ def test_decoder_modules_match_diffusers(decoder, chips, strips):
 
 
 def text_of(lowered: jax.stages.Lowered) -> str:
-    """Return a compiled program's text without the names of its operations and their places in the source.
-
-    jax's cache is not asked: the text of a program that is found there is another one than that of one just compiled.
-    """
-    with jax_options_kept():
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()
-        text = lowered.compile().as_text()
-    return re.sub(r"metadata=\{[^}]*\}|, (module_)?name=\"[^\"]*\"", "", text)
+    """Return a program's text, as the compiler gets it, without the numbers in the names of its functions."""
+    return re.sub(r"@\w+", "@function", lowered.as_text())
 
 
 def test_off_it_is_not_in_the_program(monkeypatch):
-    """The compiled step is the same text with the seam's functions replaced by jax's own, and `tap` by nothing."""
+    """The program is the same text with the seam's functions replaced by jax's own, and `tap` by nothing."""
     module = make_module(SMALL)
     function, mesh, arguments = make_transformer(module, (2, 2, 2))
     ours = text_of(jax.jit(function).lower(*arguments))
