@@ -50,6 +50,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Make the same videos three times, and print what was measured."""
     given = parse_arguments(argv)
+    os.environ |= CPU  # of all processes that are started
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < (given.nodes + 1) * given.cores:
         raise UserError(f"{len(cores)} cores are too few for {given.nodes} nodes of {given.cores}, and as many for Ray")
@@ -87,9 +88,7 @@ def plain_seconds(file: Path, given: argparse.Namespace, cores: Sequence[int]) -
     ]
     for stage, of_stage in zip(STAGES, words, strict=True):
         with on(cores):
-            subprocess.run(
-                [sys.executable, ROOT / f"{stage}.py", *map(str, of_stage), "--quiet"], env=environment(), check=True
-            )
+            subprocess.run([sys.executable, ROOT / f"{stage}.py", *map(str, of_stage), "--quiet"], check=True)
     phases = [one for entry in timings.read_timings(outputs).values() for one in entry["seconds"].items()]
     return sum(seconds for name, seconds in phases if name.startswith(("run", "save"))) / given.prompts
 
@@ -99,7 +98,6 @@ def fleet_seconds(file: Path, given: argparse.Namespace, nodes: int, cores: Sequ
     from ray.cluster_utils import Cluster
 
     outputs = file.with_name(f"fleet_{nodes}")
-    os.environ |= CPU
     with on(cores[nodes * given.cores :]):
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     try:
@@ -108,7 +106,7 @@ def fleet_seconds(file: Path, given: argparse.Namespace, nodes: int, cores: Sequ
                 cluster.add_node(num_cpus=0, resources={ON_CPU: 1})
         words = ["--prompt_file", file, "--model_id", given.model_id, "--output_dir", outputs, "--group", 1]
         command = [sys.executable, "-m", "fleet", *map(str, words), "--address", cluster.address, "--quiet"]
-        with on(cores[nodes * given.cores :]), subprocess.Popen(command, cwd=ROOT, env=environment()) as process:
+        with on(cores[nodes * given.cores :]), subprocess.Popen(command, cwd=ROOT) as process:
             ends: list[float] = []
             while process.poll() is None:
                 with contextlib.suppress(FileNotFoundError):
@@ -133,11 +131,6 @@ def on(cores: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of the processes."""
-    return os.environ | CPU
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray.exceptions import RayActorError
@@ -47,8 +47,7 @@ class Hand:
     """The process, or on a slice of several hosts the processes, that run stages in one place.
 
     Attributes:
-        step: "encode" or "make".
-        place: where; an encoder has none.
+        place: where it makes videos; an encoder has none.
         actors: the processes, in Ray's words.
         processes: what they say of themselves; empty until they have begun.
         share: what it has to do.
@@ -60,7 +59,6 @@ class Hand:
         hired: when Ray was asked for it.
     """
 
-    step: str
     place: Place | None
     actors: list[Any]
     processes: list[Process] = dataclasses.field(default_factory=list)
@@ -71,6 +69,11 @@ class Hand:
     warnings: list[str] = dataclasses.field(default_factory=list)
     rests_until: float = 0.0
     hired: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def step(self) -> Literal["encode", "make"]:
+        """What it does."""
+        return "make" if self.place else "encode"
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -150,10 +153,10 @@ class Conductor:
             self.report.say(f"  places: {', '.join(f'{n} x {name}' for name, n in names.items())}")
         taken = {hand.place for hand in self.hands if hand.place}
         for place in [place for place in fit if place not in taken][: max(self.work.left - len(taken), 0)]:
-            self._hire("make", place)
-        encoders = sum(hand.place is None for hand in self.hands)
+            self._hire(place)
+        encoders = sum(hand.step == "encode" for hand in self.hands)
         if self.work.is_encoding and encoders * PLACES_OF_ENCODER < max(len(there), 1):
-            self._hire("encode", None)
+            self._hire(None)
         if (there and not fit) or self._faults[None] >= MOST_FAULTS:
             self.stop = "no process begins on the machines of the cluster; see the warnings above"
         if not there and not self._said:
@@ -165,9 +168,9 @@ class Conductor:
                 what = f"the chips of {hand.name}" if hand.place else "a CPU and memory for stage 1"
                 self.report.warn(f"still waiting for {what}; `ray status` says who has them")
 
-    def _hire(self, step: str, place: Place | None) -> None:
+    def _hire(self, place: Place | None) -> None:
         """Let Ray start the processes of a place, or an encoder."""
-        hand = Hand(step, place, [])
+        hand = Hand(place, [])
         for node in hand.nodes or (None,):
             options = place.actor_options | {"num_cpus": 0} if place else self._encoder_options()
             if node:
@@ -198,7 +201,7 @@ class Conductor:
 
     def _give(self) -> None:
         """Give each process that is free the next share."""
-        making = sum(hand.place is not None for hand in self.hands)
+        making = sum(hand.step == "make" for hand in self.hands)
         for hand in self.hands:
             is_free = hand.processes and hand.share is None and time.monotonic() >= hand.rests_until
             if not is_free:

@@ -115,13 +115,9 @@ class Report:
     def table(self, made: Collection, failed: Collection) -> None:
         """Print what was made, by which machines, and how long it took."""
         elapsed = time.monotonic() - self._began
-        count = len(list(self._of_node.elements()))
-        rows = [
-            [
-                "prompts made",
-                f"{len(made)} of {self._total}" + (f", {count} of them now" if count < len(made) else ""),
-            ]
-        ]
+        count = self._of_node.total()
+        of_them = f", {count} of them now" if count < len(made) else ""
+        rows = [["prompts made", f"{len(made)} of {self._total}{of_them}"]]
         rows += [["failed", str(len(failed))]] if failed else []
         rows.append(["time", f"{elapsed:.1f} s" + (f", {3600 * count / elapsed:.3g} an hour" if count else "")])
         rows += [[f"{stage} a prompt", f"{total / count:.2f} s"] for stage, total in sorted(self._seconds.items())]

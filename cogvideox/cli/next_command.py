@@ -89,11 +89,6 @@ def _size_of(model_id: str) -> dict[str, Any]:
     return {name: entries.get(name, generation_defaults.OURS[name]) for name in SIZE}
 
 
-def only_of_weights(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those of a stage's options that say which weights are read and how, as far as they are given."""
-    return {name: value for name in OF_WEIGHTS if (value := options.get(name))}
-
-
 def taken_over(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return those of a stage's options that the next stage takes over as they are, as far as they are given."""
     return {name: value for name in ("only", *OF_WEIGHTS) if (value := options.get(name))}

@@ -7,6 +7,7 @@ are no folders of prompts, and with one video of each prompt none of seeds. So e
 --input_dir of a later stage, and so can each folder around them.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -110,8 +111,16 @@ def _check_absent(path: Path, fault: str) -> None:
 
 def _numbered(folder: Path, prefix: str) -> list[Path]:
     """Return the folders inside `folder` whose names are the prefix and a number, in the order of the numbers."""
-    found = {path.name.removeprefix(prefix): path for path in folder.glob(f"{prefix}*") if path.is_dir()}
-    return [found[number] for number in sorted(filter(str.isdecimal, found), key=int)]
+    found: dict[str, Path] = {}
+    if not folder.is_dir():
+        return []
+    with contextlib.suppress(PermissionError), os.scandir(folder) as entries:
+        for entry in entries:  # which knows what it is, without a question for each of thousands
+            number = entry.name.removeprefix(prefix)
+            is_folder = Path(entry).is_dir if entry.is_symlink() else entry.is_dir  # some links loop
+            if entry.name.startswith(prefix) and number.isdecimal() and is_folder():
+                found[number] = folder / entry.name
+    return [found[number] for number in sorted(found, key=int)]
 
 
 # --- The index ---------------------------------------------------------------------------------------------------

@@ -131,12 +131,12 @@ def next_line(folder: Path, script: str, prompt: Path) -> str:
     if script == STAGE1:
         return next_of_stage1(input_dir, origin)
     of_stage1 = next_command.recorded_options(origin / EMBEDDINGS)
-    options = next_command.only_of_weights(of_stage1) | next_command.options_of_run(folder)
+    options = next_command.taken_over(of_stage1) | next_command.options_of_run(folder)
     if script == STAGE2:
         model_id = read_text(origin).get("model_id")
         return f"Next: {next_command.stage2(input_dir, folder, model_id, options)}"
     encoded = (next_command.recorded_options(video / VIDEO) for video in videos.videos(folder))
-    return f"Next: {next_command.stage3(folder, next(filter(None, encoded), next_command.only_of_weights(options)))}"
+    return f"Next: {next_command.stage3(folder, next(filter(None, encoded), next_command.taken_over(options)))}"
 
 
 def next_of_stage1(folder: Path, origin: Path) -> str:

@@ -318,10 +318,12 @@ def groups_of(
     if len(tasks) > 1:
         report.say(f"{len(tasks)} videos, {plan.batch} at a time: {reason_for_batch(plan, arguments)}")
     if (len(tasks) > 1 or arguments.only) and keeps_state and not arguments.restart:
-        todo = [task for task in tasks if not task.is_finished]
+        todo = []
         for task in tasks:
-            if task not in todo:
+            if task.is_finished:
                 task.complete_config()
+            else:
+                todo.append(task)
     if len(todo) < len(tasks):
         report.say(f"already finished: {len(tasks) - len(todo)} of {len(tasks)} videos; --restart makes them again")
     groups = []
@@ -378,7 +380,8 @@ def videos_to_decode(arguments: argparse.Namespace) -> list[Video]:
     Raises:
         UserError: a config is missing or wrong, or the options are for a single video, or sizes differ.
     """
-    folders, are_many = videos.videos(arguments.input_dir, arguments.only), len(videos.videos(arguments.input_dir)) > 1
+    folders = videos.videos(arguments.input_dir, arguments.only)
+    are_many = len(folders) > 1 or len(videos.prompts(arguments.input_dir)) > 1
     if len(folders) > 1 and arguments.dump:
         raise UserError(
             f"--dump is for one video, and {arguments.input_dir} has {len(folders)}; give the folder of one as "
