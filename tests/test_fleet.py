@@ -153,24 +153,28 @@ class Hard:
         try:
             nodes = [cluster.add_node(num_cpus=1, resources={"video_worker": 1}) for _ in range(3)]
             with fleet(file, "--address", cluster.address, "--group", 4) as started:
-                wait_for(self.denoising, started)
-                self.killed = self.denoising()[0]
-                os.kill(self.killed, signal.SIGKILL)
-                wait_for(lambda: len(lines(self.outputs)) >= 4, started)
-                cluster.remove_node(nodes[0], allow_graceful=False)
+                wait_for(lambda: len(self.denoising(nodes)) >= 2, started)
+                (killed, _), (_, dead) = list(self.denoising(nodes).items())[:2]
+                os.kill(killed, signal.SIGKILL)
+                cluster.remove_node(dead, allow_graceful=False)
                 self.status, self.printed = ended(started)
         finally:
             cluster.shutdown()
         self.lines = lines(self.outputs)
 
-    def denoising(self) -> list[int]:
-        """Return the processes that have jax, which stage 1 does without, and the locks of prompts' folders."""
-        found = []
-        for process in family(os.getpid(), PROCESS):
-            with contextlib.suppress(OSError):
-                files = [os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir()]
-                if any(file.startswith(f"{self.outputs}/prompt_") for file in files):
-                    found += [process] if "jaxlib" in Path(f"/proc/{process}/maps").read_text() else []
+    def denoising(self, nodes: list) -> dict[int, object]:
+        """Return the processes that denoise a group, with their nodes.
+
+        They are those that have jax, which stage 1 does without, and the locks of several prompts' folders.
+        """
+        found = {}
+        for node in nodes:
+            for process in family(node.all_processes["raylet"][0].process.pid, PROCESS):
+                with contextlib.suppress(OSError):
+                    files = {os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir()}
+                    locks = [file for file in files if file.startswith(f"{self.outputs}/prompt_")]
+                    if len(locks) > 1 and "jaxlib" in Path(f"/proc/{process}/maps").read_text():
+                        found[process] = node
         return found
 
 
