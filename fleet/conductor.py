@@ -287,7 +287,7 @@ class Conductor:
             work.finished(share)
             self._tell(hand, share, share.prompts)
         elif outcome.end in ("made", "busy", "interrupted", "full"):  # which is not the prompts' fault
-            work.lost(share, hand.step)
+            work.put_back(share, hand.step)
             hand.rests_until = time.monotonic() + LOOK_SECONDS
             if outcome.end == "full":
                 self.stop = f"{outcome.error}; then the same command goes on"
@@ -299,7 +299,7 @@ class Conductor:
             self._dismiss(hand)  # for it may be in disorder
 
     def _lose(self, hand: Hand, error: RayActorError) -> None:
-        """Give the share of a process that has died to another one: it is its fault unless its machine is gone."""
+        """Give the share of a process that has died to another one: it is to blame unless a machine is gone."""
         share, reason = hand.share, " ".join(str(error).split())
         # Ray says what has died: the process, by the word of its machine, or the machine, of which nobody speaks.
         is_there = PROCESS_DIED in reason and not error.preempted
@@ -310,7 +310,7 @@ class Conductor:
                 self.report.warn(f"no process begins on {hand.name}: {reason}")
         if share is None:
             return
-        if is_there:
+        if is_there or share.is_to_blame:
             self._fail(hand, share, f"its process ended in {hand.stage}: {reason}")
         else:
             self.work.lost(share, hand.step)

@@ -96,7 +96,7 @@ def simulate(
     outcome, generator = Outcome(), random.Random(seed)
     places = [lives(times, life, replace, generator) for _ in range(hosts)]
     host = [next(place) for place in places]
-    done: dict[Share, float] = {}  # seconds of work on a group that came back that need not be done again
+    done: dict[tuple[int, ...], float] = {}  # seconds of work on a group that came back that need not be done again
     number = itertools.count()  # tells events of the same time apart
     events: list[tuple[float, int, int, Share | None, float]] = []  # time, number, place, its group and since when
     encoding: list[tuple[float, int, Share]] = []
@@ -110,7 +110,7 @@ def simulate(
         if ready > now:
             heapq.heappush(events, (ready, next(number), place, None, ready))
         elif share := work.next_to_make(hosts):
-            finish = now + times.group + times.of_videos(len(share.prompts)) - done.get(share, 0.0)
+            finish = now + times.group + times.of_videos(len(share.prompts)) - done.get(share.prompts, 0.0)
             heapq.heappush(events, (min(finish, end), next(number), place, share, now))
         else:
             return False
@@ -137,9 +137,9 @@ def simulate(
                 outcome.made += len(group.prompts)
                 outcome.seconds = now
             elif group:
-                reached = done.get(group, 0.0) + max(0.0, now - since - times.group)
-                done[group] = times.kept(len(group.prompts), reached)
-                outcome.redone += reached - done[group]
+                reached = done.get(group.prompts, 0.0) + max(0.0, now - since - times.group)
+                done[group.prompts] = times.kept(len(group.prompts), reached)
+                outcome.redone += reached - done[group.prompts]
                 outcome.lost += 1
                 work.lost(group, "make")
             idle.append(place)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 
 TRIES = 2  # how often a prompt may fail by itself
+MOST_LOSSES = 5  # machines that may be lost in a row with a share, before that is taken to be its fault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +19,16 @@ class Share:
 
     Attributes:
         prompts: their numbers.
-        is_retry: whether it is a prompt that has failed, alone now.
+        losses: how often a machine was gone that had it.
     """
 
     prompts: tuple[int, ...]
-    is_retry: bool = False
+    losses: int = 0
+
+    @property
+    def is_to_blame(self) -> bool:
+        """Whether so many machines were lost with it in a row that the next one is taken to be its fault."""
+        return self.losses >= MOST_LOSSES
 
 
 class Work:
@@ -114,31 +120,32 @@ class Work:
         self._end(share)
         self.made.update(share.prompts)
 
-    def lost(self, share: Share, step: str) -> None:
-        """Note that the machine is gone that had a share, in the step "encode" or "make": somebody else takes it.
+    def put_back(self, share: Share, step: str) -> None:
+        """Note that a share in the step "encode" or "make" was not done, and not by its own fault.
 
         It stays as it is, so that videos that were denoised together go on from their last state.
         """
         self._end(share)
         self._back[step].appendleft(share)
 
-    def failed_with(self, share: Share, step: str, error: str, made: Iterable[int] = ()) -> None:
+    def lost(self, share: Share, step: str) -> None:
+        """Note that the machine is gone that had a share: somebody else takes it."""
+        self._end(share)
+        self._back[step].appendleft(Share(share.prompts, share.losses + 1))
+
+    def failed_with(self, share: Share, step: str, error: str) -> None:
         """Note that a share has failed; each of its prompts is tried again alone, or has failed for good.
 
         Args:
             share: which.
             step: "encode" or "make".
             error: what ended it, in a line.
-            made: prompts of the share that are made nevertheless.
         """
         self._end(share)
-        self.made.update(made)
         for prompt in share.prompts:
-            if prompt in self.made:
-                continue
             self._failures[prompt] += 1
             if self._failures[prompt] < TRIES:
-                self._back[step].append(Share((prompt,), is_retry=True))
+                self._back[step].append(Share((prompt,)))
             else:
                 self.failed[prompt] = error
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fleet.work import Share, Work
+from fleet.work import MOST_LOSSES, Share, Work
 
 
 def taken(work: Work, places: int) -> list[int]:
@@ -47,36 +47,42 @@ def test_a_run():
 
 
 def test_of_a_group_that_fails_each_prompt_is_tried_alone():
-    """What it has made is made. Who fails alone too has failed for good, with its last error."""
+    """Who fails alone too has failed for good, with its last error."""
     work = Work((), range(1, 5), group=4)
     group = work.next_to_make(1)
-    work.failed_with(group, "make", "out of memory", made=[2])
-    alone = [work.next_to_make(1) for _ in range(3)]
-    assert alone == [Share((n,), is_retry=True) for n in (1, 3, 4)] and work.next_to_make(1) is None
-    work.finished(alone[0])
-    work.finished(alone[2])
+    work.failed_with(group, "make", "out of memory")
+    alone = [work.next_to_make(1) for _ in range(4)]
+    assert alone == [Share((n,)) for n in range(1, 5)] and work.next_to_make(1) is None
+    for n in (0, 1, 3):
+        work.finished(alone[n])
     assert not work.is_over and not work.failed
-    work.failed_with(alone[1], "make", "not finite")
+    work.failed_with(alone[2], "make", "not finite")
     assert work.is_over and work.made == {1, 2, 4} and work.failed == {3: "not finite"}
-    assert work.tries == {1: 2, 2: 1, 3: 2, 4: 2}
+    assert work.tries == {1: 2, 2: 2, 3: 2, 4: 2}
 
 
 @pytest.mark.parametrize("step", ["encode", "make"])
 def test_a_lost_machine_is_no_failure(step):
-    """Its share comes back as it is, before others, however often; retries alone are lost in the same way."""
+    """Its share comes back with the same prompts, before others, often; retries alone are lost in the same way."""
     prompts = range(1, 5)
     work = Work(prompts, (), chunk=2) if step == "encode" else Work((), prompts, group=2)
     take = work.next_to_encode if step == "encode" else lambda: work.next_to_make(1)
     share = take()
-    for _ in range(5):
+    work.put_back(share, step)
+    assert take() == share == Share((1, 2))
+    for losses in range(MOST_LOSSES):
+        assert not share.is_to_blame
         work.lost(share, step)
         assert work.waiting == 4 and not work.under_way
-        assert take() == share == Share((1, 2))
+        share = take()
+        assert share == Share((1, 2), losses + 1)
+    assert share.is_to_blame
     work.failed_with(share, step, "bad")
     alone = take()
     work.lost(alone, step)
-    assert take() == alone == Share((1,), is_retry=True) and not work.failed
-    work.failed_with(alone, step, "bad again")
+    again = take()
+    assert (alone, again) == (Share((1,)), Share((1,), 1)) and not work.failed
+    work.failed_with(again, step, "bad again")
     assert work.failed == {1: "bad again"}
 
 
