@@ -33,14 +33,43 @@ USE_CUSTOM_ATTENTION = True
 
 LANES = 128
 QUERY_TILE = 256  # queries in one product: the MXU's width
-LAG = 5  # tiles between a tile's two products: time to compute exp2, and to load P^T into the MXU
-VMEM_LIMIT = 64 * 2**20  # bytes
-VMEM_FOR_BLOCKS = 60 * 2**20  # bytes; in the rest the compiler keeps weights between a tile's two products
+VMEM_BESIDE_BLOCKS = 4 * 2**20  # bytes in which the compiler keeps weights between a tile's two products
 VALUE_BITS = 8  # fast kernel: with values up to 2^VALUE_BITS no sum overflows; with larger ones it may, and is noticed
 GUARD_BITS = 3  # fast kernel: what underflows is less by so many bits than what the output's dtype rounds off
 OFFSET_LIMIT = 2**12  # fast kernel: what is subtracted may be this large (log2) before float32 sums lose digits
 BOUND_TILES = 384  # tiles of a head that the kernels of the bound hold in VMEM at a time
 MASKED = -1e30  # score of a padded key
+
+
+class Core(NamedTuple):
+    """What the kernels need to know of a TPU core; by the compiler's schedules, see docs/speed-log.md.
+
+    Attributes:
+        vmem: bytes of VMEM that a kernel may use.
+        lag: tiles between a tile's two products: time to compute exp2, and to load P^T into the MXU.
+        query_step: a block of queries is by default of a multiple of so many.
+    """
+
+    vmem: int = 64 * 2**20
+    lag: int = 5
+    query_step: int = QUERY_TILE
+
+    @property
+    def vmem_for_blocks(self) -> int:
+        """Bytes of VMEM that blocks may take."""
+        return self.vmem - VMEM_BESIDE_BLOCKS
+
+
+# By generation, where it is not like v6e. v4 has 16 MiB of VMEM. On 7x an odd number of tiles, or a lag of 5, leaves gaps.
+CORES = {4: Core(vmem=16 * 2**20), 7: Core(lag=4, query_step=2 * QUERY_TILE)}
+
+
+def core() -> Core:
+    """Return the core of the TPU that is compiled for, or v6e's where it is no TPU."""
+    try:
+        return CORES.get(pltpu.get_tpu_info().generation, Core())
+    except ValueError:  # another device, on which kernels are interpreted
+        return Core()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +93,17 @@ class BlockSizes:
                 nearest = sorted({max(size // LANES, 1) * LANES, (max(size, 0) // LANES + 1) * LANES})
                 alternatives = " or ".join(map(str, nearest))
                 raise ValueError(f"{name}={size} is not a multiple of {LANES}; the nearest that work: {alternatives}")
-        per_query, per_key = _vmem(head_dim, itemsize)
+        (per_query, per_key), vmem = _vmem(head_dim, itemsize), core().vmem_for_blocks
         used = self.block_q * per_query + self.block_kv * per_key
-        if used > VMEM_FOR_BLOCKS:
-            block_q = (VMEM_FOR_BLOCKS - self.block_kv * per_key) // per_query // LANES * LANES
-            block_kv = (VMEM_FOR_BLOCKS - self.block_q * per_query) // per_key // LANES * LANES
+        if used > vmem:
+            block_q = (vmem - self.block_kv * per_key) // per_query // LANES * LANES
+            block_kv = (vmem - self.block_q * per_query) // per_key // LANES * LANES
             fits = [f"block_q={block_q}"] * (block_q > 0) + [f"block_kv={block_kv}"] * (block_kv > 0)
-            half = [VMEM_FOR_BLOCKS // 2 // size // LANES * LANES for size in (per_query, per_key)]
+            half = [vmem // 2 // size // LANES * LANES for size in (per_query, per_key)]
             fits = fits or [f"block_q={half[0]} with block_kv={half[1]}"]
             raise ValueError(
                 f"block_q={self.block_q} and block_kv={self.block_kv} need {used / 2**20:.0f} MiB of VMEM, of "
-                f"{VMEM_FOR_BLOCKS >> 20}; the nearest that work: {' or '.join(fits)}"
+                f"{vmem >> 20}; the nearest that work: {' or '.join(fits)}"
             )
 
     def clipped(self, q_len: int, kv_len: int) -> "BlockSizes":
@@ -87,12 +116,13 @@ class BlockSizes:
 
         A pass is unrolled, so it also has a limit: the program is no longer than with these sizes.
         """
-        per_query, per_key = _vmem(head_dim, itemsize)
-        block_kv = min(self.block_kv, (VMEM_FOR_BLOCKS - self.block_q * per_query) // per_key)
+        (per_query, per_key), device = _vmem(head_dim, itemsize), core()
+        block_kv = min(self.block_kv, (device.vmem_for_blocks - self.block_q * per_query) // per_key)
         blocks = -(-kv_len // block_kv)
         block_kv = _round_up(-(-kv_len // blocks), LANES)
         # Where there are several blocks of keys, each is transposed again for every block of queries: make those long.
-        sizes = range(min(2 * QUERY_TILE, self.block_q) if blocks == 1 else self.block_q, self.block_q + 1, QUERY_TILE)
+        least = min(2 * QUERY_TILE, self.block_q) if blocks == 1 else self.block_q
+        sizes = range(least, self.block_q + 1, device.query_step)
         block_q = min(_round_up(q_len, LANES), min(sizes, key=lambda size: (_round_up(q_len, size), -size)))
         # A float32 product takes about eight times the instructions. A shorter last pass is unrolled separately.
         unit = self.block_kv_compute_in
@@ -266,7 +296,7 @@ def _bound(
         out_specs=[mean_spec, row_spec],
         out_shape=[jax.ShapeDtypeStruct((heads, head_dim, LANES), jnp.float32), row],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=core().vmem
         ),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=keys.size * keys.dtype.itemsize, transcendentals=0),
         interpret=interpret,
@@ -280,7 +310,7 @@ def _bound(
         out_specs=pl.BlockSpec((block, 1, 1, LANES), lambda h, i: (i, h, 0, 0)),
         out_shape=jax.ShapeDtypeStruct((q_tiles, heads, 1, LANES), jnp.float32),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=core().vmem
         ),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=queries.size * queries.dtype.itemsize, transcendentals=0),
         interpret=interpret,
@@ -454,7 +484,7 @@ def _call(
         out_shape=like_queries if online else [like_queries, inexact],
         input_output_aliases={5: 0} if online else {},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=core().vmem
         ),
         interpret=interpret,
     )(chosen, *_in_hbm(arrays, interpret))
@@ -613,17 +643,17 @@ def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add, check=lambda total: 
 
 
 def _pipeline(blocks, weigh, add, first, length):
-    """Unroll a pass over keys first ... first + length: weigh a tile, and add its values LAG tiles later.
+    """Unroll a pass over keys first ... first + length: weigh a tile, and add its values a few tiles later.
 
     The MXU takes the products in this order: the lag keeps it busy while a tile's weights are computed.
     """
-    pending = []
+    pending, lag = [], core().lag
     for start in range(0, length, blocks.block_kv_compute_in):
         keys = pl.ds(first + start, min(blocks.block_kv_compute_in, length - start))
         for query in range(0, blocks.block_q, QUERY_TILE):
             queries = pl.ds(query, min(QUERY_TILE, blocks.block_q - query))
             pending.append((queries, keys, weigh(queries, keys)))
-            if len(pending) > LAG:
+            if len(pending) > lag:
                 add(*pending.pop(0))
     for tile in pending:
         add(*tile)

@@ -20,6 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 import custom_splash_attention
 from cogvideox.errors import PlanError
 from cogvideox.models.shared.sizes import MOST_ELEMENTS
+from cogvideox.models.transformer.kernels.common import VMEM_LIMIT
 
 
 def xla_attention(
@@ -271,5 +272,9 @@ class Attention:
 
 
 def is_tiled(attention: Callable) -> TypeGuard[Attention]:
-    """Tell whether `attention` is an `Attention` that takes tiles; see `Implementation`."""
-    return isinstance(attention, Attention) and IMPLEMENTATIONS[attention.name].tiled is not None
+    """Tell whether `attention` is an `Attention` that takes tiles; see `Implementation`.
+
+    The kernels that make the tiles need more VMEM than a core of v4 has.
+    """
+    takes_tiles = isinstance(attention, Attention) and IMPLEMENTATIONS[attention.name].tiled is not None
+    return takes_tiles and custom_splash_attention.core().vmem >= VMEM_LIMIT
