@@ -10,7 +10,7 @@ exchange between chips cuts and joins along the first axis of memory, and nothin
 """
 
 from cogvideox.models.transformer.kernels.common import LANES, Summed, Weight
-from cogvideox.models.transformer.kernels.heads import QKNorm, to_heads
+from cogvideox.models.transformer.kernels.heads import QKNorm, Split, to_heads
 from cogvideox.models.transformer.kernels.norm import Modulation, modulated_norm
 from cogvideox.models.transformer.kernels.products import Gelu, Residual, dense, from_heads
 
@@ -20,6 +20,7 @@ __all__ = [
     "Modulation",
     "QKNorm",
     "Residual",
+    "Split",
     "Summed",
     "Weight",
     "dense",
