@@ -167,6 +167,7 @@ def tiled_attention(
     values: jax.Array,
     *,
     kv_length: int,
+    q_length: int | None = None,
     scale: float | None = None,
     block_sizes: BlockSizes | None = None,
     k_smooth: bool = USE_K_SMOOTH,
@@ -176,6 +177,7 @@ def tiled_attention(
 
     Args:
         queries, keys, values: [tiles, heads, head_dim, 128], see `to_tiles`; there may be fewer tiles of queries.
+        q_length: how many of the queries count, from the first on; by default all. Blocks of others come out 0.
         kv_length, scale, block_sizes, k_smooth, interpret: as for `splash_attention`.
 
     Returns:
@@ -183,15 +185,17 @@ def tiled_attention(
         float32 [heads].
     """
     tiles, _, head_dim, lanes = queries.shape
+    q_length = tiles * lanes if q_length is None else q_length
     if block_sizes is None:
-        blocks = DEFAULT_BLOCK_SIZES.fitted(tiles * lanes, kv_length, head_dim, queries.dtype.itemsize)
+        blocks = DEFAULT_BLOCK_SIZES.fitted(q_length, kv_length, head_dim, queries.dtype.itemsize)
     else:
-        blocks = block_sizes.clipped(tiles * lanes, kv_length)
+        blocks = block_sizes.clipped(q_length, kv_length)
     factor = _factor(scale, head_dim)
 
     def run(queries, keys, values, interpret):
         bound = _bound(queries, keys, factor=factor, k_smooth=k_smooth, kv_len=kv_length, interpret=interpret)
-        return _run(queries, keys, values, bound, factor=factor, blocks=blocks, kv_len=kv_length, interpret=interpret)
+        options = {"factor": factor, "blocks": blocks, "q_len": q_length, "kv_len": kv_length, "interpret": interpret}
+        return _run(queries, keys, values, bound, **options)
 
     return _for_platform(run, interpret)(queries, keys, values)
 
@@ -357,6 +361,7 @@ def _run(
     *,
     factor: float,
     blocks: BlockSizes,
+    q_len: int,
     kv_len: int,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
@@ -364,12 +369,14 @@ def _run(
 
     Returns the output, and of each head the share of such blocks, float32 [heads].
     """
-    call = functools.partial(_call, factor=factor, kv_len=kv_len, interpret=interpret)
+    call = functools.partial(_call, factor=factor, q_len=q_len, kv_len=kv_len, interpret=interpret)
     # The online kernel's program is longer, and it need not be fast: it is unrolled less.
     online_blocks = dataclasses.replace(
         blocks, block_kv_compute=min(blocks.block_kv_compute, 4 * blocks.block_kv_compute_in)
     )
     output, inexact = call(queries, keys, values, bound, blocks=blocks)
+    written = len(inexact) * blocks.block_q // LANES
+    output = output.at[written:].set(0) if written < len(output) else output
     inexact = inexact.max((2, 3)) > 0  # [blocks of queries, heads]
     order = jnp.argsort(~inexact.any(0))
 
@@ -405,19 +412,21 @@ def _call(
     *,
     factor: float,
     blocks: BlockSizes,
+    q_len: int,
     kv_len: int,
     interpret: bool,
 ) -> Any:
     """Run the fast kernel, or, if there is anything to do `again`, the online kernel.
 
     Takes and returns tiles, [tiles, heads, head_dim, 128], and the bound [tiles, heads, 1, 128]. The last blocks may
-    reach over the end, where a read is undefined and a write is dropped. The fast kernel also returns, in an array
+    reach over the end, where a read is undefined and a write is dropped. After the block with the last of q_len queries
+    nothing is written. The fast kernel also returns, in an array
     [blocks of queries, heads, 1, 128], what is not 0 where the result is not exact.
     """
     tiles, heads, head_dim, _ = queries.shape
     q_tiles, kv_tiles = blocks.block_q // LANES, blocks.block_kv // LANES
     assert keys.shape == values.shape and bound.shape == (tiles, heads, 1, LANES)
-    arrays, q_blocks = [queries, keys, values, bound], pl.cdiv(tiles, q_tiles)
+    arrays, q_blocks = [queries, keys, values, bound], pl.cdiv(q_len, blocks.block_q)
     if online := again is not None:
         arrays.append(again.output)
         chosen = jnp.append(jnp.argsort(~again.blocks), again.head).astype(jnp.int32)
@@ -425,7 +434,7 @@ def _call(
         grid: tuple = 1, again.blocks.sum(dtype=jnp.int32)
         place = lambda h, i, chosen: (chosen[i], chosen[q_blocks])  # noqa: E731
     else:
-        chosen, kernel, grid = jnp.zeros(1, jnp.int32), functools.partial(_fast_kernel, tiles=tiles), (heads, q_blocks)
+        chosen, kernel, grid = jnp.zeros(1, jnp.int32), functools.partial(_fast_kernel, q_len=q_len), (heads, q_blocks)
         place = lambda h, i, chosen: (i, h)  # noqa: E731
 
     def query_spec(rows: int) -> pl.BlockSpec:
@@ -481,7 +490,7 @@ def _scratch(head_dim: int, blocks: BlockSizes, dtype: jax.typing.DTypeLike, onl
     ]
 
 
-def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, inexact_ref, *scratch, factor, blocks, kv_len, tiles):
+def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, inexact_ref, *scratch, factor, blocks, q_len, kv_len):
     """Compute weights relative to the bound, which the first product subtracts, and note where that is not exact."""
     query_ref, key_ref, value_ref, output_ref, sum_ref, size_ref = scratch
     first = pl.program_id(1) * (blocks.block_q // LANES)
@@ -498,7 +507,7 @@ def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, inexact_ref, *scratch, fa
         exact = _is_exact(total, size_ref[:1, :1], kv_len, v_ref.dtype)
         inexact = jnp.zeros((1, LANES), jnp.float32)
         for tile in range(blocks.block_q // LANES):
-            fine = exact[:, tile * LANES : (tile + 1) * LANES] | (first + tile >= tiles)
+            fine = exact[:, tile * LANES : (tile + 1) * LANES] | (first + tile >= pl.cdiv(q_len, LANES))
             inexact = jnp.where(fine, inexact, 1.0)
         inexact_ref[0, 0] = inexact
 

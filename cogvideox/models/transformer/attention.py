@@ -254,13 +254,18 @@ class Attention:
     ) -> tuple[jax.Array, jax.Array]:
         """Compute attention of tiles [tiles, batch, heads, head_dim, 128]; only where `is_tiled`.
 
+        Where there are as many queries as keys they are of the same tokens, of which the first `kv_length` count:
+        blocks of other queries come out 0.
+
         Returns an array like the queries, and of each head the share of the queries that took the slower of the two
         kernels, float32 [batch, heads].
         """
         tiled, shape = IMPLEMENTATIONS[self.name].tiled, queries.shape
         assert tiled
         queries, keys, values = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (queries, keys, values))
-        output, online = tiled(queries, keys, values, kv_length=kv_length, **self._kernel_options())
+        q_length = kv_length if len(queries) == len(keys) else None
+        options = {"kv_length": kv_length, "q_length": q_length} | self._kernel_options()
+        output, online = tiled(queries, keys, values, **options)
         return output.reshape(shape), online.reshape(shape[1:3])
 
     def _kernel_options(self) -> dict[str, Any]:
