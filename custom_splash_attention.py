@@ -168,6 +168,8 @@ def tiled_attention(
     *,
     kv_length: int,
     q_length: int | None = None,
+    heads: int | None = None,
+    first: tuple[int, int, int] = (0, 0, 0),
     scale: float | None = None,
     block_sizes: BlockSizes | None = None,
     k_smooth: bool = USE_K_SMOOTH,
@@ -176,28 +178,40 @@ def tiled_attention(
     """Compute what `splash_attention` computes, from and to the kernel's own layout, so that nothing is copied.
 
     Args:
-        queries, keys, values: [tiles, heads, head_dim, 128], see `to_tiles`; there may be fewer tiles of queries.
+        queries, keys, values: [tiles, heads, head_dim, 128], see `to_tiles`; there may be fewer tiles of queries. They
+            may be one array.
         q_length: how many of the queries count, from the first on; by default all. Blocks of others come out 0.
         kv_length, scale, block_sizes, k_smooth, interpret: as for `splash_attention`.
 
+        heads: how many each of the arrays has; by default as many as the queries' array has.
+        first: the first of these in each of the arrays.
+
     Returns:
-        An array like `queries`, and of each head the share of its blocks of queries that the online kernel computed,
-        float32 [heads].
+        [tiles of queries, heads, head_dim, 128], and of each head the share of its blocks of queries that the online
+        kernel computed, float32 [heads].
     """
-    tiles, _, head_dim, lanes = queries.shape
+    tiles, all_heads, head_dim, lanes = queries.shape
     q_length = tiles * lanes if q_length is None else q_length
     if block_sizes is None:
         blocks = DEFAULT_BLOCK_SIZES.fitted(q_length, kv_length, head_dim, queries.dtype.itemsize)
     else:
         blocks = block_sizes.clipped(q_length, kv_length)
-    factor = _factor(scale, head_dim)
+    options = {"heads": Heads(heads or all_heads, *first), "factor": _factor(scale, head_dim), "kv_len": kv_length}
 
     def run(queries, keys, values, interpret):
-        bound = _bound(queries, keys, factor=factor, k_smooth=k_smooth, kv_len=kv_length, interpret=interpret)
-        options = {"factor": factor, "blocks": blocks, "q_len": q_length, "kv_len": kv_length, "interpret": interpret}
-        return _run(queries, keys, values, bound, **options)
+        bound = _bound(queries, keys, **options, k_smooth=k_smooth, interpret=interpret)
+        return _run(queries, keys, values, bound, **options, blocks=blocks, q_len=q_length, interpret=interpret)
 
     return _for_platform(run, interpret)(queries, keys, values)
+
+
+class Heads(NamedTuple):
+    """How many heads there are, and the first of them in the arrays of queries, keys and values."""
+
+    number: int
+    query: int
+    key: int
+    value: int
 
 
 def online_heads(
@@ -242,7 +256,14 @@ def _for_platform(run: Callable, interpret: bool | None) -> Callable:
 
 
 def _bound(
-    queries: jax.Array, keys: jax.Array, *, factor: float, k_smooth: bool, kv_len: int, interpret: bool
+    queries: jax.Array,
+    keys: jax.Array,
+    *,
+    heads: Heads,
+    factor: float,
+    k_smooth: bool,
+    kv_len: int,
+    interpret: bool,
 ) -> jax.Array:
     """Compute what the fast kernel subtracts from the scores of each row.
 
@@ -256,37 +277,41 @@ def _bound(
         The bound, less what the greatest weight is above 1, float32 [tiles, heads, 1, 128], in units of query . key.
     """
     queries, keys = _in_hbm([queries, keys], interpret)
-    q_tiles, heads, head_dim, _ = queries.shape
-    k_tiles = pl.cdiv(kv_len, LANES)
-    row = jax.ShapeDtypeStruct((heads, 1, LANES), jnp.float32)
+    q_tiles, _, head_dim, _ = queries.shape
+    k_tiles, tile_bytes = pl.cdiv(kv_len, LANES), heads.number * head_dim * LANES * queries.dtype.itemsize
+    row = jax.ShapeDtypeStruct((heads.number, 1, LANES), jnp.float32)
     row_spec = pl.BlockSpec((1, 1, LANES), lambda h, *_: (h, 0, 0))
     mean_spec = pl.BlockSpec((1, head_dim, LANES), lambda h, *_: (h, 0, 0))
     block = min(k_tiles, BOUND_TILES)
     mean, radius = pl.pallas_call(
         functools.partial(_key_statistics, kv_len=kv_len, k_smooth=k_smooth),
         name="exp2_splash_keys",
-        grid=(heads, 2, pl.cdiv(k_tiles, block)),
-        in_specs=[pl.BlockSpec((block, 1, head_dim, LANES), lambda h, phase, j: (j, h, 0, 0))],
+        grid=(heads.number, 2, pl.cdiv(k_tiles, block)),
+        in_specs=[pl.BlockSpec((block, 1, head_dim, LANES), lambda h, phase, j: (j, heads.key + h, 0, 0))],
         out_specs=[mean_spec, row_spec],
-        out_shape=[jax.ShapeDtypeStruct((heads, head_dim, LANES), jnp.float32), row],
+        out_shape=[jax.ShapeDtypeStruct((heads.number, head_dim, LANES), jnp.float32), row],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=keys.size * keys.dtype.itemsize, transcendentals=0),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=len(keys) * tile_bytes, transcendentals=0),
         interpret=interpret,
     )(keys)
     block = min(q_tiles, BOUND_TILES)
     return pl.pallas_call(
         functools.partial(_query_bounds, factor=factor, k_smooth=k_smooth, shift=_shift(kv_len)),
         name="exp2_splash_bound",
-        grid=(heads, pl.cdiv(q_tiles, block)),
-        in_specs=[pl.BlockSpec((block, 1, head_dim, LANES), lambda h, i: (i, h, 0, 0)), mean_spec, row_spec],
+        grid=(heads.number, pl.cdiv(q_tiles, block)),
+        in_specs=[
+            pl.BlockSpec((block, 1, head_dim, LANES), lambda h, i: (i, heads.query + h, 0, 0)),
+            mean_spec,
+            row_spec,
+        ],
         out_specs=pl.BlockSpec((block, 1, 1, LANES), lambda h, i: (i, h, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((q_tiles, heads, 1, LANES), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((q_tiles, heads.number, 1, LANES), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=queries.size * queries.dtype.itemsize, transcendentals=0),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=len(queries) * tile_bytes, transcendentals=0),
         interpret=interpret,
     )(queries, mean, radius)
 
@@ -359,6 +384,7 @@ def _run(
     values: jax.Array,
     bound: jax.Array,
     *,
+    heads: Heads,
     factor: float,
     blocks: BlockSizes,
     q_len: int,
@@ -369,7 +395,7 @@ def _run(
 
     Returns the output, and of each head the share of such blocks, float32 [heads].
     """
-    call = functools.partial(_call, factor=factor, q_len=q_len, kv_len=kv_len, interpret=interpret)
+    call = functools.partial(_call, heads=heads, factor=factor, q_len=q_len, kv_len=kv_len, interpret=interpret)
     # The online kernel's program is longer, and it need not be fast: it is unrolled less.
     online_blocks = dataclasses.replace(
         blocks, block_kv_compute=min(blocks.block_kv_compute, 4 * blocks.block_kv_compute_in)
@@ -410,6 +436,7 @@ def _call(
     bound: jax.Array,
     again: Again | None = None,
     *,
+    heads: Heads,
     factor: float,
     blocks: BlockSizes,
     q_len: int,
@@ -418,14 +445,14 @@ def _call(
 ) -> Any:
     """Run the fast kernel, or, if there is anything to do `again`, the online kernel.
 
-    Takes and returns tiles, [tiles, heads, head_dim, 128], and the bound [tiles, heads, 1, 128]. The last blocks may
-    reach over the end, where a read is undefined and a write is dropped. After the block with the last of q_len queries
-    nothing is written. The fast kernel also returns, in an array
-    [blocks of queries, heads, 1, 128], what is not 0 where the result is not exact.
+    Takes and returns tiles, [tiles, heads, head_dim, 128], and takes the bound [tiles, heads, 1, 128]. The last blocks
+    may reach over the end, where a read is undefined and a write is dropped. After the block with the last of q_len
+    queries nothing is written. The fast kernel also returns, in an array [blocks of queries, heads, 1, 128], what is
+    not 0 where the result is not exact.
     """
-    tiles, heads, head_dim, _ = queries.shape
+    tiles, _, head_dim, _ = queries.shape
     q_tiles, kv_tiles = blocks.block_q // LANES, blocks.block_kv // LANES
-    assert keys.shape == values.shape and bound.shape == (tiles, heads, 1, LANES)
+    assert len(keys) == len(values) and bound.shape == (tiles, heads.number, 1, LANES)
     arrays, q_blocks = [queries, keys, values, bound], pl.cdiv(q_len, blocks.block_q)
     if online := again is not None:
         arrays.append(again.output)
@@ -434,16 +461,27 @@ def _call(
         grid: tuple = 1, again.blocks.sum(dtype=jnp.int32)
         place = lambda h, i, chosen: (chosen[i], chosen[q_blocks])  # noqa: E731
     else:
-        chosen, kernel, grid = jnp.zeros(1, jnp.int32), functools.partial(_fast_kernel, q_len=q_len), (heads, q_blocks)
+        chosen, kernel, grid = (
+            jnp.zeros(1, jnp.int32),
+            functools.partial(_fast_kernel, q_len=q_len),
+            (heads.number, q_blocks),
+        )
         place = lambda h, i, chosen: (i, h)  # noqa: E731
 
-    def query_spec(rows: int) -> pl.BlockSpec:
-        return pl.BlockSpec((q_tiles, 1, rows, LANES), lambda h, i, j, chosen: (*place(h, i, chosen), 0, 0))
+    def query_spec(rows: int, first: int = 0) -> pl.BlockSpec:
+        def index(h, i, j, chosen):
+            block, head = place(h, i, chosen)
+            return block, first + head, 0, 0
 
-    key_spec = pl.BlockSpec((kv_tiles, 1, head_dim, LANES), lambda h, i, j, chosen: (j, place(h, i, chosen)[1], 0, 0))
+        return pl.BlockSpec((q_tiles, 1, rows, LANES), index)
+
+    def key_spec(first: int) -> pl.BlockSpec:
+        block = (kv_tiles, 1, head_dim, LANES)
+        return pl.BlockSpec(block, lambda h, i, j, chosen: (j, first + place(h, i, chosen)[1], 0, 0))
+
     inexact_spec = pl.BlockSpec((1, 1, 1, LANES), lambda h, i, j, chosen: (i, h, 0, 0))
-    inexact = jax.ShapeDtypeStruct((q_blocks, heads, 1, LANES), jnp.float32)
-    like_queries = jax.ShapeDtypeStruct(queries.shape, queries.dtype)
+    inexact = jax.ShapeDtypeStruct((q_blocks, heads.number, 1, LANES), jnp.float32)
+    of_queries = jax.ShapeDtypeStruct((tiles, heads.number, head_dim, LANES), queries.dtype)
     return pl.pallas_call(
         functools.partial(kernel, factor=factor, blocks=blocks, kv_len=kv_len),
         name="exp2_splash_online" if online else "exp2_splash",
@@ -451,16 +489,16 @@ def _call(
             num_scalar_prefetch=1,
             grid=(*grid, pl.cdiv(kv_len, blocks.block_kv)),
             in_specs=[
-                query_spec(head_dim),
-                key_spec,
-                key_spec,
+                query_spec(head_dim, heads.query),
+                key_spec(heads.key),
+                key_spec(heads.value),
                 query_spec(1),
                 *[pl.BlockSpec(memory_space=pl.ANY)] * online,
             ],
             out_specs=query_spec(head_dim) if online else [query_spec(head_dim), inexact_spec],
             scratch_shapes=_scratch(head_dim, blocks, jnp.float32 if interpret else queries.dtype, online),
         ),
-        out_shape=like_queries if online else [like_queries, inexact],
+        out_shape=of_queries if online else [of_queries, inexact],
         input_output_aliases={5: 0} if online else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT

@@ -286,7 +286,7 @@ def test_off_it_is_not_in_the_program(monkeypatch):
 def test_sums_of_kernels():
     """What a kernel adds up beside its output, in blocks of 512 tokens of 640, of which the last are padding.
 
-    Heads in two groups have the same values, to the last bit, and sums that add up to the same.
+    Heads in two groups, here in two places of an array, have the same values, to the last bit, and their sums add up.
     """
     real, text, layer, dtype = jnp.int32(600), jnp.int32(30), jnp.int32(1), jnp.bfloat16
     embed, heads, head_dim = 128, 4, 32
@@ -303,12 +303,16 @@ def test_sums_of_kernels():
         norm = kernels.QKNorm(random(head_dim), random(head_dim), 1e-6, jnp.cos(angles), jnp.sin(angles))
         residual = kernels.Residual(x, bias, changes, text)
         tiles, of_heads = kernels.to_heads(x, weight, bias, heads, kernels.Split(2), norm, **options)
-        groups = [kernels.to_heads(x, weight, bias, heads, kernels.Split(2, i, 2), norm, **options) for i in range(2)]
+        places, sums_of_groups = None, []
+        for i in range(2):
+            split = kernels.Split(2, i, 2, i, 2)
+            places, found = kernels.to_heads(x, weight, bias, heads, split, norm, **options, into=places)
+            sums_of_groups.append(found)
         y, of_norm = kernels.modulated_norm(x, kernels.Modulation(changes, changes, text), 1e-5, **options)
         hidden, of_residual = kernels.dense(x, weight, residual, **options)
         activated, of_activation = kernels.dense(x, weight, kernels.Gelu(bias), **options)
         attended, of_output = kernels.from_heads([tiles], weight, residual, **options)
-        tiles_of_groups, sums_of_groups = zip(*groups, strict=True)
+        tiles_of_groups = jnp.split(places, 2, axis=2)
         from_groups, of_output_again = kernels.from_heads(tiles_of_groups, weight, residual, **options)
         same = (tiles, jnp.concatenate(tiles_of_groups, axis=3)), (attended, from_groups)
         of_heads_again = map(tap.added, zip(*sums_of_groups, strict=True))

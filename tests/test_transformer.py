@@ -131,7 +131,7 @@ def test_tiles_match_diffusers(mesh, layout, bias):
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
                 (3, (1, 8, 1), "fsdp", xla_attention),  # each chip is a group
-                (3, (2, 4, 1), "tp", Attention("splash_exp2", "cpu")),
+                (6, (2, 4, 1), "tp", Attention("splash_exp2", "cpu")),  # three groups of a chip's heads
                 (4, (1, 4, 2), "fsdp", Attention("splash_exp2", "cpu")),
                 (4, (1, 8, 1), "fsdp", Attention("splash", "cpu")),
                 (4, (1, 7, 1), "tp", xla_attention),

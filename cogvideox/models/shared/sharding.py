@@ -117,8 +117,8 @@ class Parallelism:
     def head_groups(self, heads: int) -> int:
         """Return in how many groups a chip exchanges and attends its part of the model's `heads`.
 
-        One group travels between chips while another is attended. There are two, or three where two would not be alike;
-        more would be more exchanges, of which a TPU has only one on its way. Where nothing travels there is one.
+        One group travels between chips while another is attended. There are two, or three where two would not be alike:
+        of more, each attended for a shorter time, fewer travel unseen. Where nothing travels there is one.
         """
         own = heads // (self.tp * self.head_parts)
         return next((n for n in (2, 3) if own % n == 0), 1) if self.head_parts > 1 else 1

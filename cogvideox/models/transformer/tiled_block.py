@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import HIDDEN_STATES
 from cogvideox.models.transformer import kernels, taps
-from cogvideox.models.transformer.attention import Attention
+from cogvideox.models.transformer.attention import Attention, Tiles
 from cogvideox.models.transformer.base_block import BaseBlock
 from cogvideox.models.transformer.layers import QK_NORM_EPS
 
@@ -60,29 +60,51 @@ class TiledBlock(BaseBlock):
             product = functools.partial(kernels.from_heads, y, weight, interpret=self.attention.interpret)
             return self.added(product, hidden, "attn1.to_out.0", gates)[0], online
 
-    def projected(self, x: jax.Array) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+    def projected(self, x: jax.Array) -> list[list[Tiles]]:
         """Project tokens to queries, keys and values, and exchange tokens for heads, a group of heads after the other.
 
-        Returns the three of each of `Parallelism.head_groups`, [tiles, batch, heads of the group, head_dim, 128].
+        The first group's three travel as soon as each is there. Those of another travel together, while the group
+        before is attended: a TPU has one exchange on its way at a time.
+
+        Returns the three of each of `Parallelism.head_groups`.
         """
-        parts, interpret = self.parallelism.head_parts, self.attention.interpret
         groups = self.parallelism.head_groups(self.config["num_attention_heads"])
+        together = ("q", "kv") if self.parallelism.query_parts > 1 else ("qkv",)
         summed: dict[str, list[jax.Array]] = defaultdict(list)
 
-        def project(letter: str, group: int) -> jax.Array:
-            weight, bias = self.weight(f"attn1.to_{letter}.weight"), self.parameters.get(f"attn1.to_{letter}.bias")
-            norm, names = None if letter == "v" else self.norm(letter), (f"to_{letter}", f"norm_{letter}")
-            split, real_tokens = kernels.Split(parts, group, groups), self.real_tokens(x, "sp", *names)
-            y, found = kernels.to_heads(x, weight, bias, self.heads, split, norm, interpret, real_tokens)
-            for name, sums in zip(names, found, strict=False):  # values have no norm
-                summed[name].append(sums)
+        def exchanged(letters: str, group: int) -> list[Tiles]:
+            y: Any = None
+            for place, letter in enumerate(letters):
+                split = kernels.Split(self.parallelism.head_parts, group, groups, place, len(letters))
+                y = self.project(x, letter, split, y, summed)
             y = self.exchanged(y, CHIPS, CHIPS).reshape(-1, *y.shape[2:])
-            return y if letter == "q" else self.gathered(y, TILES)
+            y = y if letters == "q" else self.gathered(y, TILES)
+            return [Tiles(y, place, len(letters)) for place in range(len(letters))]
 
-        projected = [(project("q", group), project("k", group), project("v", group)) for group in range(groups)]
+        projected = [
+            [tiles for letters in (together if group else "qkv") for tiles in exchanged(letters, group)]
+            for group in range(groups)
+        ]
         of_all_groups = {name: tap.added(sums) for name, sums in summed.items()}
         taps.tap_heads(x, self.parameters, self.heads, self.bounds, of_all_groups)
         return projected
+
+    def project(
+        self,
+        x: jax.Array,
+        letter: str,
+        split: kernels.Split,
+        into: jax.Array | None,
+        summed: dict[str, list[jax.Array]],
+    ) -> jax.Array:
+        """Project to queries, keys or values, as `kernels.to_heads` does, and add what that sums to `summed`."""
+        weight, bias = self.weight(f"attn1.to_{letter}.weight"), self.parameters.get(f"attn1.to_{letter}.bias")
+        norm, names = None if letter == "v" else self.norm(letter), (f"to_{letter}", f"norm_{letter}")
+        interpret, real_tokens = self.attention.interpret, self.real_tokens(x, "sp", *names)
+        y, found = kernels.to_heads(x, weight, bias, self.heads, split, norm, interpret, real_tokens, into)
+        for name, sums in zip(names, found, strict=False):  # values have no norm
+            summed[name].append(sums)
+        return y
 
     def feed_forward(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Apply the second half of the block: norm, MLP, gated residual; returns what `added` does."""
@@ -155,8 +177,8 @@ class TiledBlock(BaseBlock):
         return self.is_text.sum(dtype=jnp.int32)
 
 
-def rows(groups: Sequence[jax.Array]) -> jax.Array:
-    """Turn groups of heads, tiles [tiles, batch, heads, head_dim, 128], into rows [batch, heads, tokens, head_dim]."""
-    tiles = jnp.concatenate(groups, axis=2)
+def rows(groups: Sequence[Tiles]) -> jax.Array:
+    """Turn groups of heads, in tiles, into rows [batch, heads, tokens, head_dim]."""
+    tiles = jnp.concatenate([group.alone() for group in groups], axis=2)
     _, batch, heads, head_dim, _ = tiles.shape
     return tiles.transpose(1, 2, 0, 4, 3).reshape(batch, heads, -1, head_dim)

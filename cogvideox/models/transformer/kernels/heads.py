@@ -39,17 +39,21 @@ class QKNorm(NamedTuple):
 
 
 class Split(NamedTuple):
-    """How heads are split between chips, and those of each chip into groups of neighbours.
+    """Which of the heads are projected to, and where they are written.
 
     Attributes:
         parts: chips that share the heads after the exchange.
-        group: which group of each chip, counted from 0.
+        group: which group of each chip's heads, counted from 0; the heads of a group are neighbours.
         groups: how many there are.
+        place: which of the places of an array, counted from 0: it may hold queries, keys and values.
+        places: how many it has.
     """
 
     parts: int
     group: int = 0
     groups: int = 1
+    place: int = 0
+    places: int = 1
 
 
 def to_heads(
@@ -61,6 +65,7 @@ def to_heads(
     norm: QKNorm | None,
     interpret: bool,
     real_tokens: jax.Array | None = None,
+    into: jax.Array | None = None,
 ) -> Summed:
     """Project x [batch, tokens, embed] to a group of the heads, and normalise and rotate them if there is a `norm`.
 
@@ -69,13 +74,14 @@ def to_heads(
         weight: of heads * head_dim outputs.
         bias: [heads * head_dim] or None.
         heads: of this chip before the exchange.
-        split: which of them it projects to.
+        split: to which of them it projects, and where it writes them.
         norm: for queries and keys.
         interpret: run in Pallas' interpreter.
         real_tokens: how many tokens are not padding; None for no sums.
+        into: what an earlier call has returned for another place of the same array; None for a new array.
 
     Returns:
-        [parts, tiles, batch, heads of the group, head_dim, 128], of the dtype of x; and the `tap.sums` of the
+        [parts, tiles, places * batch, heads of the group, head_dim, 128], of the dtype of x; and the `tap.sums` of the
         projection and of the norm, if they are asked for.
     """
     (batch, tokens, embed), parts = x.shape, split.parts
@@ -109,13 +115,14 @@ def to_heads(
         in_specs=[x_spec, weight_spec, *specs],
         out_specs=pl.BlockSpec(
             (chips, block_tiles, 1, block_heads, head_dim, LANES),
-            lambda n, b, t, scalars: (n // blocks, t, b, n % blocks, 0, 0),
+            lambda n, b, t, scalars: (n // blocks, t, split.place * batch + b, n % blocks, 0, 0),
         ),
-        out_shape=jax.ShapeDtypeStruct((parts, tiles, batch, own, head_dim, LANES), x.dtype),
+        out_shape=jax.ShapeDtypeStruct((parts, tiles, split.places * batch, own, head_dim, LANES), x.dtype),
         products=x.size * outputs,
         moved=x.size * (parts // chips * blocks) + weight.size // split.groups + batch * tokens * outputs,
         interpret=interpret,
         counted=None if real_tokens is None else Counted(real_tokens, 2 if norm else 1, batch * outputs, LANES),
+        into=into,
     )
 
 
