@@ -63,13 +63,14 @@ class TiledBlock(BaseBlock):
     def projected(self, x: jax.Array) -> list[list[Tiles]]:
         """Project tokens to queries, keys and values, and exchange tokens for heads, a group of heads after the other.
 
-        The first group's three travel as soon as each is there. Those of another travel together, while the group
-        before is attended: a TPU has one exchange on its way at a time.
+        A TPU has one exchange on its way at a time. The first group's queries travel as soon as they are there, keys
+        and values while the next group is projected, and all three of a later group while the one before is attended.
 
         Returns the three of each of `Parallelism.head_groups`.
         """
         groups = self.parallelism.head_groups(self.config["num_attention_heads"])
-        together = ("q", "kv") if self.parallelism.query_parts > 1 else ("qkv",)
+        apart = ["q", "kv"]  # of the queries nothing is gathered
+        together = apart if self.parallelism.query_parts > 1 else ["qkv"]
         summed: dict[str, list[jax.Array]] = defaultdict(list)
 
         def exchanged(letters: str, group: int) -> list[Tiles]:
@@ -82,7 +83,7 @@ class TiledBlock(BaseBlock):
             return [Tiles(y, place, len(letters)) for place in range(len(letters))]
 
         projected = [
-            [tiles for letters in (together if group else "qkv") for tiles in exchanged(letters, group)]
+            [tiles for letters in (together if group else apart) for tiles in exchanged(letters, group)]
             for group in range(groups)
         ]
         of_all_groups = {name: tap.added(sums) for name, sums in summed.items()}
