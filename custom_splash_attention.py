@@ -197,6 +197,9 @@ def tiled_attention(
     values: jax.Array,
     *,
     kv_length: int,
+    q_length: int | None = None,
+    heads: int | None = None,
+    first: tuple[int, int, int] = (0, 0, 0),
     scale: float | None = None,
     block_sizes: BlockSizes | None = None,
     k_smooth: bool = USE_K_SMOOTH,
@@ -205,25 +208,40 @@ def tiled_attention(
     """Compute what `splash_attention` computes, from and to the kernel's own layout, so that nothing is copied.
 
     Args:
-        queries, keys, values: [tiles, heads, head_dim, 128], see `to_tiles`; there may be fewer tiles of queries.
+        queries, keys, values: [tiles, heads, head_dim, 128], see `to_tiles`; there may be fewer tiles of queries. They
+            may be one array.
+        q_length: how many of the queries count, from the first on; by default all. Blocks of others come out 0.
         kv_length, scale, block_sizes, k_smooth, interpret: as for `splash_attention`.
 
+        heads: how many each of the arrays has; by default as many as the queries' array has.
+        first: the first of these in each of the arrays.
+
     Returns:
-        An array like `queries`, and of each head the share of its blocks of queries that the online kernel computed,
-        float32 [heads].
+        [tiles of queries, heads, head_dim, 128], and of each head the share of its blocks of queries that the online
+        kernel computed, float32 [heads].
     """
-    tiles, _, head_dim, lanes = queries.shape
+    tiles, all_heads, head_dim, lanes = queries.shape
+    q_length = tiles * lanes if q_length is None else q_length
     if block_sizes is None:
-        blocks = DEFAULT_BLOCK_SIZES.fitted(tiles * lanes, kv_length, head_dim, queries.dtype.itemsize)
+        blocks = DEFAULT_BLOCK_SIZES.fitted(q_length, kv_length, head_dim, queries.dtype.itemsize)
     else:
-        blocks = block_sizes.clipped(tiles * lanes, kv_length)
-    factor = _factor(scale, head_dim)
+        blocks = block_sizes.clipped(q_length, kv_length)
+    options = {"heads": Heads(heads or all_heads, *first), "factor": _factor(scale, head_dim), "kv_len": kv_length}
 
     def run(queries, keys, values, interpret):
-        bound = _bound(queries, keys, factor=factor, k_smooth=k_smooth, kv_len=kv_length, interpret=interpret)
-        return _run(queries, keys, values, bound, factor=factor, blocks=blocks, kv_len=kv_length, interpret=interpret)
+        bound = _bound(queries, keys, **options, k_smooth=k_smooth, interpret=interpret)
+        return _run(queries, keys, values, bound, **options, blocks=blocks, q_len=q_length, interpret=interpret)
 
     return _for_platform(run, interpret)(queries, keys, values)
+
+
+class Heads(NamedTuple):
+    """How many heads there are, and the first of them in the arrays of queries, keys and values."""
+
+    number: int
+    query: int
+    key: int
+    value: int
 
 
 def online_heads(
@@ -268,7 +286,14 @@ def _for_platform(run: Callable, interpret: bool | None) -> Callable:
 
 
 def _bound(
-    queries: jax.Array, keys: jax.Array, *, factor: float, k_smooth: bool, kv_len: int, interpret: bool
+    queries: jax.Array,
+    keys: jax.Array,
+    *,
+    heads: Heads,
+    factor: float,
+    k_smooth: bool,
+    kv_len: int,
+    interpret: bool,
 ) -> jax.Array:
     """Compute what the fast kernel subtracts from the scores of each row.
 
@@ -282,37 +307,41 @@ def _bound(
         The bound, less what the greatest weight is above 1, float32 [tiles, heads, 1, 128], in units of query . key.
     """
     queries, keys = _in_hbm([queries, keys], interpret)
-    q_tiles, heads, head_dim, _ = queries.shape
-    k_tiles = pl.cdiv(kv_len, LANES)
-    row = jax.ShapeDtypeStruct((heads, 1, LANES), jnp.float32)
+    q_tiles, _, head_dim, _ = queries.shape
+    k_tiles, tile_bytes = pl.cdiv(kv_len, LANES), heads.number * head_dim * LANES * queries.dtype.itemsize
+    row = jax.ShapeDtypeStruct((heads.number, 1, LANES), jnp.float32)
     row_spec = pl.BlockSpec((1, 1, LANES), lambda h, *_: (h, 0, 0))
     mean_spec = pl.BlockSpec((1, head_dim, LANES), lambda h, *_: (h, 0, 0))
     block = min(k_tiles, BOUND_TILES)
     mean, radius = pl.pallas_call(
         functools.partial(_key_statistics, kv_len=kv_len, k_smooth=k_smooth),
         name="exp2_splash_keys",
-        grid=(heads, 2, pl.cdiv(k_tiles, block)),
-        in_specs=[pl.BlockSpec((block, 1, head_dim, LANES), lambda h, phase, j: (j, h, 0, 0))],
+        grid=(heads.number, 2, pl.cdiv(k_tiles, block)),
+        in_specs=[pl.BlockSpec((block, 1, head_dim, LANES), lambda h, phase, j: (j, heads.key + h, 0, 0))],
         out_specs=[mean_spec, row_spec],
-        out_shape=[jax.ShapeDtypeStruct((heads, head_dim, LANES), jnp.float32), row],
+        out_shape=[jax.ShapeDtypeStruct((heads.number, head_dim, LANES), jnp.float32), row],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=core().vmem
         ),
-        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=keys.size * keys.dtype.itemsize, transcendentals=0),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=len(keys) * tile_bytes, transcendentals=0),
         interpret=interpret,
     )(keys)
     block = min(q_tiles, BOUND_TILES)
     return pl.pallas_call(
         functools.partial(_query_bounds, factor=factor, k_smooth=k_smooth, shift=_shift(kv_len)),
         name="exp2_splash_bound",
-        grid=(heads, pl.cdiv(q_tiles, block)),
-        in_specs=[pl.BlockSpec((block, 1, head_dim, LANES), lambda h, i: (i, h, 0, 0)), mean_spec, row_spec],
+        grid=(heads.number, pl.cdiv(q_tiles, block)),
+        in_specs=[
+            pl.BlockSpec((block, 1, head_dim, LANES), lambda h, i: (i, heads.query + h, 0, 0)),
+            mean_spec,
+            row_spec,
+        ],
         out_specs=pl.BlockSpec((block, 1, 1, LANES), lambda h, i: (i, h, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((q_tiles, heads, 1, LANES), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((q_tiles, heads.number, 1, LANES), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=core().vmem
         ),
-        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=queries.size * queries.dtype.itemsize, transcendentals=0),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=len(queries) * tile_bytes, transcendentals=0),
         interpret=interpret,
     )(queries, mean, radius)
 
@@ -385,8 +414,10 @@ def _run(
     values: jax.Array,
     bound: jax.Array,
     *,
+    heads: Heads,
     factor: float,
     blocks: BlockSizes,
+    q_len: int,
     kv_len: int,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
@@ -394,12 +425,14 @@ def _run(
 
     Returns the output, and of each head the share of such blocks, float32 [heads].
     """
-    call = functools.partial(_call, factor=factor, kv_len=kv_len, interpret=interpret)
+    call = functools.partial(_call, heads=heads, factor=factor, q_len=q_len, kv_len=kv_len, interpret=interpret)
     # The online kernel's program is longer, and it need not be fast: it is unrolled less.
     online_blocks = dataclasses.replace(
         blocks, block_kv_compute=min(blocks.block_kv_compute, 4 * blocks.block_kv_compute_in)
     )
     output, inexact = call(queries, keys, values, bound, blocks=blocks)
+    written = len(inexact) * blocks.block_q // LANES
+    output = output.at[written:].set(0) if written < len(output) else output
     inexact = inexact.max((2, 3)) > 0  # [blocks of queries, heads]
     order = jnp.argsort(~inexact.any(0))
 
@@ -433,21 +466,24 @@ def _call(
     bound: jax.Array,
     again: Again | None = None,
     *,
+    heads: Heads,
     factor: float,
     blocks: BlockSizes,
+    q_len: int,
     kv_len: int,
     interpret: bool,
 ) -> Any:
     """Run the fast kernel, or, if there is anything to do `again`, the online kernel.
 
-    Takes and returns tiles, [tiles, heads, head_dim, 128], and the bound [tiles, heads, 1, 128]. The last blocks may
-    reach over the end, where a read is undefined and a write is dropped. The fast kernel also returns, in an array
-    [blocks of queries, heads, 1, 128], what is not 0 where the result is not exact.
+    Takes and returns tiles, [tiles, heads, head_dim, 128], and takes the bound [tiles, heads, 1, 128]. The last blocks
+    may reach over the end, where a read is undefined and a write is dropped. After the block with the last of q_len
+    queries nothing is written. The fast kernel also returns, in an array [blocks of queries, heads, 1, 128], what is
+    not 0 where the result is not exact.
     """
-    tiles, heads, head_dim, _ = queries.shape
+    tiles, _, head_dim, _ = queries.shape
     q_tiles, kv_tiles = blocks.block_q // LANES, blocks.block_kv // LANES
-    assert keys.shape == values.shape and bound.shape == (tiles, heads, 1, LANES)
-    arrays, q_blocks = [queries, keys, values, bound], pl.cdiv(tiles, q_tiles)
+    assert len(keys) == len(values) and bound.shape == (tiles, heads.number, 1, LANES)
+    arrays, q_blocks = [queries, keys, values, bound], pl.cdiv(q_len, blocks.block_q)
     if online := again is not None:
         arrays.append(again.output)
         chosen = jnp.append(jnp.argsort(~again.blocks), again.head).astype(jnp.int32)
@@ -455,16 +491,27 @@ def _call(
         grid: tuple = 1, again.blocks.sum(dtype=jnp.int32)
         place = lambda h, i, chosen: (chosen[i], chosen[q_blocks])  # noqa: E731
     else:
-        chosen, kernel, grid = jnp.zeros(1, jnp.int32), functools.partial(_fast_kernel, tiles=tiles), (heads, q_blocks)
+        chosen, kernel, grid = (
+            jnp.zeros(1, jnp.int32),
+            functools.partial(_fast_kernel, q_len=q_len),
+            (heads.number, q_blocks),
+        )
         place = lambda h, i, chosen: (i, h)  # noqa: E731
 
-    def query_spec(rows: int) -> pl.BlockSpec:
-        return pl.BlockSpec((q_tiles, 1, rows, LANES), lambda h, i, j, chosen: (*place(h, i, chosen), 0, 0))
+    def query_spec(rows: int, first: int = 0) -> pl.BlockSpec:
+        def index(h, i, j, chosen):
+            block, head = place(h, i, chosen)
+            return block, first + head, 0, 0
 
-    key_spec = pl.BlockSpec((kv_tiles, 1, head_dim, LANES), lambda h, i, j, chosen: (j, place(h, i, chosen)[1], 0, 0))
+        return pl.BlockSpec((q_tiles, 1, rows, LANES), index)
+
+    def key_spec(first: int) -> pl.BlockSpec:
+        block = (kv_tiles, 1, head_dim, LANES)
+        return pl.BlockSpec(block, lambda h, i, j, chosen: (j, first + place(h, i, chosen)[1], 0, 0))
+
     inexact_spec = pl.BlockSpec((1, 1, 1, LANES), lambda h, i, j, chosen: (i, h, 0, 0))
-    inexact = jax.ShapeDtypeStruct((q_blocks, heads, 1, LANES), jnp.float32)
-    like_queries = jax.ShapeDtypeStruct(queries.shape, queries.dtype)
+    inexact = jax.ShapeDtypeStruct((q_blocks, heads.number, 1, LANES), jnp.float32)
+    of_queries = jax.ShapeDtypeStruct((tiles, heads.number, head_dim, LANES), queries.dtype)
     return pl.pallas_call(
         functools.partial(kernel, factor=factor, blocks=blocks, kv_len=kv_len),
         name="exp2_splash_online" if online else "exp2_splash",
@@ -472,16 +519,16 @@ def _call(
             num_scalar_prefetch=1,
             grid=(*grid, pl.cdiv(kv_len, blocks.block_kv)),
             in_specs=[
-                query_spec(head_dim),
-                key_spec,
-                key_spec,
+                query_spec(head_dim, heads.query),
+                key_spec(heads.key),
+                key_spec(heads.value),
                 query_spec(1),
                 *[pl.BlockSpec(memory_space=pl.ANY)] * online,
             ],
             out_specs=query_spec(head_dim) if online else [query_spec(head_dim), inexact_spec],
             scratch_shapes=_scratch(head_dim, blocks, jnp.float32 if interpret else queries.dtype, online),
         ),
-        out_shape=like_queries if online else [like_queries, inexact],
+        out_shape=of_queries if online else [of_queries, inexact],
         input_output_aliases={5: 0} if online else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=core().vmem
@@ -511,7 +558,7 @@ def _scratch(head_dim: int, blocks: BlockSizes, dtype: jax.typing.DTypeLike, onl
     ]
 
 
-def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, inexact_ref, *scratch, factor, blocks, kv_len, tiles):
+def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, inexact_ref, *scratch, factor, blocks, q_len, kv_len):
     """Compute weights relative to the bound, which the first product subtracts, and note where that is not exact."""
     query_ref, key_ref, value_ref, output_ref, sum_ref, size_ref = scratch
     first = pl.program_id(1) * (blocks.block_q // LANES)
@@ -528,7 +575,7 @@ def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, inexact_ref, *scratch, fa
         exact = _is_exact(total, size_ref[:1, :1], kv_len, v_ref.dtype)
         inexact = jnp.zeros((1, LANES), jnp.float32)
         for tile in range(blocks.block_q // LANES):
-            fine = exact[:, tile * LANES : (tile + 1) * LANES] | (first + tile >= tiles)
+            fine = exact[:, tile * LANES : (tile + 1) * LANES] | (first + tile >= pl.cdiv(q_len, LANES))
             inexact = jnp.where(fine, inexact, 1.0)
         inexact_ref[0, 0] = inexact
 

@@ -89,6 +89,7 @@ def dtype_of(arguments: argparse.Namespace) -> str:
 def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
     """Trace the denoising step."""
     from cogvideox.models.shared import tap
+    from cogvideox.models.transformer.attention import is_tiled
     from cogvideox.models.transformer.plan import StepKind
     from cogvideox.models.transformer.step import abstract_arguments, make_step
 
@@ -106,12 +107,14 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
         traced = step.trace(*abstract_arguments(plan))
     config = plan.transformer
     samples = plan.batch * (2 if kind.guided else 1)
-    scores = samples * config["num_attention_heads"] / len(devices) * plan.tokens**2
+    heads = config["num_attention_heads"]
+    scores = samples * heads / len(devices) * plan.tokens**2
+    calls = plan.parallelism.head_groups(heads) if is_tiled(plan.attention) else 1
     return Programs(
         traced=[traced],
         times=[1],
         devices=plan.devices,
-        scores_per_kernel=scores,
+        scores_per_kernel=scores / calls,
         attention_flops=0 if kind.short else 4 * config["attention_head_dim"] * scores * config["num_layers"],
         options=_size(arguments) | {"guided": kind.guided} | plan.program_options,
         model=model_name(arguments.model_id),

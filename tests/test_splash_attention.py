@@ -226,7 +226,7 @@ ENDS = [  # of float32: a head, the exponent of its largest value, its share of 
     [("bfloat16", SMALL), pytest.param("float32", BlockSizes(256, 512, 256, 128), marks=pytest.mark.slow)],
 )
 def test_both_ends_of_the_range(dtype, block_sizes):
-    """With padded keys and values that would show; in two blocks of keys, and in one."""
+    """With padded queries, keys and values that would show; in two blocks of keys, and in one."""
     scaled = [(query, key, value / np.abs(value).max() * 2.0**exponent) for (query, key, value), exponent, _ in ENDS]
     query, key, value = (
         jnp.asarray(np.concatenate([array[:, :1] for array in arrays], 1), dtype)
@@ -236,11 +236,15 @@ def test_both_ends_of_the_range(dtype, block_sizes):
 
     @jax.jit
     def run(*arrays):
-        tiles = (to_tiles(array) for array in arrays)
-        output, online = tiled_attention(*tiles, kv_length=length, block_sizes=block_sizes)
-        return from_tiles(output, 1, query.shape[2]), online
+        queries, *others = (to_tiles(array) for array in arrays)
+        queries = jnp.pad(queries, ((0, 3), *[(0, 0)] * 3), constant_values=jnp.nan)
+        options = {"q_length": query.shape[2], "kv_length": length, "block_sizes": block_sizes}
+        output, online = tiled_attention(queries, *others, **options)
+        return from_tiles(output, 1, len(queries) * 128), online
 
     output, online = run(query, *(array.at[:, :, length:].set(1e30) for array in (key, value)))
+    output, _, rest = jnp.split(output, [query.shape[2], 512], axis=2)
+    assert not rest.any()  # of the block with no query that counts
     assert online.tolist() == [share for *_, share in ENDS]
     errors = errors_of_heads(output, attention(query, key[:, :, :length], value[:, :, :length]))
     assert (errors <= TOLERANCE[dtype]).all(), errors

@@ -284,9 +284,12 @@ def test_off_it_is_not_in_the_program(monkeypatch):
 
 
 def test_sums_of_kernels():
-    """What a kernel adds up beside its output, in blocks of 512 tokens of 640, of which the last are padding."""
+    """What a kernel adds up beside its output, in blocks of 512 tokens of 640, of which the last are padding.
+
+    Heads in two groups, here in two places of an array, have the same values, to the last bit, and their sums add up.
+    """
     real, text, layer, dtype = jnp.int32(600), jnp.int32(30), jnp.int32(1), jnp.bfloat16
-    embed, heads, head_dim = 128, 2, 64
+    embed, heads, head_dim = 128, 4, 32
     options = {"interpret": True, "real_tokens": real}
     seeds = itertools.count()
 
@@ -296,14 +299,23 @@ def test_sums_of_kernels():
     @jax.jit
     def sums_and_arrays():
         x, stack = random(2, 640, embed).astype(dtype), (random(2, embed, embed) / 16).astype(dtype)
-        weight, bias, changes, angles = kernels.Weight(stack, layer), random(embed), random(2, embed), random(640, 32)
+        weight, bias, changes, angles = kernels.Weight(stack, layer), random(embed), random(2, embed), random(640, 16)
         norm = kernels.QKNorm(random(head_dim), random(head_dim), 1e-6, jnp.cos(angles), jnp.sin(angles))
         residual = kernels.Residual(x, bias, changes, text)
-        tiles, of_heads = kernels.to_heads(x, weight, bias, heads, 2, norm, **options)
+        tiles, of_heads = kernels.to_heads(x, weight, bias, heads, kernels.Split(2), norm, **options)
+        places, sums_of_groups = None, []
+        for i in range(2):
+            split = kernels.Split(2, i, 2, i, 2)
+            places, found = kernels.to_heads(x, weight, bias, heads, split, norm, **options, into=places)
+            sums_of_groups.append(found)
         y, of_norm = kernels.modulated_norm(x, kernels.Modulation(changes, changes, text), 1e-5, **options)
         hidden, of_residual = kernels.dense(x, weight, residual, **options)
         activated, of_activation = kernels.dense(x, weight, kernels.Gelu(bias), **options)
-        attended, of_output = kernels.from_heads(tiles, weight, residual, **options)
+        attended, of_output = kernels.from_heads([tiles], weight, residual, **options)
+        tiles_of_groups = jnp.split(places, 2, axis=2)
+        from_groups, of_output_again = kernels.from_heads(tiles_of_groups, weight, residual, **options)
+        same = (tiles, jnp.concatenate(tiles_of_groups, axis=3)), (attended, from_groups)
+        of_heads_again = map(tap.added, zip(*sums_of_groups, strict=True))
 
         def product(x):
             return jnp.einsum("bti,oi->bto", x, stack[layer], preferred_element_type=jnp.float32)
@@ -312,10 +324,14 @@ def test_sums_of_kernels():
         mean, variance = projected.mean(-1, keepdims=True), projected.var(-1, keepdims=True)
         normalized = (projected - mean) / jnp.sqrt(variance + 1e-6) * norm.weight + norm.bias
         outputs = [product(y).astype(dtype) + bias for y in (x, tiles.transpose(2, 1, 5, 0, 3, 4).reshape(x.shape))]
-        arrays = projected, normalized, y, outputs[0], hidden, activated, outputs[1], attended
-        return [*of_heads, *of_norm, *of_residual, *of_activation, *of_output], arrays
+        arrays = projected, normalized, y, outputs[0], hidden, activated, outputs[1], attended, projected, normalized
+        sums = [*of_heads, *of_norm, *of_residual, *of_activation, *of_output, *of_heads_again]
+        return [*sums, *of_output_again], [*arrays, outputs[1], from_groups], same
 
-    for i, (sums, array) in enumerate(zip(*sums_and_arrays(), strict=True)):
+    *found, same = sums_and_arrays()
+    for one, other in same:
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    for i, (sums, array) in enumerate(zip(*found, strict=True)):
         truth = statistics_of(np.asarray(array[:, :real], np.float32))
         np.testing.assert_allclose(merged(np.asarray(sums)), truth, rtol=0.01, atol=1e-3, err_msg=f"point {i}")
         assert sums[0, 0] == 2 * real * embed

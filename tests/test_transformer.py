@@ -131,7 +131,7 @@ def test_tiles_match_diffusers(mesh, layout, bias):
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
                 (3, (1, 8, 1), "fsdp", xla_attention),  # each chip is a group
-                (3, (2, 4, 1), "tp", Attention("splash_exp2", "cpu")),
+                (6, (2, 4, 1), "tp", Attention("splash_exp2", "cpu")),  # three groups of a chip's heads
                 (4, (1, 4, 2), "fsdp", Attention("splash_exp2", "cpu")),
                 (4, (1, 8, 1), "fsdp", Attention("splash", "cpu")),
                 (4, (1, 7, 1), "tp", xla_attention),
@@ -256,10 +256,10 @@ def test_mesh_sizes(devices, heads, batch, use_dp, sp_num, expected):
 @pytest.mark.parametrize(
     ("heads", "guidance_scale", "size", "expected"),
     [
-        (48, 1.0, (768, 1360, 81), (1, 8, 1, 1)),
-        (30, 6.0, (768, 1360, 81), (2, 4, 1, 2)),
-        (30, 1.0, (768, 1360, 81), (1, 8, 1, 4)),
-        (30, 1.0, (320, 320, 9), (1, 4, 2, 4)),  # sp 8 would pad 1,026 tokens to 2,048, sp 4 pads them to 1,536
+        (48, 1.0, (768, 1360, 81), (1, 8, 1, 1, 2)),
+        (30, 6.0, (768, 1360, 81), (2, 4, 1, 2, 3)),
+        (30, 1.0, (768, 1360, 81), (1, 8, 1, 4, 3)),
+        (30, 1.0, (320, 320, 9), (1, 4, 2, 4, 1)),  # sp 8 would pad 1,026 tokens to 2,048, sp 4 pads them to 1,536
     ],
 )
 def test_the_fastest_mesh(heads, guidance_scale, size, expected):
@@ -275,9 +275,11 @@ def test_the_fastest_mesh(heads, guidance_scale, size, expected):
         num_inference_steps=10,
         guidance_scale=guidance_scale,
     )
-    assert (*plan.mesh.shape.values(), plan.parallelism.query_parts) == expected
-    assert ("query_parts" in plan.program_options) == (expected[-1] > 1)
-    assert plan.attended_heads(plan.kinds({3})) == 9 * plan.prompts * 42 * heads * expected[-1]
+    *mesh, parts, groups = expected
+    assert (*plan.mesh.shape.values(), plan.parallelism.query_parts) == (*mesh, parts)
+    assert plan.parallelism.head_groups(heads) == groups
+    assert ("query_parts" in plan.program_options) == (parts > 1)
+    assert plan.attended_heads(plan.kinds({3})) == 9 * plan.prompts * 42 * heads * parts
 
 
 def test_weights_that_the_chips_cannot_share():

@@ -114,6 +114,15 @@ class Parallelism:
         """Chips of a group along sp: each has such a part of the heads inside attention."""
         return self.sp // self.query_parts
 
+    def head_groups(self, heads: int) -> int:
+        """Return in how many groups a chip exchanges and attends its part of the model's `heads`.
+
+        One group travels between chips while another is attended. There are two, or three where two would not be alike:
+        of more, each attended for a shorter time, fewer travel unseen. Where nothing travels there is one.
+        """
+        own = heads // (self.tp * self.head_parts)
+        return next((n for n in (2, 3) if own % n == 0), 1) if self.head_parts > 1 else 1
+
     @property
     def exchanging(self) -> list[list[int]] | None:
         """Places along sp of the chips of each group, which exchange tokens for heads; None for all of them."""

@@ -288,7 +288,7 @@ def sums(share: jax.Array, real: jax.Array, copies: int, checksum: bool = False)
     return jnp.stack(found)[None]
 
 
-def _added(parts: Sequence[jax.Array]) -> jax.Array:
+def added(parts: Sequence[jax.Array]) -> jax.Array:
     """Return the `sums` of an array from those of its pieces."""
     stacked = jnp.stack(parts)
     added = stacked.sum(0)
@@ -421,7 +421,7 @@ def pieces(function: Callable, arguments: Sequence[tuple], axis: int) -> list:
             collector.found[key] = first
             continue
         arrays = [found[key].array for found in taps]
-        joined = jnp.concatenate(arrays, axis=axis) if key[0] == "arrays" else _added(arrays)
+        joined = jnp.concatenate(arrays, axis=axis) if key[0] == "arrays" else added(arrays)
         collector.found[key] = dataclasses.replace(first, array=joined)
     return results
 

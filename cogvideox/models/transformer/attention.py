@@ -136,8 +136,9 @@ class Implementation(NamedTuple):
         online_heads: a function of the same arguments that tells which heads, bool [batch, heads], take the slower of
             the function's two kernels for some queries; None where it has one.
         tiled: the function from and to arrays [tiles, batch * heads, head_dim, 128], which also returns of each head
-            the share of the queries that did, float32 [batch * heads]; None where there is none. With it, a TPU copies
-            nothing between projection and kernel.
+            the share of the queries that did, float32 [batch * heads]; None where there is none. It takes the options
+            `heads` and `first`, see custom_splash_attention.py. With it, a TPU copies nothing between projection and
+            kernel.
     """
 
     function: Callable[..., jax.Array]
@@ -159,6 +160,31 @@ IMPLEMENTATIONS = {
         xla_attention, platform_options={"gpu": {"use_cudnn": True, "most_elements": MOST_ELEMENTS["gpu"]}}
     ),
 }
+
+
+class Tiles(NamedTuple):
+    """Queries, keys or values as tiles [tiles, batch, heads, head_dim, 128], or one of several in one array.
+
+    Attributes:
+        array: [tiles, places * batch, heads, head_dim, 128].
+        place: which of them it is, counted from 0.
+        places: how many there are.
+    """
+
+    array: jax.Array
+    place: int = 0
+    places: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tiles, [tiles, batch, heads, head_dim, 128]."""
+        tiles, all_batches, *rest = self.array.shape
+        return tiles, all_batches // self.places, *rest
+
+    def alone(self) -> jax.Array:
+        """Return the tiles in an array of their own."""
+        batch = self.shape[1]
+        return self.array[:, self.place * batch : (self.place + 1) * batch]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,18 +276,26 @@ class Attention:
         options = dict(implementation.platform_options.get(self.platform, {})) | self._kernel_options()
         return implementation.function(query, key, value, kv_length=kv_length, **options)
 
-    def tiled(
-        self, queries: jax.Array, keys: jax.Array, values: jax.Array, kv_length: int
-    ) -> tuple[jax.Array, jax.Array]:
-        """Compute attention of tiles [tiles, batch, heads, head_dim, 128]; only where `is_tiled`.
+    def tiled(self, queries: Tiles, keys: Tiles, values: Tiles, kv_length: int) -> tuple[jax.Array, jax.Array]:
+        """Compute attention of tiles; only where `is_tiled`.
 
-        Returns an array like the queries, and of each head the share of the queries that took the slower of the two
-        kernels, float32 [batch, heads].
+        Where there are as many queries as keys they are of the same tokens, of which the first `kv_length` count:
+        blocks of other queries come out 0.
+
+        Returns tiles [tiles of queries, batch, heads, head_dim, 128], and of each head the share of the queries that
+        took the slower of the two kernels, float32 [batch, heads].
         """
         tiled, shape = IMPLEMENTATIONS[self.name].tiled, queries.shape
         assert tiled
-        queries, keys, values = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (queries, keys, values))
-        output, online = tiled(queries, keys, values, kv_length=kv_length, **self._kernel_options())
+        of_all = (queries, keys, values)
+        options = {
+            "kv_length": kv_length,
+            "q_length": kv_length if shape[0] == keys.shape[0] else None,
+            "heads": shape[1] * shape[2],
+            "first": tuple(tiles.place * shape[1] * shape[2] for tiles in of_all),
+        }
+        arrays = (tiles.array.reshape(tiles.shape[0], -1, *shape[3:]) for tiles in of_all)
+        output, online = tiled(*arrays, **options, **self._kernel_options())
         return output.reshape(shape), online.reshape(shape[1:3])
 
     def _kernel_options(self) -> dict[str, Any]:

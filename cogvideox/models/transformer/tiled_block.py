@@ -7,8 +7,10 @@ the heads, arrays are tiles [tiles, batch, heads, head_dim, 128], which the atte
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import ClassVar
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import HIDDEN_STATES
 from cogvideox.models.transformer import kernels, taps
-from cogvideox.models.transformer.attention import Attention
+from cogvideox.models.transformer.attention import Attention, Tiles
 from cogvideox.models.transformer.base_block import BaseBlock
 from cogvideox.models.transformer.layers import QK_NORM_EPS
 
@@ -42,30 +44,68 @@ class TiledBlock(BaseBlock):
 
     def self_attention(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Apply the first half of the block: norm, attention, gated residual; and what `Attention.tiled` tells."""
-        parts, interpret = self.parallelism.head_parts, self.attention.interpret
+        parts, query_parts = self.parallelism.head_parts, self.parallelism.query_parts
         x, gates = self.modulated_norm(hidden, "norm1")
         with tap.scope("attn1"):
-            summed: dict[str, jax.Array] = {}
-
-            def project(letter: str, norm: kernels.QKNorm | None) -> jax.Array:
-                weight, bias = self.weight(f"attn1.to_{letter}.weight"), self.parameters.get(f"attn1.to_{letter}.bias")
-                names = f"to_{letter}", f"norm_{letter}"
-                real_tokens = self.real_tokens(x, "sp", *names)
-                y, found = kernels.to_heads(x, weight, bias, self.heads, parts, norm, interpret, real_tokens)
-                summed.update(zip(names, found, strict=False))  # values have no norm
-                return self.exchanged(y, CHIPS, CHIPS).reshape(-1, *y.shape[2:])
-
-            query, key = project("q", self.norm("q")), self.gathered(project("k", self.norm("k")), TILES)
-            value = self.gathered(project("v", None), TILES)
-            taps.tap_heads(x, self.parameters, self.heads, self.bounds, summed)
-            all_heads, query_parts = self.config["num_attention_heads"], self.parallelism.query_parts
-            taps.tap_weights(lambda: (rows(query), rows(key)), self.length, all_heads, query_parts)
-            y, online = self.attention.tiled(query, key, value, self.length)
+            groups = self.projected(x)
+            queries, keys, _ = zip(*groups, strict=True)
+            all_heads = self.config["num_attention_heads"]
+            taps.tap_weights(lambda: (rows(queries), rows(keys)), self.length, all_heads, query_parts)
+            attend = functools.partial(self.attention.tiled, kv_length=self.length)
+            attended, shares = zip(*itertools.starmap(attend, groups), strict=True)
+            online = jnp.concatenate(shares, axis=1)
             taps.tap_online_heads(lambda: online > 0, query_parts)
-            y = self.exchanged(y.reshape(parts, -1, *y.shape[1:]), CHIPS, CHIPS)
+            y = [self.exchanged(y.reshape(parts, -1, *y.shape[1:]), CHIPS, CHIPS) for y in attended]
             weight = self.weight("attn1.to_out.0.weight")
-            product = functools.partial(kernels.from_heads, y, weight, interpret=interpret)
+            product = functools.partial(kernels.from_heads, y, weight, interpret=self.attention.interpret)
             return self.added(product, hidden, "attn1.to_out.0", gates)[0], online
+
+    def projected(self, x: jax.Array) -> list[list[Tiles]]:
+        """Project tokens to queries, keys and values, and exchange tokens for heads, a group of heads after the other.
+
+        A TPU has one exchange on its way at a time. The first group's queries travel as soon as they are there, keys
+        and values while the next group is projected, and all three of a later group while the one before is attended.
+
+        Returns the three of each of `Parallelism.head_groups`.
+        """
+        groups = self.parallelism.head_groups(self.config["num_attention_heads"])
+        apart = ["q", "kv"]  # of the queries nothing is gathered
+        together = apart if self.parallelism.query_parts > 1 else ["qkv"]
+        summed: dict[str, list[jax.Array]] = defaultdict(list)
+
+        def exchanged(letters: str, group: int) -> list[Tiles]:
+            y: Any = None
+            for place, letter in enumerate(letters):
+                split = kernels.Split(self.parallelism.head_parts, group, groups, place, len(letters))
+                y = self.project(x, letter, split, y, summed)
+            y = self.exchanged(y, CHIPS, CHIPS).reshape(-1, *y.shape[2:])
+            y = y if letters == "q" else self.gathered(y, TILES)
+            return [Tiles(y, place, len(letters)) for place in range(len(letters))]
+
+        projected = [
+            [tiles for letters in (together if group else apart) for tiles in exchanged(letters, group)]
+            for group in range(groups)
+        ]
+        of_all_groups = {name: tap.added(sums) for name, sums in summed.items()}
+        taps.tap_heads(x, self.parameters, self.heads, self.bounds, of_all_groups)
+        return projected
+
+    def project(
+        self,
+        x: jax.Array,
+        letter: str,
+        split: kernels.Split,
+        into: jax.Array | None,
+        summed: dict[str, list[jax.Array]],
+    ) -> jax.Array:
+        """Project to queries, keys or values, as `kernels.to_heads` does, and add what that sums to `summed`."""
+        weight, bias = self.weight(f"attn1.to_{letter}.weight"), self.parameters.get(f"attn1.to_{letter}.bias")
+        norm, names = None if letter == "v" else self.norm(letter), (f"to_{letter}", f"norm_{letter}")
+        interpret, real_tokens = self.attention.interpret, self.real_tokens(x, "sp", *names)
+        y, found = kernels.to_heads(x, weight, bias, self.heads, split, norm, interpret, real_tokens, into)
+        for name, sums in zip(names, found, strict=False):  # values have no norm
+            summed[name].append(sums)
+        return y
 
     def feed_forward(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Apply the second half of the block: norm, MLP, gated residual; returns what `added` does."""
@@ -138,7 +178,8 @@ class TiledBlock(BaseBlock):
         return self.is_text.sum(dtype=jnp.int32)
 
 
-def rows(tiles: jax.Array) -> jax.Array:
-    """Turn tiles [tiles, batch, heads, head_dim, 128] into rows [batch, heads, tokens, head_dim]."""
+def rows(groups: Sequence[Tiles]) -> jax.Array:
+    """Turn groups of heads, in tiles, into rows [batch, heads, tokens, head_dim]."""
+    tiles = jnp.concatenate([group.alone() for group in groups], axis=2)
     _, batch, heads, head_dim, _ = tiles.shape
     return tiles.transpose(1, 2, 0, 4, 3).reshape(batch, heads, -1, head_dim)

@@ -6,11 +6,13 @@ write the attention kernel's layout from a product without copies. Here all that
 Between the projections to and from the heads arrays are tiles: 128 tokens of one head, [head_dim, 128], a token a
 column, as custom_splash_attention.py takes them. A chip's tiles are [sp, tiles, batch, heads, head_dim, 128]. Before
 attention the first axis counts the chips that will attend the heads, and after it the chips that they come from. So the
-exchange between chips cuts and joins along the first axis of memory, and nothing is copied on either side of it.
+exchange between chips cuts and joins along the first axis of memory, and nothing is copied on either side of it. The
+heads may be a group of those of each chip, and queries, keys and values of a group may lie in one array, along its axis
+of batches.
 """
 
 from cogvideox.models.transformer.kernels.common import LANES, Summed, Weight
-from cogvideox.models.transformer.kernels.heads import QKNorm, to_heads
+from cogvideox.models.transformer.kernels.heads import QKNorm, Split, to_heads
 from cogvideox.models.transformer.kernels.norm import Modulation, modulated_norm
 from cogvideox.models.transformer.kernels.products import Gelu, Residual, dense, from_heads
 
@@ -20,6 +22,7 @@ __all__ = [
     "Modulation",
     "QKNorm",
     "Residual",
+    "Split",
     "Summed",
     "Weight",
     "dense",

@@ -1,6 +1,5 @@
 """What all kernels of a block share: how they are called, and how they read a weight."""
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -134,42 +133,51 @@ def call(
     *,
     grid: tuple[int, ...],
     in_specs: Sequence[pl.BlockSpec],
-    out_specs: pl.BlockSpec,
+    out_specs: Any,
     out_shape: Any,
     products: int,
     moved: int,
     interpret: bool,
     counted: Counted | None = None,
+    into: jax.Array | None = None,
 ) -> Summed:
     """Run a kernel that reads the scalars text_tokens and layer, and, where anything is `counted`, real_tokens.
 
     It multiplies `products` pairs of values, and moves `moved` values between HBM and VMEM. Its argument `sums` is
-    where it adds what is counted, or None.
+    where it adds what is counted, or None. It writes into the array `into`, if there is one, in the place of a new one.
     """
     size = moved * out_shape.dtype.itemsize
     semantics: Any = ("parallel", *["arbitrary"] * (len(grid) - 1))
     if not interpret:  # otherwise XLA puts what fits into VMEM, which the kernel needs for itself
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
         out_shape = pltpu.HBM(out_shape.shape, out_shape.dtype)
-    function: Callable = functools.partial(kernel, sums=None)
-    specs: Any = out_specs
+    inputs = 1 + len(arrays)  # the scalars are the first input
+    arrays, in_specs = [*arrays], [*in_specs]
+    if into is not None:
+        arrays.append(into)
+        in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
     if counted:
         scalars, block = [*scalars, counted.real_tokens], (len(REDUCTIONS) * counted.points, counted.lanes)
         sums_shape: Any = jax.ShapeDtypeStruct((*grid, *block), jnp.float32)
         out_shape = [out_shape, sums_shape]
         ones = (1,) * len(grid)
-        specs = [out_specs, pl.BlockSpec((*ones, *block), lambda *indices: (*indices[:-1], 0, 0))]
+        out_specs = [out_specs, pl.BlockSpec((*ones, *block), lambda *indices: (*indices[:-1], 0, 0))]
 
-        def function(*refs: Any) -> None:
-            sums = Sums(refs[-1], refs[0][2])
-            kernel(*refs[:-1], sums=sums)
+    def function(*refs: Any) -> None:
+        read, out_ref = refs[:inputs], refs[1 + len(arrays)]
+        sums = Sums(refs[-1], refs[0][2]) if counted else None
+        kernel(*read, out_ref, sums=sums)
+        if sums:
             sums.write()
 
     found = pl.pallas_call(
         function,
         name=name,
-        grid_spec=pltpu.PrefetchScalarGridSpec(num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=specs),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=grid, in_specs=in_specs, out_specs=out_specs
+        ),
         out_shape=out_shape,
+        input_output_aliases={} if into is None else {inputs: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT),
         cost_estimate=pl.CostEstimate(flops=2 * products, bytes_accessed=size, transcendentals=0),
         interpret=interpret,

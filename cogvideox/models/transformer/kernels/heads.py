@@ -1,7 +1,7 @@
 """The kernel that projects tokens to heads, for queries, keys and values."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,39 +38,65 @@ class QKNorm(NamedTuple):
     sin: jax.Array
 
 
+class Split(NamedTuple):
+    """Which of the heads are projected to, and where they are written.
+
+    Attributes:
+        parts: chips that share the heads after the exchange.
+        group: which group of each chip's heads, counted from 0; the heads of a group are neighbours.
+        groups: how many there are.
+        place: which of the places of an array, counted from 0: it may hold queries, keys and values.
+        places: how many it has.
+    """
+
+    parts: int
+    group: int = 0
+    groups: int = 1
+    place: int = 0
+    places: int = 1
+
+
 def to_heads(
     x: jax.Array,
     weight: Weight,
     bias: jax.Array | None,
     heads: int,
-    parts: int,
+    split: Split,
     norm: QKNorm | None,
     interpret: bool,
     real_tokens: jax.Array | None = None,
+    into: jax.Array | None = None,
 ) -> Summed:
-    """Project x [batch, tokens, embed] to heads, and normalise and rotate them if there is a `norm`.
+    """Project x [batch, tokens, embed] to a group of the heads, and normalise and rotate them if there is a `norm`.
 
     Args:
         x: tokens are whole tiles.
         weight: of heads * head_dim outputs.
         bias: [heads * head_dim] or None.
         heads: of this chip before the exchange.
-        parts: chips of a group, which share them after the exchange.
+        split: to which of them it projects, and where it writes them.
         norm: for queries and keys.
         interpret: run in Pallas' interpreter.
         real_tokens: how many tokens are not padding; None for no sums.
+        into: what an earlier call has returned for another place of the same array; None for a new array.
 
     Returns:
-        [parts, tiles, batch, heads / parts, head_dim, 128], of the dtype of x; and the `tap.sums` of the projection and
-        of the norm, if they are asked for.
+        [parts, tiles, places * batch, heads of the group, head_dim, 128], of the dtype of x; and the `tap.sums` of the
+        projection and of the norm, if they are asked for.
     """
-    batch, tokens, embed = x.shape
-    head_dim, tiles, own = weight.outputs // heads, tokens // LANES, heads // parts
+    (batch, tokens, embed), parts = x.shape, split.parts
+    head_dim, tiles, own = weight.outputs // heads, tokens // LANES, heads // parts // split.groups
     chips, block_heads = head_blocks(parts, own, fitting(ROWS, x.dtype) // head_dim)
-    block_tiles, groups = min(TOKENS // LANES, tiles), own // block_heads
-    rows = chips * block_heads * head_dim
+    block_tiles, blocks = min(TOKENS // LANES, tiles), own // block_heads
+    block = chips, block_heads, head_dim
+
+    def place(n: Any) -> tuple[Any, Any, int]:  # of a block among the chips and the heads of each
+        return n // blocks, split.group * blocks + n % blocks, 0
+
+    by_chip = parts, heads // parts, head_dim
     bias = jnp.zeros(weight.outputs, jnp.float32) if bias is None else bias.astype(jnp.float32)
-    arrays, specs = [bias[:, None]], [pl.BlockSpec((rows, 1), lambda n, b, t, scalars: (n, 0))]
+    arrays = [bias.reshape(*by_chip, 1)]
+    specs = [pl.BlockSpec((*block, 1), lambda n, b, t, scalars: (*place(n), 0))]
     if norm:
         column = pl.BlockSpec((head_dim, 1), lambda n, b, t, scalars: (0, 0))
         rotary = pl.BlockSpec((head_dim // 2, block_tiles * LANES), lambda n, b, t, scalars: (0, t))
@@ -78,22 +104,25 @@ def to_heads(
         arrays += [norm.cos.T, norm.sin.T]
         specs += [column, column, rotary, rotary]
     x_spec = pl.BlockSpec((1, block_tiles * LANES, embed), lambda n, b, t, scalars: (b, t, 0))
+    weight_spec = pl.BlockSpec((None, *block, embed), lambda n, b, t, scalars: (scalars[1], *place(n), 0))
+    outputs = weight.outputs // split.groups
     return call(
         functools.partial(_to_heads, eps=norm.eps if norm else None, interpret=interpret),
         "to_heads",
         (jnp.int32(0), weight.layer),
-        [x, weight.stack, *arrays],
-        grid=(parts // chips * groups, batch, pl.cdiv(tiles, block_tiles)),
-        in_specs=[x_spec, weight.spec(rows), *specs],
+        [x, weight.stack.reshape(-1, *by_chip, embed), *arrays],
+        grid=(parts // chips * blocks, batch, pl.cdiv(tiles, block_tiles)),
+        in_specs=[x_spec, weight_spec, *specs],
         out_specs=pl.BlockSpec(
             (chips, block_tiles, 1, block_heads, head_dim, LANES),
-            lambda n, b, t, scalars: (n // groups, t, b, n % groups, 0, 0),
+            lambda n, b, t, scalars: (n // blocks, t, split.place * batch + b, n % blocks, 0, 0),
         ),
-        out_shape=jax.ShapeDtypeStruct((parts, tiles, batch, own, head_dim, LANES), x.dtype),
-        products=x.size * weight.outputs,
-        moved=x.size * (parts // chips * groups) + weight.size + batch * tokens * weight.outputs,
+        out_shape=jax.ShapeDtypeStruct((parts, tiles, split.places * batch, own, head_dim, LANES), x.dtype),
+        products=x.size * outputs,
+        moved=x.size * (parts // chips * blocks) + weight.size // split.groups + batch * tokens * outputs,
         interpret=interpret,
-        counted=None if real_tokens is None else Counted(real_tokens, 2 if norm else 1, batch * weight.outputs, LANES),
+        counted=None if real_tokens is None else Counted(real_tokens, 2 if norm else 1, batch * outputs, LANES),
+        into=into,
     )
 
 
@@ -112,7 +141,8 @@ def _to_heads(_, x_ref, weight_ref, bias_ref, *refs, eps, interpret, sums):
 
     def product(first, count):
         x = x_ref[0, pl.ds(first * LANES, count * LANES), :]
-        return matmul(weight_ref[...], x, ((1,), (1,)), interpret) + bias_ref[...]
+        weight, bias = (ref[...].reshape(-1, ref.shape[-1]) for ref in (weight_ref, bias_ref))
+        return matmul(weight, x, ((1,), (1,)), interpret) + bias
 
     def finish(y, first, count):
         y = y.reshape(-1, head_dim, count * LANES)

@@ -1,6 +1,7 @@
 """The kernels of a block's other products, with what comes after them: the output projection, and the MLP's two."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -52,50 +53,61 @@ class Residual(NamedTuple):
 
 
 def from_heads(
-    x: jax.Array, weight: Weight, residual: Residual | None, interpret: bool, real_tokens: jax.Array | None = None
+    groups: Sequence[jax.Array],
+    weight: Weight,
+    residual: Residual | None,
+    interpret: bool,
+    real_tokens: jax.Array | None = None,
 ) -> Summed:
     """Multiply heads by the weight of the output projection, and add the result to a `residual` if there is one.
 
     Args:
-        x: [parts, tiles, batch, heads / parts, head_dim, 128], see `to_heads`.
+        groups: of the heads, [parts, tiles, batch, heads of the group, head_dim, 128] each, see `to_heads`.
         weight: of embed outputs and heads * head_dim inputs.
         residual: where this chip has all heads; None for its part of the product alone.
         interpret: run in Pallas' interpreter.
         real_tokens: how many tokens are not padding; None for no sums. Without a residual there are none.
 
     Returns:
-        [batch, tokens, embed] of the dtype of x; and of the projection with its bias and of the result the `tap.sums`,
-        if they are asked for.
+        [batch, tokens, embed] of the dtype of the heads; and of the projection with its bias and of the result the
+        `tap.sums`, if they are asked for.
     """
-    parts, tiles, batch, own, head_dim, _ = x.shape
+    parts, tiles, batch, own, head_dim, _ = groups[0].shape
+    dtype, size = groups[0].dtype, sum(group.size for group in groups)
     embed, block_tiles = weight.outputs, min(TOKENS // LANES, tiles)
-    columns = block_of_outputs(embed, fitting(ROWS, x.dtype))
+    columns = block_of_outputs(embed, fitting(ROWS, dtype))
     tokens_spec = pl.BlockSpec((1, block_tiles * LANES, columns), lambda n, b, t, scalars: (b, t, n))
     text_tokens, arrays, specs = _epilogue(residual, tokens_spec, columns, embed)
-    x_spec = pl.BlockSpec((parts, block_tiles, 1, own, head_dim, LANES), lambda n, b, t, scalars: (0, t, b, 0, 0, 0))
+    spec = pl.BlockSpec((parts, block_tiles, 1, own, head_dim, LANES), lambda n, b, t, scalars: (0, t, b, 0, 0, 0))
     return call(
-        functools.partial(_from_heads, interpret=interpret),
+        functools.partial(_from_heads, groups=len(groups), interpret=interpret),
         "from_heads",
         (text_tokens, weight.layer),
-        [x, weight.stack, *arrays],
+        [*groups, weight.stack, *arrays],
         grid=(embed // columns, batch, pl.cdiv(tiles, block_tiles)),
-        in_specs=[x_spec, weight.spec(columns), *specs],
+        in_specs=[*[spec] * len(groups), weight.spec(columns), *specs],
         out_specs=tokens_spec,
-        out_shape=jax.ShapeDtypeStruct((batch, tiles * LANES, embed), x.dtype),
-        products=x.size * embed,
-        moved=x.size * (embed // columns) + weight.size + 2 * batch * tiles * LANES * embed,
+        out_shape=jax.ShapeDtypeStruct((batch, tiles * LANES, embed), dtype),
+        products=size * embed,
+        moved=size * (embed // columns) + weight.size + 2 * batch * tiles * LANES * embed,
         interpret=interpret,
         counted=_counted(real_tokens, residual, batch, embed, columns),
     )
 
 
-def _from_heads(scalars_ref, x_ref, weight_ref, *refs, interpret, sums):
+def _from_heads(scalars_ref, *refs, groups, interpret, sums):
     """Project a block of tokens, two tiles at a time, to columns, and turn them into rows."""
-    tiles, out_ref, start = x_ref.shape[1], refs[-1], pl.program_id(2) * x_ref.shape[1] * LANES
+    x_refs, (weight_ref, *refs), out_ref = refs[:groups], refs[groups:], refs[-1]
+    tiles = x_refs[0].shape[1]
+    start = pl.program_id(2) * tiles * LANES
+
+    def heads(tile):  # in the order of the weight: those of a chip, which may be in several groups, are neighbours
+        return jnp.concatenate([ref[:, tile, 0] for ref in x_refs], axis=1).reshape(-1, LANES)
+
     for first in range(0, tiles, PRODUCT_TILES):
         count = min(PRODUCT_TILES, tiles - first)
         rows = pl.ds(first * LANES, count * LANES)
-        x = [x_ref[:, tile, 0].reshape(-1, LANES) for tile in range(first, first + count)]
+        x = [heads(tile) for tile in range(first, first + count)]
         y = matmul(weight_ref[...], jnp.concatenate(x, axis=1), ((1,), (0,)), interpret).T
         out_ref[0, rows] = _finished(y, refs[:-1], rows, start + first * LANES, scalars_ref[0], out_ref.dtype, sums)
 
