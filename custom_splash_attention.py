@@ -60,8 +60,8 @@ class Core(NamedTuple):
         return self.vmem - VMEM_BESIDE_BLOCKS
 
 
-# By generation, where it is not like v6e. v4 has 16 MiB of VMEM. On 7x an odd number of tiles, or a lag of 5, leaves gaps.
-CORES = {4: Core(vmem=16 * 2**20), 7: Core(lag=4, query_step=2 * QUERY_TILE)}
+# By generation, where it is not like v6e. On 7x an odd number of tiles in a block, or a lag of 5, leaves gaps.
+CORES = {4: Core(vmem=16 * 2**20, lag=2), 7: Core(lag=4, query_step=2 * QUERY_TILE)}
 
 
 def core() -> Core:

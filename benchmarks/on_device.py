@@ -169,14 +169,9 @@ def step_rows(machine: Machine) -> list[Entry]:
         same = [row for row in rows if (tuple(row["size"]), row["guided"]) == (size, guided)]
         if rows and not same:
             continue
-        ours, video = same[0] if same else {}, machine.video(size)
-        expected = {
-            "predicted_seconds": ours.get("ours_seconds"),
-            "predicted_gib": ours.get("ours_gib"),
-            "original_seconds": min((row["measured"] for row in same), default=None),
-        }
-        if not machine.is_of_the_tables:
-            expected |= predicted("stage2", machine, size, ["guided"] * guided)
+        video = machine.video(size)
+        expected = predicted("stage2", machine, size, ["guided"] * guided)
+        expected |= {"original_seconds": min((row["measured"] for row in same), default=None)}
         measure = functools.partial(measure_step, machine, video, guided, expected)
         found.append(Entry(step_name(video, guided), "row", measure, minutes, quick=not found))
     return found

@@ -1,21 +1,21 @@
-"""Compare the original project's measured seconds a step with predictions from the compiler's schedule.
+"""Compile all that the tables of the pages are made of, and the original project's configurations beside them.
 
-    python -m benchmarks.reproduce_tables
+    python -m benchmarks.reproduce_tables --publish
     python -m benchmarks.reproduce_tables --rows 10 11 12
+    python -m benchmarks.reproduce_tables --reports "stage3 --topology v6e-8"
 
-The original project is the CogVideoX scripts in yangwhale/gpu-tpu-pedia, whose authors measured on TPUs. Their figures
-show how accurate the predictions of compile_for_tpu are. Each row has a configuration of theirs: diffusers' own block
-through TorchAx, partitioned by GSPMD with their parameter shardings, and Splash Attention in shard_map. One block is
-compiled and counted 42 times; the operations before and after the blocks are not counted. With --ours, each row also
-has a prediction for our own stage 2 in the same size on the same chips. The new rows replace those in
-reports/tables.json, with --publish in benchmarks/results/, and the picture beside it is drawn again.
+The reports of our own programs are those of benchmarks/reports.py. The original project is the CogVideoX scripts in
+yangwhale/gpu-tpu-pedia, whose authors measured on TPUs. Their figures show how accurate the predictions of
+compile_for_tpu are. Each row has a configuration of theirs: diffusers' own block through TorchAx, partitioned by GSPMD
+with their parameter shardings, and Splash Attention in shard_map. One block is compiled and counted 42 times; the
+operations before and after the blocks are not counted. The new rows replace those in reports/tables.json, with
+--publish in benchmarks/results/, and the picture beside it is drawn again.
 
 The original's exp2 kernel is not in this repository. In its rows, the kernel's time is computed from 451 useful scores
 a cycle, the result of that kernel's own schedule at the Wan2.1 blocks; the other times come from the compiler. The
 original project does not say which kernel rows 1 to 4 ran; JAX's Splash Attention with the original blocks is assumed.
 """
 
-import argparse
 import functools
 import json
 import math
@@ -24,6 +24,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from benchmarks import reports
+from benchmarks.reports import LARGE, MIDDLE, SMALL
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.errors import UserError
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
     import torch
 
 ORIGINAL_EXP2_SCORES_PER_CYCLE = 451
-LARGE, MIDDLE, SMALL = (768, 1360, 81), (720, 1280, 81), (640, 1280, 61)
 
 
 class Row(NamedTuple):
@@ -181,35 +182,11 @@ def predict_original(row: Row, dump: Path) -> dict:
     return {"split": split, "predicted_seconds": sum(split.values()), "versions": versions("jax", "libtpu")}
 
 
-def predict_ours(row: Row) -> dict:
-    """Return the report of our own stage 2 in a row's size on its chips."""
-    options: dict[str, object] = {"topology": row.topology, "guidance_scale": 6 if row.guided else 1}
-    options |= zip(("height", "width", "frames"), row.size, strict=True)
-    command = ["stage2", *(f"--{name}={value}" for name, value in options.items())]
-    return compiler.in_a_process("compile_for_tpu", command, row.topology, "our stage 2")
-
-
-def predict_row(name: str, ours: dict | None, saved: dict | None) -> dict:
-    """Return the entries of a row in tables.json.
-
-    Args:
-        name: a key of ROWS.
-        ours: collects the reports of our stage 2 by configuration, because several rows share one. With None there is
-            no prediction for our stage 2.
-        saved: the row whose prediction for the original's configuration stays; None to predict it.
-    """
+def predict_row(name: str) -> dict:
+    """Return the entries of a row in tables.json."""
     row = ROWS[name]
-    original = saved and {key: saved[key] for key in ("split", "predicted_seconds", "versions") if key in saved}
-    if original is None:
-        original = compiler.in_a_process("benchmarks.reproduce_tables", ["--rows", name], row.topology, f"row {name}")
-    found = original | row._asdict() | {"ratio": original["predicted_seconds"] / row.measured}
-    if ours is not None:
-        configuration = row.topology, row.size, row.guided
-        if configuration not in ours:
-            ours[configuration] = predict_ours(row)
-        step = ours[configuration]
-        found |= {"ours_seconds": step.get("predicted_seconds"), "ours_gib": step["memory"]["peak"]}
-    return found
+    found = compiler.in_a_process("benchmarks.reproduce_tables", ["--rows", name], row.topology, f"row {name}")
+    return found | row._asdict() | {"ratio": found["predicted_seconds"] / row.measured}
 
 
 def save(results: dict, folder: Path) -> None:
@@ -220,41 +197,41 @@ def save(results: dict, folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Predict the rows that the command line asks for, print them as a table and save them."""
+    """Predict the rows that the command line asks for, print them as a table and save them; compile our reports."""
     parser = ArgumentParser(__doc__.splitlines()[0], prog="python -m benchmarks.reproduce_tables")
-    parser.add_argument("--rows", nargs="+", default=["all"], help=f"rows to predict: {', '.join(ROWS)}, or all")
+    parser.add_argument("--rows", nargs="+", help=f"rows to predict, and no report: {', '.join(ROWS)}, or all")
     parser.add_argument(
-        "--ours",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also predict our stage 2; without it nothing is saved",
+        "--reports", metavar="WORDS", help="compile the reports whose commands have these words, and no row"
     )
     parser.add_argument(
-        "--original",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="predict the original's configurations; without it, what is published of them stays",
+        "--jobs", type=int, default=os.cpu_count(), help="how many to compile at a time (default: the machine's cores)"
     )
     report.add_publish_option(parser)
     arguments = parser.parse_args(argv)
     names = list(ROWS) if arguments.rows == ["all"] else arguments.rows
-    if unknown := set(names) - ROWS.keys():
+    if unknown := set(names or ()) - ROWS.keys():
         raise UserError(f"--rows {min(unknown)} is unknown; known are {', '.join(ROWS)} and all")
-    for name in names:
+    for name in names or ROWS:
         topologies.check(ROWS[name].topology)
     if dump := compiler.dump_folder():
         prepare_libraries()
         print(json.dumps(predict_original(ROWS[names[0]], dump)))
         return
+    if names is None:
+        publish = ["--publish"] * arguments.publish
+        jobs = [["benchmarks.reproduce_tables", "--rows", "all", *publish]] if arguments.reports is None else []
+        commands = [command for command in reports.commands() if (arguments.reports or "") in command]
+        jobs += [["compile_for_tpu", *command.split(), *publish] for command in commands]
+        if not jobs:
+            raise UserError(f"--reports: no command has the words '{arguments.reports}'")
+        reports.run(jobs, arguments.jobs)
+        return
 
-    ours: dict | None = {} if arguments.ours else None
-    saved = {} if arguments.original else json.loads(report.TABLES.read_text())
-    results = {name: predict_row(name, ours, saved.get(name)) for name in names}
+    results = {name: predict_row(name) for name in names}
     print(table(results))
     if len(results) > 1:
         print(summary(results))
-    if arguments.ours:
-        save(results, report.folder(arguments.publish))
+    save(results, report.folder(arguments.publish))
 
 
 def table(results: dict) -> str:
@@ -263,7 +240,8 @@ def table(results: dict) -> str:
     lines = [form("row", "", "slice", "measured", "predicted", "ratio", "ours, predicted", "GiB")]
     for name, row in results.items():
         seconds = [f"{row['measured']:.2f} s", f"{row['predicted_seconds']:.2f} s", f"{row['ratio']:.2f}"]
-        ours = [f"{row['ours_seconds']:.3f} s", f"{row['ours_gib']:.2f}"] if row.get("ours_seconds") else ["-", "-"]
+        step = reports.step(row["topology"], row["size"], row["guided"])
+        ours = [f"{step['predicted_seconds']:.3f} s", f"{step['memory']['peak']:.2f}"] if step else ["-", "-"]
         lines.append(form(name, row["name"], row["topology"], *seconds, *ours))
     return "\n".join(lines)
 

@@ -21,13 +21,15 @@ files in docs/architecture.md is made of the first sentences of the modules.
 import ast
 import difflib
 import functools
+import itertools
 import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import reproduce_tables
+from benchmarks import reports, reproduce_tables
+from benchmarks.reports import HOSTS, LARGE, MIDDLE, MODEL, SMALL, V6E
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
 from cogvideox.errors import UserError
@@ -38,11 +40,10 @@ from compile_for_tpu import report
 ROOT = Path(__file__).resolve().parent.parent
 INLINE = re.compile(r"(<!-- figure: (.+?) -->)(.*?)(<!-- / -->)")
 BLOCK = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(^<!-- / -->$)", re.MULTILINE | re.DOTALL)
-SLICES = ("v6e-1", "v6e-4", "v6e-8", "v6e-16", "v6e-32")
+SEVEN_X = "stage2-7x-4-768x1360x81-guided.json"
 GUIDED = "stage2-v6e-8-768x1360x81-guided.json"  # the step of the default video
-MODEL, HEADS = "CogVideoX1.5-5B", 48  # of the figures that name no other
+HEADS = 48  # of CogVideoX1.5-5B
 CHIP_HOUR = 2.70  # dollars of a v6e chip on demand, by Google's price list in 2026; docs/tpu-vm.md says to check it
-LARGE, MIDDLE, SMALL = (768, 1360, 81), (720, 1280, 81), (640, 1280, 61)
 
 
 def pages() -> list[Path]:
@@ -102,34 +103,24 @@ def size_text(size: Sequence[int]) -> str:
 # --- Our predictions ---------------------------------------------------------------------------------------------
 
 
-def step(topology: str, size: tuple[int, int, int], guided: bool, model: str = MODEL) -> dict | None:
-    """Return seconds and GiB of a model's step, from its report or from tables.json; None if it was not compiled."""
-    name = step_report(topology, size, guided, model)
-    if (report.RESULTS / name).is_file():
-        return {"seconds": result(name)["predicted_seconds"], "gib": result(name)["memory"]["peak"]}
-    for row in result("tables.json").values() if model == MODEL else ():
-        if (row["topology"], tuple(row["size"]), row["guided"]) == (topology, size, guided):
-            return {"seconds": row["ours_seconds"], "gib": row["ours_gib"]}
-    return None
+def step(topology: str, size: tuple[int, int, int], guided: bool, model: str = MODEL) -> dict:
+    """Return the report of a model's step."""
+    return result(reports.step_file(topology, size, guided, model))
 
 
-def step_report(topology: str, size: tuple[int, int, int], guided: bool, model: str) -> str:
-    """Return the name of the report of a model's step."""
-    labels = ["x".join(map(str, size)), *["guided"] * guided, *[f"model={model}"] * (model != MODEL)]
-    return report.file_name("stage2", topology, labels)
+def decode(topology: str, size: tuple[int, int, int]) -> dict:
+    """Return the report of a decode."""
+    return result(report.file_name("stage3", topology, ["x".join(map(str, size))]))
 
 
-def decode(topology: str, size: tuple[int, int, int]) -> dict | None:
-    """Return seconds and GiB of a decode; None if it was not compiled."""
-    name = report.file_name("stage3", topology, ["x".join(map(str, size))])
-    if not (report.RESULTS / name).is_file():
-        return None
-    return {"seconds": result(name)["predicted_seconds"], "gib": result(name)["memory"]["peak"]}
+def seconds(found: Mapping, digits: int = 2) -> str:
+    """Return the predicted seconds of a report as a cell of a table."""
+    return f"{found['predicted_seconds']:.{digits}f} s"
 
 
-def cell(found: Mapping | None, entry: str, form: str) -> str:
-    """Return an entry as a cell of a table, "-" if there is none."""
-    return "-" if found is None else form.format(found[entry])
+def gib(found: Mapping) -> str:
+    """Return the memory of a chip in a report as a cell of a table."""
+    return f"{found['memory']['peak']:.1f} GiB"
 
 
 def kernel(name: str) -> dict:
@@ -138,32 +129,28 @@ def kernel(name: str) -> dict:
 
 
 def attention_seconds(name: str) -> float:
-    """Return the seconds that attention takes of a step."""
-    return next(seconds for label, seconds in result(name)["slowest"].items() if "(exp2_splash." in label)
+    """Return the seconds that attention takes of a step, of all groups of heads."""
+    return sum(seconds for label, seconds in result(name)["slowest"].items() if "(exp2_splash." in label)
 
 
 def memory() -> str:
     """Return the memory that the compiler allots on a chip."""
-    steps = [(SMALL, False), (SMALL, True), (MIDDLE, True), (LARGE, False), (LARGE, True)]
-    rows = [
-        [
-            f"stage 2, {size_text(size)}, {'guidance' if guided else 'no guidance'}",
-            *(cell(step(topology, size, guided), "gib", "{:.1f} GiB") for topology in SLICES),
-        ]
-        for size, guided in steps
-    ]
-    for size in (SMALL, LARGE):
-        cells = (cell(decode(topology, size), "gib", "{:.1f} GiB") for topology in SLICES)
-        rows.append([f"stage 3, {size_text(size)}", *cells])
-    return table(["", *SLICES], rows)
+    rows = []
+    for size, guided in itertools.product((SMALL, MIDDLE, LARGE), (False, True)):
+        if (size, guided) != (MIDDLE, False):
+            cells = (gib(step(topology, size, guided)) for topology in V6E)
+            rows.append([f"stage 2, {size_text(size)}, {'guidance' if guided else 'no guidance'}", *cells])
+    for size in (SMALL, MIDDLE, LARGE):
+        rows.append([f"stage 3, {size_text(size)}", *(gib(decode(topology, size)) for topology in V6E)])
+    return table(["", *V6E], rows)
 
 
 def decoder() -> str:
     """Return the seconds of a decode; those of the original project are from its description."""
     measured = {LARGE: "see below", MIDDLE: "0.86 s (TorchAx)", SMALL: "see below"}
-    heading = ["", "original project, measured on v6e-8", *(f"ours on {name}, predicted" for name in SLICES[:3])]
+    heading = ["", "original project, measured on v6e-8", *(f"ours on {name}, predicted" for name in V6E)]
     rows = [
-        [size_text(size), measured[size], *(cell(decode(name, size), "seconds", "{:.2f} s") for name in SLICES[:3])]
+        [size_text(size), measured[size], *(seconds(decode(name, size)) for name in V6E)]
         for size in (LARGE, MIDDLE, SMALL)
     ]
     return table(heading, rows)
@@ -171,18 +158,21 @@ def decoder() -> str:
 
 def several_hosts() -> str:
     """Return how a guided step of the default video grows faster with the slice."""
-    slices = ("v6e-8", "v6e-16", "v6e-32")
+    slices = ("v6e-8", *HOSTS)
     names = [report.file_name("stage2", topology, ["768x1360x81", "guided"]) for topology in slices]
     meshes = [[int(n) for n in re.findall(r"\d+", result(name)["options"]["mesh"])] for name in names]
-    seconds = [result(name)["predicted_seconds"] for name in names]
+    steps = [result(name)["predicted_seconds"] for name in names]
+    decodes = [decode(topology, LARGE) for topology in slices]
     rows = [
         ["mesh (dp x sp x tp)", *(" x ".join(map(str, mesh)) for mesh in meshes)],
         ["heads of a chip in attention", *(str(HEADS // (sp * tp)) for _, sp, tp in meshes)],
-        ["a step", *(f"{value:.3f} s" for value in seconds)],
+        ["a step", *(f"{value:.3f} s" for value in steps)],
         ["of it: attention kernel", *(f"{attention_seconds(name):.3f} s" for name in names)],
         ["of it: collectives", *(f"{result(name)['split']['collectives']:.3f} s" for name in names)],
-        ["faster than v6e-8", *("1" if value == seconds[0] else f"{seconds[0] / value:.2f} x" for value in seconds)],
-        ["stage 3, all frames", *(cell(decode(topology, LARGE), "seconds", "{:.2f} s") for topology in slices)],
+        ["faster than v6e-8", *("1" if value == steps[0] else f"{steps[0] / value:.2f} x" for value in steps)],
+        ["memory of a chip", *(gib(result(name)) for name in names)],
+        ["stage 3, all frames", *map(seconds, decodes)],
+        ["memory of a chip", *map(gib, decodes)],
     ]
     return table(["", *slices], rows)
 
@@ -221,14 +211,38 @@ def groups() -> str:
 
 def other_tpus() -> str:
     """Return memory and seconds of the guided step of the default video on TPUs other than v6e."""
-    paths = sorted(report.RESULTS.glob("stage2-*-768x1360x81-guided*.json"))
     rows = []
-    for found in (result(path.name) for path in paths if "v6e" not in path.name):
-        sizes, options = found["memory"], found["options"]
-        seconds = f"{found['predicted_seconds']:.2f} s" if "predicted_seconds" in found else "not predicted"
-        fits = f"{sizes['peak']:.1f} GiB of {sizes['limit']:.1f}"
-        rows.append([found["topology"], options["attention"], fits, seconds])
-    return table(["slice", "attention", "memory of a chip (on v4 and 7x, a core)", "a step, predicted"], rows)
+    for topology in reports.OTHER_TPUS:
+        found = step(topology, LARGE, guided=True)
+        fits = f"{gib(found)} of {found['memory']['limit']:.1f}"
+        rate = f"{kernel(reports.step_file(topology, LARGE, guided=True))['useful_scores_per_cycle']:.0f}"
+        rows.append([topology, fits, seconds(found), rate])
+    return table(
+        ["slice", "memory of a chip (on v4 and 7x, a core)", "a step, predicted", "useful scores a cycle"], rows
+    )
+
+
+def seven_x() -> str:
+    """Return steps and decode of the default video on 7x beside v6e-8."""
+    slices = ("v6e-8", "7x-4", "7x-8")
+    guided, alone = ([step(topology, LARGE, choice) for topology in slices] for choice in (True, False))
+    decodes = [decode(topology, LARGE) for topology in slices]
+    names = [reports.step_file(topology, LARGE, guided=True) for topology in slices]
+    rates = [kernel(name) for name in names]
+    rows = [
+        ["devices (on 7x two a chip)", "8", "8", "16"],
+        ["mesh (dp x sp x tp)", *(" x ".join(re.findall(r"\d+", found["options"]["mesh"])) for found in guided)],
+        ["a step, guidance", *(seconds(found, 3) for found in guided)],
+        ["of it: attention kernel", *(f"{attention_seconds(name):.3f} s" for name in names)],
+        ["of it: collectives", *(f"{found['split']['collectives']:.3f} s" for found in guided)],
+        ["useful scores a cycle", *(f"{rate['useful_scores_per_cycle']:.0f}" for rate in rates)],
+        ["MXU busy", *(f"{rate['units']['MXU']:.0%}" for rate in rates)],
+        ["memory of a device", *map(gib, guided)],
+        ["a step, no guidance", *(seconds(found, 3) for found in alone)],
+        ["stage 3, all frames", *map(seconds, decodes)],
+        ["memory of a device", *map(gib, decodes)],
+    ]
+    return table(["", *slices], rows)
 
 
 # The published models by their names on the hub, without "zai-org/".
@@ -249,22 +263,21 @@ def models(heading: Sequence[str], text: str, image: str) -> str:
     """Return the published models, and what a guided step of their size takes, with words in a page's language."""
     rows = []
     for name, model, takes_image, size in published_models():
-        seconds = (cell(step(topology, size, True, model), "seconds", "{:.2f} s") for topology in SLICES[:3])
+        steps = (seconds(step(topology, size, True, model)) for topology in V6E)
         link = f"[zai-org/{name}](https://huggingface.co/zai-org/{name})"
-        rows.append([link, image if takes_image else text, size_text(size), *seconds])
-    return table([*heading, *SLICES[:3]], rows)
+        rows.append([link, image if takes_image else text, size_text(size), *steps])
+    return table([*heading, *V6E], rows)
 
 
 def other_models() -> str:
-    """Return memory, seconds and the kernel's rate of a guided step of the models that have reports of their own."""
+    """Return memory, seconds and the kernel's rate of a guided step of each published model in its own size."""
     rows = []
     for _, model, _, size in published_models():
-        names = [step_report(topology, size, True, model) for topology in SLICES[:3]]
-        for found, name in ((result(name), name) for name in names if (report.RESULTS / name).is_file()):
+        for topology in V6E:
+            name = reports.step_file(topology, size, True, model)
             rate = f"{kernel(name)['useful_scores_per_cycle']:.0f}"
-            mesh = " x ".join(re.findall(r"\d+", found["options"]["mesh"]))
-            gib, seconds = found["memory"]["peak"], found["predicted_seconds"]
-            rows.append([model, size_text(size), found["topology"], mesh, f"{gib:.1f} GiB", f"{seconds:.3f} s", rate])
+            mesh = " x ".join(re.findall(r"\d+", result(name)["options"]["mesh"]))
+            rows.append([model, size_text(size), topology, mesh, gib(result(name)), seconds(result(name), 3), rate])
     heading = ["model", "size", "slice", "mesh (dp x sp x tp)", "memory of a chip", "a step, predicted"]
     return table([*heading, "useful scores a cycle"], rows)
 
@@ -307,8 +320,13 @@ def steps() -> str:
     for name, configuration in CONFIGURATIONS.items():
         row = saved[name]
         original = [f"{row['measured']:.2f} s", f"{row['predicted_seconds']:.2f} s", f"{row['ratio']:.2f}"]
-        rows.append([name, configuration, row["topology"], *original, f"{row['ours_seconds']:.3f} s"])
+        rows.append([name, configuration, row["topology"], *original, seconds(step_of(row), 3)])
     return table(heading, rows)
+
+
+def step_of(row: Mapping) -> dict:
+    """Return the report of our step in the size of a row of the original project, on its chips."""
+    return step(row["topology"], row["size"], row["guided"])
 
 
 def speed(heading: Sequence[str], labels: Sequence[str], small_decode: str) -> str:
@@ -317,8 +335,8 @@ def speed(heading: Sequence[str], labels: Sequence[str], small_decode: str) -> s
     cells = []
     for label, name in zip(labels, ("5", "8", "9"), strict=False):
         row = rows[name]
-        cells.append([label, row["topology"], f"{row['measured']:.2f} s", f"**{row['ours_seconds']:.2f} s**"])
-    cells.append([labels[3], "v6e-8", small_decode, cell(decode("v6e-8", SMALL), "seconds", "**{:.2f} s**")])
+        cells.append([label, row["topology"], f"{row['measured']:.2f} s", f"**{seconds(step_of(row))}**"])
+    cells.append([labels[3], "v6e-8", small_decode, f"**{seconds(decode('v6e-8', SMALL))}**"])
     return table(heading, cells)
 
 
@@ -490,6 +508,13 @@ FIGURES: dict[str, Callable[[], str]] = {
     "attention in a step, expected": lambda: f"{attention_seconds(GUIDED) / busy_ratio():.2f}",
     "count of measured programs": lambda: str(len(report.times_predicted())),
     "steps, measured to predicted": lambda: span(1 / ratio for ratio in original_ratios()),
+    "7x, measured to predicted": lambda: f"{1 / busy_ratio('4'):.2f}",
+    "7x attention in a step": lambda: f"{attention_seconds(SEVEN_X):.2f}",
+    "7x attention in a step, expected": lambda: f"{attention_seconds(SEVEN_X) / busy_ratio('4'):.2f}",
+    "7x step": lambda: f"{result(SEVEN_X)['predicted_seconds']:.2f}",
+    "7x step, expected": lambda: (
+        f"{result(SEVEN_X)['predicted_seconds'] + attention_seconds(SEVEN_X) * (1 / busy_ratio('4') - 1):.2f}"
+    ),
     "kernels, measured to predicted": lambda: span(1 / busy_ratio(row) for row in MEASURED_KERNELS),
     "flywheel, measured to predicted": lambda: f"{1 / busy_ratio():.1f}",
     "one second, in the range": lambda: span(report.times_predicted()),
@@ -537,6 +562,7 @@ TABLES: dict[str, Callable[[], str]] = {
         for name in ("assumptions", "settings", "hosts", "losses", "limits")
     },
     "other TPUs": other_tpus,
+    "7x": seven_x,
     "other models": other_models,
     "models": lambda: models(["`--model_id`", "from", "size"], "text", "text and an image"),
     "models in Chinese": lambda: models(["`--model_id`", "输入", "尺寸"], "文字", "文字和图片"),

@@ -181,6 +181,8 @@ def _regions(name: str, grid: tuple[int, ...] | None, bundles: list[str], values
             labels[label] = address
     for address, text in enumerate(bundles):
         for negated, predicate, label in BRANCH.findall(text):
+            if label not in labels and f"End region {int(label) - 1} " in bundles[-1]:
+                continue  # to the end: a second core has no part of a grid that cannot be divided
             if label not in labels:
                 raise ScheduleError(f"{name}: the branch at {address:#x} goes to region {label}, which is not there")
             target = labels[label]
@@ -213,8 +215,8 @@ def _regions(name: str, grid: tuple[int, ...] | None, bundles: list[str], values
         if count is None:
             raise ScheduleError(f"{name}: the loop at {start:#x} starts or steps by what is not a constant")
         if is_grid:
-            # Where a device has two cores, each of them runs half of the grid.
-            shares = [steps // cores for cores in (1, 2) if steps % cores == 0]
+            # Where a device has two cores, each of them runs half of the grid, or the first one step more.
+            shares = [-(-steps // cores) for cores in (1, 2)]
             shares = [share for share in shares if 0 <= count - share <= PIPELINE_STEPS]
             if not shares:
                 raise ScheduleError(
@@ -260,11 +262,17 @@ class _Scalars:
             return None
         operation, operands = self.definitions.get(self.unspilled(step[2]), ("", ""))
         first = re.match(r"%(\w+), %(\w+)", operands)
-        if operation != "sphi" or not first or first[2] != counter:
+        if operation != "sphi" or not first or counter not in (first[2], self.copied(first[2])):
             return None
         operation, operands = self.definitions.get(first[1], ("", ""))
         start = re.match(r"(?:\(.*?\), )?(\d+)\b", operands)
         return -((int(start[1]) - int(bound)) // int(step[1])) if operation == "smov" and start else None
+
+    def copied(self, name: str) -> str | None:
+        """Return the register that `name` is a copy of, or None."""
+        operation, operands = self.definitions.get(name, ("", ""))
+        source = re.fullmatch(r"%(\w+)\s*(?:/\*.*)?", operands) if operation == "smov" else None
+        return source[1] if source else None
 
     def unspilled(self, name: str) -> str:
         """Return the register that was spilled if `name` is loaded from a spill slot, else `name`."""

@@ -56,6 +56,7 @@ TOPOLOGIES: dict[str, tuple[str, dict[str, Any]] | None] = {
     "v5p-4": ("v5p:2x2x1", {}),
     "v4-4": ("v4:2x2x1", {}),
     "7x-4": ("tpu7x:2x2x1", {}),
+    "7x-8": ("tpu7x:2x2x2", {}),
     "cpu": None,  # the CPU of this machine, to try the tool and executables without a TPU
 }
 

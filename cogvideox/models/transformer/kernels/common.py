@@ -143,11 +143,11 @@ def call(
 ) -> Summed:
     """Run a kernel that reads the scalars text_tokens and layer, and, where anything is `counted`, real_tokens.
 
-    It multiplies `products` pairs of values, and moves `moved` values between HBM and VMEM. Its argument `sums` is
-    where it adds what is counted, or None. It writes into the array `into`, if there is one, in the place of a new one.
+    It multiplies `products` pairs of values, and moves `moved` values between HBM and VMEM. Each step of its grid has
+    blocks of its own to write, so that two cores of a device can share the grid. Its argument `sums` is where it adds
+    what is counted, or None. It writes into the array `into`, if there is one, in the place of a new one.
     """
     size = moved * out_shape.dtype.itemsize
-    semantics: Any = ("parallel", *["arbitrary"] * (len(grid) - 1))
     if not interpret:  # otherwise XLA puts what fits into VMEM, which the kernel needs for itself
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
         out_shape = pltpu.HBM(out_shape.shape, out_shape.dtype)
@@ -178,7 +178,9 @@ def call(
         ),
         out_shape=out_shape,
         input_output_aliases={} if into is None else {inputs: 0},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=VMEM_LIMIT
+        ),
         cost_estimate=pl.CostEstimate(flops=2 * products, bytes_accessed=size, transcendentals=0),
         interpret=interpret,
     )(jnp.stack(scalars), *arrays)
