@@ -88,7 +88,10 @@ class KernelSchedule:
 
 
 def read_schedules(
-    folder: Path, grids: Mapping[str, tuple[int, ...]], runs: Sequence[float] | None = None
+    folder: Path,
+    grids: Mapping[str, tuple[int, ...]],
+    runs: Sequence[float] | None = None,
+    trips: Mapping[str, float] | None = None,
 ) -> dict[str, KernelSchedule]:
     """Read the schedules of Pallas kernels from a folder of the compiler's dumps (plain or .gz), by kernel name.
 
@@ -96,6 +99,7 @@ def read_schedules(
         folder: the folder of the dumps.
         grids: the grid of each kernel to read, by its name in `pallas_call`.
         runs: as in `parse_schedule`.
+        trips: by the kernels' names, for those with loops whose length depends on data: their mean length.
 
     Raises:
         ScheduleError: the files of a kernel are missing, or a trip count cannot be read.
@@ -112,7 +116,7 @@ def read_schedules(
         usage = [*Path(folder).glob(f"{number}-*-final_hlo-static-per-bundle-utilization.txt*")]
         if not usage:
             raise ScheduleError(f"{name}: no *-final_hlo-static-per-bundle-utilization.txt in {folder}")
-        schedules[name] = parse_schedule(name, tuple(grid), _text(program), _text(usage[0]), runs)
+        schedules[name] = parse_schedule(name, tuple(grid), _text(program), _text(usage[0]), runs, (trips or {}).get(base_name(name)))
     if missing := grids.keys() - set(map(base_name, schedules)):
         raise ScheduleError(f"no schedule of {', '.join(sorted(missing))} kernel in {folder}")
     return schedules
@@ -124,7 +128,12 @@ def base_name(name: str) -> str:
 
 
 def parse_schedule(
-    name: str, grid: tuple[int, ...], program: str, utilization: str, runs: Sequence[float] | None = None
+    name: str,
+    grid: tuple[int, ...],
+    program: str,
+    utilization: str,
+    runs: Sequence[float] | None = None,
+    trips: float | None = None,
 ) -> KernelSchedule:
     """Parse the text of a kernel's `*final_bundles.txt` and `*final_hlo-static-per-bundle-utilization.txt`.
 
@@ -132,6 +141,7 @@ def parse_schedule(
         runs: for a kernel whose loops and conditions depend on data: how often each region that says nothing about it
             runs for each run of the enclosing region, in the order of the program. A grid's loop then is a loop like
             any other, and the whole program counts as one grid step.
+        trips: how often a loop runs whose length cannot be read, where that is no error.
 
     Raises:
         ScheduleError: a trip count or a branch target cannot be read, the program has another grid, or `runs` has
@@ -148,7 +158,7 @@ def parse_schedule(
         raise ScheduleError(f"{name}: {len(marks)} bundles, but the use of {len(usage)}")
 
     values = _Scalars(bundles)
-    found = _regions(name, None if runs is not None else grid, bundles, values)
+    found = _regions(name, None if runs is not None else grid, bundles, values, trips)
     regions = sorted(found, key=lambda region: (region.start, -region.stop))
     if runs is not None:
         unknown = [index for index, region in enumerate(regions) if math.isnan(region.times)]
@@ -169,7 +179,9 @@ def parse_schedule(
     return KernelSchedule(name, grid, len(bundles), tuple(regions), sum(weights[i] for i in inside), used, capacity)
 
 
-def _regions(name: str, grid: tuple[int, ...] | None, bundles: list[str], values: "_Scalars") -> Iterator[Region]:
+def _regions(
+    name: str, grid: tuple[int, ...] | None, bundles: list[str], values: "_Scalars", trips: float | None
+) -> Iterator[Region]:
     """Yield the regions of a program: one for each backward branch (a loop) and each forward branch (predicated).
 
     With no grid, the whole program is one grid step, and `times` is nan where it cannot be read.
@@ -207,9 +219,11 @@ def _regions(name: str, grid: tuple[int, ...] | None, bundles: list[str], values
             count = values.trips(*tests[0]) if len(tests) == 1 else None
             yield Region("loop", start, stop, math.nan if count is None else count)
             continue
-        if len(tests) != 1:
+        if len(tests) != 1 and (trips is None or is_grid):
             raise ScheduleError(f"{name}: the loop at {start:#x} has no readable trip count")
-        count = values.trips(*tests[0])
+        count = values.trips(*tests[0]) if len(tests) == 1 else None
+        if count is None and not is_grid:
+            count = trips
         if count is None:
             raise ScheduleError(f"{name}: the loop at {start:#x} starts or steps by what is not a constant")
         if is_grid:
@@ -260,7 +274,11 @@ class _Scalars:
             return None
         operation, operands = self.definitions.get(self.unspilled(step[2]), ("", ""))
         first = re.match(r"%(\w+), %(\w+)", operands)
-        if operation != "sphi" or not first or first[2] != counter:
+        if operation != "sphi" or not first:
+            return None
+        operation, operands = self.definitions.get(first[2], ("", ""))  # the counter, or the same sum once more
+        again = re.match(r"(\d+), %(\w+)", operands)
+        if operation != "sadd.s32" or not again or again.groups() != step.groups():
             return None
         operation, operands = self.definitions.get(first[1], ("", ""))
         start = re.match(r"(?:\(.*?\), )?(\d+)\b", operands)

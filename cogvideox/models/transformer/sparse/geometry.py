@@ -106,13 +106,13 @@ class Geometry:
     @property
     def text_pass(self) -> int:
         """Keys of a pass for the text's queries, in tokens."""
-        most = MOST_SCORES // 3 // (max(self.text, 1) * LANES) // self.keys_in * self.keys_in
+        most = MOST_SCORES // 6 // (max(self.text, 1) * LANES) // self.keys_in * self.keys_in
         return max(min(most, self.key_rows), self.keys_in)
 
     def is_whole(self, tiles: int) -> bool:
-        """Tell whether blocks of queries are blocks of an array of so many tiles, with nothing beyond a run's end."""
+        """Tell whether no block of queries reaches beyond the end of a run or of an array of so many tiles."""
         whole_groups = self.run % self.part_tiles == 0 and self.stop % self.part_tiles == 0
-        return whole_groups and self.part_stride % self.part_tiles == 0 and tiles >= self.tiles
+        return whole_groups and tiles >= self.tiles
 
     def key_tiles(self) -> tuple[np.ndarray, np.ndarray]:
         """Return which tile each place in VMEM holds, and whether it holds one at all; int32 and bool [places]."""

@@ -11,7 +11,6 @@ the row's block again: that holds for every pattern.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +33,7 @@ from custom_splash_attention import (
     product_rows,
 )
 
-QUERY_CHUNK, KEY_CHUNK = 4 * LANES, 8 * LANES  # tokens that are prepared at a time
+KEY_CHUNK = 8 * LANES  # keys that are prepared at a time
 
 
 class Scalars(NamedTuple):
@@ -112,62 +111,36 @@ class Call:
         blocks = geometry.blocks
         grid = (1, count) if self.online else (count, blocks)
         inexact = jax.ShapeDtypeStruct((heads, blocks, 1, LANES), jnp.float32)
-        arrays, specs = [], []
-        for array, rows in ((queries, head_dim), (bound, 1)):
-            if array is not None:
-                found = self._query_specs(q_tiles, rows)
-                arrays, specs = arrays + [array] * len(found), specs + found
         buffers = geometry.key_buffers(head_dim, queries.dtype.itemsize)
         mode = {} if buffers == 2 else {"pipeline_mode": pl.Buffered(buffers)}
-        shape = (geometry.tiles, 1, head_dim, LANES)
-        specs += [pl.BlockSpec(shape, lambda h, i, heads, *_: (0, heads[h], 0, 0), **mode)] * 2
-        arrays = [*arrays, keys, values, output]
+
+        def of_head(tiles: int, rows: int) -> tuple:
+            return (tiles, 1, rows, LANES), lambda h, i, heads, *_: (0, heads[h], 0, 0)
+
+        anywhere, key_spec = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(*of_head(geometry.tiles, head_dim), **mode)
+        arrays, specs = [queries, keys, values], [anywhere, key_spec, key_spec]
+        if bound is not None:
+            arrays, specs = [*arrays, bound], [*specs, pl.BlockSpec(*of_head(q_tiles, 1))]
         return pl.pallas_call(
             functools.partial(_kernel, call=self, q_tiles=q_tiles),
             name=self.name,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(scalars),
                 grid=grid,
-                in_specs=[*specs, pl.BlockSpec(memory_space=pl.ANY)],
+                in_specs=[*specs, anywhere],
                 out_specs=[
-                    pl.BlockSpec(memory_space=pl.ANY),
+                    anywhere,
                     *[pl.BlockSpec((1, 1, 1, LANES), lambda h, i, *_: (h, i, 0, 0))] * (not self.online),
                 ],
                 scratch_shapes=self._scratch(head_dim, queries.dtype),
             ),
             out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), *[inexact] * (not self.online)],
-            input_output_aliases={len(scalars) + len(arrays) - 1: 0},
+            input_output_aliases={len(scalars) + len(arrays): 0},
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
             ),
             interpret=self.interpret,
-        )(*scalars, *in_hbm(arrays, self.interpret))
-
-    def _query_specs(self, q_tiles: int, rows: int) -> list[pl.BlockSpec]:
-        """Return the specs of a block's runs of tiles, and then of the text's tiles, each a block of its own."""
-        geometry = self.geometry
-
-        def run(part: int) -> pl.BlockSpec:
-            def whole(h, i, heads, windows, blocks, *_):
-                block = jnp.minimum(blocks[i] if self.online else i, geometry.video_blocks - 1)
-                return block + part * (geometry.part_stride // geometry.part_tiles), heads[h], 0, 0
-
-            def element(h, i, heads, windows, blocks, first, *_):
-                block = jnp.minimum(blocks[i] if self.online else i, geometry.video_blocks - 1)
-                return _read(geometry, block, part, first[0], q_tiles), heads[h], 0, 0
-
-            if self.whole:
-                return pl.BlockSpec((geometry.part_tiles, 1, rows, LANES), whole)
-            return pl.BlockSpec((pl.Element(geometry.part_tiles), 1, rows, LANES), element)
-
-        def text(tile: int) -> pl.BlockSpec:
-            def place(h, i, heads, windows, blocks, first, *_):
-                return jnp.clip(tile - first[0], 0, q_tiles - 1), heads[h], 0, 0
-
-            return pl.BlockSpec((1, 1, rows, LANES), place)
-
-        tiles = range(geometry.tiles - geometry.text, geometry.tiles)
-        return [*map(run, range(geometry.parts)), *map(text, tiles)]
+        )(*scalars, *in_hbm([*arrays, output], self.interpret))
 
     def _scratch(self, head_dim: int, dtype: jax.typing.DTypeLike) -> list:
         """Return scratch memory: that of the dense kernel, and for the output its tiles and what counts its copies.
@@ -186,21 +159,42 @@ class Call:
             pltpu.VMEM((head_dim, queries), jnp.float32),
             pltpu.VMEM((8, queries), jnp.float32),
             pltpu.VMEM((1, queries) if self.online else (head_dim, LANES), jnp.float32),
+            pltpu.VMEM((2, queries // LANES, head_dim, LANES), dtype),
+            pltpu.SemaphoreType.DMA((2,)),
             pltpu.VMEM((queries // LANES, head_dim, LANES), dtype),
             pltpu.SMEM((1,), jnp.int32),
             pltpu.SemaphoreType.DMA,
         ]
 
 
-def _first(geometry: Geometry, block: Any, part: int) -> Any:
-    """Return the tile of the sequence with which a run of a block of queries begins."""
+class _Run(NamedTuple):
+    """Tiles of queries that are neighbours, and belong to one block.
+
+    Attributes:
+        read: their first place in the array of queries, or, to stay in the array, a tile before.
+        start, stop: which tiles of the sequence count.
+        tiles: how many are read.
+    """
+
+    read: Any
+    start: Any
+    stop: Any
+    tiles: int
+
+
+def _runs(geometry: Geometry, block: Any, first: Any, q_tiles: int, text: bool) -> list[_Run]:
+    """Return the runs of a block of queries, of the text's or of another one."""
+
+    def run(start: Any, held: Any, tiles: int) -> _Run:
+        return _Run(jnp.clip(start - first, 0, q_tiles - tiles), start, start + held, tiles)
+
+    if text:
+        return [run(geometry.tiles - geometry.text, geometry.text, geometry.text)]
     group, inside = _divided(block, geometry.blocks_per_group)
-    return group * geometry.group_stride + inside * geometry.part_tiles + part * geometry.part_stride
-
-
-def _read(geometry: Geometry, block: Any, part: int, first: Any, q_tiles: int) -> Any:
-    """Return the tile of the array of queries from which a run of a block is read, so that it lies in the array."""
-    return jnp.clip(_first(geometry, block, part) - first, 0, q_tiles - geometry.part_tiles)
+    before = inside * geometry.part_tiles
+    start = group * geometry.group_stride + before
+    held = jnp.minimum(jnp.minimum(geometry.run - before, geometry.stop - start), geometry.part_tiles)
+    return [run(start + part * geometry.part_stride, held, geometry.part_tiles) for part in range(geometry.parts)]
 
 
 def _divided(number: Any, by: int) -> tuple[Any, Any]:
@@ -210,56 +204,66 @@ def _divided(number: Any, by: int) -> tuple[Any, Any]:
 
 def _kernel(*refs, call: Call, q_tiles: int):
     """Do a grid step: prepare queries, and for the first of a head also keys; go over the keys; divide and write."""
-    geometry, runs = call.geometry, call.geometry.parts + call.geometry.text
+    geometry, online = call.geometry, call.online
     scalars, refs = Scalars(*refs[: len(Scalars._fields)]), refs[len(Scalars._fields) :]
-    query_refs, bound_refs = refs[:runs], () if call.online else refs[runs : 2 * runs]
-    k_ref, v_ref, _, out_hbm, *rest = refs[len(query_refs) + len(bound_refs) :]
-    inexact_ref, scratch = (None, rest) if call.online else (rest[0], rest[1:])
-    size_ref, steps = (None, online_steps) if call.online else (scratch[5], fast_steps)
-    weigh, add = steps(*scratch[: 6 if call.online else 5], call.factor, v_ref.dtype)
-    head, step, steps_of_head = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
-    block = scalars.blocks[step] if call.online else step
-    first, window, out_hbm = scalars.first[0], scalars.windows[head], out_hbm.at[:, scalars.heads[head]]
+    queries_hbm, k_ref, v_ref, *refs = refs
+    bound_ref, refs = (None, refs) if online else (refs[0], refs[1:])
+    _, out_hbm, *refs = refs
+    inexact_ref, scratch = (None, refs) if online else (refs[0], refs[1:])
+    *scratch, fetched_ref, fetching, out_ref, pending_ref, writing = scratch
+    query_ref, key_ref, value_ref, output_ref, sum_ref, last_ref = scratch  # the last: largest scores, or value
+    weigh, add = (online_steps if online else fast_steps)(*scratch[: 5 + online], call.factor, v_ref.dtype)
+    head, step, steps = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
+    first, window = scalars.first[0], scalars.windows[head]
+    queries_hbm, out_hbm = (ref.at[:, scalars.heads[head]] for ref in (queries_hbm, out_hbm))
+
+    def block_of(step):
+        return scalars.blocks[step] if online else step
+
+    def for_kind(block, function):
+        """Call function(runs, whether they are the text's) for what the block is."""
+        pl.when(block < geometry.video_blocks)(lambda: function(_runs(geometry, block, first, q_tiles, False), False))
+        if geometry.text:
+            is_text = block == geometry.video_blocks
+            pl.when(is_text)(lambda: function(_runs(geometry, block, first, q_tiles, True), True))
+
+    def copies(runs, buffer):
+        for index, run in enumerate(runs):
+            source, target = pl.ds(run.read, run.tiles), pl.ds(index * run.tiles, run.tiles)
+            yield pltpu.make_async_copy(queries_hbm.at[source], fetched_ref.at[buffer, target], fetching.at[buffer])
+
+    def fetch(step):
+        for_kind(block_of(step), lambda runs, _: [copy.start() for copy in copies(runs, step % 2)] and None)
+
+    pl.when(step == 0)(lambda: fetch(step))
+    pl.when(step + 1 < steps)(lambda: fetch(step + 1))
 
     @pl.when(step == 0)
     def _():
-        _prepare_keys(k_ref, v_ref, scalars, scratch, geometry, size_ref)
+        _prepare_keys(k_ref, v_ref, scalars, key_ref, value_ref, None if online else last_ref, geometry.key_rows)
 
-    def attend(refs: slice, tiles: "list[_Tile]", run_tiles: int, go_over: Callable):
-        """Attend the queries of some runs of `run_tiles` tiles; `go_over` goes over their keys."""
+    def attend(runs, is_text):
+        for copy in copies(runs, step % 2):
+            copy.wait()
+        tiles = [_Tile.of(run, index, first, call.whole) for run in runs for index in range(run.tiles)]
+        _prepare_queries(fetched_ref.at[step % 2], bound_ref, tiles, query_ref)
         width = len(tiles) * LANES
-        _prepare_queries(query_refs[refs], bound_refs[refs], scratch[0])
-        for ref, start in ((scratch[3], 0.0), (scratch[4], 0.0), *[(scratch[5], MASKED)] * call.online):
+        for ref, start in ((output_ref, 0.0), (sum_ref, 0.0), *[(last_ref, MASKED)] * online):
             ref[:, :width] = jnp.full((ref.shape[0], width), start, ref.dtype)
-        go_over(functools.partial(pipeline, _Products(width, geometry.keys_in), weigh, add))
-        total = scratch[4][:, :width].sum(0, keepdims=True)
-        if inexact_ref is not None:
-            exact = is_exact(total, size_ref[:1, :1], call.real_keys, v_ref.dtype)
+        go_over = functools.partial(pipeline, _Products(width, geometry.keys_in), weigh, add)
+        if is_text:
+            loop(geometry.key_rows, geometry.text_pass, go_over)
+        else:
+            _go_over_window(go_over, block_of(step), window, geometry)
+        total = sum_ref[:, :width].sum(0, keepdims=True)
+        if not online:
+            exact = is_exact(total, last_ref[:1, :1], call.real_keys, v_ref.dtype)
             inexact_ref[0, 0] = _inexact(exact, tiles, scalars.tile_tokens)
-        output = (scratch[3][:, :width] / total).astype(out_hbm.dtype)
-        _write(output, tiles, run_tiles, scratch[6:], out_hbm, call, step > 0, step == steps_of_head - 1)
+        output = (output_ref[:, :width] / total).astype(out_ref.dtype)
+        written = _Output(out_ref, out_hbm, pending_ref, writing, geometry, call.whole)
+        written.write(output, runs, tiles, follows=step > 0, last=step == steps - 1)
 
-    @pl.when(block < geometry.video_blocks)
-    def _():
-        tiles, stop = [], _held(geometry, block)
-        for part in range(geometry.parts):
-            start, read = _first(geometry, block, part), _read(geometry, block, part, first, q_tiles)
-            for at in [read + tile for tile in range(geometry.part_tiles)]:
-                counts = None if call.whole else (at + first >= start) & (at + first < start + stop)
-                tiles.append(_Tile(at, at + first, counts))
-        go_over = functools.partial(_go_over_window, block=block, window=window, geometry=geometry)
-        attend(slice(0, geometry.parts), tiles, geometry.part_tiles, go_over)
-
-    if geometry.text:
-
-        @pl.when(block == geometry.video_blocks)
-        def _():
-            tiles = []
-            for tile in range(geometry.tiles - geometry.text, geometry.tiles):
-                counts = None if call.whole else (tile >= first) & (tile < first + q_tiles)
-                tiles.append(_Tile(tile - first, tile, counts))
-            go_over = functools.partial(loop, geometry.key_rows, geometry.text_pass)
-            attend(slice(geometry.parts, runs), tiles, geometry.text, go_over)
+    for_kind(block_of(step), attend)
 
 
 class _Tile(NamedTuple):
@@ -275,20 +279,17 @@ class _Tile(NamedTuple):
     tile: Any
     counts: Any
 
+    @classmethod
+    def of(cls, run: _Run, index: int, first: Any, whole: bool) -> "_Tile":
+        at = run.read + index
+        return cls(at, at + first, None if whole else (at + first >= run.start) & (at + first < run.stop))
+
 
 class _Products(NamedTuple):
     """The sizes that `pipeline` reads: queries of a block, and keys of a product."""
 
     block_q: int
     block_kv_compute_in: int
-
-
-def _held(geometry: Geometry, block: Any) -> Any:
-    """Return how many tiles of a block's runs are the group's."""
-    group, inside = _divided(block, geometry.blocks_per_group)
-    start = inside * geometry.part_tiles
-    rest = jnp.minimum(geometry.run - start, geometry.stop - group * geometry.group_stride - start)
-    return jnp.minimum(rest, geometry.part_tiles)
 
 
 def _go_over_window(run, block, window, geometry):
@@ -307,56 +308,46 @@ def _go_over_window(run, block, window, geometry):
     lax.fori_loop(low, high, over_group, None)
 
 
-def _prepare_queries(query_refs, bound_refs, query_ref):
+def _prepare_queries(fetched_ref, bound_ref, tiles, query_ref):
     """Append (-bound, 1) to each query; the bound takes two columns, what the query's dtype holds and the rest."""
-    head_dim, rows = query_refs[0].shape[2], query_ref.shape[0]
-    before = 0
-    for index, ref in enumerate(query_refs):
-
-        def chunk(start, length, ref=ref, index=index, before=before):
-            tiles = [start // LANES + tile for tile in range(length // LANES)]
-            row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, length), 0)
-            appended = jnp.where(row == 2, 1.0, 0.0)
-            if bound_refs:
-                bound = jnp.concatenate([bound_refs[index][tile, 0] for tile in tiles], axis=1)
-                high = bound.astype(ref.dtype).astype(jnp.float32)
-                appended = jnp.where(row == 0, -high, jnp.where(row == 1, high - bound, appended))
-            query = jnp.concatenate([ref[tile, 0] for tile in tiles], axis=1)
-            query = jnp.concatenate([query, appended.astype(ref.dtype)], 0)
-            query_ref[:, pl.ds(before + start, length)] = query.astype(query_ref.dtype)
-
-        length = ref.shape[0] * LANES
-        loop(length, QUERY_CHUNK, chunk)
-        before += length
+    head_dim, rows, dtype = fetched_ref.shape[1], query_ref.shape[0], fetched_ref.dtype
+    row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, LANES), 0)
+    for index, tile in enumerate(tiles):
+        appended = jnp.where(row == 2, 1.0, 0.0)
+        if bound_ref is not None:
+            bound = bound_ref[tile.at, 0]
+            high = bound.astype(dtype).astype(jnp.float32)
+            appended = jnp.where(row == 0, -high, jnp.where(row == 1, high - bound, appended))
+        query = jnp.concatenate([fetched_ref[index], appended.astype(dtype)], 0)
+        query_ref[:, index * LANES : (index + 1) * LANES] = query.astype(query_ref.dtype)
 
 
-def _prepare_keys(k_ref, v_ref, scalars, scratch, geometry, size_ref):
+def _prepare_keys(k_ref, v_ref, scalars, key_ref, value_ref, size_ref, key_rows):
     """Bring a head's keys into the order of groups, append (1, 1, mask) to each, clear padding, and transpose keys.
 
     If there is `size_ref`, all of it is set to the largest |value|.
     """
-    _, key_ref, value_ref = scratch[:3]
     head_dim, rows = k_ref.shape[2], key_ref.shape[1]
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, LANES), 0)
     if size_ref is not None:
         size_ref[...] = jnp.zeros_like(size_ref)
-    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
 
     def chunk(start, length):
-        found = []
-        for tile in range(length // LANES):
-            place = start // LANES + tile
+        keys, values = [], []
+        for place in [start // LANES + tile for tile in range(length // LANES)]:
             real = lane < scalars.key_tokens[place]
             key, value = (jnp.where(real, ref[scalars.key_tiles[place], 0], 0) for ref in (k_ref, v_ref))
-            row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, LANES), 0)
             appended = jnp.where(row < 2, 1.0, jnp.where((row == 2) & ~real, MASKED, 0.0))
-            found.append((jnp.concatenate([key, appended.astype(key.dtype)], 0), value))
-            if size_ref is not None:
-                size_ref[...] = jnp.maximum(size_ref[...], jnp.abs(value).astype(jnp.float32))
-        key, value = (jnp.concatenate(arrays, 1) for arrays in zip(*found, strict=True))
-        key_ref[pl.ds(start, length), :] = key.T.astype(key_ref.dtype)
-        value_ref[:, pl.ds(start, length)] = value.astype(value_ref.dtype)
+            keys.append(jnp.concatenate([key, appended.astype(key.dtype)], 0))
+            values.append(value)
+        key_ref[pl.ds(start, length), :] = jnp.concatenate(keys, 1).T.astype(key_ref.dtype)
+        value_ref[:, pl.ds(start, length)] = jnp.concatenate(values, 1).astype(value_ref.dtype)
+        if size_ref is not None:
+            size = functools.reduce(jnp.maximum, map(jnp.abs, values))
+            size_ref[...] = jnp.maximum(size_ref[...], size.astype(jnp.float32))
 
-    loop(geometry.key_rows, KEY_CHUNK, chunk)
+    loop(key_rows, KEY_CHUNK, chunk)
     if size_ref is not None:
         size_ref[...] = jnp.broadcast_to(size_ref[...].max((0, 1), keepdims=True), size_ref.shape)
 
@@ -375,38 +366,56 @@ def _inexact(exact, tiles, tile_tokens):
     return inexact
 
 
-def _write(output, tiles, run_tiles, scratch, out_hbm, call, follows, last):
-    """Write the tiles that count, which are runs of `run_tiles`.
+class _Output(NamedTuple):
+    """Where a head's output goes: tiles in VMEM, from there to HBM.
 
-    The copies of a block end while the next one is computed, which it `follows`, and those of a head's last at once.
+    The copies of a block end while the next one is computed, those of a head's last block at once.
+
+    Attributes:
+        tiles_ref: tiles of a block, [tiles, head_dim, 128].
+        hbm: of the head, [tiles, head_dim, 128].
+        pending_ref: how many copies of a tile are on their way, where not all tiles of a block are written.
+        semaphore: of the copies.
+        geometry, whole: see `Call`.
     """
-    tile_ref, pending_ref, semaphore = scratch
 
-    def copy(index, at, count):
-        return pltpu.make_async_copy(tile_ref.at[pl.ds(index, count)], out_hbm.at[pl.ds(at, count)], semaphore)
+    tiles_ref: Any
+    hbm: Any
+    pending_ref: Any
+    semaphore: Any
+    geometry: Geometry
+    whole: bool
 
-    def wait_for_tiles():
-        lax.fori_loop(0, pending_ref[0], lambda *_: copy(0, 0, 1).wait(), None)
+    def copy(self, index: int, at: Any, tiles: int) -> Any:
+        """Return a copy of `tiles` tiles of the block, from `index` on."""
+        source, target = self.tiles_ref.at[pl.ds(index, tiles)], self.hbm.at[pl.ds(at, tiles)]
+        return pltpu.make_async_copy(source, target, self.semaphore)
 
-    def wait_for_runs():  # of the video: the text is a head's last block
-        for _ in range(call.geometry.parts):
-            copy(0, 0, call.geometry.part_tiles).wait()
+    def wait(self) -> None:
+        """Wait for the copies of a block of the video: the text is a head's last block."""
+        if self.whole:
+            for _ in range(self.geometry.parts):
+                self.copy(0, 0, self.geometry.part_tiles).wait()
+        else:
+            lax.fori_loop(0, self.pending_ref[0], lambda *_: self.copy(0, 0, 1).wait(), None)
 
-    pl.when(follows)(wait_for_runs if call.whole else wait_for_tiles)
-    for index in range(len(tiles)):
-        tile_ref[index] = output[:, index * LANES : (index + 1) * LANES]
-    if call.whole:
-        copies = [copy(index, tiles[index].at, run_tiles) for index in range(0, len(tiles), run_tiles)]
-        for one in copies:
-            one.start()
-        pl.when(last)(lambda: [one.wait() for one in copies] and None)
-        return
-    pending_ref[0] = 0
-    for index, (at, _, counts) in enumerate(tiles):
+    def write(self, output: jax.Array, runs: list[_Run], tiles: list[_Tile], follows: Any, last: Any) -> None:
+        """Write a block [head_dim, tokens], which `follows` another one of the head or is its `last`."""
+        pl.when(follows)(self.wait)
+        for index in range(len(tiles)):
+            self.tiles_ref[index] = output[:, index * LANES : (index + 1) * LANES]
+        if self.whole:
+            copies = [self.copy(index * run.tiles, run.read, run.tiles) for index, run in enumerate(runs)]
+            for copy in copies:
+                copy.start()
+            pl.when(last)(lambda: [copy.wait() for copy in copies] and None)
+            return
+        self.pending_ref[0] = 0
+        for index, (at, _, counts) in enumerate(tiles):
 
-        @pl.when(counts)
-        def _(index=index, at=at):
-            copy(index, at, 1).start()
-            pending_ref[0] += 1
+            @pl.when(counts)
+            def _(index=index, at=at):
+                self.copy(index, at, 1).start()
+                self.pending_ref[0] += 1
 
-    pl.when(last)(wait_for_tiles)
+        pl.when(last)(self.wait)
