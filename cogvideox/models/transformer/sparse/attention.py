@@ -85,7 +85,7 @@ def sparse_attention(
     factor, whole = base2_factor(scale, head_dim), first_tile is None and len(queries) >= layout.tiles
     fixed = table.counts.tolist() if isinstance(table.counts, np.ndarray) else [None] * len(KINDS)
     used = [kind for kind, count in zip(KINDS, fixed, strict=True) if kind in kinds and count != 0]
-    geometries = {kind: geometry_of(kind, layout, itemsize, head_dim, sizes) for kind in used}
+    geometries = {kind: geometry_of(kind, layout, itemsize, head_dim, sizes, len(queries)) for kind in used}
 
     def run(queries, keys, values, table, first, interpret):
         bound = key_bounds(queries, keys, layout, factor=factor, k_smooth=k_smooth, interpret=interpret)
@@ -192,6 +192,8 @@ def _check(
         raise ValueError(f"shapes do not fit together: {shapes}, of a sequence of {layout.tiles} tiles")
     if first_tile is None and len(queries) < layout.tiles:
         raise ValueError(f"{len(queries)} tiles of queries are a part of {layout.tiles}; first_tile says which")
+    if len(queries) < layout.text_tiles:
+        raise ValueError(f"{len(queries)} tiles of queries are too few: the text has {layout.text_tiles}")
     if not queries.dtype == keys.dtype == values.dtype or queries.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"expected bfloat16 or float32 throughout, got {queries.dtype}, {keys.dtype}, {values.dtype}")
     heads, shapes = queries.shape[1], tuple(np.shape(array) for array in table)

@@ -111,8 +111,7 @@ class Geometry:
 
     def is_whole(self, tiles: int) -> bool:
         """Tell whether no block of queries reaches beyond the end of a run or of an array of so many tiles."""
-        whole_groups = self.run % self.part_tiles == 0 and self.stop % self.part_tiles == 0
-        return whole_groups and tiles >= self.tiles
+        return self.run % self.part_tiles == 0 and self.stop % self.run == 0 and tiles >= self.tiles
 
     def key_tiles(self) -> tuple[np.ndarray, np.ndarray]:
         """Return which tile each place in VMEM holds, and whether it holds one at all; int32 and bool [places]."""
@@ -147,11 +146,27 @@ class Geometry:
 
 
 def geometry_of(
-    kind: Kind, layout: AlignedLayout, itemsize: int, head_dim: int, sizes: WindowSizes | None = None
+    kind: Kind,
+    layout: AlignedLayout,
+    itemsize: int,
+    head_dim: int,
+    sizes: WindowSizes | None = None,
+    q_tiles: int | None = None,
 ) -> Geometry:
-    """Choose how the kernel goes over the tiles for one kind of pattern, by default with blocks that waste little."""
-    if kind == "dense":
-        return _dense(layout, itemsize, head_dim)
+    """Choose how the kernel goes over the tiles for one kind of pattern, by default with blocks that waste little.
+
+    Args:
+        kind, layout: see `Pattern` and `AlignedLayout`.
+        itemsize, head_dim: of queries, keys and values.
+        sizes: of a kind with a window.
+        q_tiles: tiles of queries, where they are fewer than the layout's.
+    """
+    geometry = _dense(layout, itemsize, head_dim) if kind == "dense" else _with_windows(kind, layout, itemsize, sizes)
+    return dataclasses.replace(geometry, part_tiles=min(geometry.part_tiles, q_tiles or geometry.part_tiles))
+
+
+def _with_windows(kind: Kind, layout: AlignedLayout, itemsize: int, sizes: WindowSizes | None) -> Geometry:
+    """Let a group be a frame, or places of all frames."""
     if kind == "frames":
         groups, stride, run, stop, parts = layout.frames, layout.frame_tiles, layout.frame_tiles, layout.video_tiles, 1
     else:

@@ -115,16 +115,14 @@ def head_order(costs: Sequence[float], chips: int) -> np.ndarray:
 
 def _swapped(shares: list[list[int]], work: np.ndarray) -> bool:
     """Swap a head of the chip with the most work for a lighter one of another chip, if the two are then closer."""
-    most = max(shares, key=lambda share: work[share].sum())
+    most, least = max(shares, key=lambda share: work[share].sum()), 1e-9 * work.sum()  # rounding is less
     for other in sorted(shares, key=lambda share: work[share].sum()):
         surplus = work[most].sum() - work[other].sum()
         gains = work[most][:, None] - work[other]
-        gains = np.where((gains > 0) & (gains < surplus), gains, 0)
-        if gains.max() > 1e-9 * work.sum():
-            here, there = np.unravel_index(np.abs(gains - surplus / 2).argmin(), gains.shape)
-            if gains[here, there] > 0:
-                most[here], other[there] = other[there], most[here]
-                return True
+        here, there = np.unravel_index(np.abs(gains - surplus / 2).argmin(), gains.shape)
+        if least < gains[here, there] < surplus - least:
+            most[here], other[there] = other[there], most[here]
+            return True
     return False
 
 
