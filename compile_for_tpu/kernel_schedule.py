@@ -116,7 +116,8 @@ def read_schedules(
         usage = [*Path(folder).glob(f"{number}-*-final_hlo-static-per-bundle-utilization.txt*")]
         if not usage:
             raise ScheduleError(f"{name}: no *-final_hlo-static-per-bundle-utilization.txt in {folder}")
-        schedules[name] = parse_schedule(name, tuple(grid), _text(program), _text(usage[0]), runs, (trips or {}).get(base_name(name)))
+        length = (trips or {}).get(base_name(name))
+        schedules[name] = parse_schedule(name, tuple(grid), _text(program), _text(usage[0]), runs, length)
     if missing := grids.keys() - set(map(base_name, schedules)):
         raise ScheduleError(f"no schedule of {', '.join(sorted(missing))} kernel in {folder}")
     return schedules

@@ -138,14 +138,14 @@ def _run(
     Returns `output`, written into, and `online` with the shares of these heads.
     """
     geometry, all_heads = call.geometry, len(heads.order)
-    places, held = geometry.key_tiles()
+    key_tiles, held = geometry.key_tiles()
     tile_tokens = layout.tile_tokens()
     scalars = Scalars(
         heads.order,
         heads.windows,
         jnp.arange(geometry.blocks, dtype=jnp.int32),
         first,
-        *(jnp.asarray(numbers) for numbers in (places, np.where(held, tile_tokens[places], 0), tile_tokens)),
+        *(jnp.asarray(numbers) for numbers in (key_tiles, np.where(held, tile_tokens[key_tiles], 0), tile_tokens)),
     )
 
     def fast(_, written):
@@ -173,8 +173,8 @@ def _run(
         return again(chosen, blocks.sum(dtype=jnp.int32), *arrays, None, output)[0]
 
     output = lax.fori_loop(0, inexact.any(1).sum(), repair, written[0])
-    shares = jnp.where(counted[:, 0], inexact.mean(1, dtype=jnp.float32), online[heads.order])
-    return output, online.at[heads.order].set(shares)
+    places = (jnp.arange(all_heads)[:, None] == heads.order) & counted[:, 0]  # [head, place in the order]
+    return output, online + jnp.where(places, inexact.mean(1, dtype=jnp.float32), 0.0).sum(1)
 
 
 def _check(

@@ -113,6 +113,11 @@ class Geometry:
         """Tell whether no block of queries reaches beyond the end of a run or of an array of so many tiles."""
         return self.run % self.part_tiles == 0 and self.stop % self.run == 0 and tiles >= self.tiles
 
+    def mean_window(self, window: int) -> float:
+        """Return over how many groups of keys a block of the video goes, on average."""
+        group = np.arange(self.groups)
+        return float((np.minimum(group + window + 1, self.groups) - np.maximum(group - window, 0)).mean())
+
     def key_tiles(self) -> tuple[np.ndarray, np.ndarray]:
         """Return which tile each place in VMEM holds, and whether it holds one at all; int32 and bool [places]."""
         group, place, part = np.meshgrid(*map(np.arange, (self.groups, self.run, self.parts)), indexing="ij")
