@@ -523,7 +523,15 @@ def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, inexact_ref, *scratch, fa
     _attend(o_ref, output_ref, sum_ref, blocks, weigh, add, check)
 
 
-def fast_steps(query_ref, key_ref, value_ref, output_ref, sum_ref, factor, dtype) -> tuple[Callable, Callable]:
+def fast_steps(
+    query_ref: Any,
+    key_ref: Any,
+    value_ref: Any,
+    output_ref: Any,
+    sum_ref: Any,
+    factor: float,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[Callable, Callable]:
     """Return how the fast kernel weighs a tile of scores, and how it adds the values; `pipeline` takes both."""
 
     def weigh(queries, keys):
@@ -538,7 +546,14 @@ def fast_steps(query_ref, key_ref, value_ref, output_ref, sum_ref, factor, dtype
 
 
 def online_steps(
-    query_ref, key_ref, value_ref, output_ref, sum_ref, max_ref, factor, dtype
+    query_ref: Any,
+    key_ref: Any,
+    value_ref: Any,
+    output_ref: Any,
+    sum_ref: Any,
+    max_ref: Any,
+    factor: float,
+    dtype: jax.typing.DTypeLike,
 ) -> tuple[Callable, Callable]:
     """Return the same of the online kernel, which keeps the largest score so far of each query in `max_ref`."""
 
@@ -652,7 +667,7 @@ def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add, check=lambda total: 
             o_ref[tile, 0] = output[:, tile * LANES : (tile + 1) * LANES]
 
 
-def pipeline(blocks, weigh, add, first, length) -> None:
+def pipeline(blocks: Any, weigh: Callable, add: Callable, first: Any, length: int) -> None:
     """Unroll a pass over keys first ... first + length: weigh a tile, and add its values LAG tiles later.
 
     The MXU takes the products in this order: the lag keeps it busy while a tile's weights are computed.
@@ -675,7 +690,7 @@ def _columns(ref, start, length):
     return jnp.concatenate([ref[first + tile, 0] for tile in range(length // LANES)], axis=1)
 
 
-def loop(length, step, body) -> None:
+def loop(length: int, step: int, body: Callable) -> None:
     """Call body(start, size) over [0, length) in a loop of steps; a shorter last step follows the loop."""
     step = min(step, length)
     lax.fori_loop(0, length // step, lambda index, _: body(pl.multiple_of(index * step, LANES), step), None)

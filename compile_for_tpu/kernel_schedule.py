@@ -223,8 +223,9 @@ def _regions(
         if len(tests) != 1 and (trips is None or is_grid):
             raise ScheduleError(f"{name}: the loop at {start:#x} has no readable trip count")
         count = values.trips(*tests[0]) if len(tests) == 1 else None
-        if count is None and not is_grid:
-            count = trips
+        if count is None and trips is not None and not is_grid:
+            yield Region("loop", start, stop, trips)
+            continue
         if count is None:
             raise ScheduleError(f"{name}: the loop at {start:#x} starts or steps by what is not a constant")
         if is_grid:

@@ -196,6 +196,6 @@ def _check(
         raise ValueError(f"{len(queries)} tiles of queries are too few: the text has {layout.text_tiles}")
     if not queries.dtype == keys.dtype == values.dtype or queries.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"expected bfloat16 or float32 throughout, got {queries.dtype}, {keys.dtype}, {values.dtype}")
-    heads, shapes = queries.shape[1], tuple(np.shape(array) for array in table)
-    if shapes != ((heads,), (heads,), (len(KINDS),)):
-        raise ValueError(f"the table of {heads} heads has the shapes {shapes}")
+    heads, found = queries.shape[1], tuple(np.shape(array) for array in table)
+    if found != ((heads,), (heads,), (len(KINDS),)):
+        raise ValueError(f"the table of {heads} heads has the shapes {found}")

@@ -11,6 +11,7 @@ the row's block again: that holds for every pattern.
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -108,30 +109,27 @@ class Call:
         assert keys.shape[0] >= geometry.tiles and q_tiles >= geometry.part_tiles, (keys.shape, queries.shape, geometry)
         assert output.shape == queries.shape and len(scalars.key_tiles) * LANES == geometry.key_rows
         assert (bound is None) == self.online and (bound is None or bound.shape == (q_tiles, heads, 1, LANES))
-        blocks = geometry.blocks
-        grid = (1, count) if self.online else (count, blocks)
-        inexact = jax.ShapeDtypeStruct((heads, blocks, 1, LANES), jnp.float32)
         buffers = geometry.key_buffers(head_dim, queries.dtype.itemsize)
-        mode = {} if buffers == 2 else {"pipeline_mode": pl.Buffered(buffers)}
 
-        def of_head(tiles: int, rows: int) -> tuple:
-            return (tiles, 1, rows, LANES), lambda h, i, heads, *_: (0, heads[h], 0, 0)
+        def of_head(tiles: int, rows: int, **options: Any) -> pl.BlockSpec:
+            return pl.BlockSpec((tiles, 1, rows, LANES), lambda h, i, heads, *_: (0, heads[h], 0, 0), **options)
 
-        anywhere, key_spec = pl.BlockSpec(memory_space=pl.ANY), pl.BlockSpec(*of_head(geometry.tiles, head_dim), **mode)
+        anywhere, key_spec = pl.BlockSpec(memory_space=pl.ANY), of_head(geometry.tiles, head_dim)
+        if buffers == 1:
+            key_spec = of_head(geometry.tiles, head_dim, pipeline_mode=pl.Buffered(1))
         arrays, specs = [queries, keys, values], [anywhere, key_spec, key_spec]
         if bound is not None:
-            arrays, specs = [*arrays, bound], [*specs, pl.BlockSpec(*of_head(q_tiles, 1))]
+            arrays, specs = [*arrays, bound], [*specs, of_head(q_tiles, 1)]
+        inexact = jax.ShapeDtypeStruct((heads, geometry.blocks, 1, LANES), jnp.float32)
+        inexact_spec = pl.BlockSpec((1, 1, 1, LANES), lambda h, i, *_: (h, i, 0, 0))
         return pl.pallas_call(
-            functools.partial(_kernel, call=self, q_tiles=q_tiles),
+            lambda *refs: _Step(self, q_tiles, _Refs.of(refs, self.online)).run(),
             name=self.name,
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(scalars),
-                grid=grid,
+                grid=(1, count) if self.online else (count, geometry.blocks),
                 in_specs=[*specs, anywhere],
-                out_specs=[
-                    anywhere,
-                    *[pl.BlockSpec((1, 1, 1, LANES), lambda h, i, *_: (h, i, 0, 0))] * (not self.online),
-                ],
+                out_specs=[anywhere] if self.online else [anywhere, inexact_spec],
                 scratch_shapes=self._scratch(head_dim, queries.dtype),
             ),
             out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), *[inexact] * (not self.online)],
@@ -143,15 +141,10 @@ class Call:
         )(*scalars, *in_hbm([*arrays, output], self.interpret))
 
     def _scratch(self, head_dim: int, dtype: jax.typing.DTypeLike) -> list:
-        """Return scratch memory: that of the dense kernel, and for the output its tiles and what counts its copies.
-
-        The interpreter's products need float32: XLA lacks some of bfloat16 on a CPU.
-        """
-        geometry, rows = self.geometry, product_rows(head_dim)
-        queries, product = (
-            max(geometry.block_q, geometry.text * LANES),
-            jnp.dtype(jnp.float32 if self.interpret else dtype),
-        )
+        """Return scratch memory, see `_Refs`. The interpreter's products need float32: XLA lacks some of bfloat16."""
+        geometry, rows, dtype = self.geometry, product_rows(head_dim), jnp.dtype(dtype)
+        queries = max(geometry.block_q, geometry.text * LANES)
+        product = jnp.dtype(jnp.float32) if self.interpret else dtype
         return [
             pltpu.VMEM((rows, queries), product),
             pltpu.VMEM((geometry.key_rows, rows), product),
@@ -165,6 +158,52 @@ class Call:
             pltpu.SMEM((1,), jnp.int32),
             pltpu.SemaphoreType.DMA,
         ]
+
+
+class _Refs(NamedTuple):
+    """What a kernel reads and writes.
+
+    Attributes:
+        scalars: see `Scalars`.
+        queries, output: arrays in HBM, of which the kernel copies tiles itself, [tiles, heads, head_dim, 128].
+        keys, values: of the head, [tiles, 1, head_dim, 128].
+        bound: of the head, [tiles, 1, 1, 128]; None in the online kernel.
+        inexact: see `Call.__call__`; None in the online kernel.
+        products: scratch memory as `fast_steps` and `online_steps` take it, but for the last, which the fast kernel
+            has for the head's largest |value|, [head_dim, 128].
+        fetched: tiles of a block of queries and of the next one, [2, tiles, head_dim, 128].
+        fetching: semaphores of their copies.
+        written: tiles of a block of the output, [tiles, head_dim, 128].
+        pending: how many tiles of it are on their way, where not all of them are written.
+        writing: semaphore of their copies.
+    """
+
+    scalars: Scalars
+    queries: Any
+    keys: Any
+    values: Any
+    bound: Any
+    output: Any
+    inexact: Any
+    products: Sequence
+    fetched: Any
+    fetching: Any
+    written: Any
+    pending: Any
+    writing: Any
+
+    @classmethod
+    def of(cls, refs: Sequence, online: bool) -> "_Refs":
+        """Name the references that a kernel gets: scalars, inputs, outputs and scratch memory."""
+        count = len(Scalars._fields)
+        queries, keys, values, *rest = refs[count:]
+        if online:
+            _, output, *scratch = rest
+            bound = inexact = None
+        else:
+            bound, _, output, inexact, *scratch = rest
+        scalars = Scalars(*refs[:count])
+        return cls(scalars, queries, keys, values, bound, output, inexact, scratch[:6], *scratch[6:])
 
 
 class _Run(NamedTuple):
@@ -182,90 +221,6 @@ class _Run(NamedTuple):
     tiles: int
 
 
-def _runs(geometry: Geometry, block: Any, first: Any, q_tiles: int, text: bool) -> list[_Run]:
-    """Return the runs of a block of queries, of the text's or of another one."""
-
-    def run(start: Any, held: Any, tiles: int) -> _Run:
-        return _Run(jnp.clip(start - first, 0, q_tiles - tiles), start, start + held, tiles)
-
-    if text:
-        return [run(geometry.tiles - geometry.text, geometry.text, geometry.text)]
-    group, inside = _divided(block, geometry.blocks_per_group)
-    before = inside * geometry.part_tiles
-    start = group * geometry.group_stride + before
-    held = jnp.minimum(jnp.minimum(geometry.run - before, geometry.stop - start), geometry.part_tiles)
-    return [run(start + part * geometry.part_stride, held, geometry.part_tiles) for part in range(geometry.parts)]
-
-
-def _divided(number: Any, by: int) -> tuple[Any, Any]:
-    """Divide a number that is not negative."""
-    return (number, 0) if by == 1 else (lax.div(number, jnp.int32(by)), lax.rem(number, jnp.int32(by)))
-
-
-def _kernel(*refs, call: Call, q_tiles: int):
-    """Do a grid step: prepare queries, and for the first of a head also keys; go over the keys; divide and write."""
-    geometry, online = call.geometry, call.online
-    scalars, refs = Scalars(*refs[: len(Scalars._fields)]), refs[len(Scalars._fields) :]
-    queries_hbm, k_ref, v_ref, *refs = refs
-    bound_ref, refs = (None, refs) if online else (refs[0], refs[1:])
-    _, out_hbm, *refs = refs
-    inexact_ref, scratch = (None, refs) if online else (refs[0], refs[1:])
-    *scratch, fetched_ref, fetching, out_ref, pending_ref, writing = scratch
-    query_ref, key_ref, value_ref, output_ref, sum_ref, last_ref = scratch  # the last: largest scores, or value
-    weigh, add = (online_steps if online else fast_steps)(*scratch[: 5 + online], call.factor, v_ref.dtype)
-    head, step, steps = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
-    first, window = scalars.first[0], scalars.windows[head]
-    queries_hbm, out_hbm = (ref.at[:, scalars.heads[head]] for ref in (queries_hbm, out_hbm))
-
-    def block_of(step):
-        return scalars.blocks[step] if online else step
-
-    def for_kind(block, function):
-        """Call function(runs, whether they are the text's) for what the block is."""
-        pl.when(block < geometry.video_blocks)(lambda: function(_runs(geometry, block, first, q_tiles, False), False))
-        if geometry.text:
-            is_text = block == geometry.video_blocks
-            pl.when(is_text)(lambda: function(_runs(geometry, block, first, q_tiles, True), True))
-
-    def copies(runs, buffer):
-        for index, run in enumerate(runs):
-            source, target = pl.ds(run.read, run.tiles), pl.ds(index * run.tiles, run.tiles)
-            yield pltpu.make_async_copy(queries_hbm.at[source], fetched_ref.at[buffer, target], fetching.at[buffer])
-
-    def fetch(step):
-        for_kind(block_of(step), lambda runs, _: [copy.start() for copy in copies(runs, step % 2)] and None)
-
-    pl.when(step == 0)(lambda: fetch(step))
-    pl.when(step + 1 < steps)(lambda: fetch(step + 1))
-
-    @pl.when(step == 0)
-    def _():
-        _prepare_keys(k_ref, v_ref, scalars, key_ref, value_ref, None if online else last_ref, geometry.key_rows)
-
-    def attend(runs, is_text):
-        for copy in copies(runs, step % 2):
-            copy.wait()
-        tiles = [_Tile.of(run, index, first, call.whole) for run in runs for index in range(run.tiles)]
-        _prepare_queries(fetched_ref.at[step % 2], bound_ref, tiles, query_ref)
-        width = len(tiles) * LANES
-        for ref, start in ((output_ref, 0.0), (sum_ref, 0.0), *[(last_ref, MASKED)] * online):
-            ref[:, :width] = jnp.full((ref.shape[0], width), start, ref.dtype)
-        go_over = functools.partial(pipeline, _Products(width, geometry.keys_in), weigh, add)
-        if is_text:
-            loop(geometry.key_rows, geometry.text_pass, go_over)
-        else:
-            _go_over_window(go_over, block_of(step), window, geometry)
-        total = sum_ref[:, :width].sum(0, keepdims=True)
-        if not online:
-            exact = is_exact(total, last_ref[:1, :1], call.real_keys, v_ref.dtype)
-            inexact_ref[0, 0] = _inexact(exact, tiles, scalars.tile_tokens)
-        output = (output_ref[:, :width] / total).astype(out_ref.dtype)
-        written = _Output(out_ref, out_hbm, pending_ref, writing, geometry, call.whole)
-        written.write(output, runs, tiles, follows=step > 0, last=step == steps - 1)
-
-    for_kind(block_of(step), attend)
-
-
 class _Tile(NamedTuple):
     """A tile of queries of a block.
 
@@ -279,11 +234,6 @@ class _Tile(NamedTuple):
     tile: Any
     counts: Any
 
-    @classmethod
-    def of(cls, run: _Run, index: int, first: Any, whole: bool) -> "_Tile":
-        at = run.read + index
-        return cls(at, at + first, None if whole else (at + first >= run.start) & (at + first < run.stop))
-
 
 class _Products(NamedTuple):
     """The sizes that `pipeline` reads: queries of a block, and keys of a product."""
@@ -292,130 +242,229 @@ class _Products(NamedTuple):
     block_kv_compute_in: int
 
 
-def _go_over_window(run, block, window, geometry):
-    """Go over the keys of a block's window, and the text's."""
-    if geometry.text:
-        run(geometry.text_key, geometry.text * LANES)
-    if geometry.groups == 1:
-        return loop(geometry.group_keys, geometry.pass_keys, run)
-    group, _ = _divided(block, geometry.blocks_per_group)
+class _Step:
+    """A step of the kernel's grid, which has heads and their blocks of queries.
 
-    def over_group(index, _):
-        first = pl.multiple_of(index * geometry.group_keys, LANES)
-        loop(geometry.group_keys, geometry.pass_keys, lambda start, length: run(first + start, length))
-
-    low, high = jnp.maximum(group - window, 0), jnp.minimum(group + window + 1, geometry.groups)
-    lax.fori_loop(low, high, over_group, None)
-
-
-def _prepare_queries(fetched_ref, bound_ref, tiles, query_ref):
-    """Append (-bound, 1) to each query; the bound takes two columns, what the query's dtype holds and the rest."""
-    head_dim, rows, dtype = fetched_ref.shape[1], query_ref.shape[0], fetched_ref.dtype
-    row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, LANES), 0)
-    for index, tile in enumerate(tiles):
-        appended = jnp.where(row == 2, 1.0, 0.0)
-        if bound_ref is not None:
-            bound = bound_ref[tile.at, 0]
-            high = bound.astype(dtype).astype(jnp.float32)
-            appended = jnp.where(row == 0, -high, jnp.where(row == 1, high - bound, appended))
-        query = jnp.concatenate([fetched_ref[index], appended.astype(dtype)], 0)
-        query_ref[:, index * LANES : (index + 1) * LANES] = query.astype(query_ref.dtype)
-
-
-def _prepare_keys(k_ref, v_ref, scalars, key_ref, value_ref, size_ref, key_rows):
-    """Bring a head's keys into the order of groups, append (1, 1, mask) to each, clear padding, and transpose keys.
-
-    If there is `size_ref`, all of it is set to the largest |value|.
-    """
-    head_dim, rows = k_ref.shape[2], key_ref.shape[1]
-    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-    row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, LANES), 0)
-    if size_ref is not None:
-        size_ref[...] = jnp.zeros_like(size_ref)
-
-    def chunk(start, length):
-        keys, values = [], []
-        for place in [start // LANES + tile for tile in range(length // LANES)]:
-            real = lane < scalars.key_tokens[place]
-            key, value = (jnp.where(real, ref[scalars.key_tiles[place], 0], 0) for ref in (k_ref, v_ref))
-            appended = jnp.where(row < 2, 1.0, jnp.where((row == 2) & ~real, MASKED, 0.0))
-            keys.append(jnp.concatenate([key, appended.astype(key.dtype)], 0))
-            values.append(value)
-        key_ref[pl.ds(start, length), :] = jnp.concatenate(keys, 1).T.astype(key_ref.dtype)
-        value_ref[:, pl.ds(start, length)] = jnp.concatenate(values, 1).astype(value_ref.dtype)
-        if size_ref is not None:
-            size = functools.reduce(jnp.maximum, map(jnp.abs, values))
-            size_ref[...] = jnp.maximum(size_ref[...], size.astype(jnp.float32))
-
-    loop(key_rows, KEY_CHUNK, chunk)
-    if size_ref is not None:
-        size_ref[...] = jnp.broadcast_to(size_ref[...].max((0, 1), keepdims=True), size_ref.shape)
-
-
-def _inexact(exact, tiles, tile_tokens):
-    """Return a row that is not 0 where a query that counts has no exact result."""
-    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-    inexact = jnp.zeros((1, LANES), jnp.float32)
-    for index, (_, tile, counts) in enumerate(tiles):
-        if counts is None:
-            tokens = tile_tokens[tile]
-        else:  # the tile may lie beyond the sequence
-            tokens = jnp.where(counts, tile_tokens[jnp.minimum(tile, tile_tokens.shape[0] - 1)], 0)
-        fine = exact[:, index * LANES : (index + 1) * LANES] | (lane >= tokens)
-        inexact = jnp.where(fine, inexact, 1.0)
-    return inexact
-
-
-class _Output(NamedTuple):
-    """Where a head's output goes: tiles in VMEM, from there to HBM.
-
-    The copies of a block end while the next one is computed, those of a head's last block at once.
-
-    Attributes:
-        tiles_ref: tiles of a block, [tiles, head_dim, 128].
-        hbm: of the head, [tiles, head_dim, 128].
-        pending_ref: how many copies of a tile are on their way, where not all tiles of a block are written.
-        semaphore: of the copies.
-        geometry, whole: see `Call`.
+    Args:
+        call: what the kernel is made for.
+        q_tiles: of the array of queries.
+        refs: see `_Refs`.
     """
 
-    tiles_ref: Any
-    hbm: Any
-    pending_ref: Any
-    semaphore: Any
-    geometry: Geometry
-    whole: bool
+    def __init__(self, call: Call, q_tiles: int, refs: _Refs):
+        self.call, self.geometry, self.q_tiles, self.refs = call, call.geometry, q_tiles, refs
+        self.head, self.step, self.steps = pl.program_id(0), pl.program_id(1), pl.num_programs(1)
+        self.first, self.window = refs.scalars.first[0], refs.scalars.windows[self.head]
 
-    def copy(self, index: int, at: Any, tiles: int) -> Any:
-        """Return a copy of `tiles` tiles of the block, from `index` on."""
-        source, target = self.tiles_ref.at[pl.ds(index, tiles)], self.hbm.at[pl.ds(at, tiles)]
-        return pltpu.make_async_copy(source, target, self.semaphore)
+    def run(self) -> None:
+        """Fetch the next block of queries, prepare the keys of a new head, and attend this step's block."""
+        pl.when(self.step == 0)(lambda: self.fetch(self.step))
+        pl.when(self.step + 1 < self.steps)(lambda: self.fetch(self.step + 1))
+        pl.when(self.step == 0)(self.prepare_keys)
+        self.for_block(self.step, self.attend)
 
-    def wait(self) -> None:
-        """Wait for the copies of a block of the video: the text is a head's last block."""
-        if self.whole:
-            for _ in range(self.geometry.parts):
-                self.copy(0, 0, self.geometry.part_tiles).wait()
+    def block(self, step: Any) -> Any:
+        """Return the number of the block of a step of this head."""
+        return self.refs.scalars.blocks[step] if self.call.online else step
+
+    def for_block(self, step: Any, function: Callable[[list[_Run], bool], None]) -> None:
+        """Call function(runs, whether they are the text's) for the block of a step."""
+        geometry, block = self.geometry, self.block(step)
+        pl.when(block < geometry.video_blocks)(lambda: function(self.runs(block), False))
+        if geometry.text:
+            text = self.placed(geometry.tiles - geometry.text, geometry.text, geometry.text)
+            pl.when(block == geometry.video_blocks)(lambda: function([text], True))
+
+    def runs(self, block: Any) -> list[_Run]:
+        """Return the runs of a block that is not the text's."""
+        geometry, (group, inside) = self.geometry, self.divided(block)
+        before = inside * geometry.part_tiles
+        start = group * geometry.group_stride + before
+        held = jnp.minimum(jnp.minimum(geometry.run - before, geometry.stop - start), geometry.part_tiles)
+        parts = range(geometry.parts)
+        return [self.placed(start + part * geometry.part_stride, held, geometry.part_tiles) for part in parts]
+
+    def placed(self, start: Any, held: Any, tiles: int) -> _Run:
+        """Return a run of which `held` tiles, from `start` on, count."""
+        read = start if self.call.whole else jnp.clip(start - self.first, 0, self.q_tiles - tiles)
+        return _Run(read, start, start + held, tiles)
+
+    def divided(self, block: Any) -> tuple[Any, Any]:
+        """Return the group of a block, and its number in the group."""
+        by = self.geometry.blocks_per_group
+        return (block, 0) if by == 1 else (lax.div(block, jnp.int32(by)), lax.rem(block, jnp.int32(by)))
+
+    def tiles(self, runs: list[_Run]) -> list[_Tile]:
+        """Return the tiles of runs."""
+        found = []
+        for run in runs:
+            for at in [run.read + index for index in range(run.tiles)]:
+                tile = at if self.call.whole else at + self.first
+                found.append(_Tile(at, tile, None if self.call.whole else (tile >= run.start) & (tile < run.stop)))
+        return found
+
+    def fetches(self, step: Any, runs: list[_Run]) -> list:
+        """Return the copies that bring the queries of a step's runs into VMEM."""
+        buffer, queries = step % 2, self.refs.queries.at[:, self.refs.scalars.heads[self.head]]
+        target, semaphore = self.refs.fetched.at[buffer], self.refs.fetching.at[buffer]
+        copies = []
+        for index, run in enumerate(runs):
+            place = pl.ds(index * run.tiles, run.tiles)
+            copies.append(pltpu.make_async_copy(queries.at[pl.ds(run.read, run.tiles)], target.at[place], semaphore))
+        return copies
+
+    def fetch(self, step: Any) -> None:
+        """Start the copies of a step's queries."""
+
+        def start(runs: list[_Run], _: bool) -> None:
+            for copy in self.fetches(step, runs):
+                copy.start()
+
+        self.for_block(step, start)
+
+    def attend(self, runs: list[_Run], is_text: bool) -> None:
+        """Attend a block of queries: the text's go over all keys, others over those of their window."""
+        call, refs, geometry = self.call, self.refs, self.geometry
+        for copy in self.fetches(self.step, runs):
+            copy.wait()
+        tiles = self.tiles(runs)
+        width = len(tiles) * LANES
+        self.prepare_queries(tiles)
+        query_ref, key_ref, value_ref, output_ref, sum_ref, last_ref = refs.products
+        for ref, start in ((output_ref, 0.0), (sum_ref, 0.0), *[(last_ref, MASKED)] * call.online):
+            ref[:, :width] = jnp.full((ref.shape[0], width), start, ref.dtype)
+        dtype = refs.values.dtype
+        if call.online:
+            steps = online_steps(query_ref, key_ref, value_ref, output_ref, sum_ref, last_ref, call.factor, dtype)
         else:
-            lax.fori_loop(0, self.pending_ref[0], lambda *_: self.copy(0, 0, 1).wait(), None)
+            steps = fast_steps(query_ref, key_ref, value_ref, output_ref, sum_ref, call.factor, dtype)
+        go_over = functools.partial(pipeline, _Products(width, geometry.keys_in), *steps)
+        if is_text:
+            loop(geometry.key_rows, geometry.text_pass, go_over)
+        else:
+            self.go_over_window(go_over)
+        total = sum_ref[:, :width].sum(0, keepdims=True)
+        if not call.online:
+            exact = is_exact(total, last_ref[:1, :1], call.real_keys, dtype)
+            refs.inexact[0, 0] = self.inexact(exact, tiles)
+        self.write((output_ref[:, :width] / total).astype(refs.written.dtype), runs, tiles)
 
-    def write(self, output: jax.Array, runs: list[_Run], tiles: list[_Tile], follows: Any, last: Any) -> None:
-        """Write a block [head_dim, tokens], which `follows` another one of the head or is its `last`."""
-        pl.when(follows)(self.wait)
+    def go_over_window(self, go_over: Callable) -> None:
+        """Go over the keys of the text, and those of the groups of the block's window."""
+        geometry = self.geometry
+        if geometry.text:
+            go_over(geometry.text_key, geometry.text * LANES)
+        if geometry.groups == 1:
+            return loop(geometry.group_keys, geometry.pass_keys, go_over)
+        group, _ = self.divided(self.block(self.step))
+
+        def over_group(index: Any, _: None) -> None:
+            first = pl.multiple_of(index * geometry.group_keys, LANES)
+            loop(geometry.group_keys, geometry.pass_keys, lambda start, length: go_over(first + start, length))
+
+        low, high = jnp.maximum(group - self.window, 0), jnp.minimum(group + self.window + 1, geometry.groups)
+        return lax.fori_loop(low, high, over_group, None)
+
+    def prepare_queries(self, tiles: list[_Tile]) -> None:
+        """Append (-bound, 1) to each query; the bound takes two columns, what the query's dtype holds and the rest."""
+        query_ref, fetched_ref = self.refs.products[0], self.refs.fetched.at[self.step % 2]
+        (rows, _), (_, head_dim, _), dtype = query_ref.shape, fetched_ref.shape, fetched_ref.dtype
+        row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, LANES), 0)
+        for index, tile in enumerate(tiles):
+            appended = jnp.where(row == 2, 1.0, 0.0)
+            if self.refs.bound is not None:
+                bound = self.refs.bound[tile.at, 0]
+                high = bound.astype(dtype).astype(jnp.float32)
+                appended = jnp.where(row == 0, -high, jnp.where(row == 1, high - bound, appended))
+            query = jnp.concatenate([fetched_ref[index], appended.astype(dtype)], 0)
+            query_ref[:, index * LANES : (index + 1) * LANES] = query.astype(query_ref.dtype)
+
+    def prepare_keys(self) -> None:
+        """Bring a head's keys into the order of groups, append (1, 1, mask), clear padding, and transpose keys.
+
+        The fast kernel also finds the largest |value|.
+        """
+        scalars, keys_ref, values_ref = self.refs.scalars, self.refs.keys, self.refs.values
+        _, key_ref, value_ref, _, _, last_ref = self.refs.products
+        size_ref = None if self.call.online else last_ref
+        head_dim, rows = keys_ref.shape[2], key_ref.shape[1]
+        lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+        row = lax.broadcasted_iota(jnp.int32, (rows - head_dim, LANES), 0)
+        if size_ref is not None:
+            size_ref[...] = jnp.zeros_like(size_ref)
+
+        def chunk(start: Any, length: int) -> None:
+            keys, values = [], []
+            for place in [start // LANES + tile for tile in range(length // LANES)]:
+                real = lane < scalars.key_tokens[place]
+                key, value = (jnp.where(real, ref[scalars.key_tiles[place], 0], 0) for ref in (keys_ref, values_ref))
+                appended = jnp.where(row < 2, 1.0, jnp.where((row == 2) & ~real, MASKED, 0.0))
+                keys.append(jnp.concatenate([key, appended.astype(key.dtype)], 0))
+                values.append(value)
+            key_ref[pl.ds(start, length), :] = jnp.concatenate(keys, 1).T.astype(key_ref.dtype)
+            value_ref[:, pl.ds(start, length)] = jnp.concatenate(values, 1).astype(value_ref.dtype)
+            if size_ref is not None:
+                size = functools.reduce(jnp.maximum, map(jnp.abs, values))
+                size_ref[...] = jnp.maximum(size_ref[...], size.astype(jnp.float32))
+
+        loop(self.geometry.key_rows, KEY_CHUNK, chunk)
+        if size_ref is not None:
+            size_ref[...] = jnp.broadcast_to(size_ref[...].max((0, 1), keepdims=True), size_ref.shape)
+
+    def inexact(self, exact: jax.Array, tiles: list[_Tile]) -> jax.Array:
+        """Return a row that is not 0 where a query that counts has no exact result."""
+        tile_tokens = self.refs.scalars.tile_tokens
+        lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+        inexact = jnp.zeros((1, LANES), jnp.float32)
+        for index, (_, tile, counts) in enumerate(tiles):
+            if counts is None:
+                tokens = tile_tokens[tile]
+            else:  # the tile may lie beyond the sequence
+                tokens = jnp.where(counts, tile_tokens[jnp.minimum(tile, tile_tokens.shape[0] - 1)], 0)
+            fine = exact[:, index * LANES : (index + 1) * LANES] | (lane >= tokens)
+            inexact = jnp.where(fine, inexact, 1.0)
+        return inexact
+
+    def write(self, output: jax.Array, runs: list[_Run], tiles: list[_Tile]) -> None:
+        """Write a block [head_dim, tokens].
+
+        The copies of a block end while the next one is computed, and those of a head's last block at once.
+        """
+        refs, is_last = self.refs, self.step == self.steps - 1
+        pl.when(self.step > 0)(self.wait)
         for index in range(len(tiles)):
-            self.tiles_ref[index] = output[:, index * LANES : (index + 1) * LANES]
-        if self.whole:
-            copies = [self.copy(index * run.tiles, run.read, run.tiles) for index, run in enumerate(runs)]
+            refs.written[index] = output[:, index * LANES : (index + 1) * LANES]
+        if self.call.whole:
+            copies = [self.written(index * run.tiles, run.read, run.tiles) for index, run in enumerate(runs)]
             for copy in copies:
                 copy.start()
-            pl.when(last)(lambda: [copy.wait() for copy in copies] and None)
+
+            @pl.when(is_last)
+            def _():
+                for copy in copies:
+                    copy.wait()
+
             return
-        self.pending_ref[0] = 0
+        refs.pending[0] = 0
         for index, (at, _, counts) in enumerate(tiles):
 
             @pl.when(counts)
-            def _(index=index, at=at):
-                self.copy(index, at, 1).start()
-                self.pending_ref[0] += 1
+            def _(index: int = index, at: Any = at) -> None:
+                self.written(index, at, 1).start()
+                refs.pending[0] += 1
 
-        pl.when(last)(self.wait)
+        pl.when(is_last)(self.wait)
+
+    def written(self, index: int, at: Any, tiles: int) -> Any:
+        """Return the copy of some tiles of a block, from `index` on, to their place in the output."""
+        output = self.refs.output.at[:, self.refs.scalars.heads[self.head]]
+        source, target = self.refs.written.at[pl.ds(index, tiles)], output.at[pl.ds(at, tiles)]
+        return pltpu.make_async_copy(source, target, self.refs.writing)
+
+    def wait(self) -> None:
+        """Wait for the copies of a block that is not a head's last, so not the text's."""
+        if self.call.whole:
+            for _ in range(self.geometry.parts):
+                self.written(0, 0, self.geometry.part_tiles).wait()
+        else:
+            lax.fori_loop(0, self.refs.pending[0], lambda *_: self.written(0, 0, 1).wait(), None)
