@@ -325,7 +325,8 @@ def _trace_sparse_kernel(arguments: argparse.Namespace, devices: list) -> Progra
 
 
 def _kernel_labels(arguments: argparse.Namespace) -> list[str]:
-    return [str(arguments.tokens)] + [arguments.pattern.replace(":", "")] * bool(arguments.pattern)
+    pattern = arguments.pattern or ""
+    return [str(arguments.tokens)] + [pattern.replace(":", "")] * bool(pattern)
 
 
 # --- Shared ------------------------------------------------------------------------------------------------------

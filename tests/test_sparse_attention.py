@@ -202,6 +202,11 @@ def test_every_tile_is_in_one_block(kind, layout, sizes):
     assert sorted([*found, *text]) == list(range(layout.tiles))
 
     tiles, is_held = geometry.key_tiles()
+    for window in (0, 1):
+        near = [
+            sum(abs(group - other) <= window for other in range(geometry.groups)) for group in range(geometry.groups)
+        ]
+        assert geometry.mean_window(window) == pytest.approx(np.mean(near))
     assert len(tiles) * LANES == geometry.key_rows and sorted(tiles[is_held]) == list(range(layout.tiles))
     if geometry.text:
         of_group = tiles[: geometry.text_key // LANES].reshape(geometry.groups, -1)
@@ -286,11 +291,10 @@ def test_parts_of_the_queries():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("narrow_groups")
 def test_heads_on_a_mesh():
     """Two layers of other patterns in one program: heads are permuted so that chips have equal work, and back."""
     layout = AlignedLayout(4, 300, 130)
-    layers = [MIXED, MIXED[::-1][:4] + patterns("dense", "dense", "dense", "frames:0")]
+    layers = [patterns(*(["dense"] * dense + ["frames:1", "frames:0"] * 4)[:8]) for dense in (5, 1)]
     chips = 4
     arrays = random(layout, 8, "bfloat16")
     orders = [head_order([head.cycles(layout) for head in heads], chips) for heads in layers]
@@ -310,7 +314,7 @@ def test_heads_on_a_mesh():
         def layer(_, layer):
             *arrays, table = layer
             table = jax.tree.map(lambda leaf: leaf[0], table)
-            return None, sparse_attention(*arrays, table, layout=layout)[0]
+            return None, sparse_attention(*arrays, table, layout=layout, kinds=("dense", "frames"))[0]
 
         return jax.lax.scan(layer, None, (query, key, value, tables))[1]
 
