@@ -396,8 +396,8 @@ class _Step:
         def chunk(start: Any, length: int) -> None:
             keys, values = [], []
             for place in [start // LANES + tile for tile in range(length // LANES)]:
-                real = lane < scalars.key_tokens[place]
-                key, value = (jnp.where(real, ref[scalars.key_tiles[place], 0], 0) for ref in (keys_ref, values_ref))
+                tile, real = scalars.key_tiles[place], lane < scalars.key_tokens[place]
+                key, value = (_cleared(ref[tile, 0], real) for ref in (keys_ref, values_ref))
                 appended = jnp.where(row < 2, 1.0, jnp.where((row == 2) & ~real, MASKED, 0.0))
                 keys.append(jnp.concatenate([key, appended.astype(key.dtype)], 0))
                 values.append(value)
@@ -468,3 +468,8 @@ class _Step:
                 self.written(0, 0, self.geometry.part_tiles).wait()
         else:
             lax.fori_loop(0, self.refs.pending[0], lambda *_: self.written(0, 0, 1).wait(), None)
+
+
+def _cleared(tile: jax.Array, real: jax.Array) -> jax.Array:
+    """Clear the columns of a tile that are not real, whatever is there; `jnp.where` would take more instructions."""
+    return pltpu.bitcast(pltpu.bitcast(tile, jnp.uint32) & jnp.where(real, jnp.uint32(2**32 - 1), 0), tile.dtype)
