@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from cogvideox.models.transformer.sparse import layout as layouts
 from cogvideox.models.transformer.sparse.attention import HeadTable, sparse_attention
-from cogvideox.models.transformer.sparse.geometry import MOST_SCORES, WindowSizes, geometry_of
+from cogvideox.models.transformer.sparse.geometry import MOST_SCORES, WindowSizes, geometry_of, predicted_cycles
 from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
 from cogvideox.models.transformer.sparse.patterns import KINDS, Pattern, head_order, inverse
 from custom_splash_attention import VMEM_LIMIT, from_tiles, to_tiles
@@ -150,11 +150,11 @@ def test_chips_have_equal_work():
     layout = LAYOUTS[0]
     heads = patterns(*["dense"] * 13, *["frames:1"] * 20, *["frames:2"] * 9, *["positions:2"] * 6)
     heads = [heads[i] for i in np.random.default_rng(0).permutation(48)]
-    costs = np.array([head.cycles(layout) for head in heads])
+    costs = np.array([predicted_cycles(head, layout) for head in heads])
     order = head_order(costs, 4)
     assert sorted(order) == list(range(48)) and (order[inverse(order)] == np.arange(48)).all()
     work = costs[order].reshape(4, 12).sum(1)
-    dense, lightest = Pattern().cycles(layout), costs.min()
+    dense, lightest = predicted_cycles(Pattern(), layout), costs.min()
     # One chip has four of the dense heads, and has no more work than it must; the others are equal.
     assert sorted(work)[-1] == pytest.approx(4 * dense + 8 * lightest)
     assert np.ptp(sorted(work)[:3]) <= 0.01 * dense < np.ptp(costs.reshape(4, 12).sum(1))
@@ -217,6 +217,27 @@ def test_every_tile_is_in_one_block(kind, layout, sizes):
         program = geometry.block_q * (geometry.pass_keys + geometry.group_keys % geometry.pass_keys)
         assert program <= MOST_SCORES or geometry.pass_keys == LANES
         assert geometry.vmem(HEAD_DIM, 2, geometry.key_buffers(HEAD_DIM, 2)) <= VMEM_LIMIT
+
+
+@pytest.mark.parametrize(
+    ("text", "layout", "counted"),
+    [
+        ("dense", LAYOUTS[0], 2_588_653),
+        ("frames:1", LAYOUTS[0], 710_307),
+        ("frames:2", LAYOUTS[0], 1_090_323),
+        ("positions:2", LAYOUTS[0], 797_933),
+        ("dense", LAYOUTS[1], 9_467_895),
+        ("frames:1", LAYOUTS[1], 1_395_509),
+        ("positions:1", LAYOUTS[1], 1_016_299),
+        ("frames:1", LAYOUTS[2], 131_165),
+        ("positions:1", LAYOUTS[2], 251_319),
+        ("frames:1", LAYOUTS[3], 352_915),
+        ("frames:1", LAYOUTS[4], 637_293),
+    ],
+)
+def test_predicted_cycles(text, layout, counted):
+    """Beside what the compile tool counts in the kernel's schedule."""
+    assert predicted_cycles(Pattern.parse(text), layout) == pytest.approx(counted, rel=0.04)
 
 
 def test_keys_beyond_vmem():
@@ -297,7 +318,7 @@ def test_heads_on_a_mesh():
     layers = [patterns(*(["dense"] * dense + ["frames:1", "frames:0"] * 4)[:8]) for dense in (5, 1)]
     chips = 4
     arrays = random(layout, 8, "bfloat16")
-    orders = [head_order([head.cycles(layout) for head in heads], chips) for heads in layers]
+    orders = [head_order([predicted_cycles(head, layout) for head in heads], chips) for heads in layers]
     tables = [
         [HeadTable.of([heads[head] for head in share]) for share in order.reshape(chips, -1)]
         for heads, order in zip(layers, orders, strict=True)

@@ -1,17 +1,21 @@
 """How the kernel goes over the tiles of an aligned sequence: groups of tiles, blocks of queries, passes over keys."""
 
 import dataclasses
-import math
 
 import numpy as np
 
 from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
-from cogvideox.models.transformer.sparse.patterns import BLOCK_CYCLES, PASS_CYCLES, PRODUCT_CYCLES, Kind
+from cogvideox.models.transformer.sparse.patterns import Kind, Pattern
 from custom_splash_attention import DEFAULT_BLOCK_SIZES, VMEM_FOR_BLOCKS, BlockSizes, product_rows, round_up
 
 # Of the sizes that are chosen: scores of a pass, which is unrolled, and queries of a block.
 MOST_SCORES = DEFAULT_BLOCK_SIZES.block_q * DEFAULT_BLOCK_SIZES.block_kv_compute * 5 // 4
 MOST_QUERIES = 2048
+
+# Cycles of a v6e core, from the compiler's schedules: of a product of 256 keys with 256 queries and of its values, of a
+# pass over keys, which is unrolled, of a block of queries, and of a key that is copied and transposed.
+PRODUCT_CYCLES, PASS_CYCLES, BLOCK_CYCLES, KEY_CYCLES = 80.0, 300, 500, 0.2
+PRODUCT = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +121,15 @@ class Geometry:
         """Return over how many groups of keys a block of the video goes, on average."""
         group = np.arange(self.groups)
         return float((np.minimum(group + window + 1, self.groups) - np.maximum(group - window, 0)).mean())
+
+    def cycles(self, window: int) -> float:
+        """Predict the cycles of a head with such a window on a v6e core, in bfloat16 and with 64 numbers a token."""
+        over_group = _pass_cycles(self.block_q, self.group_keys, self.pass_keys)
+        text_q = self.text * LANES
+        over_text = _pass_cycles(self.block_q, text_q, max(text_q, 1))
+        found = self.video_blocks * (self.mean_window(window) * over_group + over_text)
+        found += _pass_cycles(text_q, self.key_rows, self.text_pass)
+        return found + self.blocks * BLOCK_CYCLES + self.key_rows * KEY_CYCLES
 
     def key_tiles(self) -> tuple[np.ndarray, np.ndarray]:
         """Return which tile each place in VMEM holds, and whether it holds one at all; int32 and bool [places]."""
@@ -227,9 +240,8 @@ def _window_sizes(run: int, parts: int, itemsize: int) -> WindowSizes:
 
     def work(choice: tuple[int, int]) -> float:
         queries, size = choice
-        per_group, (full, rest) = -(-run // (queries // parts)), divmod(keys, size)
-        products = math.ceil(queries / 2) * (full * math.ceil(size / 2) + math.ceil(rest / 2))
-        return per_group * (PRODUCT_CYCLES * products + PASS_CYCLES * (full + (rest > 0)) + BLOCK_CYCLES)
+        of_block = _pass_cycles(queries * LANES, keys * LANES, size * LANES) + BLOCK_CYCLES
+        return -(-run // (queries // parts)) * of_block
 
     queries, size = min(choices, key=work)
     return WindowSizes(queries * LANES, size * LANES)
@@ -238,3 +250,14 @@ def _window_sizes(run: int, parts: int, itemsize: int) -> WindowSizes:
 def _passes(keys: int, most: int) -> list[int]:
     """Return the sizes of a pass, in tiles, that with a shorter last one make a program of at most so many tiles."""
     return [size for size in range(1, min(keys, most) + 1) if size + keys % size <= most or size == 1]
+
+
+def _pass_cycles(queries: int, keys: int, pass_keys: int) -> float:
+    """Predict the cycles that a block of queries takes to go over so many keys, all in tokens."""
+    wide = queries // PRODUCT + 0.85 * (queries % PRODUCT > 0)  # half of the queries take almost as long as all
+    return wide * keys / PRODUCT * PRODUCT_CYCLES + -(-keys // pass_keys) * PASS_CYCLES
+
+
+def predicted_cycles(pattern: Pattern, layout: AlignedLayout, itemsize: int = 2, head_dim: int = 64) -> float:
+    """Predict the cycles of a head of a pattern, as `Geometry.cycles`, with the sizes that the kernel chooses."""
+    return geometry_of(pattern.kind, layout, itemsize, head_dim).cycles(pattern.window)

@@ -1,4 +1,4 @@
-"""The patterns of block-sparse attention, what they cost, and how heads are shared among chips by that cost.
+"""The patterns of block-sparse attention, and how chips share heads whose patterns take unequal time.
 
 A pattern names, for each tile of queries, tiles of keys: softmax is over all their tokens that are not padding, and
 over nothing else. All patterns name all text for every query, and everything for queries of the text.
@@ -14,10 +14,6 @@ from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
 
 Kind = Literal["dense", "frames", "positions"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-
-# Cycles of a v6e core, from the compiler's schedules: of a product of 256 keys with 256 queries and of its values, of a
-# pass over keys that is unrolled, of a block of queries, and of a key that is copied and transposed.
-PRODUCT_CYCLES, PASS_CYCLES, BLOCK_CYCLES, KEY_CYCLES = 80.7, 290, 600, 0.21
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -73,16 +69,6 @@ class Pattern:
         real = layout.tile_tokens().astype(np.float64)
         return float(real @ self.tile_mask(layout) @ real) / layout.real_tokens**2
 
-    def cycles(self, layout: AlignedLayout) -> float:
-        """Predict the cycles of a head on a v6e core, in a model that leaves out how lengths divide into blocks."""
-        mask = self.tile_mask(layout)
-        products, tiles = mask.sum() / 4, layout.tiles
-        passes, blocks = products / (64 if self.kind == "frames" else 100), tiles * LANES / 2048
-        return products * PRODUCT_CYCLES + passes * PASS_CYCLES + blocks * BLOCK_CYCLES + tiles * LANES * KEY_CYCLES
-
-
-DENSE = Pattern()
-
 
 def head_order(costs: Sequence[float], chips: int) -> np.ndarray:
     """Share heads among chips so that each has equally many, and the most work of a chip is small.
@@ -91,7 +77,7 @@ def head_order(costs: Sequence[float], chips: int) -> np.ndarray:
     as long as that makes the heavier of two lighter.
 
     Args:
-        costs: of each head, as `Pattern.cycles` predicts.
+        costs: of each head, as `geometry.predicted_cycles` tells.
         chips: how many there are, a divisor of the number of heads.
 
     Returns:
