@@ -282,6 +282,7 @@ def _trace_sparse_kernel(arguments: argparse.Namespace, devices: list) -> Progra
 
     from cogvideox.models.transformer.sparse import attention, geometry, patterns
     from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
+    from cogvideox.models.transformer.sparse.table import HeadTable
 
     pattern, dtype = patterns.Pattern.parse(arguments.pattern), jnp.dtype(dtype_of(arguments))
     frame_tokens, rest = divmod(arguments.tokens - arguments.text_tokens, arguments.token_frames)
@@ -302,7 +303,7 @@ def _trace_sparse_kernel(arguments: argparse.Namespace, devices: list) -> Progra
     )
     function = functools.partial(
         attention.sparse_attention,
-        table=attention.HeadTable.of([pattern] * arguments.heads),
+        table=HeadTable.of([pattern] * arguments.heads),
         layout=layout,
         sizes=sizes,
         interpret=False,

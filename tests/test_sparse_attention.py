@@ -12,10 +12,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from cogvideox.models.transformer.sparse import layout as layouts
-from cogvideox.models.transformer.sparse.attention import HeadTable, sparse_attention
+from cogvideox.models.transformer.sparse.attention import sparse_attention
 from cogvideox.models.transformer.sparse.geometry import MOST_SCORES, WindowSizes, geometry_of, predicted_cycles
 from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
 from cogvideox.models.transformer.sparse.patterns import KINDS, Pattern, head_order, inverse
+from cogvideox.models.transformer.sparse.table import HeadTable
+from cogvideox.models.transformer.sparse.xla import xla_attention
 from custom_splash_attention import VMEM_LIMIT, from_tiles, to_tiles
 
 TOLERANCE = {"bfloat16": 5e-3, "float32": 1e-4}
@@ -283,6 +285,23 @@ def test_patterns_with_strict_memory(capfd):
     assert (errors <= TOLERANCE["bfloat16"]).all(), errors
     # Frames 2 and 3 of four, one block each beside the text's, do not see frame 0; places see all frames.
     assert online.tolist() == pytest.approx([0, 0, 0, 0, 0, 2 / 5, 0, 0])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.usefixtures("narrow_groups")
+def test_by_xla(dtype):
+    """The whole, and a part of the queries that begins inside a frame, with tiles beyond the end."""
+    layout = AlignedLayout(2, 600, 40)
+    heads = patterns("positions:0", "frames:0", "dense", "frames:1", "positions:1")
+    arrays = random(layout, len(heads), dtype)
+    query, key, value = (as_tiles(array, layout, dtype, tiles=14) for array in arrays)
+    run = jax.jit(functools.partial(xla_attention, table=HeadTable.of(heads), layout=layout))
+    whole, part = run(query, key, value), run(query[7:], key, value, first_tile=jnp.int32(7))
+    assert whole.dtype == dtype and (np.asarray(whole[layout.tiles :], np.float32) == 0).all()
+    expected = attention(*arrays, masks(heads, layout))
+    for found in (whole, jnp.concatenate([whole[:7], part])):
+        errors = errors_of_heads(found, expected, layout)
+        assert (errors <= TOLERANCE[dtype]).all(), errors
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Attention of heads with patterns: a call of the kernel for each kind of pattern, all into one output."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -14,34 +14,12 @@ from cogvideox.models.transformer.sparse.bound import key_bounds
 from cogvideox.models.transformer.sparse.geometry import WindowSizes, geometry_of
 from cogvideox.models.transformer.sparse.kernel import Call, Scalars
 from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
-from cogvideox.models.transformer.sparse.patterns import KINDS, Kind, Pattern
+from cogvideox.models.transformer.sparse.patterns import KINDS, Kind
+from cogvideox.models.transformer.sparse.table import HeadTable
 from custom_splash_attention import USE_K_SMOOTH, base2_factor, for_platform
 
 NAMES = {kind: f"exp2_splash_{kind}" for kind in KINDS}  # of the kernels
 ONLINE = "_online"  # ends the names of the online kernels
-
-
-class HeadTable(NamedTuple):
-    """The patterns of a chip's heads, as data: chips and layers that differ in them run one program.
-
-    Attributes:
-        order: the heads, first those with a dense pattern, then "frames", then "positions"; int32 [heads].
-        windows: `Pattern.window` of each head in that order, int32 [heads].
-        counts: how many heads there are of each of KINDS, int32 [3].
-    """
-
-    order: Any
-    windows: Any
-    counts: Any
-
-    @classmethod
-    def of(cls, patterns: Sequence[Pattern], samples: int = 1) -> "HeadTable":
-        """Make the table, numpy arrays, of heads that several samples have: head h of sample b is b * heads + h."""
-        patterns = list(patterns) * samples
-        order = sorted(range(len(patterns)), key=lambda head: KINDS.index(patterns[head].kind))
-        windows = [patterns[head].window for head in order]
-        counts = [sum(pattern.kind == kind for pattern in patterns) for kind in KINDS]
-        return cls(*(np.asarray(numbers, np.int32) for numbers in (order, windows, counts)))
 
 
 def sparse_attention(
