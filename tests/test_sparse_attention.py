@@ -262,7 +262,7 @@ def far_outside(arrays, head, layout, frame):
     key[head, first : first + layout.frame_tokens, 0] *= -1
 
 
-MIXED = patterns("frames:0", "dense", "positions:1", "frames:1", "positions:0", "frames:1", "dense", "positions:0")
+MIXED = patterns("frames:0", "positions:1", "dense", "frames:1", "positions:0", "dense")
 
 
 @pytest.mark.slow
@@ -270,11 +270,11 @@ MIXED = patterns("frames:0", "dense", "positions:1", "frames:1", "positions:0", 
 def test_patterns_with_strict_memory(capfd):
     """What is not initialised is NaN, so is the padding of all arrays, and copies that overlap are found.
 
-    The last three heads see, if all keys are theirs, a key near the bound in every row.
+    Each row of the last three heads has, if all keys are seen, one near the bound.
     """
-    layout = AlignedLayout(4, 300, 130)
+    layout = AlignedLayout(3, 300, 130)
     arrays = random(layout, len(MIXED), "bfloat16")
-    for head in (5, 6, 7):
+    for head in (3, 4, 5):
         far_outside(arrays, head, layout, frame=0)
     table = HeadTable.of(MIXED)
     strict = pltpu.InterpretParams(uninitialized_memory="nan", detect_races=True)
@@ -283,8 +283,8 @@ def test_patterns_with_strict_memory(capfd):
     assert "RACE" not in capfd.readouterr().out and output.dtype == jnp.bfloat16
     errors = errors_of_heads(output, attention(*arrays, masks(MIXED, layout)), layout)
     assert (errors <= TOLERANCE["bfloat16"]).all(), errors
-    # Frames 2 and 3 of four, one block each beside the text's, do not see frame 0; places see all frames.
-    assert online.tolist() == pytest.approx([0, 0, 0, 0, 0, 2 / 5, 0, 0])
+    # Of frames 0 to 2, a block each, and the text's, one does not see frame 0; places see all frames.
+    assert online.tolist() == [0, 0, 0, 1 / 4, 0, 0]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -333,7 +333,7 @@ def test_parts_of_the_queries():
 @pytest.mark.slow
 def test_heads_on_a_mesh():
     """Two layers of other patterns in one program: heads are permuted so that chips have equal work, and back."""
-    layout = AlignedLayout(4, 300, 130)
+    layout = AlignedLayout(3, 300, 130)
     layers = [patterns(*(["dense"] * dense + ["frames:1", "frames:0"] * 4)[:8]) for dense in (5, 1)]
     chips = 4
     arrays = random(layout, 8, "bfloat16")
@@ -354,12 +354,12 @@ def test_heads_on_a_mesh():
         def layer(_, layer):
             *arrays, table = layer
             table = jax.tree.map(lambda leaf: leaf[0], table)
-            return None, sparse_attention(*arrays, table, layout=layout, kinds=("dense", "frames"))[0]
+            return None, sparse_attention(*arrays, table, layout=layout, kinds=("dense", "frames"), interpret=True)[0]
 
         return jax.lax.scan(layer, None, (query, key, value, tables))[1]
 
     stacked = [
-        jnp.stack([as_tiles(array[order], layout, "bfloat16", tiles=16) for order in orders]) for array in arrays
+        jnp.stack([as_tiles(array[order], layout, "bfloat16", tiles=12) for order in orders]) for array in arrays
     ]
     output = run(*(jax.device_put(array, NamedSharding(mesh, heads_axis)) for array in stacked), tables)
     for heads, order, permuted in zip(layers, orders, output, strict=True):
