@@ -65,7 +65,7 @@ class KernelSchedule:
     """
 
     name: str
-    grid: tuple[int, ...]
+    grid: tuple[float, ...]
     bundles: int
     regions: tuple[Region, ...]
     body_bundles: float
@@ -89,7 +89,7 @@ class KernelSchedule:
 
 def read_schedules(
     folder: Path,
-    grids: Mapping[str, tuple[int, ...]],
+    grids: Mapping[str, tuple[float, ...]],
     runs: Sequence[float] | None = None,
     trips: Mapping[str, float] | None = None,
 ) -> dict[str, KernelSchedule]:
@@ -97,7 +97,8 @@ def read_schedules(
 
     Args:
         folder: the folder of the dumps.
-        grids: the grid of each kernel to read, by its name in `pallas_call`.
+        grids: the grid of each kernel to read, by its name in `pallas_call`; a float is the mean of a length that
+            depends on data.
         runs: as in `parse_schedule`.
         trips: by the kernels' names, for those with loops whose length depends on data: their mean length.
 
@@ -130,7 +131,7 @@ def base_name(name: str) -> str:
 
 def parse_schedule(
     name: str,
-    grid: tuple[int, ...],
+    grid: tuple[float, ...],
     program: str,
     utilization: str,
     runs: Sequence[float] | None = None,
@@ -168,6 +169,9 @@ def parse_schedule(
             raise ScheduleError(f"{name}: the runs of {len(unknown)} regions are unknown ({places}), got {len(runs)}")
         for index, times in zip(unknown, runs, strict=True):
             regions[index] = dataclasses.replace(regions[index], times=times)
+    if _depends_on_data(grid):  # then a condition around the grid's loop asks whether it has any step
+        loop = next((region for region in regions if region.kind == "grid"), None)
+        regions = [region for region in regions if loop is None or not _encloses(region, loop)]
     if not regions or regions[0].kind != "grid":
         raise ScheduleError(f"{name}: no single grid loop around the kernel's body")
 
@@ -180,8 +184,18 @@ def parse_schedule(
     return KernelSchedule(name, grid, len(bundles), tuple(regions), sum(weights[i] for i in inside), used, capacity)
 
 
+def _depends_on_data(grid: Iterable[float]) -> bool:
+    """Tell whether a grid has a length that depends on data, of which a float is the mean."""
+    return any(isinstance(length, float) for length in grid)
+
+
+def _encloses(region: Region, other: Region) -> bool:
+    """Tell whether a predicated region has all bundles of another region."""
+    return region.kind == "predicated" and region.start <= other.start and other.stop <= region.stop
+
+
 def _regions(
-    name: str, grid: tuple[int, ...] | None, bundles: list[str], values: "_Scalars", trips: float | None
+    name: str, grid: tuple[float, ...] | None, bundles: list[str], values: "_Scalars", trips: float | None
 ) -> Iterator[Region]:
     """Yield the regions of a program: one for each backward branch (a loop) and each forward branch (predicated).
 
@@ -217,8 +231,11 @@ def _regions(
         )
         tests = EXIT_TEST.findall(text)
         if grid is None:
-            count = values.trips(*tests[0]) if len(tests) == 1 else None
+            count: float | None = values.trips(*tests[0]) if len(tests) == 1 else None
             yield Region("loop", start, stop, math.nan if count is None else count)
+            continue
+        if is_grid and _depends_on_data(grid):
+            yield Region("grid", start, stop, steps)
             continue
         if len(tests) != 1 and (trips is None or is_grid):
             raise ScheduleError(f"{name}: the loop at {start:#x} has no readable trip count")

@@ -34,6 +34,8 @@ class Programs:
         devices: the devices that the programs run on, in the order of their mesh.
         scores_per_kernel: useful attention scores that one call of the attention kernel computes on one chip.
         trips: of kernels with loops whose length depends on data, by their names: the mean length.
+        lengths: of kernels with a length of their grid that depends on data, by their names: its mean. A loop around
+            one of them, which runs it only where that is not 0, counts as run once.
         attention_flops: FLOP of one chip inside the attention kernels, which `matrix_flops` leaves out.
         options: the options that the report shows, by name.
         model: the name of the model, or None if the programs belong to no model.
@@ -47,6 +49,7 @@ class Programs:
     devices: Sequence
     scores_per_kernel: float = 0
     trips: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    lengths: Mapping[str, float] = dataclasses.field(default_factory=dict)
     attention_flops: float = 0
     options: Mapping = dataclasses.field(default_factory=dict)
     model: str | None = None
@@ -97,7 +100,12 @@ def predict(topology: str, dump: Path, programs: Programs, compiled: Sequence) -
 def _kernels(dump: Path, programs: Programs) -> dict[str, kernel_schedule.KernelSchedule]:
     """Read the schedules of the programs' Pallas kernels, except RARE_KERNELS."""
     found = (kernel_schedule.grids(program.jaxpr).items() for program in programs.traced)
-    grids = {name: grid for of_program in found for name, grid in of_program if name not in RARE_KERNELS}
+    grids = {
+        name: tuple(length if isinstance(length, int) else float(programs.lengths[name]) for length in grid)
+        for of_program in found
+        for name, grid in of_program
+        if name not in RARE_KERNELS
+    }
     return kernel_schedule.read_schedules(dump, grids, trips=programs.trips) if grids else {}
 
 
@@ -122,7 +130,9 @@ def _costs(
     costs = []
     for n, program in zip(programs.times, compiled, strict=True):
         parsed = hlo_schedule.Program.parse(program.as_text())
-        found = hlo_schedule.costs(parsed, chip.clock, kernel_seconds, collective_seconds, RARE_KERNELS)
+        found = hlo_schedule.costs(
+            parsed, chip.clock, kernel_seconds, collective_seconds, RARE_KERNELS, tuple(programs.lengths)
+        )
         costs += [cost for cost in found for _ in range(n)]
     return costs
 

@@ -63,6 +63,14 @@ def test_a_counter_that_is_counted_twice(dump):
     assert schedule.regions[3].times == 7
 
 
+def test_a_grid_whose_length_depends_on_data(dump):
+    edit(dump, r"26 /\* loop exit test \*/", "%s941_s12 /* loop exit test */")
+    with pytest.raises(ScheduleError, match="no readable trip count"):
+        read_schedules(dump, GRIDS)
+    (schedule,) = read_schedules(dump, {"looped_kernel": (2.5, 3, 4)}).values()
+    assert schedule.body.times == 2.5 * 12
+
+
 def test_a_loop_whose_length_depends_on_data(dump):
     """It has the mean length that is given for its kernel, and the grid's loop is still read."""
     edit(dump, r"7 /\* loop exit test \*/", "%s941_s12 /* loop exit test */")
