@@ -5,7 +5,6 @@ tiles can say which frames, or which places of all frames, a head attends.
 """
 
 import dataclasses
-import math
 from typing import Self
 
 import jax
@@ -153,8 +152,3 @@ def _padded(x: jax.Array, axis: int, first: int, length: int) -> jax.Array:
     edges = [(0, 0)] * x.ndim
     edges[axis] = first, length - first - x.shape[axis]
     return jnp.pad(x, edges)
-
-
-def whole_tiles(tiles: int, parts: int) -> int:
-    """Return the least number of tiles that `parts` chips can share evenly."""
-    return math.ceil(tiles / parts) * parts
