@@ -108,7 +108,7 @@ class BlockSizes:
 
     def clipped(self, q_len: int, kv_len: int) -> "BlockSizes":
         """Limit the blocks to the lengths of the sequences."""
-        block_q, block_kv = min(self.block_q, _round_up(q_len, LANES)), min(self.block_kv, _round_up(kv_len, LANES))
+        block_q, block_kv = min(self.block_q, round_up(q_len, LANES)), min(self.block_kv, round_up(kv_len, LANES))
         return BlockSizes(block_q, block_kv, min(self.block_kv_compute, block_kv), self.block_kv_compute_in)
 
     def fitted(self, q_len: int, kv_len: int, head_dim: int, itemsize: int) -> "BlockSizes":
@@ -119,11 +119,11 @@ class BlockSizes:
         (per_query, per_key), device = _vmem(head_dim, itemsize), core()
         block_kv = min(self.block_kv, (device.vmem_for_blocks - self.block_q * per_query) // per_key)
         blocks = -(-kv_len // block_kv)
-        block_kv = _round_up(-(-kv_len // blocks), LANES)
+        block_kv = round_up(-(-kv_len // blocks), LANES)
         # Where there are several blocks of keys, each is transposed again for every block of queries: make those long.
         least = min(2 * QUERY_TILE, self.block_q) if blocks == 1 else self.block_q
         sizes = range(least, self.block_q + 1, device.query_step)
-        block_q = min(_round_up(q_len, LANES), min(sizes, key=lambda size: (_round_up(q_len, size), -size)))
+        block_q = min(round_up(q_len, LANES), min(sizes, key=lambda size: (round_up(q_len, size), -size)))
         # A float32 product takes about eight times the instructions. A shorter last pass is unrolled separately.
         unit = self.block_kv_compute_in
         limit = self.block_q * self.block_kv_compute // (8 if itemsize == 4 else 1) // block_q
@@ -226,13 +226,13 @@ def tiled_attention(
         blocks = DEFAULT_BLOCK_SIZES.fitted(q_length, kv_length, head_dim, queries.dtype.itemsize)
     else:
         blocks = block_sizes.clipped(q_length, kv_length)
-    options = {"heads": Heads(heads or all_heads, *first), "factor": _factor(scale, head_dim), "kv_len": kv_length}
+    options = {"heads": Heads(heads or all_heads, *first), "factor": base2_factor(scale, head_dim), "kv_len": kv_length}
 
     def run(queries, keys, values, interpret):
         bound = _bound(queries, keys, **options, k_smooth=k_smooth, interpret=interpret)
         return _run(queries, keys, values, bound, **options, blocks=blocks, q_len=q_length, interpret=interpret)
 
-    return _for_platform(run, interpret)(queries, keys, values)
+    return for_platform(run, interpret)(queries, keys, values)
 
 
 class Heads(NamedTuple):
@@ -272,12 +272,12 @@ def from_tiles(x: jax.Array, batch: int, length: int) -> jax.Array:
     return x.reshape(batch, -1, x.shape[1] * LANES, x.shape[3])[:, :, :length]
 
 
-def _factor(scale: float | None, head_dim: int) -> float:
+def base2_factor(scale: float | None, head_dim: int) -> float:
     """Return the factor of the scores in base 2."""
     return (head_dim**-0.5 if scale is None else scale) * math.log2(math.e)
 
 
-def _for_platform(run: Callable, interpret: bool | None) -> Callable:
+def for_platform(run: Callable, interpret: bool | None) -> Callable:
     """Give `run` its argument `interpret`; None stands for interpreting where it is not compiled for a TPU."""
     if interpret is not None:
         return functools.partial(run, interpret=interpret)
@@ -306,8 +306,8 @@ def _bound(
     Returns:
         The bound, less what the greatest weight is above 1, float32 [tiles, heads, 1, 128], in units of query . key.
     """
-    queries, keys = _in_hbm([queries, keys], interpret)
-    q_tiles, _, head_dim, _ = queries.shape
+    queries, keys = in_hbm([queries, keys], interpret)
+    head_dim = queries.shape[2]
     k_tiles, tile_bytes = pl.cdiv(kv_len, LANES), heads.number * head_dim * LANES * queries.dtype.itemsize
     row = jax.ShapeDtypeStruct((heads.number, 1, LANES), jnp.float32)
     row_spec = pl.BlockSpec((1, 1, LANES), lambda h, *_: (h, 0, 0))
@@ -326,22 +326,50 @@ def _bound(
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=len(keys) * tile_bytes, transcendentals=0),
         interpret=interpret,
     )(keys)
+    options: dict[str, Any] = {"factor": factor, "k_smooth": k_smooth, "kv_len": kv_len, "interpret": interpret}
+    return query_bounds(queries, mean, radius, first=heads.query, **options)
+
+
+def query_bounds(
+    queries: jax.Array,
+    mean: jax.Array,
+    radius: jax.Array,
+    *,
+    factor: float,
+    k_smooth: bool,
+    kv_len: int,
+    interpret: bool,
+    first: int = 0,
+) -> jax.Array:
+    """Compute the bounds of queries, see `_bound`, from the statistics of each head's keys.
+
+    Args:
+        queries: [tiles, heads or more, head_dim, 128].
+        mean: of the keys, the same in each lane, float32 [heads, head_dim, 128].
+        radius: the keys' largest distance from it, or from 0 without `k_smooth`, float32 [heads, 1, 128].
+        kv_len: how many keys there are at most.
+        first: the first of the heads in the array of queries.
+    """
+    (q_tiles, _, head_dim, _), heads = queries.shape, len(mean)
+    moved = q_tiles * heads * head_dim * LANES * queries.dtype.itemsize
+    row_spec = pl.BlockSpec((1, 1, LANES), lambda h, *_: (h, 0, 0))
+    mean_spec = pl.BlockSpec((1, head_dim, LANES), lambda h, *_: (h, 0, 0))
     block = min(q_tiles, BOUND_TILES)
     return pl.pallas_call(
         functools.partial(_query_bounds, factor=factor, k_smooth=k_smooth, shift=_shift(kv_len)),
         name="exp2_splash_bound",
-        grid=(heads.number, pl.cdiv(q_tiles, block)),
+        grid=(heads, pl.cdiv(q_tiles, block)),
         in_specs=[
-            pl.BlockSpec((block, 1, head_dim, LANES), lambda h, i: (i, heads.query + h, 0, 0)),
+            pl.BlockSpec((block, 1, head_dim, LANES), lambda h, i: (i, first + h, 0, 0)),
             mean_spec,
             row_spec,
         ],
         out_specs=pl.BlockSpec((block, 1, 1, LANES), lambda h, i: (i, h, 0, 0)),
-        out_shape=jax.ShapeDtypeStruct((q_tiles, heads.number, 1, LANES), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((q_tiles, heads, 1, LANES), jnp.float32),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=core().vmem
         ),
-        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=len(queries) * tile_bytes, transcendentals=0),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=0),
         interpret=interpret,
     )(queries, mean, radius)
 
@@ -534,10 +562,10 @@ def _call(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=core().vmem
         ),
         interpret=interpret,
-    )(chosen, *_in_hbm(arrays, interpret))
+    )(chosen, *in_hbm(arrays, interpret))
 
 
-def _in_hbm(arrays: list[jax.Array], interpret: bool) -> list[jax.Array]:
+def in_hbm(arrays: list[jax.Array], interpret: bool) -> list[jax.Array]:
     """Keep XLA from putting a kernel's arguments into VMEM, which the kernel needs for itself."""
     return arrays if interpret else [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
 
@@ -547,7 +575,7 @@ def _scratch(head_dim: int, blocks: BlockSizes, dtype: jax.typing.DTypeLike, onl
 
     `dtype` is that of the products. The interpreter needs float32: XLA lacks some products of bfloat16 on a CPU.
     """
-    rows, dtype = _rows(head_dim), jnp.dtype(dtype)
+    rows, dtype = product_rows(head_dim), jnp.dtype(dtype)
     return [
         pltpu.VMEM((rows, blocks.block_q), dtype),
         pltpu.VMEM((blocks.block_kv, rows), dtype),
@@ -561,18 +589,11 @@ def _scratch(head_dim: int, blocks: BlockSizes, dtype: jax.typing.DTypeLike, onl
 def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, inexact_ref, *scratch, factor, blocks, q_len, kv_len):
     """Compute weights relative to the bound, which the first product subtracts, and note where that is not exact."""
     query_ref, key_ref, value_ref, output_ref, sum_ref, size_ref = scratch
+    weigh, add = fast_steps(*scratch[:5], factor, v_ref.dtype)
     first = pl.program_id(1) * (blocks.block_q // LANES)
 
-    def weigh(queries, keys):
-        weights = jnp.exp2(_product(key_ref[keys, :], query_ref[:, queries]) * factor)
-        sum_ref[:, queries] += _sum_to_registers(weights)
-        return weights.astype(v_ref.dtype)
-
-    def add(queries, keys, weights):
-        output_ref[:, queries] += _product(value_ref[:, keys], weights)
-
     def check(total):
-        exact = _is_exact(total, size_ref[:1, :1], kv_len, v_ref.dtype)
+        exact = is_exact(total, size_ref[:1, :1], kv_len, v_ref.dtype)
         inexact = jnp.zeros((1, LANES), jnp.float32)
         for tile in range(blocks.block_q // LANES):
             fine = exact[:, tile * LANES : (tile + 1) * LANES] | (first + tile >= pl.cdiv(q_len, LANES))
@@ -583,7 +604,58 @@ def _fast_kernel(_, q_ref, k_ref, v_ref, b_ref, o_ref, inexact_ref, *scratch, fa
     _attend(o_ref, output_ref, sum_ref, blocks, weigh, add, check)
 
 
-def _is_exact(total: jax.Array, largest: jax.Array, kv_len: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+def fast_steps(
+    query_ref: Any,
+    key_ref: Any,
+    value_ref: Any,
+    output_ref: Any,
+    sum_ref: Any,
+    factor: float,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[Callable, Callable]:
+    """Return how the fast kernel weighs a tile of scores, and how it adds the values; `pipeline` takes both."""
+
+    def weigh(queries, keys):
+        weights = jnp.exp2(_product(key_ref[keys, :], query_ref[:, queries]) * factor)
+        sum_ref[:, queries] += _sum_to_registers(weights)
+        return weights.astype(dtype)
+
+    def add(queries, keys, weights):
+        output_ref[:, queries] += _product(value_ref[:, keys], weights)
+
+    return weigh, add
+
+
+def online_steps(
+    query_ref: Any,
+    key_ref: Any,
+    value_ref: Any,
+    output_ref: Any,
+    sum_ref: Any,
+    max_ref: Any,
+    factor: float,
+    dtype: jax.typing.DTypeLike,
+) -> tuple[Callable, Callable]:
+    """Return the same of the online kernel, which keeps the largest score so far of each query in `max_ref`."""
+
+    def weigh(queries, keys):
+        scores = _product(key_ref[keys, :], query_ref[:, queries])
+        before = max_ref[:, queries]
+        largest = jnp.maximum(before, scores.max(0, keepdims=True))
+        max_ref[:, queries] = largest
+        shrink = jnp.exp2((before - largest) * factor)
+        weights = jnp.exp2((scores - largest) * factor)
+        sum_ref[:, queries] = sum_ref[:, queries] * shrink + _sum_to_registers(weights)
+        return weights.astype(dtype), shrink
+
+    def add(queries, keys, weighed):
+        weights, shrink = weighed
+        output_ref[:, queries] = output_ref[:, queries] * shrink + _product(value_ref[:, keys], weights)
+
+    return weigh, add
+
+
+def is_exact(total: jax.Array, largest: jax.Array, kv_len: int, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Tell for which sums of a row's weights float32's range was wide enough; `largest` is that of the values.
 
     Too small: each of kv_len weights, and of their products with a value, may underflow, and is then lost; together
@@ -599,24 +671,11 @@ def _is_exact(total: jax.Array, largest: jax.Array, kv_len: int, dtype: jax.typi
 def _online_kernel(_, q_ref, k_ref, v_ref, b_ref, __, o_ref, *scratch, factor, blocks, kv_len):
     """Compute weights relative to the largest score so far; when that grows, what was summed before is scaled down."""
     query_ref, key_ref, value_ref, output_ref, sum_ref, max_ref = scratch
+    weigh, add = online_steps(*scratch, factor, v_ref.dtype)
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         max_ref[...] = jnp.full_like(max_ref, MASKED)
-
-    def weigh(queries, keys):
-        scores = _product(key_ref[keys, :], query_ref[:, queries])
-        before = max_ref[:, queries]
-        largest = jnp.maximum(before, scores.max(0, keepdims=True))
-        max_ref[:, queries] = largest
-        shrink = jnp.exp2((before - largest) * factor)
-        weights = jnp.exp2((scores - largest) * factor)
-        sum_ref[:, queries] = sum_ref[:, queries] * shrink + _sum_to_registers(weights)
-        return weights.astype(v_ref.dtype), shrink
-
-    def add(queries, keys, weighed):
-        weights, shrink = weighed
-        output_ref[:, queries] = output_ref[:, queries] * shrink + _product(value_ref[:, keys], weights)
 
     _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, kv_len)
     _attend(o_ref, output_ref, sum_ref, blocks, weigh, add)
@@ -642,7 +701,7 @@ def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, k
             query = jnp.concatenate([_columns(q_ref, start, length), appended.astype(q_ref.dtype)], 0)
             query_ref[:, pl.ds(start, length)] = query.astype(query_ref.dtype)
 
-        _loop(blocks.block_q, 4 * LANES, tile)
+        loop(blocks.block_q, 4 * LANES, tile)
 
     @pl.when((pl.program_id(1) == 0) | (pl.num_programs(2) > 1))
     def _():
@@ -665,7 +724,7 @@ def _append(q_ref, k_ref, v_ref, b_ref, query_ref, key_ref, value_ref, blocks, k
 
         if size_ref is not None:
             size_ref[...] = jnp.where(first == 0, jnp.zeros_like(size_ref), size_ref[...])
-        _loop(blocks.block_kv, 8 * LANES, tile)
+        loop(blocks.block_kv, 8 * LANES, tile)
         if size_ref is not None:
             size_ref[...] = jnp.broadcast_to(size_ref[...].max((0, 1), keepdims=True), size_ref.shape)
 
@@ -678,7 +737,7 @@ def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add, check=lambda total: 
         output_ref[...] = jnp.zeros_like(output_ref)
         sum_ref[...] = jnp.zeros_like(sum_ref)
 
-    _loop(blocks.block_kv, blocks.block_kv_compute, functools.partial(_pipeline, blocks, weigh, add))
+    loop(blocks.block_kv, blocks.block_kv_compute, functools.partial(pipeline, blocks, weigh, add))
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
@@ -689,7 +748,7 @@ def _attend(o_ref, output_ref, sum_ref, blocks, weigh, add, check=lambda total: 
             o_ref[tile, 0] = output[:, tile * LANES : (tile + 1) * LANES]
 
 
-def _pipeline(blocks, weigh, add, first, length):
+def pipeline(blocks: Any, weigh: Callable, add: Callable, first: Any, length: int) -> None:
     """Unroll a pass over keys first ... first + length: weigh a tile, and add its values a few tiles later.
 
     The MXU takes the products in this order: the lag keeps it busy while a tile's weights are computed.
@@ -712,7 +771,7 @@ def _columns(ref, start, length):
     return jnp.concatenate([ref[first + tile, 0] for tile in range(length // LANES)], axis=1)
 
 
-def _loop(length, step, body):
+def loop(length: int, step: int, body: Callable) -> None:
     """Call body(start, size) over [0, length) in a loop of steps; a shorter last step follows the loop."""
     step = min(step, length)
     lax.fori_loop(0, length // step, lambda index, _: body(pl.multiple_of(index * step, LANES), step), None)
@@ -731,18 +790,18 @@ def _sum_to_registers(weights: jax.Array) -> jax.Array:
     return weights.reshape(-1, 8, weights.shape[1]).sum(0)
 
 
-def _rows(head_dim: int) -> int:
+def product_rows(head_dim: int) -> int:
     """Return the rows of the first product: a head, the bound's two parts and the mask, in whole bfloat16 registers."""
-    return _round_up(head_dim + 3, 16)
+    return round_up(head_dim + 3, 16)
 
 
 def _vmem(head_dim: int, itemsize: int) -> tuple[int, int]:
     """Return the bytes of VMEM that a query and a key take in a grid step; inputs and output are double-buffered."""
-    rows = _rows(head_dim)
+    rows = product_rows(head_dim)
     per_query = itemsize * (4 * head_dim + rows) + 4 * (head_dim + 8 + 8 + 2 * 8)
-    return per_query, itemsize * (5 * head_dim + _round_up(rows, LANES))
+    return per_query, itemsize * (5 * head_dim + round_up(rows, LANES))
 
 
-def _round_up(length: int, unit: int) -> int:
+def round_up(length: int, unit: int) -> int:
     """Round `length` up to a multiple of `unit`."""
     return -(-length // unit) * unit

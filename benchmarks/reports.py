@@ -20,6 +20,7 @@ V6E = ("v6e-1", "v6e-4", "v6e-8")
 HOSTS = ("v6e-16", "v6e-32")  # of several hosts
 OTHER_TPUS = ("7x-4", "7x-8", "v5p-4", "v5e-8", "v4-4")
 OTHER_MODELS = ("CogVideoX1.5-5B-I2V", "CogVideoX-5B", "CogVideoX-5B-I2V", "CogVideoX-2B")
+PATTERNS = ("dense", "frames:1", "frames:2", "positions:2")
 
 
 def commands() -> list[str]:
@@ -39,6 +40,7 @@ def commands() -> list[str]:
         f"{one_prompt} --topology v6e-4 --model CogVideoX-2B",
         "kernel --topology v6e-1",
         "kernel --topology 7x-4 --tokens 45106",
+        *(f"kernel --topology v6e-1 --tokens 45106 --pattern {pattern}" for pattern in PATTERNS),
     ]
 
 

@@ -257,6 +257,7 @@ def costs(
     seconds_of_kernel: Callable[[str, int], float],
     seconds_of_collective: Callable[[str, int, Sequence[int]], float],
     rare_kernels: Sequence[str] = (),
+    kernels_run_once: Sequence[str] = (),
 ) -> list[Cost]:
     """Predict the seconds of every instruction that takes time, in schedule order.
 
@@ -267,11 +268,12 @@ def costs(
         seconds_of_collective: (opcode, operand bytes, group of device ids) -> seconds.
         rare_kernels: beginnings of the names of kernels that run only for unusual data. A loop around one of them
             counts as not run.
+        kernels_run_once: the same for kernels in loops that run once or not at all: such a loop counts as run.
 
     Raises:
         HloError: a trip count or the groups of a collective cannot be read, or a fusion has no estimate.
     """
-    walk = _Walk(program, clock, seconds_of_kernel, seconds_of_collective, tuple(rare_kernels))
+    walk = _Walk(program, clock, seconds_of_kernel, seconds_of_collective, tuple(rare_kernels), tuple(kernels_run_once))
     return walk.computation(program.entry, 1)
 
 
@@ -284,6 +286,7 @@ class _Walk:
     seconds_of_kernel: Callable[[str, int], float]
     seconds_of_collective: Callable[[str, int, Sequence[int]], float]
     rare_kernels: tuple[str, ...]
+    kernels_run_once: tuple[str, ...]
 
     def computation(self, name: str, times: int) -> list[Cost]:
         """Return the costs of a computation that runs `times` times, in schedule order."""
@@ -311,8 +314,10 @@ class _Walk:
         """Return the costs of what an instruction of the computation `parent` calls, or None if it calls nothing."""
         if instruction.opcode == "while":
             body = self.program.computations[instruction.called("body")]
-            if self.rare_kernels and any(called.name.startswith(self.rare_kernels) for called in body):
+            if any(called.name.startswith(self.rare_kernels) for called in body):
                 return []
+            if any(called.name.startswith(self.kernels_run_once) for called in body):
+                return self.computation(instruction.called("body"), times)
             trips = self.program.trip_count(instruction, parent)
             return self.computation(instruction.called("body"), times * trips) if trips else []
         if instruction.opcode == "call":

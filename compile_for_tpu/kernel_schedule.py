@@ -65,7 +65,7 @@ class KernelSchedule:
     """
 
     name: str
-    grid: tuple[int, ...]
+    grid: tuple[float, ...]
     bundles: int
     regions: tuple[Region, ...]
     body_bundles: float
@@ -88,14 +88,19 @@ class KernelSchedule:
 
 
 def read_schedules(
-    folder: Path, grids: Mapping[str, tuple[int, ...]], runs: Sequence[float] | None = None
+    folder: Path,
+    grids: Mapping[str, tuple[float, ...]],
+    runs: Sequence[float] | None = None,
+    trips: Mapping[str, float] | None = None,
 ) -> dict[str, KernelSchedule]:
     """Read the schedules of Pallas kernels from a folder of the compiler's dumps (plain or .gz), by kernel name.
 
     Args:
         folder: the folder of the dumps.
-        grids: the grid of each kernel to read, by its name in `pallas_call`.
+        grids: the grid of each kernel to read, by its name in `pallas_call`; a float is the mean of a length that
+            depends on data.
         runs: as in `parse_schedule`.
+        trips: by the kernels' names, for those with loops whose length depends on data: their mean length.
 
     Raises:
         ScheduleError: the files of a kernel are missing, or a trip count cannot be read.
@@ -112,7 +117,8 @@ def read_schedules(
         usage = [*Path(folder).glob(f"{number}-*-final_hlo-static-per-bundle-utilization.txt*")]
         if not usage:
             raise ScheduleError(f"{name}: no *-final_hlo-static-per-bundle-utilization.txt in {folder}")
-        schedules[name] = parse_schedule(name, tuple(grid), _text(program), _text(usage[0]), runs)
+        length = (trips or {}).get(base_name(name))
+        schedules[name] = parse_schedule(name, tuple(grid), _text(program), _text(usage[0]), runs, length)
     if missing := grids.keys() - set(map(base_name, schedules)):
         raise ScheduleError(f"no schedule of {', '.join(sorted(missing))} kernel in {folder}")
     return schedules
@@ -124,7 +130,12 @@ def base_name(name: str) -> str:
 
 
 def parse_schedule(
-    name: str, grid: tuple[int, ...], program: str, utilization: str, runs: Sequence[float] | None = None
+    name: str,
+    grid: tuple[float, ...],
+    program: str,
+    utilization: str,
+    runs: Sequence[float] | None = None,
+    trips: float | None = None,
 ) -> KernelSchedule:
     """Parse the text of a kernel's `*final_bundles.txt` and `*final_hlo-static-per-bundle-utilization.txt`.
 
@@ -132,6 +143,7 @@ def parse_schedule(
         runs: for a kernel whose loops and conditions depend on data: how often each region that says nothing about it
             runs for each run of the enclosing region, in the order of the program. A grid's loop then is a loop like
             any other, and the whole program counts as one grid step.
+        trips: how often a loop runs whose length cannot be read, where that is no error.
 
     Raises:
         ScheduleError: a trip count or a branch target cannot be read, the program has another grid, or `runs` has
@@ -148,7 +160,7 @@ def parse_schedule(
         raise ScheduleError(f"{name}: {len(marks)} bundles, but the use of {len(usage)}")
 
     values = _Scalars(bundles)
-    found = _regions(name, None if runs is not None else grid, bundles, values)
+    found = _regions(name, None if runs is not None else grid, bundles, values, trips)
     regions = sorted(found, key=lambda region: (region.start, -region.stop))
     if runs is not None:
         unknown = [index for index, region in enumerate(regions) if math.isnan(region.times)]
@@ -157,6 +169,9 @@ def parse_schedule(
             raise ScheduleError(f"{name}: the runs of {len(unknown)} regions are unknown ({places}), got {len(runs)}")
         for index, times in zip(unknown, runs, strict=True):
             regions[index] = dataclasses.replace(regions[index], times=times)
+    if _depends_on_data(grid):  # then a condition around the grid's loop asks whether it has any step
+        loop = next((region for region in regions if region.kind == "grid"), None)
+        regions = [region for region in regions if loop is None or not _encloses(region, loop)]
     if not regions or regions[0].kind != "grid":
         raise ScheduleError(f"{name}: no single grid loop around the kernel's body")
 
@@ -169,7 +184,19 @@ def parse_schedule(
     return KernelSchedule(name, grid, len(bundles), tuple(regions), sum(weights[i] for i in inside), used, capacity)
 
 
-def _regions(name: str, grid: tuple[int, ...] | None, bundles: list[str], values: "_Scalars") -> Iterator[Region]:
+def _depends_on_data(grid: Iterable[float]) -> bool:
+    """Tell whether a grid has a length that depends on data, of which a float is the mean."""
+    return any(isinstance(length, float) for length in grid)
+
+
+def _encloses(region: Region, other: Region) -> bool:
+    """Tell whether a predicated region has all bundles of another region."""
+    return region.kind == "predicated" and region.start <= other.start and other.stop <= region.stop
+
+
+def _regions(
+    name: str, grid: tuple[float, ...] | None, bundles: list[str], values: "_Scalars", trips: float | None
+) -> Iterator[Region]:
     """Yield the regions of a program: one for each backward branch (a loop) and each forward branch (predicated).
 
     With no grid, the whole program is one grid step, and `times` is nan where it cannot be read.
@@ -206,12 +233,18 @@ def _regions(name: str, grid: tuple[int, ...] | None, bundles: list[str], values
         )
         tests = EXIT_TEST.findall(text)
         if grid is None:
-            count = values.trips(*tests[0]) if len(tests) == 1 else None
+            count: float | None = values.trips(*tests[0]) if len(tests) == 1 else None
             yield Region("loop", start, stop, math.nan if count is None else count)
             continue
-        if len(tests) != 1:
+        if is_grid and _depends_on_data(grid):
+            yield Region("grid", start, stop, steps)
+            continue
+        if len(tests) != 1 and (trips is None or is_grid):
             raise ScheduleError(f"{name}: the loop at {start:#x} has no readable trip count")
-        count = values.trips(*tests[0])
+        count = values.trips(*tests[0]) if len(tests) == 1 else None
+        if count is None and trips is not None and not is_grid:
+            yield Region("loop", start, stop, trips)
+            continue
         if count is None:
             raise ScheduleError(f"{name}: the loop at {start:#x} starts or steps by what is not a constant")
         if is_grid:
@@ -262,17 +295,18 @@ class _Scalars:
             return None
         operation, operands = self.definitions.get(self.unspilled(step[2]), ("", ""))
         first = re.match(r"%(\w+), %(\w+)", operands)
-        if operation != "sphi" or not first or counter not in (first[2], self.copied(first[2])):
+        if operation != "sphi" or not first or not self.is_counted(first[2], counter, step.groups()):
             return None
         operation, operands = self.definitions.get(first[1], ("", ""))
         start = re.match(r"(?:\(.*?\), )?(\d+)\b", operands)
         return -((int(start[1]) - int(bound)) // int(step[1])) if operation == "smov" and start else None
 
-    def copied(self, name: str) -> str | None:
-        """Return the register that `name` is a copy of, or None."""
+    def is_counted(self, name: str, counter: str, step: tuple[str, ...]) -> bool:
+        """Tell whether a register holds what `counter` does: it is that one, a copy, or the same sum once more."""
         operation, operands = self.definitions.get(name, ("", ""))
-        source = re.fullmatch(r"%(\w+)\s*(?:/\*.*)?", operands) if operation == "smov" else None
-        return source[1] if source else None
+        copy = re.fullmatch(r"%(\w+)\s*(?:/\*.*)?", operands) if operation == "smov" else None
+        again = re.match(r"(\d+), %(\w+)", operands) if operation == "sadd.s32" else None
+        return name == counter or bool(copy and copy[1] == counter) or bool(again and again.groups() == step)
 
     def unspilled(self, name: str) -> str:
         """Return the register that was spilled if `name` is loaded from a spill slot, else `name`."""

@@ -18,9 +18,9 @@ from compile_for_tpu import kernel_schedule, topologies
 if TYPE_CHECKING:
     from jax.extend import core
 
-# Kernels that run only for heads with unusual scores; see custom_splash_attention.py. The prediction
+# Kernels that run only for queries with unusual scores; see custom_splash_attention.py. The prediction
 # assumes that a loop around one of them does not run.
-RARE_KERNELS = ("exp2_splash_online",)
+RARE_KERNELS = ("exp2_splash_online", *(f"exp2_splash_{kind}_online" for kind in ("dense", "frames", "positions")))
 GIB = 2**30
 
 
@@ -33,6 +33,9 @@ class Programs:
         times: number of runs of each program.
         devices: the devices that the programs run on, in the order of their mesh.
         scores_per_kernel: useful attention scores that one call of the attention kernel computes on one chip.
+        trips: of kernels with loops whose length depends on data, by their names: the mean length.
+        lengths: of kernels with a length of their grid that depends on data, by their names: its mean. A loop around
+            one of them, which runs it only where that is not 0, counts as run once.
         attention_flops: FLOP of one chip inside the attention kernels, which `matrix_flops` leaves out.
         options: the options that the report shows, by name.
         model: the name of the model, or None if the programs belong to no model.
@@ -45,6 +48,8 @@ class Programs:
     times: Sequence[int]
     devices: Sequence
     scores_per_kernel: float = 0
+    trips: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    lengths: Mapping[str, float] = dataclasses.field(default_factory=dict)
     attention_flops: float = 0
     options: Mapping = dataclasses.field(default_factory=dict)
     model: str | None = None
@@ -68,7 +73,7 @@ def predict(topology: str, dump: Path, programs: Programs, compiled: Sequence) -
     Raises:
         hlo_schedule.HloError, kernel_schedule.ScheduleError: a text of the compiler cannot be read.
     """
-    kernels = _kernels(dump, programs.traced)
+    kernels = _kernels(dump, programs)
     # A kernel that states its own cost is no attention; if it takes long, it is among the slowest operations.
     stated = {name: size for p in programs.traced for name, size in kernel_schedule.stated_bytes(p.jaxpr).items()}
     split = dict.fromkeys(hlo_schedule.CATEGORIES, 0.0)
@@ -92,11 +97,16 @@ def predict(topology: str, dump: Path, programs: Programs, compiled: Sequence) -
     }
 
 
-def _kernels(dump: Path, traced: Sequence) -> dict[str, kernel_schedule.KernelSchedule]:
+def _kernels(dump: Path, programs: Programs) -> dict[str, kernel_schedule.KernelSchedule]:
     """Read the schedules of the programs' Pallas kernels, except RARE_KERNELS."""
-    found = (kernel_schedule.grids(program.jaxpr).items() for program in traced)
-    grids = {name: grid for of_program in found for name, grid in of_program if name not in RARE_KERNELS}
-    return kernel_schedule.read_schedules(dump, grids) if grids else {}
+    found = (kernel_schedule.grids(program.jaxpr).items() for program in programs.traced)
+    grids = {
+        name: tuple(length if isinstance(length, int) else float(programs.lengths[name]) for length in grid)
+        for of_program in found
+        for name, grid in of_program
+        if name not in RARE_KERNELS
+    }
+    return kernel_schedule.read_schedules(dump, grids, trips=programs.trips) if grids else {}
 
 
 def _costs(
@@ -120,7 +130,9 @@ def _costs(
     costs = []
     for n, program in zip(programs.times, compiled, strict=True):
         parsed = hlo_schedule.Program.parse(program.as_text())
-        found = hlo_schedule.costs(parsed, chip.clock, kernel_seconds, collective_seconds, RARE_KERNELS)
+        found = hlo_schedule.costs(
+            parsed, chip.clock, kernel_seconds, collective_seconds, RARE_KERNELS, tuple(programs.lengths)
+        )
         costs += [cost for cost in found for _ in range(n)]
     return costs
 

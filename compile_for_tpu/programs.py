@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +25,7 @@ BUILT_IN_MODEL = str(CONFIGS / "CogVideoX1.5-5B")  # the configs of zai-org's mo
 
 # Options that are not in a report's name as key=value: its other labels have them, or they change no program.
 NOT_IN_NAME = {"what", "topology", "output", "publish", "save", "model_id", "num_inference_steps"}
-NOT_IN_NAME |= {"height", "width", "frames", "guidance_scale", "decoder", "tokens", "preset", "fps"}
+NOT_IN_NAME |= {"height", "width", "frames", "guidance_scale", "decoder", "tokens", "preset", "fps", "pattern"}
 
 
 class Kind(NamedTuple):
@@ -222,7 +223,23 @@ def add_kernel_options(parser: ArgumentParser) -> None:
     group.add_argument("--tokens", type=positive, default=25826, help="length of the sequence")
     group.add_argument("--heads", type=positive, default=6, help="attention heads of one chip")
     group.add_argument("--head_dim", type=positive, default=64, help="width of a head")
+    group.add_argument(
+        "--pattern",
+        type=_pattern,
+        metavar="dense|frames:N|positions:N",
+        help="block-sparse attention, all heads of one pattern: frames of whole tiles, with keys of so many frames "
+        "before and after the query's, or of so many groups of places (default: dense, without such frames)",
+    )
+    group.add_argument("--token_frames", type=positive, default=11, help="frames of patches, for --pattern")
+    group.add_argument("--text_tokens", type=positive, default=226, help="tokens that are text, for --pattern")
     _add_dtype_option(parser, "dtype of query, key and value")
+
+
+def _pattern(text: str) -> str:
+    """Return the text of a `Pattern`; an argparse type, which does not load jax."""
+    if not re.fullmatch(r"dense|(frames|positions):\d{1,4}", text):
+        raise argparse.ArgumentTypeError(f"{text} is no pattern; dense, frames:1 and positions:2 are")
+    return text
 
 
 def trace_kernel(arguments: argparse.Namespace, devices: list) -> Programs:
@@ -232,6 +249,8 @@ def trace_kernel(arguments: argparse.Namespace, devices: list) -> Programs:
 
     from cogvideox.models.transformer.attention import Attention
 
+    if arguments.pattern:
+        return _trace_sparse_kernel(arguments, devices)
     with plans.plan_errors():
         function = Attention.choose(
             arguments.attention,
@@ -259,8 +278,59 @@ def trace_kernel(arguments: argparse.Namespace, devices: list) -> Programs:
     )
 
 
+def _trace_sparse_kernel(arguments: argparse.Namespace, devices: list) -> Programs:
+    """Trace the attention of one chip whose heads have one pattern."""
+    import jax
+    import jax.numpy as jnp
+
+    from cogvideox.models.transformer.sparse import attention, geometry, patterns
+    from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
+    from cogvideox.models.transformer.sparse.table import HeadTable
+
+    pattern, dtype = patterns.Pattern.parse(arguments.pattern), jnp.dtype(dtype_of(arguments))
+    frame_tokens, rest = divmod(arguments.tokens - arguments.text_tokens, arguments.token_frames)
+    if rest or frame_tokens < 1:
+        frames = f"{arguments.token_frames} frames and {arguments.text_tokens} of text"
+        raise UserError(f"--tokens {arguments.tokens} are not {frames}: see --token_frames and --text_tokens")
+    layout = AlignedLayout(arguments.token_frames, frame_tokens, arguments.text_tokens)
+    try:
+        sizes = geometry.WindowSizes(*arguments.block_sizes) if arguments.block_sizes else None
+        chosen = geometry.geometry_of(pattern.kind, layout, dtype.itemsize, arguments.head_dim, sizes)
+        chosen.key_buffers(arguments.head_dim, dtype.itemsize)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--block_sizes or --tokens: {error}") from error
+    array = jax.ShapeDtypeStruct(
+        (layout.tiles, arguments.heads, arguments.head_dim, LANES),
+        dtype,
+        sharding=jax.sharding.SingleDeviceSharding(devices[0]),
+    )
+    function = functools.partial(
+        attention.sparse_attention,
+        table=HeadTable.of([pattern] * arguments.heads),
+        layout=layout,
+        sizes=sizes,
+        interpret=False,
+    )
+    with compiling_for(jax.sharding.Mesh(devices[:1], ("chips",))):
+        traced = jax.jit(function).trace(array, array, array)
+    density = pattern.density(layout)
+    scores = arguments.heads * arguments.tokens**2 * density
+    names = ("tokens", "token_frames", "text_tokens", "heads", "head_dim", "dtype", "block_sizes")
+    return Programs(
+        traced=[traced],
+        times=[1],
+        devices=devices[:1],
+        scores_per_kernel=scores,
+        trips={attention.NAMES[pattern.kind]: chosen.mean_window(pattern.window)},
+        attention_flops=4 * arguments.head_dim * scores,
+        options={"pattern": pattern, "density": f"{density:.4f}"} | {name: getattr(arguments, name) for name in names},
+        advice="fewer --tokens or --heads",
+    )
+
+
 def _kernel_labels(arguments: argparse.Namespace) -> list[str]:
-    return [str(arguments.tokens)]
+    pattern = arguments.pattern or ""
+    return [str(arguments.tokens)] + [pattern.replace(":", "")] * bool(pattern)
 
 
 # --- Shared ------------------------------------------------------------------------------------------------------

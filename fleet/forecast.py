@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.write_figures import CHIP_HOUR, LARGE, MODEL, result, size_text, step_report
+from benchmarks.reports import LARGE
+from benchmarks.write_figures import CHIP_HOUR, result, size_text, step
 from cogvideox.cli import terminal
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
@@ -53,7 +54,7 @@ Rows = list[list[str]]
 
 def times_of(topology: str, setting: str, given: argparse.Namespace) -> Times:
     """Return the seconds of a host with this slice."""
-    of_step = result(step_report(topology, LARGE, True, MODEL))
+    of_step = step(topology, LARGE, guided=True)
     of_decode = result(report.file_name("stage3", topology, ["x".join(map(str, LARGE))]))
     skipped = given.skipped_steps * (1 - given.skipped_step) if setting == "cached" else 0
     fits = of_step["memory"]["arguments"] + of_decode["memory"]["peak"] <= of_step["memory"]["limit"]

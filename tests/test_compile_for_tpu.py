@@ -79,6 +79,20 @@ def test_kernel_of_one_grid_step(run_stage, tmp_path):
 
 @pytest.mark.slow
 @needs_libtpu
+def test_kernel_of_a_pattern(compile_for):
+    """Three of its frames of 1,024 tokens see 2, 3 and 2 frames: the kernel's loop over them has no fixed length."""
+    options = ("--topology", "v6e-1", "--tokens", 3 * 1000 + 226, "--token_frames", 3, "--heads", 1)
+    _, report = compile_for("kernel", *options, "--pattern", "frames:1", "--block_sizes", 512, 512)
+    kernel = report["kernels"]["exp2_splash_frames.1"]
+    density = (226 * 3226 + (2 + 3 + 2) * 1000**2 + 3000 * 226) / 3226**2
+    assert float(report["options"]["density"]) == pytest.approx(density, abs=1e-4)
+    assert kernel["useful_scores_per_cycle"] * kernel["cycles"] == pytest.approx(density * 3226**2)
+    products = (7 * 1024**2 + (3 * 1024 + 256) * 256 + 3 * 1024 * 256) / 256**2
+    assert 1 < kernel["cycles"] / (80 * products) < 2, kernel  # its passes are short
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_stage2_of_the_tiny_model(compile_for, random_model):
     """All parts of a step: the loop over two blocks, collectives, the kernel; the parts make the whole."""
     printed, report = compile_for("stage2", "--topology", "v6e-4", "--model_id", random_model, *SIZE)
@@ -112,6 +126,8 @@ def test_out_of_memory_is_one_line(compile_for, random_model, tmp_path, capsys):
         (["stage2", "--topology", "v6e-8", "--sp_num", 3], ["--sp_num 3", "[1, 2, 4]"]),
         (["stage2", "--topology", "v6e-1", "--height", 100], ["--height 100", "multiple of 16"]),
         (["kernel", "--block_sizes", 1], ["--block_sizes"]),
+        (["kernel", "--pattern", "frames"], ["--pattern", "frames:1"]),
+        (["kernel", "--pattern", "frames:1", "--tokens", 1000], ["--tokens 1000", "11 frames"]),
         (["stage4"], ["stage4"]),
     ],
 )
@@ -227,6 +243,7 @@ def test_decoder_round_trip(compile_for, run, outputs, random_model):
         ("stage3 --decoder flax --strips 4", "stage3-v6e-8-768x1360x81-flax-strips=4.json"),
         ("kernel --topology v6e-1", "kernel-v6e-1-25826.json"),
         ("kernel --tokens 45106 --attention splash", "kernel-v6e-8-45106-attention=splash.json"),
+        ("kernel --tokens 45106 --pattern frames:1", "kernel-v6e-8-45106-frames1.json"),
     ],
 )
 def test_names_of_reports(command, name):

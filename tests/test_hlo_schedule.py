@@ -91,6 +91,13 @@ def test_loop_around_a_rare_kernel_counts_as_not_run():
     assert costs(Program.parse(text), 1.0, {}.__getitem__, lambda *_: 0.0, rare_kernels=["kern"]) == []
 
 
+def test_loop_around_a_kernel_that_runs_once():
+    """Or not at all, which depends on data."""
+    text = program(bound="parameter(1)")
+    found = costs(Program.parse(text), 1.0, lambda *_: 2.0, lambda *_: 0.0, kernels_run_once=["kern"])
+    assert [(cost.seconds, cost.times) for cost in found if cost.name.startswith("kern")] == [(2.0, 1)]
+
+
 @pytest.mark.parametrize("part", [dict(bound="add(%i.1, %i.1)"), dict(start="parameter(1)")])
 def test_unreadable_trip_count_is_an_error(part):
     with pytest.raises(HloError, match="loop"):

@@ -55,6 +55,31 @@ def test_a_loop_that_counts_in_steps(dump):
     assert schedule.regions[3].times == 4
 
 
+def test_a_counter_that_is_counted_twice(dump):
+    """The loop's test reads the same sum from another register than the next round does."""
+    edit(dump, r"%s188_s27 = sadd\.s32 1, (%\w+)", r"%s188_s27 = sadd.s32 1, \1 ;; %s9999_s27 = sadd.s32 1, \1")
+    edit(dump, r"%s188_s27, 7 /", "%s9999_s27, 7 /")
+    (schedule,) = read_schedules(dump, GRIDS).values()
+    assert schedule.regions[3].times == 7
+
+
+def test_a_grid_whose_length_depends_on_data(dump):
+    edit(dump, r"26 /\* loop exit test \*/", "%s941_s12 /* loop exit test */")
+    with pytest.raises(ScheduleError, match="no readable trip count"):
+        read_schedules(dump, GRIDS)
+    (schedule,) = read_schedules(dump, {"looped_kernel": (2.5, 3, 4)}).values()
+    assert schedule.body.times == 2.5 * 12
+
+
+def test_a_loop_whose_length_depends_on_data(dump):
+    """It has the mean length that is given for its kernel, and the grid's loop is still read."""
+    edit(dump, r"7 /\* loop exit test \*/", "%s941_s12 /* loop exit test */")
+    with pytest.raises(ScheduleError, match="no readable trip count"):
+        read_schedules(dump, GRIDS, trips={"another": 2.5})
+    (schedule,) = read_schedules(dump, GRIDS, trips={"looped_kernel": 2.5}).values()
+    assert [region.times for region in schedule.regions] == [24, 1, 1 / 4, 2.5, 1 / 4]
+
+
 @pytest.mark.parametrize(
     ("pattern", "replacement", "message"),
     [

@@ -179,7 +179,7 @@ def call(
         out_shape=out_shape,
         input_output_aliases={} if into is None else {inputs: 0},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * len(grid), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=[pltpu.PARALLEL] * len(grid), vmem_limit_bytes=VMEM_LIMIT
         ),
         cost_estimate=pl.CostEstimate(flops=2 * products, bytes_accessed=size, transcendentals=0),
         interpret=interpret,

@@ -1,0 +1,101 @@
+"""What the fast kernel subtracts from a row's scores: a bound for all keys of the head that are not padding.
+
+It is also a bound for the keys of a window. It may be too far above them, where a head's weight lies outside its
+window; then the row's sum of weights shows it, and the row is computed again by the online kernel.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
+from custom_splash_attention import BOUND_TILES, core, in_hbm, query_bounds
+
+
+def key_bounds(
+    queries: jax.Array, keys: jax.Array, layout: AlignedLayout, *, factor: float, k_smooth: bool, interpret: Any
+) -> jax.Array:
+    """Compute the bound of each query, see `custom_splash_attention.query_bounds`, float32 [tiles, heads, 1, 128].
+
+    Args:
+        queries, keys: [tiles, heads, head_dim, 128]; the keys are those of the whole sequence.
+        layout: of the sequence.
+        factor: of the scores, in base 2.
+        k_smooth: take the mean of the keys out.
+        interpret: run in Pallas' interpreter.
+    """
+    queries, keys = in_hbm([queries, keys], interpret)
+    _, heads, head_dim, _ = keys.shape
+    block = min(layout.tiles, BOUND_TILES)
+    blocks = -(-layout.tiles // block)
+    tile_tokens = np.pad(layout.tile_tokens(), (0, blocks * block - layout.tiles))
+    row = jax.ShapeDtypeStruct((heads, 1, LANES), jnp.float32)
+    mean, radius = pl.pallas_call(
+        functools.partial(_key_statistics, real_keys=layout.real_tokens, k_smooth=k_smooth),
+        name="exp2_splash_aligned_keys",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(heads, 2, blocks),
+            in_specs=[pl.BlockSpec((block, 1, head_dim, LANES), lambda h, phase, j, _: (j, h, 0, 0))],
+            out_specs=[
+                pl.BlockSpec((1, head_dim, LANES), lambda h, *_: (h, 0, 0)),
+                pl.BlockSpec((1, 1, LANES), lambda h, *_: (h, 0, 0)),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct((heads, head_dim, LANES), jnp.float32), row],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=core().vmem
+        ),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=keys.size * keys.dtype.itemsize, transcendentals=0),
+        interpret=interpret,
+    )(jnp.asarray(tile_tokens), keys)
+    return query_bounds(
+        queries, mean, radius, factor=factor, k_smooth=k_smooth, kv_len=layout.real_tokens, interpret=interpret
+    )
+
+
+def _key_statistics(tile_tokens, k_ref, mean_ref, radius_ref, *, real_keys, k_smooth):
+    """Compute the mean of a head's keys, and then their largest distance from it, or from 0 without `k_smooth`."""
+    phase, block = pl.program_id(1), pl.program_id(2)
+    tiles, _, head_dim, _ = k_ref.shape
+    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+
+    def over_tiles(function, start):
+        def one(tile, found):
+            return function(found, k_ref[tile, 0].astype(jnp.float32), lane < tile_tokens[block * tiles + tile])
+
+        return lax.fori_loop(0, tiles, one, start, unroll=4)
+
+    @pl.when((phase == 0) & (block == 0))
+    def _():
+        mean_ref[...] = jnp.zeros_like(mean_ref)
+
+    @pl.when(phase == 0)
+    def _():
+        mean_ref[0] = over_tiles(lambda total, key, real: total + jnp.where(real, key, 0.0), mean_ref[0])
+
+    @pl.when((phase == 1) & (block == 0))
+    def _():
+        mean_ref[0] = jnp.broadcast_to(mean_ref[0].sum(1, keepdims=True) / real_keys, (head_dim, LANES))
+        radius_ref[...] = jnp.zeros_like(radius_ref)
+
+    @pl.when(phase == 1)
+    def _():
+        centre = mean_ref[0] if k_smooth else jnp.zeros_like(mean_ref[0])
+
+        def furthest(largest, key, real):
+            distance = jnp.square(key - centre).sum(0, keepdims=True)
+            return jnp.maximum(largest, jnp.where(real, distance, 0.0))
+
+        radius_ref[0] = over_tiles(furthest, radius_ref[0])
+
+    @pl.when((phase == 1) & (block == pl.num_programs(2) - 1))
+    def _():
+        largest = jnp.sqrt(radius_ref[0].max(1, keepdims=True))
+        radius_ref[0] = jnp.broadcast_to(largest, (1, LANES))
