@@ -211,10 +211,9 @@ def tiled_attention(
         queries, keys, values: [tiles, heads, head_dim, 128], see `to_tiles`; there may be fewer tiles of queries. They
             may be one array.
         q_length: how many of the queries count, from the first on; by default all. Blocks of others come out 0.
+        heads: how many heads there are; by default as many as the queries' array has.
+        first: the first of them in each of the three arrays.
         kv_length, scale, block_sizes, k_smooth, interpret: as for `splash_attention`.
-
-        heads: how many each of the arrays has; by default as many as the queries' array has.
-        first: the first of these in each of the arrays.
 
     Returns:
         [tiles of queries, heads, head_dim, 128], and of each head the share of its blocks of queries that the online
@@ -519,11 +518,8 @@ def _call(
         grid: tuple = 1, again.blocks.sum(dtype=jnp.int32)
         place = lambda h, i, chosen: (chosen[i], chosen[q_blocks])  # noqa: E731
     else:
-        chosen, kernel, grid = (
-            jnp.zeros(1, jnp.int32),
-            functools.partial(_fast_kernel, q_len=q_len),
-            (heads.number, q_blocks),
-        )
+        chosen = jnp.zeros(1, jnp.int32)
+        kernel, grid = functools.partial(_fast_kernel, q_len=q_len), (heads.number, q_blocks)
         place = lambda h, i, chosen: (i, h)  # noqa: E731
 
     def query_spec(rows: int, first: int = 0) -> pl.BlockSpec:

@@ -74,8 +74,13 @@ def run(jobs: Sequence[Sequence[str]], at_a_time: int) -> None:
             while waiting or running:
                 while waiting and len(running) < at_a_time:
                     words = waiting.pop(0)
-                    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-                    process = subprocess.Popen([sys.executable, "-m", *words], cwd=ROOT, **pipes)
+                    process = subprocess.Popen(
+                        [sys.executable, "-m", *words],
+                        cwd=ROOT,
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.PIPE,
+                        text=True,
+                    )
                     running[process] = " ".join(words), time.monotonic()
                 for process in [process for process in running if process.poll() is not None]:
                     name, begin = running.pop(process)

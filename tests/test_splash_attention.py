@@ -226,7 +226,7 @@ ENDS = [  # of float32: a head, the exponent of its largest value, its share of 
     [("bfloat16", SMALL), pytest.param("float32", BlockSizes(256, 512, 256, 128), marks=pytest.mark.slow)],
 )
 def test_both_ends_of_the_range(dtype, block_sizes):
-    """With padded queries, keys and values that would show; in two blocks of keys, and in one."""
+    """With padding and another head that would show; keys and values in one array, in two blocks of keys and in one."""
     scaled = [(query, key, value / np.abs(value).max() * 2.0**exponent) for (query, key, value), exponent, _ in ENDS]
     query, key, value = (
         jnp.asarray(np.concatenate([array[:, :1] for array in arrays], 1), dtype)
@@ -237,9 +237,11 @@ def test_both_ends_of_the_range(dtype, block_sizes):
     @jax.jit
     def run(*arrays):
         queries, *others = (to_tiles(array) for array in arrays)
-        queries = jnp.pad(queries, ((0, 3), *[(0, 0)] * 3), constant_values=jnp.nan)
+        queries = jnp.pad(queries, ((0, 3), (1, 0), (0, 0), (0, 0)), constant_values=jnp.nan)
+        others = jnp.concatenate(others, axis=1)
         options = {"q_length": query.shape[2], "kv_length": length, "block_sizes": block_sizes}
-        output, online = tiled_attention(queries, *others, **options)
+        options |= {"heads": len(ENDS), "first": (1, 0, len(ENDS))}
+        output, online = tiled_attention(queries, others, others, **options)
         return from_tiles(output, 1, len(queries) * 128), online
 
     output, online = run(query, *(array.at[:, :, length:].set(1e30) for array in (key, value)))

@@ -291,9 +291,9 @@ def sums(share: jax.Array, real: jax.Array, copies: int, checksum: bool = False)
 def added(parts: Sequence[jax.Array]) -> jax.Array:
     """Return the `sums` of an array from those of its pieces."""
     stacked = jnp.stack(parts)
-    added = stacked.sum(0)
-    added = added.at[:, LEAST].set(stacked[:, :, LEAST].min(0))
-    return added.at[:, MOST].set(stacked[:, :, MOST].max(0))
+    total = stacked.sum(0)
+    total = total.at[:, LEAST].set(stacked[:, :, LEAST].min(0))
+    return total.at[:, MOST].set(stacked[:, :, MOST].max(0))
 
 
 @contextlib.contextmanager
