@@ -20,6 +20,13 @@ V6E = ("v6e-1", "v6e-4", "v6e-8")
 HOSTS = ("v6e-16", "v6e-32")  # of several hosts
 OTHER_TPUS = ("7x-4", "7x-8", "v5p-4", "v5e-8", "v4-4")
 OTHER_MODELS = ("CogVideoX1.5-5B-I2V", "CogVideoX-5B", "CogVideoX-5B-I2V", "CogVideoX-2B")
+OPTIONS = (
+    "--dump_stats",
+    "--cache_schedule 1",
+    "--cache_schedule 1 --skipped_step",
+    "--guidance_interval 0,24",
+    "--videos_at_once 8",
+)
 PATTERNS = ("dense", "frames:1", "frames:2", "positions:2")
 
 
@@ -32,7 +39,7 @@ def commands() -> list[str]:
         "stage3 --topology v6e-8 --decoder flax",
         "encoder --topology v6e-8",
         *(f"stage2 --topology {slice_}" for slice_ in (*V6E, *HOSTS, *OTHER_TPUS)),
-        "stage2 --topology v6e-8 --dump_stats",
+        *(f"stage2 --topology v6e-8 {options}" for options in OPTIONS),
         *(f"{one_prompt} --topology {slice_}" for slice_ in (*V6E, "v6e-32", "7x-4", "7x-8")),
         *(f"stage2 --topology {slice_}{of(size)}" for size, slice_ in itertools.product((SMALL, MIDDLE), V6E)),
         *(f"{one_prompt} --topology {slice_}{of(SMALL)}" for slice_ in V6E),

@@ -56,7 +56,7 @@ def labels(arguments: argparse.Namespace, defaults: argparse.Namespace) -> list[
         found.append(f"model={model_name(model)}")
     for name, value in vars(arguments).items():
         if name not in NOT_IN_NAME and value != getattr(defaults, name):
-            found.append(f"{name}={','.join(map(str, value)) if isinstance(value, list) else value}")
+            found.append(f"{name}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}")
     return found
 
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.reports import LARGE
+from benchmarks.reports import LARGE, MODEL
 from benchmarks.write_figures import CHIP_HOUR, result, size_text, step
 from cogvideox.cli import terminal
 from cogvideox.cli.parser import ArgumentParser
@@ -237,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the tables, and with --publish write them to benchmarks/results/."""
     given = parse_arguments(argv)
     found = {name: make(given) for name, make in TABLES.items()}
-    print(f"CogVideoX1.5-5B, {size_text(LARGE)}, a host for each slice. {report.trust()}")
+    print(f"{MODEL}, {size_text(LARGE)}, a host for each slice. {report.trust()}")
     for name, rows in found.items():
         print(f"\n{name}", *terminal.table(rows), sep="\n")
     print(f"\nAn event took the rules and the simulation {rule_microseconds(given):.0f} microseconds on this machine.")
