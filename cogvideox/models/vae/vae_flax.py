@@ -17,6 +17,7 @@ from cogvideox.models.vae.vae_layers import (
     ACTIVATIONS,
     Deferred,
     causal_conv,
+    computed,
     shortcut,
     spatial_norm,
     tap_output,
@@ -105,7 +106,7 @@ class ResnetBlock3D(NamedModule):
         if hasattr(self, "conv_shortcut"):
             x = shortcut(x, self.conv_shortcut.kernel[0, 0, 0], value(self.conv_shortcut.bias), split)
             tap_output(f"{self.name}.conv_shortcut", x, split)
-        return x + hidden, new_cache
+        return hidden + x, new_cache  # in this order, so that a kernel can add x
 
 
 class Upsample3D(NamedModule):
@@ -200,7 +201,7 @@ def make_decoder(config: Mapping) -> Decoder:
         )
 
     def decode_chunk(weights, latents, cache, split):
-        return nnx.merge(graph, weights)(latents, cache or {}, split)
+        return computed(*nnx.merge(graph, weights)(latents, cache or {}, split))
 
     shapes = {name: _diffusers_shape(path, parameter.shape) for name, (path, parameter) in parameters.items()}
     return Decoder(decode_chunk, shapes, convert_weights)

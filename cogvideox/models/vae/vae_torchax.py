@@ -28,6 +28,7 @@ from cogvideox.models.vae.vae_layers import (
     ACTIVATIONS,
     Deferred,
     causal_conv,
+    computed,
     downsample,
     group_norm,
     shortcut,
@@ -44,7 +45,8 @@ def make_decoder(config: Mapping) -> Decoder:
 
     def decode_chunk(weights, latents, cache, split):
         record = functools.partial(tap_output, split=split)
-        return jax_function(module, layers=_layers(split), record=record)(weights, latents, conv_cache=cache)
+        decode = jax_function(module, layers=_layers(split), record=record)
+        return computed(*decode(weights, latents, conv_cache=cache))
 
     return Decoder(decode_chunk, _weight_shapes(module), _convert_weights)
 
@@ -55,7 +57,7 @@ def make_encoder(config: Mapping) -> Encoder:
         module = AutoencoderKLCogVideoX.from_config(config).encoder.eval()
 
     def encode_chunk(weights, pixels, cache, split):
-        return jax_function(module, layers=_layers(split))(weights, pixels, conv_cache=cache)
+        return computed(*jax_function(module, layers=_layers(split))(weights, pixels, conv_cache=cache))
 
     return Encoder(encode_chunk, _weight_shapes(module), _convert_weights)
 
