@@ -30,11 +30,13 @@ VMEM_USED = 0.7  # the share that its blocks may take; the compiler needs some
 LEAST_COLUMNS = 32  # of a block, unless there are fewer; with so few the kernel is no gain
 
 MOST_COLUMNS = 64
+NEVER = 0x7FC12345  # the bits of a NaN that no product makes
 PIECE = 4  # columns that are activated, or finished, at a time between two products
 COPIED = 64  # rows of 32 bits that are copied at a time
 
 Sums = tuple[jax.Array, ...]  # of each row's values, and of their squares, float32 [strips, out channels]
-Work = Callable[[Sums], Sums]
+Work = Callable[[Sums, jax.Array | None], Sums]
+Operands = Callable[[], tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +237,7 @@ def convolve(
     bias: jax.Array,
     residual: jax.Array | None,
     shortcut: tuple[jax.Array, jax.Array] | None,
-    limit: jax.Array,
+    limit: jax.Array | None,
     *,
     activation: Callable | None,
     interpret: bool = False,
@@ -253,7 +255,8 @@ def convolve(
         residual: what is added, of the result's shape, or None.
         shortcut: an array [frames, height, width, strips, shortcut channels] and weights [shortcut channels, out
             channels] whose product is added, or None.
-        limit: int32 [1], the number of columns that lie within the frame: others do not count for the sums.
+        limit: int32 [1], the number of columns that lie within the frame: others do not count for the sums. None if all
+            do.
         activation: a function that maps zero to zero; None for none.
         interpret: whether Pallas' interpreter runs the kernel.
     """
@@ -261,12 +264,14 @@ def convolve(
     steps = _Steps(s)
     columns, out = s.columns, s.out_channels
     blocked = s.frames, s.height // s.side, s.side, s.width // s.side, s.side, STRIPS
-    operands: dict[str, Any] = {"limit": limit}
-    specs = {"limit": pl.BlockSpec(memory_space=pltpu.SMEM)}
+    operands: dict[str, Any] = {}
+    specs: dict[str, pl.BlockSpec] = {}
 
     def add(name: str, array: jax.Array, spec: pl.BlockSpec) -> None:
         operands[name], specs[name] = array, spec
 
+    if limit is not None:
+        add("limit", limit, pl.BlockSpec(memory_space=pltpu.SMEM))
     factors = {"scale": scale, "offset": offset} if scale is not None and offset is not None else {}
     for q in range(s.side):
         add(f"x{q}", x, steps.of_input(x, q, columns))
@@ -455,7 +460,7 @@ class _Steps(NamedTuple):
 
 def _chunks(width: int) -> tuple[int, int]:
     """Return number and size of the chunks that cover `width` columns with the least overlap."""
-    sizes = [width] if width <= MOST_COLUMNS else range(MOST_COLUMNS // 2, MOST_COLUMNS + 1, 4)
+    sizes = [width] if width <= MOST_COLUMNS else range(MOST_COLUMNS // 2, MOST_COLUMNS + 1)
     size = min(sizes, key=lambda size: (-(-width // size) * size, -size))
     return -(-width // size), size
 
@@ -485,23 +490,18 @@ class _Kernel:
             pl.when(t < self.before)(self.copy_cache)
         pl.when(brings & jnp.logical_not(multiplies))(functools.partial(self.loop, multiplies=False))
         pl.when(multiplies)(functools.partial(self.loop, multiplies=True))
+        first, last = self.step == 0, self.step == (s.height + 2) // s.side - 1
+        for q, is_edge in enumerate((first, last) if s.side == 2 else (first | last,)):
+            pl.when(is_edge & (t >= self.before))(functools.partial(self.activate_edge, q))
         pl.when(t < s.ring_frames)(self.keep)
 
     def loop(self, multiplies: bool) -> None:
         """Activate the rows, chunk by chunk; beside it multiply as many chunks of the rows before."""
         s = self.shape
         zero = jnp.zeros((STRIPS, s.out_channels), jnp.float32)
-        at_once = max(1, PIECE // s.each)
-        if s.side == 2 and s.each % 2:
-            at_once += at_once % 2
 
         def chunk(i, sums):
-            first = jnp.minimum(i * self.units, s.columns // s.each - self.units)
-            work = [
-                functools.partial(self.activate, q, first + unit, min(at_once, self.units - unit))
-                for q in range(s.side)
-                for unit in range(0, self.units, at_once)
-            ]
+            work = [part for q in range(s.side) for part in self.activating(i, q)]
             return self.multiply(i, sums, work) if multiplies else _done(work, sums)
 
         sums = jax.lax.fori_loop(0, self.count, chunk, (zero,) * (2 * s.side))
@@ -519,19 +519,44 @@ class _Kernel:
 
     # --- Rows of the input ---------------------------------------------------------------------------------------
 
-    def activate(self, q: int, unit: jax.Array, units: int, sums: Sums) -> Sums:
-        """Activate the columns of some units of row q, and write them; return the sums as they are."""
+    def activating(self, i: jax.Array, q: int, is_edge: bool = False) -> list[Work]:
+        """Return the work to activate a chunk of row q."""
+        s = self.shape
+        at_once = max(1, PIECE // s.each)
+        if s.side == 2 and s.each % 2:
+            at_once += at_once % 2
+        first = jnp.minimum(i * self.units, s.columns // s.each - self.units)
+        return [
+            functools.partial(self.activate, is_edge, q, first + unit, min(at_once, self.units - unit))
+            for unit in range(0, self.units, at_once)
+        ]
+
+    def activate_edge(self, q: int) -> None:
+        """Activate row q once more: it lies above or below its strip."""
+        jax.lax.fori_loop(0, self.count, lambda i, sums: _done(self.activating(i, q, is_edge=True), sums), ())
+
+    def activate(
+        self, is_edge: bool, q: int, unit: jax.Array, units: int, sums: Sums, after: jax.Array | None
+    ) -> Sums:
+        """Activate the columns of some units of row q, which may be an edge of its strip, and write them.
+
+        Returns the sums as they are.
+        """
         s, each = self.shape, self.shape.each
         start, columns = unit * each, units * each
         value = self.refs[f"x{q}"][pl.ds(start, columns)].astype(jnp.float32)
         if f"scale{q}" in self.refs:
-            factors = (self.refs[f"{name}{q}"][pl.ds(unit, units)] for name in ("scale", "offset"))
+            factors = [self.refs[f"{name}{q}"][pl.ds(unit, units)] for name in ("scale", "offset")]
+            if after is not None:
+                bits = jnp.concatenate([pltpu.bitcast(after, jnp.int32)] * (s.channels // LANES), 1)
+                factors[0] = jnp.where(bits[None] == NEVER, 0.0, factors[0])
             value = self.modulated(value.reshape(units, each, *value.shape[1:]), *factors)
             value = value.reshape(columns, *value.shape[2:])
         elif self.activation:
             value = self.activation(value)
-        outside = self.refs[f"rows{q}"][pl.ds(self.block * s.columns + 1 + start, columns)]
-        value = self.of_strips(q, value, outside)
+        if is_edge:
+            outside = self.refs[f"rows{q}"][pl.ds(self.block * s.columns + 1 + start, columns)]
+            value = self.of_strips(q, value, outside)
         self.put(q, value, start, columns)
         if s.history:
             self.refs["next"][q, pl.ds(start, columns)] = value.astype(self.dtype)
@@ -668,38 +693,57 @@ class _Kernel:
         phases = self.shape.factor**2
         for phase in range(phases):
             share = work[phase * len(work) // phases : (phase + 1) * len(work) // phases]
-            sums = self.products(phase, self.start(i), [*self.finishing(i, phase), *share], sums)
+            sums = self.products(phase, self.start(i), self.finishing(i, phase), share, sums)
+            if phase == 0:  # with the first chunk, that was nothing of this row
+                sums = tuple(jnp.where(i == 0, 0.0, each) for each in sums)
         return sums
 
     def start(self, i: jax.Array | int) -> jax.Array:
         """Return the first column, or pair, of a chunk."""
         return jnp.clip(i * self.pairs, 0, self.shape.columns // self.shape.side - self.pairs)
 
-    def products(self, phase: int, start: jax.Array, work: list[Work], sums: Sums) -> Sums:
+    def products(self, phase: int, start: jax.Array, finishing: list[Work], work: list[Work], sums: Sums) -> Sums:
         """Write the products of a chunk's windows; return the sums after the work, which is done between them."""
-        steps = list(self.quad_steps(start) if self.shape.quads else self.steps(phase, start))
-        totals: dict[tuple[int, int], jax.Array] = {}
+        groups = self.quads(start) if self.shape.quads else [([(0, 0)], self.window(phase, start))]
+        out, written = self.shape.out_channels, set()
+        others = sum(len(steps) for _, steps in groups[1:])
+        done = 0
+        for number, (places, steps) in enumerate(groups):
+            # The products before lie where these will lie: they are finished before the first are written.
+            share = finishing if number == 0 else work[done : done + -(-len(work) * len(steps) // others)]
+            if number == 0 and not others:
+                share = [*finishing, *work]
+            elif number:
+                done += len(share)
+            total, sums = self.product(steps, share, sums)
+            for i, place in enumerate(places):
+                member, q = place
+                part = total[:, i * out : (i + 1) * out]
+                at = self.refs["products"].at[member, :, q * out : (q + 1) * out]
+                at[...] = at[...] + part if place in written else part
+                written.add(place)
+        return sums
+
+    def product(self, steps: list[Operands], work: list[Work], sums: Sums) -> tuple[jax.Array, Sums]:
+        """Return the sum of some products, and the sums after the work."""
+        total: jax.Array | None = None
         done = 0
         for number, step in enumerate(steps, 1):
-            left, right, places = step()
-            part = jnp.dot(left, right, precision=self.precision, preferred_element_type=jnp.float32)
-            for place, half in zip(places, jnp.split(part, len(places), axis=1), strict=True):
-                totals[place] = totals[place] + half if place in totals else half
+            part = jnp.dot(*step(), precision=self.precision, preferred_element_type=jnp.float32)
+            total = part if total is None else total + part
             due = number * len(work) // len(steps)
-            sums = _done(work[done:due], sums)
+            sums = _done(work[done:due], sums, part[:STRIPS, :LANES])
             done = due
-        out = self.shape.out_channels
-        for (member, q), total in totals.items():
-            self.refs["products"][member, :, q * out : (q + 1) * out] = total
-        return sums
+        assert total is not None
+        return total, sums
 
     def frame_of(self, t: int) -> jax.Array:
         """Return the ring's frame that is frame t of the window."""
         output = self.frame - 1 - self.before
         return output + t if self.before else jnp.maximum(output + t - self.shape.history, 0)
 
-    def steps(self, phase: int, start: jax.Array) -> Iterator[Callable]:
-        """Yield for each product what returns its operands, and (member, row) of the results beside each other."""
+    def window(self, phase: int, start: jax.Array) -> list[Operands]:
+        """Return what gives the operands of each product of a window."""
         s = self.shape
         first_row, first_column = divmod(phase, 2)
         first = phase * len(s.taps)
@@ -709,43 +753,48 @@ class _Kernel:
             taps = [s.taps[number] for number in numbers]
             found = [self.load(first_row + y, self.frame_of(t), start + first_column + x) for t, y, x in taps]
             weights = [self.refs["weight"][first + number] for number in numbers]
-            return jnp.concatenate(found, 1), jnp.concatenate(weights, 0), [(0, 0)]
+            return jnp.concatenate(found, 1), jnp.concatenate(weights, 0)
 
-        for number in range(0, len(s.taps), at_once):
-            yield functools.partial(step, range(number, min(number + at_once, len(s.taps))))
-        if s.shortcut:
-            yield lambda: (self.shortcut(0, start), self.refs["matrix"][...], [(0, 0)])
+        numbers = range(len(s.taps))
+        steps: list[Operands] = [functools.partial(step, numbers[i : i + at_once]) for i in numbers[::at_once]]
+        return [*steps, lambda: self.shortcut(0, start)] if s.shortcut else steps
 
-    def quad_steps(self, start: jax.Array) -> Iterator[Callable]:
-        """Do the same for quads; see `packed_weight`."""
+    def quads(self, start: jax.Array) -> list[tuple[list[tuple[int, int]], list[Operands]]]:
+        """Return groups of products of quads: the (member, row) of the results beside each other, and operands.
+
+        `packed_weight` says which pixels go together. The products of a group are added up in registers.
+        """
+        s = self.shape
+        frames = range(s.history + 1)
 
         def column(t, row, x):
             return self.load(row, self.frame_of(t), start + x // 2, x % 2)
 
         def middle(t, x, member):
             left = jnp.concatenate([column(t, row, member + x) for row in (1, 2)], 1)
-            return left, self.refs["weight"][7 * t + x], [(member, 0), (member, 1)]
+            return left, self.refs["weight"][7 * t + x]
 
         def outer(t, q, x):
             left = jnp.concatenate([column(t, 3 * q, 2 * x + i) for i in range(2)], 1)
-            return left, self.refs["weight"][7 * t + 3 + 2 * q + x], [(0, q), (1, q)]
+            return left, self.refs["weight"][7 * t + 3 + 2 * q + x]
 
-        def shortcut(member):
-            return self.shortcut(member, start), self.refs["matrix"][...], [(member, 0), (member, 1)]
+        groups = []
+        for member in range(2):
+            steps: list[Operands] = [functools.partial(middle, t, x, member) for t in frames for x in range(3)]
+            if s.shortcut:
+                steps.append(functools.partial(self.shortcut, member, start))
+            groups.append(([(member, 0), (member, 1)], steps))
+        for q in range(2):
+            steps = [functools.partial(outer, t, q, x) for t in frames for x in range(2)]
+            groups.append(([(0, q), (1, q)], steps))
+        return groups
 
-        for t in range(self.shape.history + 1):
-            yield from (functools.partial(middle, t, x, member) for x in range(3) for member in range(2))
-            yield from (functools.partial(outer, t, q, x) for q in range(2) for x in range(2))
-        if self.shape.shortcut:
-            yield from (functools.partial(shortcut, member) for member in range(2))
-
-    def shortcut(self, member: int, start: jax.Array) -> jax.Array:
-        """Read a chunk of the shortcut's input, of both rows of quads: [columns * strips, rows * channels]."""
+    def shortcut(self, member: int, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the operands of the shortcut: of both rows of quads [columns * strips, rows * channels]."""
         s = self.shape
         parts = [self.refs["shortcut"][q, pl.ds(start, self.pairs), member] for q in range(s.side)]
-        return jnp.concatenate(
-            [part.astype(jnp.float32).reshape(-1, s.shortcut).astype(self.dtype) for part in parts], 1
-        )
+        flat = [part.astype(jnp.float32).reshape(-1, s.shortcut).astype(self.dtype) for part in parts]
+        return jnp.concatenate(flat, 1), self.refs["matrix"][...]
 
     def finishing(self, i: jax.Array | int, phase: int) -> list[Work]:
         """Return the work to finish the products before those of a chunk and phase, which lie in VMEM."""
@@ -759,7 +808,15 @@ class _Kernel:
         ]
 
     def finish(
-        self, i: jax.Array | int, phase: int, at: int, columns: int, member: int, q: int, sums: Sums
+        self,
+        i: jax.Array | int,
+        phase: int,
+        at: int,
+        columns: int,
+        member: int,
+        q: int,
+        sums: Sums,
+        after: jax.Array | None,
     ) -> Sums:
         """Add bias and residual to products of some columns, and write them; return the sums with them."""
         s, refs = self.shape, self.refs
@@ -774,19 +831,21 @@ class _Kernel:
             refs["y"][q, place, member] = value.astype(self.dtype)
         else:
             refs["y"][phase // 2, place, phase % 2] = value.astype(self.dtype)
-        # Columns within the frame that no chunk before had count; of what lies in VMEM at first, none.
-        pair = first + jax.lax.broadcasted_iota(jnp.int32, (columns, 1, 1), 0)
-        column = self.block * s.columns + pair * s.side + member
-        least = jnp.where(i < 0, s.columns, i * self.pairs)
-        value = jnp.where((pair >= least) & (column < refs["limit"][0]), value, 0.0)
+        # Columns beyond the frame do not count, nor those that the chunk before had, too.
+        number = jax.lax.broadcasted_iota(jnp.int32, (columns, 1, 1), 0)
+        if "limit" in refs:
+            least = refs["limit"][0] - self.block * s.columns - member
+            value = jnp.where(number * s.side < least - first * s.side, value, 0.0)
+        if self.count * self.pairs > s.columns // s.side:
+            value = jnp.where(number >= i * self.pairs - first, value, 0.0)
         added = list(sums)
         added[2 * q] += value.sum(0)
         added[2 * q + 1] += (value * value).sum(0)
         return tuple(added)
 
 
-def _done(work: list[Work], sums: Sums) -> Sums:
-    """Do the work, and return the sums after it."""
+def _done(work: list[Work], sums: Sums, after: jax.Array | None = None) -> Sums:
+    """Do the work, none of it before `after` is there, and return the sums after it."""
     for each in work:
-        sums = each(sums)
+        sums = each(sums, after)
     return sums

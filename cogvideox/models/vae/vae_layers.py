@@ -397,7 +397,7 @@ def _in_kernel(
             total,
             residual,
             by,
-            jnp.reshape(inside, 1).astype(jnp.int32),
+            None if split.is_even else jnp.reshape(inside, 1).astype(jnp.int32),
             activation=x.activation,
             interpret=split.platform != "tpu",
         )
