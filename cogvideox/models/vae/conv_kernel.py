@@ -29,9 +29,9 @@ VMEM_LIMIT = 0.8  # the share that the kernel asks for
 VMEM_USED = 0.7  # the share that its blocks may take; the compiler needs some
 LEAST_COLUMNS = 32  # of a block, unless there are fewer; with so few the kernel is no gain
 
-MOST_COLUMNS = 64
+MOST_COLUMNS = 88
 NEVER = 0x7FC12345  # the bits of a NaN that no product makes
-PIECE = 4  # columns that are activated, or finished, at a time between two products
+PIECE = 8  # columns that are activated, or finished, at a time between two products
 COPIED = 64  # rows of 32 bits that are copied at a time
 
 Sums = tuple[jax.Array, ...]  # of each row's values, and of their squares, float32 [strips, out channels]
@@ -134,7 +134,7 @@ class Shape:
         factors = 2 * STRIPS * 4 * self.channels // self.each
         weights = math.prod(self.weight) * self.itemsize
         edges = (self.width + 2) * 2 * self.channels * self.itemsize
-        products = 3 * MOST_COLUMNS * STRIPS * 4 * self.out_channels * self.side
+        products = 3 * MOST_COLUMNS * STRIPS * 4 * self.out_channels
         blocks = 2 * self.side * self.columns * (moved * column + factors)
         return 4 * (math.prod(self.ring) + self.side * math.prod(self.row)) + blocks + weights + 2 * edges + products
 
@@ -246,13 +246,13 @@ def convolve(
 
     Args:
         shape: from `fitting`.
-        x: [frames, height, width, strips, channels].
+        x: [frames, height, width, strips, channels]; fewer frames are repeated, as by `nearest`.
         scale, offset: float32, repeated to x's size; see `modulated`.
         edges: around x.
         cache: of the chunk before; None where `shape.cached` is False. The next one is written over it.
         weight: from `packed_weight`.
         bias: [out channels], of the convolution and of the shortcut together.
-        residual: what is added, of the result's shape, or None.
+        residual: what is added, of the result's shape, or None; fewer frames are repeated.
         shortcut: an array [frames, height, width, strips, shortcut channels] and weights [shortcut channels, out
             channels] whose product is added, or None.
         limit: int32 [1], the number of columns that lie within the frame: others do not count for the sums. None if all
@@ -292,19 +292,20 @@ def convolve(
     add("weight", weight, pl.BlockSpec(weight.shape, lambda b, j, t: (0, 0, 0), pipeline_mode=once))
     add("bias", bias.astype(jnp.float32)[None], pl.BlockSpec((1, out), lambda b, j, t: (0, 0)))
     if residual is not None:
-        add("residual", residual.reshape(*blocked, out), steps.of_output(out))
+        add("residual", residual.reshape(-1, *blocked[1:], out), steps.of_output(out, len(residual)))
     if shortcut is not None:
         array, matrix = shortcut
         matrix = jax.scipy.linalg.block_diag(*[matrix] * s.side)
-        add("shortcut", array.reshape(*blocked, s.shortcut), steps.of_output(s.shortcut))
+        array = array.reshape(-1, *blocked[1:], s.shortcut)
+        add("shortcut", array, steps.of_output(s.shortcut, len(array)))
         add("matrix", matrix, pl.BlockSpec(matrix.shape, lambda b, j, t: (0, 0), pipeline_mode=once))
 
     if s.factor == 2:
         out_shapes = {"y": jax.ShapeDtypeStruct((s.frames, s.height, 2, s.width, 2, STRIPS, out), x.dtype)}
-        out_specs = {"y": steps.of_output(out, rows=2, members=2)}
+        out_specs = {"y": steps.of_output(out, s.frames, rows=2, members=2)}
     else:
         out_shapes = {"y": jax.ShapeDtypeStruct((*blocked, out), x.dtype)}
-        out_specs = {"y": steps.of_output(out)}
+        out_specs = {"y": steps.of_output(out, s.frames)}
     sums_shape = (s.blocks, s.frames, s.height // s.side, s.side, 2 * STRIPS, out)
     out_shapes["sums"] = jax.ShapeDtypeStruct(sums_shape, jnp.float32)
     out_specs["sums"] = steps.of_sums(out)
@@ -318,7 +319,7 @@ def convolve(
                (("cache", "next"), ("cache_columns", "next_columns")) if a in operands}
     words = jnp.uint32 if s.itemsize == 2 else jnp.float32
     scratch = {"ring": pltpu.VMEM(s.ring, words), "fresh": pltpu.VMEM((s.side, *s.row), words)}
-    scratch["products"] = pltpu.VMEM((s.side, _chunks(columns // s.side)[1] * STRIPS, s.side * out), jnp.float32)
+    scratch["products"] = pltpu.VMEM((s.side, _chunks(s)[1] * STRIPS, s.side * out), jnp.float32)
     if s.blocks > 1 and cache is not None:
         saved = s.history, (s.height + 2) // s.side, s.side, STRIPS, s.channels
         scratch["saved"] = pltpu.VMEM(saved, jnp.float32)
@@ -403,7 +404,7 @@ class _Steps(NamedTuple):
         s = self.shape
         return pl.BlockSpec(
             (None, None, *rows.shape[2:]),
-            lambda b, j, t: (self.source(j, t, q, s.frames, 1)[0], jnp.minimum(j * s.side + q, 1), 0, 0, 0),
+            lambda b, j, t: (self.source(j, t, q, len(rows), 1)[0], jnp.minimum(j * s.side + q, 1), 0, 0, 0),
         )
 
     def of_cache(self, columns: int, fixed: bool = False) -> pl.BlockSpec:
@@ -442,13 +443,19 @@ class _Steps(NamedTuple):
         frame = jnp.where(j < delay, 0, jnp.clip(t - 1 - self.before, 0, self.shape.frames - 1))
         return frame, jnp.maximum(j - delay, 0)
 
-    def of_output(self, channels: int, rows: int = 0, members: int = 0) -> pl.BlockSpec:
-        """Make the blocks of an array [frames, row, `rows`, column, `members`, strips, channels]."""
+    def of_output(self, channels: int, frames: int, rows: int = 0, members: int = 0) -> pl.BlockSpec:
+        """Make the blocks of an array [frames, row, `rows`, column, `members`, strips, channels].
+
+        If it has fewer `frames` than the result, they are repeated.
+        """
         s = self.shape
-        return pl.BlockSpec(
-            (None, None, rows or s.side, s.columns // s.side, members or s.side, STRIPS, channels),
-            lambda b, j, t: (*self.output(j, t), 0, b, 0, 0, 0),
-        )
+
+        def index(b, j, t):
+            frame, row = self.output(j, t)
+            return nearest(frame, s.frames, frames), row, 0, b, 0, 0, 0
+
+        block = None, None, rows or s.side, s.columns // s.side, members or s.side, STRIPS, channels
+        return pl.BlockSpec(block, index)
 
     def of_sums(self, channels: int) -> pl.BlockSpec:
         """Make the blocks of the sums."""
@@ -458,9 +465,10 @@ class _Steps(NamedTuple):
         )
 
 
-def _chunks(width: int) -> tuple[int, int]:
-    """Return number and size of the chunks that cover `width` columns with the least overlap."""
-    sizes = [width] if width <= MOST_COLUMNS else range(MOST_COLUMNS // 2, MOST_COLUMNS + 1)
+def _chunks(shape: Shape) -> tuple[int, int]:
+    """Return number and size of the chunks that cover a block's columns, or pairs of them, with the least overlap."""
+    width, most = shape.columns // shape.side, MOST_COLUMNS // shape.side
+    sizes = [width] if width <= most else range(most // 2, most + 1)
     size = min(sizes, key=lambda size: (-(-width // size) * size, -size))
     return -(-width // size), size
 
@@ -474,7 +482,7 @@ class _Kernel:
         self.block, self.step, self.frame = (pl.program_id(i) for i in range(3))
         self.dtype = refs["x0"].dtype
         self.precision = jax.lax.Precision.HIGHEST if shape.itemsize == 4 else None
-        self.count, self.pairs = _chunks(shape.columns // shape.side)
+        self.count, self.pairs = _chunks(shape)
         units = shape.columns // shape.each  # groups of columns with one scale
         self.units = -(-units // self.count)  # of a chunk
         if self.units * shape.each % shape.side:

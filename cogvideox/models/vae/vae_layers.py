@@ -43,6 +43,7 @@ class Deferred:
 
     Attributes:
         values: [frames, height, width, strips, channels].
+        frames: to which they are repeated, as by `repeated`; None for as many as there are.
         scale, offset: float32, of the latents' size in frames, height and width: each element applies to all the frames
             and pixels that were made of its latent. A single frame applies to all frames. None for 1 and 0.
         activation: None for none.
@@ -54,6 +55,12 @@ class Deferred:
     offset: jax.Array | None = None
     activation: Callable[[jax.Array], jax.Array] | None = None
     moments: jax.Array | None = None
+    frames: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return self.frames or len(self.values), *self.values.shape[1:]
 
     def with_activation(self, activation: Callable[[jax.Array], jax.Array]) -> "Deferred":
         """Return the same with an activation."""
@@ -61,7 +68,7 @@ class Deferred:
 
     def compute(self) -> jax.Array:
         """Compute the array, [frames, height, width, strips, channels]."""
-        return modulated(self.values, self.scale, self.offset, self.activation)
+        return _lengthened(modulated(self.values, self.scale, self.offset, self.activation), self.shape[0])
 
 
 class Convolved:
@@ -69,6 +76,7 @@ class Convolved:
 
     Attributes:
         shape: of the result, [frames, height, width, strips, channels].
+        results: the result, and what the kernel returns beside it; values of fewer frames are still to be repeated.
     """
 
     def __init__(self, shape: tuple[int, ...], compute: "Callable[[Addend | None], conv_kernel.Results]"):
@@ -87,13 +95,13 @@ class Convolved:
     def __add__(self, other: "Addend") -> "Convolved | jax.Array":
         """Add a residual, or the shortcut's result; this object is the sum then, unless it was computed before."""
         if self._results or self._added is not None:
-            return self.results.values + array(other)
+            return array(self) + array(other)
         self._added = other
         return self
 
     @property
     def results(self) -> conv_kernel.Results:
-        """The result, and what the kernel returns beside it."""
+        """See above."""
         if self._results is None:
             self._results = self._compute(self._added)
         return self._results
@@ -113,18 +121,20 @@ class Shortcut:
     x: jax.Array
     weight: jax.Array
     bias: jax.Array
+    frames: int
     split: Split
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the result."""
-        return *self.x.shape[:-1], len(self.bias)
+        return self.frames, *self.x.shape[1:-1], len(self.bias)
 
     def compute(self) -> jax.Array:
         """Compute the result."""
         convolve = functools.partial(pointwise_conv, weight=self.weight, bias=self.bias)
         # The barrier makes XLA fuse the addition after it, and the sums of the next norm, with the larger convolution.
-        return jax.lax.optimization_barrier(_in_parts(convolve, self.x, (1, 1), self.split.most_elements))
+        x = _lengthened(self.x, self.frames)
+        return jax.lax.optimization_barrier(_in_parts(convolve, x, (1, 1), self.split.most_elements))
 
 
 Addend = jax.Array | Convolved | Shortcut
@@ -133,8 +143,18 @@ Addend = jax.Array | Convolved | Shortcut
 def array(x: jax.Array | Deferred | Convolved | Shortcut) -> jax.Array:
     """Compute what is not computed yet: [frames, height, width, strips, channels]."""
     if isinstance(x, Convolved):
-        return x.results.values
+        return _lengthened(x.results.values, x.shape[0])
     return x.compute() if isinstance(x, (Deferred, Shortcut)) else x
+
+
+def _stored(x: jax.Array | Convolved) -> jax.Array:
+    """Compute what is not computed yet, perhaps with frames that are still to be repeated."""
+    return x.results.values if isinstance(x, Convolved) else x
+
+
+def _lengthened(x: jax.Array, frames: int) -> jax.Array:
+    """Repeat frames of x [frames, height, width, ...]."""
+    return x if len(x) == frames else repeated(x, frames, *x.shape[1:3])
 
 
 def computed(x: jax.Array | Convolved, cache: Any) -> tuple[jax.Array, Any]:
@@ -146,7 +166,7 @@ def tap_output(name: str, output: "jax.Array | Deferred | Convolved | Shortcut |
     """Tap the output of the decoder's module `name`, or the first of its outputs; see models/tap.py."""
     x = output[0] if isinstance(output, tuple) else output
 
-    shape = x.values.shape if isinstance(x, Deferred) else x.shape
+    shape = x.shape
     bounds: tap.Bounds = {}
     if not split.is_even:
         scale = shape[1] // split.strip_height
@@ -180,7 +200,6 @@ def spatial_norm(
         split: of the frame.
     """
     factor, shift, moments = _norm_factors(x, norm, groups, NORM_EPSILON, split)
-    x = array(x)
     # Pointwise convolutions commute with the repetition of the latents over frames and pixels: convolve before it.
     scale, offset = pointwise_conv(latents, *conv_y, jnp.float32), pointwise_conv(latents, *conv_b, jnp.float32)
     scale, offset = scale * factor, scale * shift + offset
@@ -200,7 +219,7 @@ def group_norm(x: jax.Array | Convolved, norm: tuple[jax.Array, jax.Array], grou
     factor, shift, moments = _norm_factors(x, norm, groups, epsilon, split)
     shape = (1, split.strip_height, split.strip_width, *x.shape[3:])
     scale, offset = (jnp.broadcast_to(value, shape) for value in (factor, shift))
-    return _deferred(array(x), scale, offset, moments, split)
+    return _deferred(x, scale, offset, moments, split)
 
 
 def pointwise_conv(
@@ -218,7 +237,7 @@ def shortcut(
     x: jax.Array | Convolved, weight: jax.Array, bias: jax.Array, split: Split
 ) -> jax.Array | Shortcut:
     """Apply `conv_shortcut` of `CogVideoXResnetBlock3D`, a pointwise convolution; on a TPU, its kernel does it."""
-    result = Shortcut(array(x), weight, bias, split)
+    result = Shortcut(_stored(x), weight, bias, x.shape[0], split)
     return result if split.for_tpu else result.compute()
 
 
@@ -242,11 +261,11 @@ def causal_conv(
     history, channels, out_channels = weight.shape[0] - 1, *weight.shape[3:]
     x = x if isinstance(x, Deferred) else Deferred(array(x))
     if shape := _kernel_shape(x, weight, split, cached=cache is not None):
-        convolved = Convolved((*x.values.shape[:-1], out_channels), _in_kernel(shape, x, weight, bias, cache, split))
+        convolved = Convolved((*x.shape[:-1], out_channels), _in_kernel(shape, x, weight, bias, cache, split))
         return convolved, NextCache(convolved)
     few_outputs = split.for_tpu and COLUMNS * out_channels <= LANES and x.values.shape[2] % COLUMNS == 0
     packed = split.for_tpu and not few_outputs and channels == LANES
-    padded, cache = _padded_input(x, split, cache=cache, history=history, packed=packed)
+    padded, cache = _padded_input(x, split, cache=cache, history=history, frames=x.frames, packed=packed)
     if few_outputs:
         return _result(_convolve_columns(padded, weight, bias), split), cache
     convolve = functools.partial(_convolve, weight=_pack_columns(weight) if packed else weight, bias=bias)
@@ -322,11 +341,11 @@ def _norm_factors(
     return factor, shift, moments
 
 
-def _deferred(x: jax.Array, scale: jax.Array, offset: jax.Array, moments: jax.Array, split: Split) -> Deferred:
+def _deferred(x: jax.Array | Convolved, scale: jax.Array, offset: jax.Array, moments: jax.Array, split: Split) -> Deferred:
     """Return a deferred norm of x that is zero beyond the frame's edge."""
     if not split.is_even:
         scale, offset = (jnp.where(split.inside(value.shape), value, 0.0) for value in (scale, offset))
-    return Deferred(x, scale, offset, moments=moments)
+    return Deferred(_stored(x), scale, offset, moments=moments, frames=x.shape[0])
 
 
 def _zero_outside(x: jax.Array, split: Split) -> Deferred:
@@ -347,7 +366,7 @@ def _kernel_shape(
     x: Deferred, weight: jax.Array, split: Split, cached: bool = False, factor: int = 1
 ) -> conv_kernel.Shape | None:
     """Return the shape of a convolution for its TPU kernel, or None if that cannot compute it."""
-    frames, height, width, strips, channels = x.values.shape
+    frames, height, width, strips, channels = x.shape
     if not split.for_tpu or strips != conv_kernel.STRIPS:
         return None
     shape = conv_kernel.Shape(
@@ -384,7 +403,7 @@ def _in_kernel(
             if found := conv_kernel.fitting(with_shortcut):
                 fitted, total, by = found, bias + added.bias, (added.x, added.weight)
         if added is not None and by is None:
-            residual = array(added)
+            residual = array(added) if isinstance(added, Shortcut) else _stored(added)
         inside = split.width * (shape.width // split.strip_width) - jax.lax.axis_index("columns") * shape.width
         results = conv_kernel.convolve(
             fitted,
@@ -401,12 +420,10 @@ def _in_kernel(
             activation=x.activation,
             interpret=split.platform != "tpu",
         )
-        values, sums = results.values, results.sums
+        sums = results.sums
         if not split.is_even:
-            sums = jnp.where(split.inside((1, *x.values.shape[1:]))[0, :, :1], sums, 0.0)
-        if frames and frames != len(values):
-            values, sums = (repeated(part, frames, *part.shape[1:3]) for part in (values, sums))
-        return conv_kernel.Results(values, sums, results.cache)
+            sums = jnp.where(split.inside((1, *x.shape[1:]))[0, :, :1], sums, 0.0)
+        return results._replace(sums=_lengthened(sums, frames or len(sums)))
 
     return compute
 
