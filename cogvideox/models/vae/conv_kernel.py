@@ -11,7 +11,7 @@ multiplies these rows of the frames up to t - 1: so the vector work on one frame
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -108,7 +108,7 @@ class Shape:
 
     @property
     def row(self) -> tuple[int, int, int]:
-        """The shape of a row of the ring, in elements of 32 bits: even columns and odd ones apart where there are quads.
+        """The shape of a row of the ring, in elements of 32 bits: for quads, even columns and odd ones apart.
 
         Of each the parts of LANES channels lie apart.
         """
@@ -315,8 +315,11 @@ def convolve(
             out_shapes[name] = jax.ShapeDtypeStruct(full, x.dtype)
             out_specs[name] = steps.of_next(2 if fixed else columns, fixed)
     names = list(operands)
-    aliases = {names.index(a): list(out_shapes).index(b) for a, b in
-               (("cache", "next"), ("cache_columns", "next_columns")) if a in operands}
+    aliases = {
+        names.index(a): list(out_shapes).index(b)
+        for a, b in (("cache", "next"), ("cache_columns", "next_columns"))
+        if a in operands
+    }
     words = jnp.uint32 if s.itemsize == 2 else jnp.float32
     scratch = {"ring": pltpu.VMEM(s.ring, words), "fresh": pltpu.VMEM((s.side, *s.row), words)}
     scratch["products"] = pltpu.VMEM((s.side, _chunks(s)[1] * STRIPS, s.side * out), jnp.float32)
@@ -349,8 +352,13 @@ def convolve(
         interpret=interpret,
         name="conv_{}_{}x{}x{}x{}to{}{}{}".format(
             "cached" if s.cached else "first" if s.history else "up",
-            s.frames, s.height, s.width, s.channels, out,
-            "_residual" if residual is not None else "", f"_shortcut{s.shortcut}" if shortcut is not None else ""
+            s.frames,
+            s.height,
+            s.width,
+            s.channels,
+            out,
+            "_residual" if residual is not None else "",
+            f"_shortcut{s.shortcut}" if shortcut is not None else "",
         ),
     )(*operands.values())
     values = values.reshape(s.frames, s.factor * s.height, s.factor * s.width, STRIPS, out)
@@ -543,9 +551,7 @@ class _Kernel:
         """Activate row q once more: it lies above or below its strip."""
         jax.lax.fori_loop(0, self.count, lambda i, sums: _done(self.activating(i, q, is_edge=True), sums), ())
 
-    def activate(
-        self, is_edge: bool, q: int, unit: jax.Array, units: int, sums: Sums, after: jax.Array | None
-    ) -> Sums:
+    def activate(self, is_edge: bool, q: int, unit: jax.Array, units: int, sums: Sums, after: jax.Array | None) -> Sums:
         """Activate the columns of some units of row q, which may be an edge of its strip, and write them.
 
         Returns the sums as they are.

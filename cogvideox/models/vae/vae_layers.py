@@ -159,7 +159,9 @@ def _lengthened(x: jax.Array, frames: int) -> jax.Array:
 
 def computed(x: jax.Array | Convolved, cache: Any) -> tuple[jax.Array, Any]:
     """Return the result of the last layer as an array, and the next cache of all layers as a tree of arrays."""
-    return array(x), jax.tree.map(lambda leaf: leaf.convolved.results.cache if isinstance(leaf, NextCache) else leaf, cache)
+    return array(x), jax.tree.map(
+        lambda leaf: leaf.convolved.results.cache if isinstance(leaf, NextCache) else leaf, cache
+    )
 
 
 def tap_output(name: str, output: "jax.Array | Deferred | Convolved | Shortcut | tuple", split: Split) -> None:
@@ -206,7 +208,9 @@ def spatial_norm(
     return _deferred(x, scale, offset, moments, split)
 
 
-def group_norm(x: jax.Array | Convolved, norm: tuple[jax.Array, jax.Array], groups: int, epsilon: float, split: Split) -> Deferred:
+def group_norm(
+    x: jax.Array | Convolved, norm: tuple[jax.Array, jax.Array], groups: int, epsilon: float, split: Split
+) -> Deferred:
     """Apply a group norm over all frames and pixels of a chunk.
 
     Args:
@@ -233,9 +237,7 @@ def pointwise_conv(
     return y + bias.astype(y.dtype)
 
 
-def shortcut(
-    x: jax.Array | Convolved, weight: jax.Array, bias: jax.Array, split: Split
-) -> jax.Array | Shortcut:
+def shortcut(x: jax.Array | Convolved, weight: jax.Array, bias: jax.Array, split: Split) -> jax.Array | Shortcut:
     """Apply `conv_shortcut` of `CogVideoXResnetBlock3D`, a pointwise convolution; on a TPU, its kernel does it."""
     result = Shortcut(_stored(x), weight, bias, x.shape[0], split)
     return result if split.for_tpu else result.compute()
@@ -341,7 +343,9 @@ def _norm_factors(
     return factor, shift, moments
 
 
-def _deferred(x: jax.Array | Convolved, scale: jax.Array, offset: jax.Array, moments: jax.Array, split: Split) -> Deferred:
+def _deferred(
+    x: jax.Array | Convolved, scale: jax.Array, offset: jax.Array, moments: jax.Array, split: Split
+) -> Deferred:
     """Return a deferred norm of x that is zero beyond the frame's edge."""
     if not split.is_even:
         scale, offset = (jnp.where(split.inside(value.shape), value, 0.0) for value in (scale, offset))
