@@ -234,12 +234,12 @@ class _Scalars:
 
     def __init__(self, bundles: Iterable[str]):
         text = "\n".join(bundles)
-        found = [*re.finditer(r"%(\w+) = (\S+) ([^;{}\n]*)", text)]
-        self.definitions = {match[1]: (match[2], match[3]) for match in found}
-        self.places = {match[1]: match.start() for match in found}
+        defined = [*re.finditer(r"%(\w+) = (\S+) ([^;{}\n]*)", text)]
+        self.definitions = {match[1]: (match[2], match[3]) for match in defined}
+        self.places = {match[1]: match.start() for match in defined}
         self.spilled: dict[str, list[tuple[int, str]]] = {}
-        for match in re.finditer(r"sst \[smem:\[(#\w+)\]\] %(\w+)", text):
-            self.spilled.setdefault(match[1], []).append((match.start(), match[2]))
+        for spill in re.finditer(r"sst \[smem:\[(#\w+)\]\] %(\w+)", text):
+            self.spilled.setdefault(spill[1], []).append((spill.start(), spill[2]))
         self.bounds = {
             counter: int(bound) for counter, bound in re.findall(r"scmp\.ge\.s32\.totalorder %(\w+), (\d+)", text)
         }

@@ -26,7 +26,9 @@ from cogvideox.models.vae.spatial_split import Split
 from cogvideox.models.vae.torch_function import jax_function
 from cogvideox.models.vae.vae_layers import (
     ACTIVATIONS,
+    Convolved,
     Deferred,
+    Shortcut,
     causal_conv,
     computed,
     downsample,
@@ -113,10 +115,10 @@ def _causal_conv(
     layer: CogVideoXCausalConv3d,
     weights: Weights,
     x: jax.Array | Deferred,
-    conv_cache: jax.Array | None = None,
+    conv_cache: Any = None,
     *,
     split: Split,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array | Convolved, Any]:
     return causal_conv(x, weights["conv.weight"], weights["conv.bias"], conv_cache, split)
 
 
@@ -124,15 +126,15 @@ def _group_norm(layer: torch.nn.GroupNorm, weights: Weights, x: jax.Array, *, sp
     return group_norm(x, (weights["weight"], weights["bias"]), layer.num_groups, layer.eps, split)
 
 
-def _upsample(layer: CogVideoXUpsample3D, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array:
+def _upsample(layer: CogVideoXUpsample3D, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array | Convolved:
     return upsample(x, weights["conv.weight"], weights["conv.bias"], layer.compress_time, split)
 
 
-def _downsample(layer: CogVideoXDownsample3D, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array:
+def _downsample(layer: CogVideoXDownsample3D, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array | Convolved:
     return downsample(x, weights["conv.weight"], weights["conv.bias"], layer.compress_time, split)
 
 
-def _shortcut(layer: CogVideoXSafeConv3d, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array:
+def _shortcut(layer: CogVideoXSafeConv3d, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array | Shortcut:
     return shortcut(x, weights["weight"][0, 0, 0], weights["bias"], split)
 
 
