@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src import source_info_util
 from jax.sharding import PartitionSpec
 
 from cogvideox.models.shared import tap
@@ -82,6 +83,7 @@ class Convolved:
     def __init__(self, shape: tuple[int, ...], compute: "Callable[[Addend | None], conv_kernel.Results]"):
         self.shape = shape
         self._compute = compute
+        self._scope = source_info_util.current_name_stack()  # jax has no public way to return to a named scope
         self._added: Addend | None = None
         self._results: conv_kernel.Results | None = None
 
@@ -103,7 +105,8 @@ class Convolved:
     def results(self) -> conv_kernel.Results:
         """See above."""
         if self._results is None:
-            self._results = self._compute(self._added)
+            with source_info_util.set_name_stack(self._scope):
+                self._results = self._compute(self._added)
         return self._results
 
 
