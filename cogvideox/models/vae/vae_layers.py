@@ -96,7 +96,7 @@ class Convolved:
 
     def __add__(self, other: "Addend") -> "Convolved | jax.Array":
         """Add a residual, or the shortcut's result; this object is the sum then, unless it was computed before."""
-        if self._results or self._added is not None:
+        if self._results or self._added is not None or other is self:
             return array(self) + array(other)
         self._added = other
         return self
