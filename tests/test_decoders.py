@@ -326,7 +326,8 @@ def test_conv_kernel(source, out, frames, factor, scale, shortcut, cached, block
     if added is not None:
         expected += repeated(wide(added), frames, height, width)
     if by:
-        expected += jnp.einsum("thwnc,cd->thwnd", *map(wide, by), precision="highest")
+        product = jnp.einsum("thwnc,cd->thwnd", *map(wide, by), precision="highest")
+        expected += repeated(product, frames, height, width)
     tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
     np.testing.assert_allclose(wide(found.values), expected, tolerance, tolerance)
     seen = expected[:, :, :-factor].reshape(frames, height, factor, -1, 8, out)
