@@ -287,7 +287,8 @@ def convolve(
         add("cache", cache.inner, steps.of_cache(columns))
         add("cache_columns", cache.columns, steps.of_cache(2, fixed=True))
         if s.blocks > 1:
-            add("cache_right", cache.inner, steps.cache_right())
+            # Columns of their own: the cache is overwritten, and would be copied whole if it were read in another way.
+            add("cache_right", cache.inner[:, :, columns::columns], steps.cache_right())
     once = pl.Buffered(1)
     add("weight", weight, pl.BlockSpec(weight.shape, lambda b, j, t: (0, 0, 0), pipeline_mode=once))
     add("bias", bias.astype(jnp.float32)[None], pl.BlockSpec((1, out), lambda b, j, t: (0, 0)))
@@ -424,11 +425,11 @@ class _Steps(NamedTuple):
         )
 
     def cache_right(self) -> pl.BlockSpec:
-        """Make the blocks of the cache's column on the right of a block."""
+        """Make the blocks of the cache's columns on the right of all blocks but the last."""
         s = self.shape
         return pl.BlockSpec(
             (None, s.side, 1, STRIPS, s.channels),
-            lambda b, j, t: (jnp.minimum(t, s.history - 1), j, jnp.minimum((b + 1) * s.columns, s.width - 1), 0, 0),
+            lambda b, j, t: (jnp.minimum(t, s.history - 1), j, jnp.minimum(b, s.blocks - 2), 0, 0),
         )
 
     def of_next(self, columns: int, fixed: bool) -> pl.BlockSpec:
