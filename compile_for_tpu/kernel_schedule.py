@@ -245,6 +245,8 @@ def _regions(
         if count is None and trips is not None and not is_grid:
             yield Region("loop", start, stop, trips)
             continue
+        if count is None and is_grid:  # its counter lies in memory; what is wrong does not fit the grid
+            count = int(tests[0][1])
         if count is None:
             raise ScheduleError(f"{name}: the loop at {start:#x} starts or steps by what is not a constant")
         if is_grid:
@@ -267,10 +269,12 @@ class _Scalars:
 
     def __init__(self, bundles: Iterable[str]):
         text = "\n".join(bundles)
-        self.definitions = {
-            name: (operation, operands) for name, operation, operands in re.findall(r"%(\w+) = (\S+) ([^;{}\n]*)", text)
-        }
-        self.spilled = {slot: value for slot, value in re.findall(r"sst \[smem:\[(#\w+)\]\] %(\w+)", text)}
+        defined = [*re.finditer(r"%(\w+) = (\S+) ([^;{}\n]*)", text)]
+        self.definitions = {match[1]: (match[2], match[3]) for match in defined}
+        self.places = {match[1]: match.start() for match in defined}
+        self.spilled: dict[str, list[tuple[int, str]]] = {}
+        for spill in re.finditer(r"sst \[smem:\[(#\w+)\]\] %(\w+)", text):
+            self.spilled.setdefault(spill[1], []).append((spill.start(), spill[2]))
         self.bounds = {
             counter: int(bound) for counter, bound in re.findall(r"scmp\.ge\.s32\.totalorder %(\w+), (\d+)", text)
         }
@@ -285,7 +289,7 @@ class _Scalars:
             counted = self.definitions.get(new[1]) if new else (operation, operands)
             match = re.match(r"1, %(\w+)", counted[1]) if counted and counted[0] == "sadd.s32" else None
             if name in self.bounds and match and (not old or old[1] == match[1]):
-                self.axes[match[1]] = self.bounds[name]
+                self.axes[self.copied(match[1])] = self.bounds[name]
 
     def trips(self, counter: str, bound: str) -> int | None:
         """Return the trips of a loop that counts `counter` up from a constant to `bound`, or None."""
@@ -304,28 +308,49 @@ class _Scalars:
     def is_counted(self, name: str, counter: str, step: tuple[str, ...]) -> bool:
         """Tell whether a register holds what `counter` does: it is that one, a copy, or the same sum once more."""
         operation, operands = self.definitions.get(name, ("", ""))
-        copy = re.fullmatch(r"%(\w+)\s*(?:/\*.*)?", operands) if operation == "smov" else None
         again = re.match(r"(\d+), %(\w+)", operands) if operation == "sadd.s32" else None
-        return name == counter or bool(copy and copy[1] == counter) or bool(again and again.groups() == step)
+        return self.copied(name) == counter or bool(again and again.groups() == step)
 
     def unspilled(self, name: str) -> str:
         """Return the register that was spilled if `name` is loaded from a spill slot, else `name`."""
+        stored = self.stored(name)
+        return name if stored is None else [*stored, ""][0]
+
+    def stored(self, name: str) -> list[str] | None:
+        """Return what is written to the spill slot that `name` is loaded from, or None if it is not loaded.
+
+        A slot may hold one register after the other: that which is written last before `name` is loaded comes first.
+        """
         operation, operands = self.definitions.get(name, ("", ""))
         slot = re.match(r"\[smem:\[(#\w+)\]\]", operands)
-        return self.spilled.get(slot[1], "") if operation == "sld" and slot else name
+        if operation != "sld" or not slot:
+            return None
+        written = self.spilled.get(slot[1], [])
+        return [value for _, value in sorted(written, key=lambda each: (each[0] > self.places[name], -each[0]))]
+
+    def copied(self, name: str) -> str:
+        """Return the register that `name` is a copy of, or `name`."""
+        while (found := self.definitions.get(name, ("", ""))) and found[0] == "smov":
+            copy = re.match(r"%(\w+)\s*(?:/\*.*)?$", found[1])
+            if not copy:
+                break
+            name = copy[1]
+        return name
 
     def axis(self, name: str) -> str | None:
         """Return the grid index (a key of `axes`) that a register holds, or None; follow copies and spills."""
-        for _ in range(16):
+        waiting, seen = [name], {name}
+        while waiting:
+            name = waiting.pop()
             if name in self.axes:
                 return name
-            operation, operands = self.definitions.get(name, ("", ""))
-            if (before := self.unspilled(name)) != name:
-                name = before
-            elif operation in ("sphi", "smov") and (match := re.match(r"(?:%\w+, )?%(\w+)", operands)):
-                name = match[1]
-            else:
-                return None
+            before = self.stored(name)
+            if before is None:
+                operation, operands = self.definitions.get(name, ("", ""))
+                match = re.match(r"(?:%\w+, )?%(\w+)", operands) if operation in ("sphi", "smov") else None
+                before = [match[1]] if match else []
+            waiting += [each for each in reversed(before) if each not in seen]  # the likeliest is the next
+            seen.update(before)
         return None
 
     def predicate(self, name: str) -> "np.ndarray | None":

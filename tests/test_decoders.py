@@ -17,10 +17,10 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from cogvideox.models.shared.sizes import MOST_ELEMENTS
-from cogvideox.models.vae import vae_flax, vae_layers, vae_torchax
-from cogvideox.models.vae.conv_input import conv_input, plain_conv_input
+from cogvideox.models.vae import conv_kernel, vae_flax, vae_layers, vae_torchax
+from cogvideox.models.vae.conv_input import conv_input, plain_conv_input, repeated
 from cogvideox.models.vae.decoder import chunk_programs, chunk_sizes, decode, to_pixels
-from cogvideox.models.vae.spatial_split import choose_split
+from cogvideox.models.vae.spatial_split import Split, choose_split
 from compile_for_tpu import topologies
 from tests.helpers import ROOT, needs_libtpu
 
@@ -268,6 +268,123 @@ def test_conv_input_kernel(source, frames, factor, scale, history, cached, dtype
         np.testing.assert_allclose(
             next_cache.astype(jnp.float32), expected_cache.astype(jnp.float32), tolerance, tolerance
         )
+
+
+KERNELS = {  # source, out channels, frames, factor, scale, shortcut's channels, cached, blocks of columns, dtype
+    "cached, in blocks": ((2, 2, 8, 128), 256, 2, 1, (2, 2, 4), 0, True, 4, jnp.bfloat16),
+    "quads, in blocks": ((2, 2, 8, 128), 128, 2, 1, (2, 2, 4), 0, True, 2, jnp.float32),
+    "quads with a shortcut": ((3, 4, 6, 128), 128, 3, 1, (3, 2, 3), 256, True, 1, jnp.bfloat16),
+    "odd, repeated frames and a shortcut": ((2, 3, 5, 256), 256, 3, 1, (1, 3, 5), 128, False, 1, jnp.float32),
+    "enlarged": ((2, 3, 4, 128), 256, 2, 2, (2, 3, 4), 0, False, 2, jnp.float32),
+    "two chunks that overlap": ((2, 1, 89, 128), 256, 2, 1, (2, 1, 89), 0, True, 1, jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "frames", "factor", "scale", "shortcut", "cached", "blocks", "dtype"),
+    [
+        pytest.param(*kernel, marks=[] if name == "quads, in blocks" else pytest.mark.slow, id=name)
+        for name, kernel in KERNELS.items()
+    ],
+)
+def test_conv_kernel(source, out, frames, factor, scale, shortcut, cached, blocks, dtype):
+    """In Pallas' interpreter, against the padded input and a convolution of it in jax.numpy, one column unseen."""
+    rng = np.random.default_rng(0)
+    array = lambda *shape, dtype=dtype: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+    wide = lambda x: x.astype(jnp.float32)  # noqa: E731
+    stored, height, width, channels = source
+    history = 2 if factor == 1 else 0
+    fitted = conv_kernel.fitting(
+        conv_kernel.Shape(
+            frames, height, width, channels, out, history, cached, factor, dtype.dtype.itemsize, width // scale[2]
+        )
+    )
+    fitted = dataclasses.replace(fitted, blocks=blocks, shortcut=shortcut)
+    x, factors = array(*source[:3], 8, channels), [array(*scale, 8, channels, dtype=jnp.float32) for _ in range(2)]
+    edges = conv_kernel.Edges(array(stored, 2, width + 2, 1, channels), array(stored, height, 2, 8, channels))
+    full = array(history, height + 2, width + 2, 8, channels) if cached else None
+    cache = conv_kernel.Cache(full[:, :, 1:-1], full[:, :, jnp.array([0, -1])]) if cached else None
+    weight = (array(history + 1, 3, 3, channels, out) / (27 * channels) ** 0.5).astype(dtype)
+    bias, residual = array(out), array(stored, height, width, 8, out)
+    by = (array(stored, height, width, 8, shortcut), array(shortcut, out) / 16) if shortcut else None
+    added = None if factor == 2 or shortcut else residual
+    found = conv_kernel.convolve(
+        *(fitted, x, *factors, edges, cache, conv_kernel.packed_weight(weight, fitted), bias, added, by),
+        jnp.array([width - 1]),
+        activation=jax.nn.silu,
+        interpret=True,
+    )
+
+    rows, columns = edges
+    if factor == 2:
+        rows = jnp.concatenate([rows[:, :, :1], jnp.repeat(rows[:, :, 1:-1], 2, axis=2), rows[:, :, -1:]], axis=2)
+        columns = jnp.repeat(columns, 2, axis=1)
+    options = dict(activation=jax.nn.silu, history=history, frames=frames, factor=factor)
+    padded, next_cache = plain_conv_input(x, *factors, rows, columns, full, **options)
+    exact = dict(dimension_numbers=vae_layers.DIMENSIONS, precision="highest")
+    expected = jax.lax.conv_general_dilated(wide(padded), wide(weight), (1, 1, 1), "VALID", **exact) + wide(bias)
+    if added is not None:
+        expected += repeated(wide(added), frames, height, width)
+    if by:
+        product = jnp.einsum("thwnc,cd->thwnd", *map(wide, by), precision="highest")
+        expected += repeated(product, frames, height, width)
+    tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+    np.testing.assert_allclose(wide(found.values), expected, tolerance, tolerance)
+    seen = expected[:, :, :-factor].reshape(frames, height, factor, -1, 8, out)
+    sums = jnp.stack([seen.sum((2, 3)), jnp.square(seen).sum((2, 3))], 2)
+    np.testing.assert_allclose(found.sums, sums, 1e-3, 1e-3 * float(jnp.abs(sums).max()))
+    if history:
+        inner, beside = map(wide, found.cache)
+        kept = jnp.concatenate([beside[:, :, :1], inner, beside[:, :, 1:]], axis=2)
+        np.testing.assert_allclose(kept, wide(next_cache), tolerance, tolerance)
+
+
+def test_which_convolutions_the_kernel_takes():
+    """Those of the real decoder on v6e, but not of so narrow blocks that it is no gain, nor on a TPU with less VMEM."""
+    shape = functools.partial(conv_kernel.Shape, 8, 48, history=2, cached=True, factor=1, itemsize=2, each=8)
+    assert conv_kernel.fitting(shape(344, 256, 128)).blocks == 1
+    assert conv_kernel.fitting(shape(1360, 256, 128)).blocks > 1
+    assert conv_kernel.fitting(shape(344, 256, 128, vmem=64 * 2**20)) is None  # 43 latent columns do not divide
+    for channels, out in ((16, 512), (128, 3)):
+        assert conv_kernel.fitting(shape(344, channels, out)) is None
+
+
+@pytest.mark.slow
+def test_a_block_in_kernels():
+    """A resnet block whose convolutions are kernels, on two chips with strips that are not full, beside XLA's."""
+    split = choose_split(jax.devices()[:2], 9, 6, rows=1, strips=8, for_tpu=True)
+    rng = np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    x, latents = (split.tiles(np.asarray(array(1, channels, 2, 9, 6))) for channels in (128, 4))
+    weights = [array(*shape) / 60 for shape in ((3, 3, 3, 128, 256), (3, 3, 3, 256, 256), (128, 256), (3, 3, 256, 256))]
+    factors = [(array(4, channels), array(channels)) for channels in (128, 256)]
+
+    def block(x, latents, split: Split):
+        def norm(x, factor):
+            ones = jnp.ones(factor[1].shape)
+            return vae_layers.spatial_norm(x, latents, (ones, ones), factor, factor, 4, split).with_activation(
+                jax.nn.silu
+            )
+
+        bias, caches = jnp.ones(256), []
+        hidden, cache = vae_layers.causal_conv(norm(x, factors[0]), weights[0], bias, None, split)
+        caches.append(cache)
+        hidden, cache = vae_layers.causal_conv(norm(hidden, factors[1]), weights[1], bias, None, split)
+        hidden = hidden + vae_layers.shortcut(x, weights[2], bias, split)
+        large = vae_layers.upsample(hidden, weights[3], bias, True, split)
+        hidden, again = vae_layers.causal_conv(norm(large, factors[1]), weights[1], bias, None, split)
+        result, caches = vae_layers.computed(hidden + large, [*caches, cache, again])
+        return result, jax.tree.map(jnp.sum, caches)
+
+    def run(for_tpu):
+        part = functools.partial(block, split=dataclasses.replace(split, for_tpu=for_tpu))
+        specs = split.latents.spec, jax.sharding.PartitionSpec()
+        whole = jax.shard_map(part, mesh=split.mesh, in_specs=specs[:1] * 2, out_specs=specs, check_vma=False)
+        return jax.jit(whole)(x, latents)[0]
+
+    inside = np.asarray(split.tiles(np.ones((1, 1, 4, 18, 12), np.float32), scale=2)) > 0
+    difference = np.where(inside, np.asarray(run(True)) - np.asarray(run(False)), 0)
+    assert np.abs(difference).max() < 1e-4
 
 
 COMPILE_CONV_INPUT = """

@@ -111,6 +111,11 @@ def test_what_cannot_be_read_is_an_error(dump, pattern, replacement, message):
             2 / 4,
         ),
         (r"pnand %p5_p5, %p6_p6 }\n{ %p5_p5 = scmp.lt.s32.totalorder \1, 3", 1),
+        (  # a spill slot that holds another register later
+            r"scmp.ne.s32.totalorder %s9_s9, 0 }\n{ sst [smem:[#slot]] \1 }\n{ %s9_s9 = sld [smem:[#slot]] }\n"
+            r"{ sst [smem:[#slot]] %s138_s11",
+            1 / 4,
+        ),
     ],
 )
 def test_conditions_on_grid_indices(dump, condition, share):

@@ -15,8 +15,10 @@ from cogvideox.models.vae.decoder import Decoder, channels_last
 from cogvideox.models.vae.spatial_split import Split
 from cogvideox.models.vae.vae_layers import (
     ACTIVATIONS,
+    Convolved,
     Deferred,
     causal_conv,
+    computed,
     shortcut,
     spatial_norm,
     tap_output,
@@ -60,8 +62,8 @@ class CausalConv3d(NamedModule):
 
     @named
     def __call__(
-        self, x: jax.Array | Deferred, cache: jax.Array | None, split: Split
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array | Deferred | Convolved, cache: Any, split: Split
+    ) -> tuple[jax.Array | Convolved, Any]:
         """Return the convolution and the next cache; see `causal_conv`."""
         return causal_conv(x, value(self.conv.kernel), value(self.conv.bias), cache, split)
 
@@ -75,7 +77,7 @@ class SpatialNorm3D(NamedModule):
         self.conv_b = CausalConv3d(latent_features, features, kernel_size=1)
 
     @named
-    def __call__(self, x: jax.Array, latents: jax.Array, split: Split) -> Deferred:
+    def __call__(self, x: jax.Array | Convolved, latents: jax.Array, split: Split) -> Deferred:
         """Return the norm of x, deferred; see `spatial_norm`."""
         norm = value(self.norm_layer.scale), value(self.norm_layer.bias)
         conv_y, conv_b = ((c.conv.kernel[0, 0, 0], value(c.conv.bias)) for c in (self.conv_y, self.conv_b))
@@ -95,7 +97,7 @@ class ResnetBlock3D(NamedModule):
             self.conv_shortcut = nnx.Conv(in_features, out_features, (1, 1, 1), rngs=RNGS())
 
     @named
-    def __call__(self, x: jax.Array, latents: jax.Array, cache: dict, split: Split) -> tuple[jax.Array, dict]:
+    def __call__(self, x: Any, latents: jax.Array, cache: dict, split: Split) -> tuple[Any, dict]:
         """Return the block's output and the next cache, by layer."""
         new_cache = {}
         hidden = self.norm1(x, latents, split).with_activation(self.activation)
@@ -105,7 +107,7 @@ class ResnetBlock3D(NamedModule):
         if hasattr(self, "conv_shortcut"):
             x = shortcut(x, self.conv_shortcut.kernel[0, 0, 0], value(self.conv_shortcut.bias), split)
             tap_output(f"{self.name}.conv_shortcut", x, split)
-        return x + hidden, new_cache
+        return hidden + x, new_cache  # in this order, so that a kernel can add x
 
 
 class Upsample3D(NamedModule):
@@ -116,7 +118,7 @@ class Upsample3D(NamedModule):
         self.conv = nnx.Conv(features, features, (3, 3), rngs=RNGS())
 
     @named
-    def __call__(self, x: jax.Array, split: Split) -> jax.Array:
+    def __call__(self, x: jax.Array | Convolved, split: Split) -> jax.Array | Convolved:
         """Return the larger frames; see `upsample`."""
         return upsample(x, value(self.conv.kernel), value(self.conv.bias), self.compress_time, split)
 
@@ -133,7 +135,7 @@ class Block3D(NamedModule):
         self.upsamplers = nnx.List([Upsample3D(out_features, compress_time)] if upsample else [])
 
     @named
-    def __call__(self, x: jax.Array, latents: jax.Array, cache: dict, split: Split) -> tuple[jax.Array, dict]:
+    def __call__(self, x: Any, latents: jax.Array, cache: dict, split: Split) -> tuple[Any, dict]:
         """Return the block's output and the next cache, by resnet."""
         new_cache = {}
         for i, resnet in enumerate(self.resnets):
@@ -200,7 +202,7 @@ def make_decoder(config: Mapping) -> Decoder:
         )
 
     def decode_chunk(weights, latents, cache, split):
-        return nnx.merge(graph, weights)(latents, cache or {}, split)
+        return computed(*nnx.merge(graph, weights)(latents, cache or {}, split))
 
     shapes = {name: _diffusers_shape(path, parameter.shape) for name, (path, parameter) in parameters.items()}
     return Decoder(decode_chunk, shapes, convert_weights)

@@ -12,13 +12,16 @@ diffusers/models/downsampling.py.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax._src import source_info_util
 from jax.sharding import PartitionSpec
 
 from cogvideox.models.shared import tap
-from cogvideox.models.vae.conv_input import conv_input, modulated, plain_conv_input
+from cogvideox.models.vae import conv_kernel
+from cogvideox.models.vae.conv_input import conv_input, modulated, plain_conv_input, repeated
 from cogvideox.models.vae.spatial_split import Split
 
 # Activations by the config's act_fn. The padding of a convolution is zero after them, so each must map zero to zero.
@@ -41,6 +44,7 @@ class Deferred:
 
     Attributes:
         values: [frames, height, width, strips, channels].
+        frames: to which they are repeated, as by `repeated`; None for as many as there are.
         scale, offset: float32, of the latents' size in frames, height and width: each element applies to all the frames
             and pixels that were made of its latent. A single frame applies to all frames. None for 1 and 0.
         activation: None for none.
@@ -52,6 +56,12 @@ class Deferred:
     offset: jax.Array | None = None
     activation: Callable[[jax.Array], jax.Array] | None = None
     moments: jax.Array | None = None
+    frames: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return self.frames or len(self.values), *self.values.shape[1:]
 
     def with_activation(self, activation: Callable[[jax.Array], jax.Array]) -> "Deferred":
         """Return the same with an activation."""
@@ -59,21 +69,116 @@ class Deferred:
 
     def compute(self) -> jax.Array:
         """Compute the array, [frames, height, width, strips, channels]."""
-        return modulated(self.values, self.scale, self.offset, self.activation)
+        return _lengthened(modulated(self.values, self.scale, self.offset, self.activation), self.shape[0])
 
 
-def tap_output(name: str, output: "jax.Array | Deferred | tuple", split: Split) -> None:
+class Convolved:
+    """The result of a convolution that is computed when it is first needed: until then, a kernel can add to it.
+
+    Attributes:
+        shape: of the result, [frames, height, width, strips, channels].
+        results: the result, and what the kernel returns beside it; values of fewer frames are still to be repeated.
+    """
+
+    def __init__(self, shape: tuple[int, ...], compute: "Callable[[Addend | None], conv_kernel.Results]"):
+        self.shape = shape
+        self._compute = compute
+        self._scope = source_info_util.current_name_stack()  # jax has no public way to return to a named scope
+        self._added: Addend | None = None
+        self._results: conv_kernel.Results | None = None
+
+    @classmethod
+    def of(cls, x: jax.Array) -> "Convolved":
+        """Take a result that XLA computes."""
+        found = cls(x.shape, lambda added: conv_kernel.Results(x, None, None))
+        found.results  # noqa: B018, so that nothing is added later
+        return found
+
+    def __add__(self, other: "Addend") -> "Convolved | jax.Array":
+        """Add a residual, or the shortcut's result; this object is the sum then, unless it was computed before."""
+        if self._results or self._added is not None or other is self:
+            return array(self) + array(other)
+        self._added = other
+        return self
+
+    @property
+    def results(self) -> conv_kernel.Results:
+        """See above."""
+        if self._results is None:
+            with source_info_util.set_name_stack(self._scope):
+                self._results = self._compute(self._added)
+        return self._results
+
+
+@dataclasses.dataclass(frozen=True)
+class NextCache:
+    """The next cache of a convolution that may not be computed yet."""
+
+    convolved: Convolved
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortcut:
+    """A pointwise convolution of x, which a kernel can add to its own result; see `shortcut`."""
+
+    x: jax.Array
+    weight: jax.Array
+    bias: jax.Array
+    frames: int
+    split: Split
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the result."""
+        return self.frames, *self.x.shape[1:-1], len(self.bias)
+
+    def compute(self) -> jax.Array:
+        """Compute the result."""
+        convolve = functools.partial(pointwise_conv, weight=self.weight, bias=self.bias)
+        # The barrier makes XLA fuse the addition after it, and the sums of the next norm, with the larger convolution.
+        x = _lengthened(self.x, self.frames)
+        return jax.lax.optimization_barrier(_in_parts(convolve, x, (1, 1), self.split.most_elements))
+
+
+Addend = jax.Array | Convolved | Shortcut
+
+
+def array(x: jax.Array | Deferred | Convolved | Shortcut) -> jax.Array:
+    """Compute what is not computed yet: [frames, height, width, strips, channels]."""
+    if isinstance(x, Convolved):
+        return _lengthened(x.results.values, x.shape[0])
+    return x.compute() if isinstance(x, (Deferred, Shortcut)) else x
+
+
+def _stored(x: jax.Array | Convolved) -> jax.Array:
+    """Compute what is not computed yet, perhaps with frames that are still to be repeated."""
+    return x.results.values if isinstance(x, Convolved) else x
+
+
+def _lengthened(x: jax.Array, frames: int) -> jax.Array:
+    """Repeat frames of x [frames, height, width, ...]."""
+    return x if len(x) == frames else repeated(x, frames, *x.shape[1:3])
+
+
+def computed(x: jax.Array | Convolved, cache: Any) -> tuple[jax.Array, Any]:
+    """Return the result of the last layer as an array, and the next cache of all layers as a tree of arrays."""
+    return array(x), jax.tree.map(
+        lambda leaf: leaf.convolved.results.cache if isinstance(leaf, NextCache) else leaf, cache
+    )
+
+
+def tap_output(name: str, output: "jax.Array | Deferred | Convolved | Shortcut | tuple", split: Split) -> None:
     """Tap the output of the decoder's module `name`, or the first of its outputs; see models/tap.py."""
     x = output[0] if isinstance(output, tuple) else output
 
-    values = x.values if isinstance(x, Deferred) else x
+    shape = x.shape
     bounds: tap.Bounds = {}
     if not split.is_even:
-        scale = values.shape[1] // split.strip_height
+        scale = shape[1] // split.strip_height
         bounds = {-2: (0, split.height * scale), -1: (0, split.width * scale)}
 
     def image() -> jax.Array:
-        return split.image(x.compute() if isinstance(x, Deferred) else x)
+        return split.image(array(x))
 
     if isinstance(x, Deferred) and x.moments is not None:
         tap.tap(f"decoder.{name}.norm_layer.moments", x.moments, PartitionSpec(None, None))
@@ -81,7 +186,7 @@ def tap_output(name: str, output: "jax.Array | Deferred | tuple", split: Split) 
 
 
 def spatial_norm(
-    x: jax.Array,
+    x: jax.Array | Convolved,
     latents: jax.Array,
     norm: tuple[jax.Array, jax.Array],
     conv_y: tuple[jax.Array, jax.Array],
@@ -106,7 +211,9 @@ def spatial_norm(
     return _deferred(x, scale, offset, moments, split)
 
 
-def group_norm(x: jax.Array, norm: tuple[jax.Array, jax.Array], groups: int, epsilon: float, split: Split) -> Deferred:
+def group_norm(
+    x: jax.Array | Convolved, norm: tuple[jax.Array, jax.Array], groups: int, epsilon: float, split: Split
+) -> Deferred:
     """Apply a group norm over all frames and pixels of a chunk.
 
     Args:
@@ -133,16 +240,15 @@ def pointwise_conv(
     return y + bias.astype(y.dtype)
 
 
-def shortcut(x: jax.Array, weight: jax.Array, bias: jax.Array, split: Split) -> jax.Array:
-    """Apply `conv_shortcut` of `CogVideoXResnetBlock3D`, a pointwise convolution."""
-    convolve = functools.partial(pointwise_conv, weight=weight, bias=bias)
-    # The barrier makes XLA fuse the addition after it, and the sums of the next norm, with the larger convolution.
-    return jax.lax.optimization_barrier(_in_parts(convolve, x, (1, 1), split.most_elements))
+def shortcut(x: jax.Array | Convolved, weight: jax.Array, bias: jax.Array, split: Split) -> jax.Array | Shortcut:
+    """Apply `conv_shortcut` of `CogVideoXResnetBlock3D`, a pointwise convolution; on a TPU, its kernel does it."""
+    result = Shortcut(_stored(x), weight, bias, x.shape[0], split)
+    return result if split.for_tpu else result.compute()
 
 
 def causal_conv(
-    x: jax.Array | Deferred, weight: jax.Array, bias: jax.Array, cache: jax.Array | None, split: Split
-) -> tuple[jax.Array, jax.Array | None]:
+    x: jax.Array | Deferred | Convolved, weight: jax.Array, bias: jax.Array, cache: Any, split: Split
+) -> tuple[jax.Array | Convolved, Any]:
     """Apply `CogVideoXCausalConv3d`, which sees this frame and the two before it.
 
     Args:
@@ -154,39 +260,54 @@ def causal_conv(
         split: of the frame.
 
     Returns:
-        [frames, height, width, strips, out channels] and the next cache.
+        [frames, height, width, strips, out channels] and the next cache. On a TPU both may not be computed yet: see
+        `computed`.
     """
     history, channels, out_channels = weight.shape[0] - 1, *weight.shape[3:]
-    x = x if isinstance(x, Deferred) else Deferred(x)
+    x = x if isinstance(x, Deferred) else Deferred(array(x))
+    if shape := _kernel_shape(x, weight, split, cached=cache is not None):
+        convolved = Convolved((*x.shape[:-1], out_channels), _in_kernel(shape, x, weight, bias, cache, split))
+        return convolved, NextCache(convolved)
     few_outputs = split.for_tpu and COLUMNS * out_channels <= LANES and x.values.shape[2] % COLUMNS == 0
     packed = split.for_tpu and not few_outputs and channels == LANES
-    padded, cache = _padded_input(x, split, cache=cache, history=history, packed=packed)
+    padded, cache = _padded_input(x, split, cache=cache, history=history, frames=x.frames, packed=packed)
     if few_outputs:
-        return _convolve_columns(padded, weight, bias), cache
+        return _result(_convolve_columns(padded, weight, bias), split), cache
     convolve = functools.partial(_convolve, weight=_pack_columns(weight) if packed else weight, bias=bias)
-    return _in_parts(convolve, padded, weight.shape[:2], split.most_elements), cache
+    return _result(_in_parts(convolve, padded, weight.shape[:2], split.most_elements), split), cache
 
 
-def upsample(x: jax.Array, weight: jax.Array, bias: jax.Array, compress_time: bool, split: Split) -> jax.Array:
+def upsample(
+    x: jax.Array | Convolved, weight: jax.Array, bias: jax.Array, compress_time: bool, split: Split
+) -> jax.Array | Convolved:
     """Apply `CogVideoXUpsample3D`: double height and width, and with `compress_time` the frames, and convolve.
 
     The first of an odd number of frames stays single, because the encoder did not compress it. The weight is
     [3, 3, channels, channels], the bias [channels].
     """
+    x = array(x)
     frames = len(x)
     if compress_time and frames > 1:
         frames = 2 * frames - frames % 2
-    padded, _ = _padded_input(_zero_outside(x, split), split, frames=frames, factor=2)
+    enlarged = _zero_outside(x, split)
+    if shape := _kernel_shape(enlarged, weight[None], split, factor=2):
+        height, width = (2 * size for size in x.shape[1:3])
+        compute = _in_kernel(shape, enlarged, weight[None], bias, None, split, frames)
+        return Convolved((frames, height, width, *x.shape[3:]), compute)
+    padded, _ = _padded_input(enlarged, split, frames=frames, factor=2)
     convolve = functools.partial(_convolve, weight=weight[None], bias=bias)
-    return _in_parts(convolve, padded, (1, len(weight)), split.most_elements)
+    return _result(_in_parts(convolve, padded, (1, len(weight)), split.most_elements), split)
 
 
-def downsample(x: jax.Array, weight: jax.Array, bias: jax.Array, compress_time: bool, split: Split) -> jax.Array:
+def downsample(
+    x: jax.Array | Convolved, weight: jax.Array, bias: jax.Array, compress_time: bool, split: Split
+) -> jax.Array | Convolved:
     """Apply `CogVideoXDownsample3D`: halve height and width with a convolution.
 
     Before that, with `compress_time`, each two frames become their mean; the first of an odd number stays. The weight
     is [3, 3, channels, channels], the bias [channels].
     """
+    x = array(x)
     if compress_time and len(x) > 1:
         single = len(x) % 2
         pairs = x[single:].astype(jnp.float32).reshape(-1, 2, *x.shape[1:])
@@ -195,7 +316,7 @@ def downsample(x: jax.Array, weight: jax.Array, bias: jax.Array, compress_time: 
     padded = padded[:, 1:, 1:]  # the padding is on the right and below alone
     strides = (1, 2, 2)
     convolve = functools.partial(_convolve, weight=weight[None], bias=bias, strides=strides)
-    return _in_parts(convolve, padded, (1, len(weight)), split.most_elements, strides)
+    return _result(_in_parts(convolve, padded, (1, len(weight)), split.most_elements, strides), split)
 
 
 def precision(x: jax.Array) -> jax.lax.Precision:
@@ -204,15 +325,18 @@ def precision(x: jax.Array) -> jax.lax.Precision:
 
 
 def _norm_factors(
-    x: jax.Array, norm: tuple[jax.Array, jax.Array], groups: int, epsilon: float, split: Split
+    x: jax.Array | Convolved, norm: tuple[jax.Array, jax.Array], groups: int, epsilon: float, split: Split
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return factor and shift [channels] that make x * factor + shift a group norm of x, and its `Deferred.moments`."""
     channels = x.shape[-1]
-    values = x.astype(jnp.float32)
     count = x.shape[0] * split.height * split.width * (x.shape[1] // split.strip_height) ** 2 * (channels // groups)
-    if not split.is_even:
-        values = jnp.where(split.inside(x.shape), values, 0.0)
-    sums = jnp.stack([values.sum((0, 1, 2, 3)), (values * values).sum((0, 1, 2, 3))])
+    if isinstance(x, Convolved) and x.results.sums is not None:
+        sums = x.results.sums.sum((0, 1, 3))
+    else:
+        values = array(x).astype(jnp.float32)
+        if not split.is_even:
+            values = jnp.where(split.inside(x.shape), values, 0.0)
+        sums = jnp.stack([values.sum((0, 1, 2, 3)), (values * values).sum((0, 1, 2, 3))])
     moments = split.sum(sums.reshape(2, groups, -1).sum(-1)) / count
     mean, square = moments
     factor = jax.lax.rsqrt(jnp.maximum(square - mean * mean, 0.0) + epsilon)
@@ -222,11 +346,13 @@ def _norm_factors(
     return factor, shift, moments
 
 
-def _deferred(x: jax.Array, scale: jax.Array, offset: jax.Array, moments: jax.Array, split: Split) -> Deferred:
+def _deferred(
+    x: jax.Array | Convolved, scale: jax.Array, offset: jax.Array, moments: jax.Array, split: Split
+) -> Deferred:
     """Return a deferred norm of x that is zero beyond the frame's edge."""
     if not split.is_even:
         scale, offset = (jnp.where(split.inside(value.shape), value, 0.0) for value in (scale, offset))
-    return Deferred(x, scale, offset, moments=moments)
+    return Deferred(_stored(x), scale, offset, moments=moments, frames=x.shape[0])
 
 
 def _zero_outside(x: jax.Array, split: Split) -> Deferred:
@@ -236,6 +362,91 @@ def _zero_outside(x: jax.Array, split: Split) -> Deferred:
     shape = (len(x), split.strip_height, split.strip_width, *x.shape[3:])
     inside = split.inside(shape).astype(jnp.float32)
     return Deferred(x, jnp.broadcast_to(inside, shape), jnp.zeros(shape, jnp.float32))
+
+
+def _result(x: jax.Array, split: Split) -> jax.Array | Convolved:
+    """Return the result of XLA's convolution as that of the kernel where there is one."""
+    return Convolved.of(x) if split.for_tpu else x
+
+
+def _kernel_shape(
+    x: Deferred, weight: jax.Array, split: Split, cached: bool = False, factor: int = 1
+) -> conv_kernel.Shape | None:
+    """Return the shape of a convolution for its TPU kernel, or None if that cannot compute it."""
+    frames, height, width, strips, channels = x.shape
+    if not split.for_tpu or strips != conv_kernel.STRIPS:
+        return None
+    shape = conv_kernel.Shape(
+        frames=frames,
+        height=height,
+        width=width,
+        channels=channels,
+        out_channels=weight.shape[-1],
+        history=len(weight) - 1,
+        cached=cached,
+        factor=factor,
+        itemsize=x.values.dtype.itemsize,
+        each=1 if x.scale is None else width // x.scale.shape[2],
+        vmem=conv_kernel.LESS_VMEM.get(split.mesh.devices.flat[0].device_kind, conv_kernel.VMEM),
+    )
+    return conv_kernel.fitting(shape)
+
+
+def _in_kernel(
+    shape: conv_kernel.Shape,
+    x: Deferred,
+    weight: jax.Array,
+    bias: jax.Array,
+    cache: Any,
+    split: Split,
+    frames: int | None = None,
+) -> Callable[[Addend | None], conv_kernel.Results]:
+    """Return what computes a convolution with the TPU kernel, and adds a residual to it; `frames` are those to make."""
+
+    def compute(added: Addend | None) -> conv_kernel.Results:
+        fitted, total, by, residual = shape, bias, None, None
+        if isinstance(added, Shortcut):
+            with_shortcut = dataclasses.replace(shape, shortcut=added.x.shape[-1], blocks=1)
+            if found := conv_kernel.fitting(with_shortcut):
+                fitted, total, by = found, bias + added.bias, (added.x, added.weight)
+        if added is not None and by is None:
+            residual = array(added) if isinstance(added, Shortcut) else _stored(added)
+        inside = split.width * (shape.width // split.strip_width) - jax.lax.axis_index("columns") * shape.width
+        results = conv_kernel.convolve(
+            fitted,
+            x.values,
+            x.scale,
+            x.offset,
+            conv_kernel.Edges(*_edges(x, split)),
+            cache,
+            conv_kernel.packed_weight(weight, fitted),
+            total,
+            residual,
+            by,
+            None if split.is_even else jnp.reshape(inside, 1).astype(jnp.int32),
+            activation=x.activation,
+            interpret=split.platform != "tpu",
+        )
+        sums = results.sums
+        if not split.is_even:
+            sums = jnp.where(split.inside((1, *x.shape[1:]))[0, :, :1], sums, 0.0)
+        return results._replace(sums=_lengthened(sums, frames or len(sums)))
+
+    return compute
+
+
+def _edges(x: Deferred, split: Split) -> tuple[jax.Array, jax.Array]:
+    """Fetch the rows and the columns around a chip's part of x, activated; see `Split.neighbours`."""
+    whole, first, last = slice(None), slice(1), slice(-1, None)
+
+    def edge(rows=whole, columns=whole, strips=whole):
+        index = whole, rows, columns, strips
+        scale, offset = (value if value is None else value[index] for value in (x.scale, x.offset))
+        return modulated(x.values[index], scale, offset, x.activation)
+
+    return split.neighbours(
+        edge(rows=first, strips=first), edge(rows=last, strips=last), edge(columns=first), edge(columns=last)
+    )
 
 
 def _padded_input(
@@ -248,16 +459,7 @@ def _padded_input(
     packed: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Compute x, padded with the edges of neighbouring parts and with the cache; arguments as in `conv_input`."""
-    whole, first, last = slice(None), slice(1), slice(-1, None)
-
-    def edge(rows=whole, columns=whole, strips=whole):
-        index = whole, rows, columns, strips
-        scale, offset = (value if value is None else value[index] for value in (x.scale, x.offset))
-        return modulated(x.values[index], scale, offset, x.activation)
-
-    rows, columns = split.neighbours(
-        edge(rows=first, strips=first), edge(rows=last, strips=last), edge(columns=first), edge(columns=last)
-    )
+    rows, columns = _edges(x, split)
     if factor > 1:
         between = jnp.repeat(rows[:, :, 1:-1], factor, axis=2)
         rows = jnp.concatenate([rows[:, :, :1], between, rows[:, :, -1:]], axis=2)

@@ -26,8 +26,11 @@ from cogvideox.models.vae.spatial_split import Split
 from cogvideox.models.vae.torch_function import jax_function
 from cogvideox.models.vae.vae_layers import (
     ACTIVATIONS,
+    Convolved,
     Deferred,
+    Shortcut,
     causal_conv,
+    computed,
     downsample,
     group_norm,
     shortcut,
@@ -44,7 +47,8 @@ def make_decoder(config: Mapping) -> Decoder:
 
     def decode_chunk(weights, latents, cache, split):
         record = functools.partial(tap_output, split=split)
-        return jax_function(module, layers=_layers(split), record=record)(weights, latents, conv_cache=cache)
+        decode = jax_function(module, layers=_layers(split), record=record)
+        return computed(*decode(weights, latents, conv_cache=cache))
 
     return Decoder(decode_chunk, _weight_shapes(module), _convert_weights)
 
@@ -55,7 +59,7 @@ def make_encoder(config: Mapping) -> Encoder:
         module = AutoencoderKLCogVideoX.from_config(config).encoder.eval()
 
     def encode_chunk(weights, pixels, cache, split):
-        return jax_function(module, layers=_layers(split))(weights, pixels, conv_cache=cache)
+        return computed(*jax_function(module, layers=_layers(split))(weights, pixels, conv_cache=cache))
 
     return Encoder(encode_chunk, _weight_shapes(module), _convert_weights)
 
@@ -111,10 +115,10 @@ def _causal_conv(
     layer: CogVideoXCausalConv3d,
     weights: Weights,
     x: jax.Array | Deferred,
-    conv_cache: jax.Array | None = None,
+    conv_cache: Any = None,
     *,
     split: Split,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array | Convolved, Any]:
     return causal_conv(x, weights["conv.weight"], weights["conv.bias"], conv_cache, split)
 
 
@@ -122,15 +126,15 @@ def _group_norm(layer: torch.nn.GroupNorm, weights: Weights, x: jax.Array, *, sp
     return group_norm(x, (weights["weight"], weights["bias"]), layer.num_groups, layer.eps, split)
 
 
-def _upsample(layer: CogVideoXUpsample3D, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array:
+def _upsample(layer: CogVideoXUpsample3D, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array | Convolved:
     return upsample(x, weights["conv.weight"], weights["conv.bias"], layer.compress_time, split)
 
 
-def _downsample(layer: CogVideoXDownsample3D, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array:
+def _downsample(layer: CogVideoXDownsample3D, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array | Convolved:
     return downsample(x, weights["conv.weight"], weights["conv.bias"], layer.compress_time, split)
 
 
-def _shortcut(layer: CogVideoXSafeConv3d, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array:
+def _shortcut(layer: CogVideoXSafeConv3d, weights: Weights, x: jax.Array, *, split: Split) -> jax.Array | Shortcut:
     return shortcut(x, weights["weight"][0, 0, 0], weights["bias"], split)
 
 
