@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-VMEM_BYTES = 100 * 2**20
+VMEM_SHARE = 0.8  # of a core's VMEM, for a kernel
+
+
+def vmem() -> int:
+    """Return the bytes of VMEM of a core of the TPU that is compiled for, or of v6e where it is no TPU."""
+    try:
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    except ValueError:  # another device, on which kernels are interpreted
+        return 128 * 2**20
 
 
 def nearest(index: jax.Array, size: int, source: int) -> jax.Array:
@@ -106,7 +114,7 @@ def conv_input(
         in_specs=specs,
         out_specs=out_specs,
         out_shape=out_shapes,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=int(VMEM_SHARE * vmem())),
         input_output_aliases={} if cache is None else {len(operands) - 1: 1},
         interpret=interpret,
         name="conv_input_{}_{}x{}x{}x{}x{}".format(

@@ -19,14 +19,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from cogvideox.models.vae.conv_input import nearest
+from cogvideox.models.vae.conv_input import VMEM_SHARE, nearest, vmem
 
 STRIPS = 8  # of the layout, which the kernel takes as it is: the sublanes of a register
 LANES = 128
-VMEM = 128 * 2**20  # bytes of a core, except for
-LESS_VMEM = {"TPU v4": 16 * 2**20, "TPU7x": 64 * 2**20}
-VMEM_LIMIT = 0.8  # the share that the kernel asks for
-VMEM_USED = 0.7  # the share that its blocks may take; the compiler needs some
+VMEM_USED = 0.7  # the share of VMEM that blocks may take; the compiler needs some
 LEAST_COLUMNS = 32  # of a block, unless there are fewer; with so few the kernel is no gain
 
 MOST_COLUMNS = 88
@@ -51,7 +48,6 @@ class Shape:
         factor: by how much repetition enlarges height and width, 1 or 2.
         itemsize: bytes of an element.
         each: columns that share a scale; 1 without one.
-        vmem: bytes of VMEM that there are.
         shortcut: channels of the shortcut's input, 0 for none.
         blocks: of columns.
     """
@@ -66,7 +62,6 @@ class Shape:
     factor: int
     itemsize: int
     each: int
-    vmem: int = VMEM
     shortcut: int = 0
     blocks: int = 1
 
@@ -153,7 +148,7 @@ def fitting(shape: Shape) -> Shape | None:
             continue
         if found.columns < min(LEAST_COLUMNS, shape.width):
             break
-        if found.used() <= VMEM_USED * shape.vmem:
+        if found.used() <= VMEM_USED * vmem():
             return found
     return None
 
@@ -343,7 +338,7 @@ def convolve(
         out_specs=list(out_specs.values()),
         out_shape=list(out_shapes.values()),
         scratch_shapes=list(scratch.values()),
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=int(VMEM_LIMIT * s.vmem)),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=int(VMEM_SHARE * vmem())),
         cost_estimate=pl.CostEstimate(
             flops=2 * pixels * out * (s.channels * (window if s.factor == 1 else 16) + s.shortcut),
             bytes_accessed=moved,

@@ -387,7 +387,6 @@ def _kernel_shape(
         factor=factor,
         itemsize=x.values.dtype.itemsize,
         each=1 if x.scale is None else width // x.scale.shape[2],
-        vmem=conv_kernel.LESS_VMEM.get(split.mesh.devices.flat[0].device_kind, conv_kernel.VMEM),
     )
     return conv_kernel.fitting(shape)
 
