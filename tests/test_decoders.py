@@ -388,6 +388,36 @@ def test_a_block_in_kernels():
     assert np.abs(difference).max() < 1e-4
 
 
+@pytest.mark.slow
+def test_a_chunk_for_which_the_kernel_has_no_room(monkeypatch):
+    """XLA takes the kernel's cache, and returns one that the kernel takes for the chunk after it."""
+    split = choose_split(jax.devices()[:1], 8, 4, rows=1, strips=8, for_tpu=True)
+    rng = np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    weight, bias = array(3, 3, 3, 128, 256) / 60, array(256)
+    chunks = [split.tiles(np.asarray(array(1, 128, 2, 8, 4))) for _ in range(3)]
+
+    def run(for_tpu):
+        def convolve(*chunks):
+            cache, results = None, []
+            for index, x in enumerate(chunks):
+                with monkeypatch.context() as patch:
+                    if index == 1:
+                        patch.setattr(conv_kernel, "vmem", lambda: 0)
+                    part = dataclasses.replace(split, for_tpu=for_tpu)
+                    result, cache = vae_layers.computed(*vae_layers.causal_conv(x, weight, bias, cache, part))
+                assert isinstance(cache, conv_kernel.Cache) == for_tpu
+                results.append(result)
+            return results
+
+        specs = split.latents.spec
+        whole = jax.shard_map(convolve, mesh=split.mesh, in_specs=(specs,) * 3, out_specs=specs, check_vma=False)
+        return jax.jit(whole)(*chunks)
+
+    for ours, plain in zip(run(True), run(False), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=1e-4)
+
+
 COMPILE_CONV_INPUT = """
 import functools, jax, jax.numpy as jnp
 from compile_for_tpu import topologies

@@ -204,6 +204,15 @@ class Cache(NamedTuple):
     inner: jax.Array
     columns: jax.Array
 
+    @classmethod
+    def of(cls, padded: jax.Array) -> "Cache":
+        """Return what `conv_input` keeps, [history, height + 2, width + 2, strips, channels], in this form."""
+        return cls(padded[:, :, 1:-1], jnp.concatenate([padded[:, :, :1], padded[:, :, -1:]], axis=2))
+
+    def padded(self) -> jax.Array:
+        """Return it as `conv_input` keeps it."""
+        return jnp.concatenate([self.columns[:, :, :1], self.inner, self.columns[:, :, 1:]], axis=2)
+
 
 class Results(NamedTuple):
     """What the kernel returns.

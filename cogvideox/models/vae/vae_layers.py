@@ -265,12 +265,17 @@ def causal_conv(
     """
     history, channels, out_channels = weight.shape[0] - 1, *weight.shape[3:]
     x = x if isinstance(x, Deferred) else Deferred(array(x))
-    if shape := _kernel_shape(x, weight, split, cached=cache is not None):
+    of_kernel = isinstance(cache, conv_kernel.Cache)
+    shape = _kernel_shape(x, weight, split, cached=cache is not None)
+    if shape and (cache is None or of_kernel):
         convolved = Convolved((*x.shape[:-1], out_channels), _in_kernel(shape, x, weight, bias, cache, split))
         return convolved, NextCache(convolved)
     few_outputs = split.for_tpu and COLUMNS * out_channels <= LANES and x.values.shape[2] % COLUMNS == 0
     packed = split.for_tpu and not few_outputs and channels == LANES
+    # The kernel may have had room in VMEM for the first chunk alone; a program returns its caches as it takes them.
+    cache = cache.padded() if of_kernel else cache
     padded, cache = _padded_input(x, split, cache=cache, history=history, frames=x.frames, packed=packed)
+    cache = conv_kernel.Cache.of(cache) if of_kernel else cache
     if few_outputs:
         return _result(_convolve_columns(padded, weight, bias), split), cache
     convolve = functools.partial(_convolve, weight=_pack_columns(weight) if packed else weight, bias=bias)
