@@ -36,7 +36,7 @@ def commands() -> list[str]:
     return [
         *(f"stage3 --topology {slice_}{of(SMALL)}" for slice_ in V6E),
         f"stage3 --topology v6e-8{of(MIDDLE)}",
-        *(f"stage3 --topology {slice_}" for slice_ in (*V6E, *HOSTS, "7x-4", "7x-8")),
+        *(f"stage3 --topology {slice_}" for slice_ in (*V6E, *HOSTS, "7x-8")),
         "encoder --topology v6e-8",
         *(f"stage2 --topology {slice_}" for slice_ in (*V6E, *HOSTS, *OTHER_TPUS)),
         *(f"stage2 --topology v6e-8 {options}" for options in OPTIONS),

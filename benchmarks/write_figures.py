@@ -244,10 +244,9 @@ def other_tpus() -> str:
 
 
 def seven_x() -> str:
-    """Return steps and decode of the default video on 7x beside v6e-8."""
+    """Return steps of the default video on 7x beside v6e-8."""
     slices = ("v6e-8", "7x-4", "7x-8")
     guided, alone = ([step(topology, LARGE, choice) for topology in slices] for choice in (True, False))
-    decodes = [decode(topology, LARGE) for topology in slices]
     names = [reports.step_file(topology, LARGE, guided=True) for topology in slices]
     rates = [kernel(name) for name in names]
     rows = [
@@ -260,8 +259,6 @@ def seven_x() -> str:
         ["MXU busy", *(f"{rate['units']['MXU']:.0%}" for rate in rates)],
         ["memory of a device", *map(gib, guided)],
         ["a step, no guidance", *(seconds(found, 3) for found in alone)],
-        ["stage 3, all frames", *map(seconds, decodes)],
-        ["memory of a device", *map(gib, decodes)],
     ]
     return table(["", *slices], rows)
 
