@@ -374,13 +374,24 @@ def query_bounds(
 
 
 def _key_statistics(k_ref, mean_ref, radius_ref, *, kv_len, k_smooth):
-    """Compute the mean of a head's keys, and then their largest distance from it, or from 0 without `k_smooth`."""
+    """Compute the statistics of a head's first `kv_len` keys."""
+
+    def is_real(tile):
+        return tile * LANES + lax.broadcasted_iota(jnp.int32, (1, LANES), 1) < kv_len
+
+    key_statistics(is_real, k_ref, mean_ref, radius_ref, keys=kv_len, k_smooth=k_smooth)
+
+
+def key_statistics(is_real, k_ref, mean_ref, radius_ref, *, keys, k_smooth):
+    """Compute the mean of a head's keys, and then their largest distance from it, or from 0 without `k_smooth`.
+
+    `is_real` tells which of a tile's keys count, bool [1, 128], by the number of the tile; in all, so many `keys` do.
+    """
     phase, block = pl.program_id(1), pl.program_id(2)
     tiles, _, head_dim, _ = k_ref.shape
 
     def key(tile):
-        position = (block * tiles + tile) * LANES + lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
-        return k_ref[tile, 0].astype(jnp.float32), position < kv_len
+        return k_ref[tile, 0].astype(jnp.float32), is_real(block * tiles + tile)
 
     def over_tiles(function, start):
         return lax.fori_loop(0, tiles, lambda tile, found: function(found, *key(tile)), start, unroll=4)
@@ -396,7 +407,7 @@ def _key_statistics(k_ref, mean_ref, radius_ref, *, kv_len, k_smooth):
 
     @pl.when((phase == 1) & (block == 0))
     def _():
-        mean_ref[0] = jnp.broadcast_to(mean_ref[0].sum(1, keepdims=True) / kv_len, (head_dim, LANES))
+        mean_ref[0] = jnp.broadcast_to(mean_ref[0].sum(1, keepdims=True) / keys, (head_dim, LANES))
         radius_ref[...] = jnp.zeros_like(radius_ref)
 
     @pl.when(phase == 1)

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
-from custom_splash_attention import BOUND_TILES, core, in_hbm, query_bounds
+from custom_splash_attention import BOUND_TILES, core, in_hbm, key_statistics, query_bounds
 
 
 def key_bounds(
@@ -61,41 +61,9 @@ def key_bounds(
 
 
 def _key_statistics(tile_tokens, k_ref, mean_ref, radius_ref, *, real_keys, k_smooth):
-    """Compute the mean of a head's keys, and then their largest distance from it, or from 0 without `k_smooth`."""
-    phase, block = pl.program_id(1), pl.program_id(2)
-    tiles, _, head_dim, _ = k_ref.shape
-    lane = lax.broadcasted_iota(jnp.int32, (1, LANES), 1)
+    """Compute the statistics of a head's keys, of which each tile has its own number."""
 
-    def over_tiles(function, start):
-        def one(tile, found):
-            return function(found, k_ref[tile, 0].astype(jnp.float32), lane < tile_tokens[block * tiles + tile])
+    def is_real(tile):
+        return lax.broadcasted_iota(jnp.int32, (1, LANES), 1) < tile_tokens[tile]
 
-        return lax.fori_loop(0, tiles, one, start, unroll=4)
-
-    @pl.when((phase == 0) & (block == 0))
-    def _():
-        mean_ref[...] = jnp.zeros_like(mean_ref)
-
-    @pl.when(phase == 0)
-    def _():
-        mean_ref[0] = over_tiles(lambda total, key, real: total + jnp.where(real, key, 0.0), mean_ref[0])
-
-    @pl.when((phase == 1) & (block == 0))
-    def _():
-        mean_ref[0] = jnp.broadcast_to(mean_ref[0].sum(1, keepdims=True) / real_keys, (head_dim, LANES))
-        radius_ref[...] = jnp.zeros_like(radius_ref)
-
-    @pl.when(phase == 1)
-    def _():
-        centre = mean_ref[0] if k_smooth else jnp.zeros_like(mean_ref[0])
-
-        def furthest(largest, key, real):
-            distance = jnp.square(key - centre).sum(0, keepdims=True)
-            return jnp.maximum(largest, jnp.where(real, distance, 0.0))
-
-        radius_ref[0] = over_tiles(furthest, radius_ref[0])
-
-    @pl.when((phase == 1) & (block == pl.num_programs(2) - 1))
-    def _():
-        largest = jnp.sqrt(radius_ref[0].max(1, keepdims=True))
-        radius_ref[0] = jnp.broadcast_to(largest, (1, LANES))
+    key_statistics(is_real, k_ref, mean_ref, radius_ref, keys=real_keys, k_smooth=k_smooth)
