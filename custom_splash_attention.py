@@ -382,7 +382,7 @@ def _key_statistics(k_ref, mean_ref, radius_ref, *, kv_len, k_smooth):
     key_statistics(is_real, k_ref, mean_ref, radius_ref, keys=kv_len, k_smooth=k_smooth)
 
 
-def key_statistics(is_real, k_ref, mean_ref, radius_ref, *, keys, k_smooth):
+def key_statistics(is_real: Callable, k_ref: Any, mean_ref: Any, radius_ref: Any, *, keys: int, k_smooth: bool) -> None:
     """Compute the mean of a head's keys, and then their largest distance from it, or from 0 without `k_smooth`.
 
     `is_real` tells which of a tile's keys count, bool [1, 128], by the number of the tile; in all, so many `keys` do.
@@ -397,21 +397,21 @@ def key_statistics(is_real, k_ref, mean_ref, radius_ref, *, keys, k_smooth):
         return lax.fori_loop(0, tiles, lambda tile, found: function(found, *key(tile)), start, unroll=4)
 
     @pl.when((phase == 0) & (block == 0))
-    def _():
+    def begin() -> None:
         mean_ref[...] = jnp.zeros_like(mean_ref)
 
     @pl.when(phase == 0)
-    def _():
+    def add_up() -> None:
         add = lambda total, key, real: total + jnp.where(real, key, 0.0)  # noqa: E731
         mean_ref[0] = over_tiles(add, mean_ref[0])
 
     @pl.when((phase == 1) & (block == 0))
-    def _():
+    def take_mean() -> None:
         mean_ref[0] = jnp.broadcast_to(mean_ref[0].sum(1, keepdims=True) / keys, (head_dim, LANES))
         radius_ref[...] = jnp.zeros_like(radius_ref)
 
     @pl.when(phase == 1)
-    def _():
+    def measure() -> None:
         centre = mean_ref[0] if k_smooth else jnp.zeros_like(mean_ref[0])
 
         def furthest(largest, key, real):
@@ -421,7 +421,7 @@ def key_statistics(is_real, k_ref, mean_ref, radius_ref, *, keys, k_smooth):
         radius_ref[0] = over_tiles(furthest, radius_ref[0])
 
     @pl.when((phase == 1) & (block == pl.num_programs(2) - 1))
-    def _():
+    def spread() -> None:
         largest = jnp.sqrt(radius_ref[0].max(1, keepdims=True))
         radius_ref[0] = jnp.broadcast_to(largest, (1, LANES))
 
