@@ -19,6 +19,7 @@ GUIDANCE_SCALE = 6.0
 SEED = 42
 WARMUP_STEPS = 2
 USE_DYNAMIC_CFG = False
+DENSE_STEPS = 0.25  # share of the steps that are dense in spite of --sparse_attention
 USE_DP = True
 LAYOUT = "tp"
 

@@ -20,6 +20,7 @@ from cogvideox.models.transformer.embeddings import token_grid
 from cogvideox.models.transformer.parameters import sample_grid
 from cogvideox.models.transformer.scheduler import SAMPLERS, Sampler
 from cogvideox.models.transformer.seconds import step_seconds
+from cogvideox.models.transformer.sparse.heads import SparseAttention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class DenoisingPlan(Plan):
         guidance_interval: the first and the last step with guidance, counted from 0; None for all steps.
         strength: the share of the scheduler's steps that a given video goes through, above 0 and at most 1; None to
             begin with noise alone.
+        sparse: the patterns of the heads, for block-sparse attention; None for dense attention.
     """
 
     transformer: Mapping
@@ -50,6 +52,7 @@ class DenoisingPlan(Plan):
     step_cache: bool
     guidance_interval: tuple[int, int] | None
     strength: float | None = None
+    sparse: SparseAttention | None = None
 
     @property
     def dropped_steps(self) -> int:
@@ -212,13 +215,14 @@ def make_denoising_plan(
     step_cache: bool = False,
     guidance_interval: tuple[int, int] | None = None,
     strength: float | None = None,
+    sparse: SparseAttention | None = None,
 ) -> DenoisingPlan:
     """Make the plan that the options ask for, on `devices` of `platform` ("tpu", "cpu" or "gpu"); see `DenoisingPlan`.
 
     Args:
         attention, block_sizes, use_k_smooth: see `Attention.choose`.
         use_dp, sp_num, mesh_order, layout: see `possible_parallelisms`, of which the fastest by prediction is taken.
-        step_cache, guidance_interval, strength: see `DenoisingPlan`.
+        step_cache, guidance_interval, strength, sparse: see `DenoisingPlan`.
 
     Raises:
         PlanError: the model, the devices and the options do not fit together.
@@ -244,6 +248,7 @@ def make_denoising_plan(
         step_cache=step_cache,
         guidance_interval=guidance_interval,
         strength=strength,
+        sparse=sparse,
     )
     check_plan(plan)
     plans = [dataclasses.replace(plan, parallelism=parallelism) for parallelism in possible]
