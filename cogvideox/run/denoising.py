@@ -74,11 +74,11 @@ def load_weights(
     """
     from cogvideox.models.transformer.parameters import load_parameters
 
-    changes = [one.add for one in loras]
+    changes, order = [one.add for one in loras], plan.head_order
     parameters = warm.kept(
         "transformer",
-        (made_from, plan.transformer, plan.parallelism, plan.dtype),
-        lambda: load_parameters(read, plan.transformer, plan.parallelism, plan.dtype, changes, report.add_part),
+        (made_from, plan.transformer, plan.parallelism, plan.dtype, None if order is None else order.tolist()),
+        lambda: load_parameters(read, plan.transformer, plan.parallelism, plan.dtype, changes, report.add_part, order),
     )
     report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
     return parameters

@@ -31,7 +31,7 @@ ACTIVATION_AXES = {
     "gathered heads": ("batch", "gathered tokens", "split heads"),
     "projected heads": ("batch", "split heads", "gathered tokens", "head_dim"),
     "attended heads": ("batch", "exchanged heads"),
-    "heads of all groups": ("batch", "split heads"),
+    "all heads": ("batch", "chosen heads"),
     "attention weights": ("batch", "chosen heads", "queries", "keys"),
     "rotary embedding": ("gathered tokens", "rotary"),
     "time embedding": ("time",),
