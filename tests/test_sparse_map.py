@@ -2,19 +2,21 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
 from cogvideox.errors import UserError
-from cogvideox.files import sparse_map
+from cogvideox.files import provenance, sparse_map
 from cogvideox.files.sparse_map import SparseMap
 from cogvideox.models.transformer.sparse.patterns import KINDS, Pattern
+from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, SIZE, STAGE2
 
 TRANSFORMER = {"num_layers": 2, "num_attention_heads": 3}
-SIZE = {"height": 32, "width": 48, "frames": 9}
+SIZE_OF_MAP = {"height": 32, "width": 48, "frames": 9}
 WEIGHTS, OTHER_WEIGHTS = "0" * 64, "1" * 64
 MAP = SparseMap(
-    **SIZE,
+    **SIZE_OF_MAP,
     weights=WEIGHTS,
     loras=("2" * 64 + ":0.5",),
     error_budget=0.05,
@@ -79,9 +81,9 @@ def test_a_damaged_map(entries, words, tmp_path):
     ids=str,
 )
 def test_a_map_of_something_else(transformer, size, words, tmp_path):
-    sparse_map.check_size(MAP, tmp_path, TRANSFORMER, SIZE)
+    sparse_map.check_size(MAP, tmp_path, TRANSFORMER, SIZE_OF_MAP)
     with pytest.raises(UserError, match=words):
-        sparse_map.check_size(MAP, tmp_path, TRANSFORMER | transformer, SIZE | size)
+        sparse_map.check_size(MAP, tmp_path, TRANSFORMER | transformer, SIZE_OF_MAP | size)
 
 
 def test_other_weights_are_refused_and_other_loras_told(tmp_path):
@@ -124,3 +126,34 @@ def test_made_up_maps(text, expected):
 def test_made_up_maps_that_are_wrong(text, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         sparse_map.made_up(text, 2, 4)
+
+
+@pytest.mark.slow
+def test_a_run_with_a_map(outputs, random_model, run_stage, tmp_path):
+    """It is said, kept with the video, and finished as long as the map says the same, wherever it is."""
+    model, folder = tmp_path / "model", tmp_path / "maps"
+    shutil.copytree(random_model, model)
+    found = MAP.model_dump() | {"weights": sparse_map.weights_of(str(random_model), None), "loras": ()}
+    found |= {"patterns": (("dense", "frames:0", "frames:0", "positions:0"), ("frames:0", *["dense"] * 3))}
+    path = folder / sparse_map.FILE
+    sparse_map.write(path, SparseMap(**found))
+    options = ("--input_dir", outputs, *SIZE, "--num_videos_per_prompt", 2, "--output_dir", "new")
+
+    printed = run_stage(STAGE2, *options, "--sparse_attention", "maps").stdout
+    assert "sparse attention: of 8 heads 3 in frames, 1 in positions, 4 dense, " in printed, printed
+    assert f"from {path}, found for 32 x 48 x 9 and a relative error of 0.05; the first 25% of the steps" in printed
+    (latents,) = tmp_path.glob("new/*42/" + LATENTS)
+    config = json.loads((latents.parent / CONFIG).read_text())
+    assert (config["sparse_attention"], config["dense_steps"]) == (str(path), 0.25)
+    made = provenance.recorded(latents)
+    assert made["inputs"][str(path)] == provenance.file_digest(path)
+    assert made["plan"]["sparse heads"] == "3 in frames, 1 in positions, 4 dense"
+    said = run_stage("utils.py", "status", "new").stdout
+    assert "stale" not in said and "3 in frames" in said, said
+
+    moved = path.rename(tmp_path / "m.json")
+    printed = run_stage(STAGE2, *options, "--sparse_attention", moved).stdout
+    assert "already finished: 2 of 2" in printed, printed
+    sparse_map.write(moved, SparseMap(**found | {"patterns": (("dense",) * 4,) * 2}))
+    printed = run_stage(STAGE2, *options, "--sparse_attention", moved).stdout
+    assert "already finished" not in printed and printed.count("wrote") == 2, printed
