@@ -2,15 +2,17 @@
 
 import json
 import re
-import shutil
+from pathlib import Path
 
+import jax
 import pytest
 
 from cogvideox.errors import UserError
 from cogvideox.files import provenance, sparse_map
 from cogvideox.files.sparse_map import SparseMap
 from cogvideox.models.transformer.sparse.patterns import KINDS, Pattern
-from tests.helpers import CONFIG, EMBEDDINGS, LATENTS, SIZE, STAGE2
+from cogvideox.run import plans, sparse_maps
+from tests.helpers import CONFIG, LATENTS, SIZE, STAGE2
 
 TRANSFORMER = {"num_layers": 2, "num_attention_heads": 3}
 SIZE_OF_MAP = {"height": 32, "width": 48, "frames": 9}
@@ -26,7 +28,7 @@ MAP = SparseMap(
 
 
 def test_a_map_is_read_as_it_was_written(tmp_path):
-    """With a line for each layer; from its folder, too."""
+    """With a line for each layer; it is found by its folder, too."""
     path = tmp_path / sparse_map.FILE
     sparse_map.write(path, MAP)
     assert sparse_map.read(path) == MAP
@@ -34,6 +36,13 @@ def test_a_map_is_read_as_it_was_written(tmp_path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[-4].strip().rstrip(",")) == ["dense", "frames:1", "positions:12"], lines
     assert sparse_map.find(tmp_path, "no/model") == sparse_map.find(path, "no/model") == path
+
+
+def test_the_models_own_map(tmp_path, monkeypatch):
+    path = tmp_path / "model" / "transformer" / sparse_map.FILE
+    sparse_map.write(path, MAP)
+    monkeypatch.chdir(tmp_path)
+    assert sparse_map.find("auto", "model") == path
 
 
 def test_patterns_are_those_of_the_transformer():
@@ -128,14 +137,28 @@ def test_made_up_maps_that_are_wrong(text, words):
         sparse_map.made_up(text, 2, 4)
 
 
+def test_the_compile_tool_makes_plans_of_made_up_maps():
+    from compile_for_tpu import __main__, programs
+
+    words = ["stage2", "--sparse_attention", "0.5*frames:1", "--dense_steps", "0.1"]
+    arguments = __main__.parse_arguments(words)
+    plan = plans.denoising_plan(arguments, arguments.model_id, jax.devices()[:1], "cpu", 1)
+    assert plan.sparse.patterns == ((Pattern("frames", 1),) * 24 + (Pattern(),) * 24,) * 42
+    assert plan.sparse.dense_steps == 0.1
+    # Of 11 frames those at both ends have 2 of 3; text is for all.
+    assert sparse_maps.density(plan) == pytest.approx((1 + (2 * 2 + 9 * 3) / 11**2) / 2, abs=0.01)
+    labels = programs.labels(arguments, defaults=__main__.parse_arguments(["stage2"]))
+    assert labels == ["768x1360x81", "guided", "sparse_attention=0.5xframes1"]
+    arguments.sparse_attention = Path("a/map.json")
+    assert programs.labels(arguments, defaults=__main__.parse_arguments(["stage2"]))[-1] == "sparse_attention=map"
+
+
 @pytest.mark.slow
 def test_a_run_with_a_map(outputs, random_model, run_stage, tmp_path):
     """It is said, kept with the video, and finished as long as the map says the same, wherever it is."""
-    model, folder = tmp_path / "model", tmp_path / "maps"
-    shutil.copytree(random_model, model)
+    path = tmp_path / "maps" / sparse_map.FILE
     found = MAP.model_dump() | {"weights": sparse_map.weights_of(str(random_model), None), "loras": ()}
     found |= {"patterns": (("dense", "frames:0", "frames:0", "positions:0"), ("frames:0", *["dense"] * 3))}
-    path = folder / sparse_map.FILE
     sparse_map.write(path, SparseMap(**found))
     options = ("--input_dir", outputs, *SIZE, "--num_videos_per_prompt", 2, "--output_dir", "new")
 
