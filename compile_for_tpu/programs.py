@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogvideox.cli import options
 from cogvideox.cli.parser import ArgumentParser
-from cogvideox.cli.types import file_path, map_or_shares, model_or_config, number
+from cogvideox.cli.types import file_path, model_or_config, number
 from cogvideox.defaults import COMPUTE_DTYPES, DECODERS
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, published, sparse_map
@@ -88,7 +88,7 @@ def add_stage2_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--unguided_step", action="store_true", help="the step without guidance, of a run with --guidance_interval"
     )
-    options.add_denoising_options(parser, sparse_map=map_or_shares)
+    options.add_denoising_options(parser, made_up_maps=True)
 
 
 def dtype_of(arguments: argparse.Namespace) -> str:

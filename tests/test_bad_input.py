@@ -416,7 +416,7 @@ STAGE2_CASES = {
     "map of heads": (SPARSE, a_map(patterns=[["dense"] * 3] * 2), ["3 heads in layer 0, and the model 4", FITTED]),
     "map of another height": (SPARSE, a_map(height=64), ["m.json was found for height 64", "--height 32", FITTED]),
     "map of another length": (SPARSE, a_map(frames=17), ["m.json was found for frames 17", "--frames 9", FITTED]),
-    "map of other weights": (SPARSE, a_map(), ["m.json was found with other weights, 00000000", FITTED]),
+    "map of other weights": (SPARSE, a_map(), ["m.json was found with other weights", "00000000", FITTED]),
     # generation_config.json
     "no JSON": ([], content(OUT / CONFIG, b"{"), [CONFIG, "JSON", AGAIN1]),
     "JSON, but a list": ([], content(OUT / CONFIG, b"[]"), [CONFIG, AGAIN1]),
