@@ -6,10 +6,11 @@ Importing this module loads neither jax nor torch.
 import argparse
 
 from cogvideox.cli.parser import ArgumentParser
-from cogvideox.cli.types import file_path, folder_path, interval, lora_option, number, preset
+from cogvideox.cli.types import file_path, folder_path, interval, lora_option, map_or_shares, map_path, number, preset
 from cogvideox.defaults import (
     ATTENTIONS,
     COMPUTE_DTYPES,
+    DENSE_STEPS,
     FRAMES,
     GUIDANCE_SCALE,
     HEIGHT,
@@ -91,10 +92,11 @@ def add_size_options(parser: ArgumentParser, what: str = "the video") -> None:
     )
 
 
-def add_denoising_options(parser: ArgumentParser) -> None:
+def add_denoising_options(parser: ArgumentParser, made_up_maps: bool = False) -> None:
     """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding.
 
-    Size and settings are None where nobody gives them; see `generation_defaults.complete`.
+    Size and settings are None where nobody gives them; see `generation_defaults.complete`. With `made_up_maps`
+    --sparse_attention takes those of `sparse_map.made_up`, too.
     """
     group = parser.group("sampling")
     group.add_argument("--num_inference_steps", type=number(int, 1), help=f"denoising steps {models_or(NUM_STEPS)}")
@@ -123,7 +125,9 @@ def add_denoising_options(parser: ArgumentParser) -> None:
     )
     add_parallelism_options(parser)
     add_step_cache_options(parser)
-    add_attention_options(parser)  # last, because the names of reports list the options in this order
+    # Last, because the names of reports list the options in this order.
+    add_attention_options(parser)
+    add_sparse_attention_options(parser, made_up_maps)
 
 
 def add_preset_option(parser: ArgumentParser) -> None:
@@ -218,6 +222,26 @@ def add_attention_options(parser: ArgumentParser) -> None:
         "--use_k_smooth",
         action=argparse.BooleanOptionalAction,
         help="subtract the mean of the keys in attention (default: the kernel's choice)",
+    )
+
+
+def add_sparse_attention_options(parser: ArgumentParser, made_up_maps: bool) -> None:
+    """Add the map of block-sparse attention, and in which steps it is not used."""
+    group = parser.group("speed and memory")
+    made_up = ", or shares of every layer's heads, such as 0.5*frames:1" if made_up_maps else ""
+    group.add_argument(
+        "--sparse_attention",
+        type=map_or_shares if made_up_maps else map_path,
+        metavar="PATH|auto",
+        help="let each head attend only the keys that this map names, a file or its folder, or auto for the model's "
+        f"own{made_up}; it changes the video (default: all keys)",
+    )
+    group.add_argument(
+        "--dense_steps",
+        type=number(float, 0, 1),
+        metavar="SHARE",
+        help=f"with --sparse_attention, the share of the steps, from the first on, that are dense "
+        f"(default: {DENSE_STEPS})",
     )
 
 

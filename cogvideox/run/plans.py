@@ -12,6 +12,7 @@ from cogvideox.files import checkpoint, numbers, tensors
 from cogvideox.files.step_polynomial import FILE as STEP_CACHE
 from cogvideox.files.step_polynomial import polynomial_of
 from cogvideox.models.transformer.scheduler import CHOICES
+from cogvideox.run import sparse_maps
 
 if TYPE_CHECKING:
     import jax
@@ -121,15 +122,17 @@ def denoising_plan(
         *("height", "width", "frames", "num_inference_steps", "guidance_scale", "guidance_interval"),
         *("use_dynamic_cfg", "attention", "block_sizes", "use_k_smooth", "use_dp", "sp_num", "layout"),
     )
+    transformer = checkpoint.read_config(model_id, "transformer")
     with plan_errors():
         make = functools.partial(
             make_denoising_plan,
-            transformer=checkpoint.read_config(model_id, "transformer"),
+            transformer=transformer,
             vae=checkpoint.read_config(model_id, "vae"),
             scheduler=checkpoint.scheduler_config(model_id, CHOICES.get(arguments.scheduler, {})),
             devices=devices,
             platform=platform,
             step_cache=arguments.cache_threshold is not None or arguments.cache_schedule is not None,
+            sparse=sparse_maps.sparse_attention(arguments, model_id, transformer),
             **details,
             **{name: getattr(arguments, name) for name in names},
             **given,
