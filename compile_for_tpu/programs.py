@@ -4,14 +4,15 @@ import argparse
 import functools
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from cogvideox.cli import options
 from cogvideox.cli.parser import ArgumentParser
-from cogvideox.cli.types import file_path, model_or_config, number
+from cogvideox.cli.types import file_path, map_or_shares, model_or_config, number
 from cogvideox.defaults import COMPUTE_DTYPES, DECODERS
 from cogvideox.errors import UserError
-from cogvideox.files import checkpoint, published
+from cogvideox.files import checkpoint, published, sparse_map
 from cogvideox.files.names import CONFIGS
 from cogvideox.files.tensors import compute_dtype
 from cogvideox.run import plans
@@ -26,6 +27,7 @@ BUILT_IN_MODEL = str(CONFIGS / "CogVideoX1.5-5B")  # the configs of zai-org's mo
 # Options that are not in a report's name as key=value: its other labels have them, or they change no program.
 NOT_IN_NAME = {"what", "topology", "output", "publish", "save", "model_id", "num_inference_steps"}
 NOT_IN_NAME |= {"height", "width", "frames", "guidance_scale", "decoder", "tokens", "preset", "fps", "pattern"}
+NOT_IN_NAME |= {"dense_steps"}
 
 
 class Kind(NamedTuple):
@@ -56,8 +58,16 @@ def labels(arguments: argparse.Namespace, defaults: argparse.Namespace) -> list[
         found.append(f"model={model_name(model)}")
     for name, value in vars(arguments).items():
         if name not in NOT_IN_NAME and value != getattr(defaults, name):
-            found.append(f"{name}={','.join(map(str, value)) if isinstance(value, list | tuple) else value}")
+            found.append(f"{name}={_label(value)}")
     return found
+
+
+def _label(value: object) -> str:
+    """Return an option's value as a part of a file's name."""
+    if isinstance(value, Path):
+        return value.stem
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text.replace("*", "x").replace(":", "")
 
 
 def model_name(model_id: str) -> str:
@@ -78,7 +88,7 @@ def add_stage2_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--unguided_step", action="store_true", help="the step without guidance, of a run with --guidance_interval"
     )
-    options.add_denoising_options(parser)
+    options.add_denoising_options(parser, sparse_map=map_or_shares)
 
 
 def dtype_of(arguments: argparse.Namespace) -> str:
@@ -237,8 +247,8 @@ def add_kernel_options(parser: ArgumentParser) -> None:
 
 def _pattern(text: str) -> str:
     """Return the text of a `Pattern`; an argparse type, which does not load jax."""
-    if not re.fullmatch(r"dense|(frames|positions):\d{1,4}", text):
-        raise argparse.ArgumentTypeError(f"{text} is no pattern; dense, frames:1 and positions:2 are")
+    if not re.fullmatch(sparse_map.PATTERN, text):
+        raise argparse.ArgumentTypeError(f"{text} {sparse_map.NO_PATTERN}")
     return text
 
 

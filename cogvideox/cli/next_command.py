@@ -33,6 +33,7 @@ OF_STAGE1: dict[str, Any] = {
 OF_STAGE2: dict[str, Any] = {
     **{"seed": SEED, "num_videos_per_prompt": 1, "videos_at_once": None, "lora": [], "guidance_interval": None},
     **{"cache_threshold": None, "cache_schedule": None, "attention": None, "block_sizes": None, "use_k_smooth": None},
+    **{"sparse_attention": None, "dense_steps": None},
     **{"image_latent_scale": IMAGE_LATENT_SCALES[0]},
     **{"use_dp": USE_DP, "sp_num": None, "layout": LAYOUT, "mesh_order": None, "restart": False, "only": None},
     **OF_WEIGHTS,

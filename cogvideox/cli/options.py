@@ -4,12 +4,14 @@ Importing this module loads neither jax nor torch.
 """
 
 import argparse
+from collections.abc import Callable
 
 from cogvideox.cli.parser import ArgumentParser
-from cogvideox.cli.types import file_path, folder_path, interval, lora_option, number, preset
+from cogvideox.cli.types import file_path, folder_path, interval, lora_option, map_path, number, preset
 from cogvideox.defaults import (
     ATTENTIONS,
     COMPUTE_DTYPES,
+    DENSE_STEPS,
     FRAMES,
     GUIDANCE_SCALE,
     HEIGHT,
@@ -91,10 +93,11 @@ def add_size_options(parser: ArgumentParser, what: str = "the video") -> None:
     )
 
 
-def add_denoising_options(parser: ArgumentParser) -> None:
+def add_denoising_options(parser: ArgumentParser, sparse_map: Callable[[str], object] = map_path) -> None:
     """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding.
 
-    Size and settings are None where nobody gives them; see `generation_defaults.complete`.
+    Size and settings are None where nobody gives them; see `generation_defaults.complete`. `sparse_map` is the argparse
+    type of --sparse_attention.
     """
     group = parser.group("sampling")
     group.add_argument("--num_inference_steps", type=number(int, 1), help=f"denoising steps {models_or(NUM_STEPS)}")
@@ -123,7 +126,9 @@ def add_denoising_options(parser: ArgumentParser) -> None:
     )
     add_parallelism_options(parser)
     add_step_cache_options(parser)
-    add_attention_options(parser)  # last, because the names of reports list the options in this order
+    # Last, because the names of reports list the options in this order.
+    add_attention_options(parser)
+    add_sparse_attention_options(parser, sparse_map)
 
 
 def add_preset_option(parser: ArgumentParser) -> None:
@@ -218,6 +223,25 @@ def add_attention_options(parser: ArgumentParser) -> None:
         "--use_k_smooth",
         action=argparse.BooleanOptionalAction,
         help="subtract the mean of the keys in attention (default: the kernel's choice)",
+    )
+
+
+def add_sparse_attention_options(parser: ArgumentParser, sparse_map: Callable[[str], object]) -> None:
+    """Add the map of block-sparse attention, of the argparse type `sparse_map`, and in which steps it is not used."""
+    group = parser.group("speed and memory")
+    group.add_argument(
+        "--sparse_attention",
+        type=sparse_map,
+        metavar="PATH|auto",
+        help="let each head attend only the keys that this map names, a file or its folder, or auto for the model's "
+        "own; it changes the video (default: all keys)",
+    )
+    group.add_argument(
+        "--dense_steps",
+        type=number(float, 0, 1),
+        metavar="SHARE",
+        help=f"with --sparse_attention, the share of the steps, from the first on, that are dense "
+        f"(default: {DENSE_STEPS})",
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cogvideox.defaults import MOST_FPS, MOST_LORA_SCALE
 from cogvideox.errors import first_line, shortened
-from cogvideox.files import published
+from cogvideox.files import published, sparse_map
 from cogvideox.files.names import VIDEO_SUFFIXES
 from cogvideox.files.schemas import plain_number
 
@@ -110,6 +110,22 @@ def interval(text: str) -> tuple[int, int]:
 def preset(text: str) -> str:
     """Return the name of a preset; an argparse type that takes the former name of the draft, too."""
     return "draft" if text == "seed" else text
+
+
+def map_path(text: str) -> Path | str:
+    """Return the path of a map of sparse attention, or "auto" for that of the model; an argparse type."""
+    return text if text == sparse_map.AUTO else file_path(text)
+
+
+def map_or_shares(text: str) -> Path | str:
+    """Return what `map_path` does, or the text of `sparse_map.made_up`, which has a "*"; an argparse type."""
+    if "*" not in text:
+        return map_path(text)
+    try:
+        sparse_map.made_up(text, layers=1, heads=1)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def lora_option(text: str) -> str:
