@@ -39,6 +39,8 @@ def make_model(folder: Path, layers: Sequence[Sequence[str]]) -> None:
         attention_head_dim=HEAD_DIM,
         num_layers=len(layers),
         max_text_seq_length=64,
+        vae_channels=(8, 8, 8),
+        vae_groups=4,
     )
     path = folder / "transformer"
     transformer = CogVideoXTransformer3DModel.from_pretrained(path)

@@ -93,12 +93,8 @@ def add_size_options(parser: ArgumentParser, what: str = "the video") -> None:
     )
 
 
-def add_denoising_options(parser: ArgumentParser, sparse_map: Callable[[str], object] = map_path) -> None:
-    """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding.
-
-    Size and settings are None where nobody gives them; see `generation_defaults.complete`. `sparse_map` is the argparse
-    type of --sparse_attention.
-    """
+def add_sampling_options(parser: ArgumentParser) -> None:
+    """Add size, steps, guidance and scheduler; what nobody gives is None, see `generation_defaults.complete`."""
     group = parser.group("sampling")
     group.add_argument("--num_inference_steps", type=number(int, 1), help=f"denoising steps {models_or(NUM_STEPS)}")
     add_size_options(parser)
@@ -124,6 +120,14 @@ def add_denoising_options(parser: ArgumentParser, sparse_map: Callable[[str], ob
         choices=CHOICES,
         help="ddim, or dpm with trailing timesteps (default: the scheduler that the model names)",
     )
+
+
+def add_denoising_options(parser: ArgumentParser, sparse_map: Callable[[str], object] = map_path) -> None:
+    """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding.
+
+    `sparse_map` is the argparse type of --sparse_attention.
+    """
+    add_sampling_options(parser)
     add_parallelism_options(parser)
     add_step_cache_options(parser)
     # Last, because the names of reports list the options in this order.
