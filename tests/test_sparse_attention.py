@@ -16,6 +16,7 @@ from cogvideox.models.transformer.sparse.attention import sparse_attention
 from cogvideox.models.transformer.sparse.geometry import MOST_SCORES, WindowSizes, geometry_of, predicted_cycles
 from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
 from cogvideox.models.transformer.sparse.patterns import KINDS, Pattern, head_order, inverse
+from cogvideox.models.transformer.sparse.search import candidates, choose, pattern_errors, sampled_tiles
 from cogvideox.models.transformer.sparse.table import HeadTable
 from cogvideox.models.transformer.sparse.xla import xla_attention
 from custom_splash_attention import core, from_tiles, to_tiles
@@ -382,3 +383,79 @@ def test_wrong_shapes():
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(functools.partial(sparse_attention, layout=layout), *arguments)
+
+
+# --- The search for patterns ---------------------------------------------------------------------------------------
+
+
+def test_candidates():
+    """In the order of their predicted time; none takes more than dense attention, and none is dense by its window."""
+    layout = LAYOUTS[0]
+    found = candidates(layout)
+    costs = [predicted_cycles(pattern, layout) for pattern in (*found, Pattern())]
+    assert costs == sorted(costs) and len(found) == len(set(found)) == 10 + 15
+    assert candidates(AlignedLayout(3, 6, 40)) == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_sampled_tiles(layout):
+    """They are of every frame and of places all over a frame, and of the video alone."""
+    tiles = sampled_tiles(layout, 44)
+    assert (np.diff(tiles) > 0).all() and tiles.max() < layout.video_tiles and len(tiles) <= 44
+    assert {*(tiles // layout.frame_tiles)} == {*range(layout.frames)} or layout.frames == 41
+    places = np.sort(tiles % layout.frame_tiles)
+    assert places[0] == 0 and np.diff(places, append=layout.frame_tiles).max() <= max(layout.frame_tiles / 10, 1)
+
+
+@pytest.mark.parametrize(("sizes", "dtype"), [((4, 300, 130), "bfloat16"), ((2, 600, 40), "float32")])
+@pytest.mark.usefixtures("narrow_groups")
+def test_errors_of_patterns(sizes, dtype):
+    """Of some tiles of queries, in two parts as groups of chips have them, beside masked attention."""
+    layout = AlignedLayout(*sizes)
+    names = patterns("positions:0", "frames:0", "positions:1", "frames:1", "frames:2", "dense")
+    arrays = random(layout, 2, dtype)
+    far_outside(arrays, 1, layout, frame=0)
+    tiles = sampled_tiles(layout, 7)
+    half = -(-layout.tiles // 2)
+    query, key, value = (as_tiles(array, layout, dtype, tiles=2 * half) for array in arrays)
+
+    @jax.jit
+    def errors(query, first):
+        return pattern_errors(query, key, value, layout, tiles, names, first_tile=first)
+
+    parts = [errors(query[first : first + half], jnp.int32(first)) for first in (0, half)]
+    found, of_dense = (np.asarray(sum(sums)) for sums in zip(*parts, strict=True))
+    chosen = np.isin(np.arange(layout.tokens) // LANES, tiles) & layout.is_real()
+    outputs = [attention(*arrays, np.stack([pattern.mask(layout)] * 2))[:, chosen] for pattern in names]
+    expected = np.stack([np.square(output - outputs[-1]).sum((1, 2)) for output in outputs], axis=1)
+    np.testing.assert_allclose(found[:, :-1], expected[:, :-1], rtol=1e-4)
+    np.testing.assert_allclose(of_dense, np.square(outputs[-1]).sum((1, 2)), rtol=1e-4)
+    assert (found[:, -1] == 0).all()
+
+
+def test_choice():
+    """The cheapest within the budget, and a better one where another head decides how long the layer takes."""
+    layout = LAYOUTS[0]
+    options = candidates(layout)
+    of = {name: options.index(Pattern.parse(name)) for name in ("frames:1", "frames:2")}
+    errors = np.ones((4, 4, len(options)))
+    errors[0, :, of["frames:2"]] = 0.03  # a chip has two of these, so the other may, too
+    errors[0, 1, of["frames:1"]] = 0.04
+    errors[1, :3, of["frames:1"]] = 0.01, 0.03, 0.02  # the last head is dense, so one other may be
+    errors[2, :, of["frames:2"]] = 0.02
+    errors[2, 3, of["frames:1"]] = 0.02  # no better, and no worse
+    errors[3, :2] = np.nan
+    errors[3, 2:] = 0.051
+    choice = choose(errors, layout, 0.05, chips=2)
+    assert [" ".join(map(str, layer)) for layer in choice.patterns] == [
+        "frames:2 frames:2 frames:2 frames:2",
+        "frames:1 dense frames:1 dense",
+        "frames:2 frames:2 frames:2 frames:1",
+        "dense dense dense dense",
+    ]
+    assert choice.errors.max(1).tolist() == [0.03, 0.02, 0.02, 0]
+    dense, near, nearest = (predicted_cycles(Pattern.parse(name), layout) for name in ("dense", "frames:2", "frames:1"))
+    assert choice.dense_cycles == 2 * dense
+    assert choice.cycles.tolist() == pytest.approx([2 * near, dense + nearest, 2 * near, 2 * dense])
+    density = Pattern.parse("frames:1").density(layout)
+    assert choice.density.tolist()[1::2] == pytest.approx([(1 + density) / 2, 1])

@@ -92,12 +92,8 @@ def add_size_options(parser: ArgumentParser, what: str = "the video") -> None:
     )
 
 
-def add_denoising_options(parser: ArgumentParser, made_up_maps: bool = False) -> None:
-    """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding.
-
-    Size and settings are None where nobody gives them; see `generation_defaults.complete`. With `made_up_maps`
-    --sparse_attention takes those of `sparse_map.made_up`, too.
-    """
+def add_sampling_options(parser: ArgumentParser) -> None:
+    """Add size, steps, guidance and scheduler; what nobody gives is None, see `generation_defaults.complete`."""
     group = parser.group("sampling")
     group.add_argument("--num_inference_steps", type=number(int, 1), help=f"denoising steps {models_or(NUM_STEPS)}")
     add_size_options(parser)
@@ -123,6 +119,15 @@ def add_denoising_options(parser: ArgumentParser, made_up_maps: bool = False) ->
         choices=CHOICES,
         help="ddim, or dpm with trailing timesteps (default: the scheduler that the model names)",
     )
+
+
+def add_denoising_options(parser: ArgumentParser, made_up_maps: bool = False) -> None:
+    """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding.
+
+    Size and settings are None where nobody gives them; see `generation_defaults.complete`. With `made_up_maps`
+    --sparse_attention takes those of `sparse_map.made_up`, too.
+    """
+    add_sampling_options(parser)
     add_parallelism_options(parser)
     add_step_cache_options(parser)
     # Last, because the names of reports list the options in this order.

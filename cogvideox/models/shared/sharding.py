@@ -32,6 +32,7 @@ ACTIVATION_AXES = {
     "projected heads": ("batch", "split heads", "gathered tokens", "head_dim"),
     "attended heads": ("batch", "exchanged heads"),
     "all heads": ("batch", "chosen heads"),
+    "pattern errors": ("batch", "chosen heads", "patterns"),
     "attention weights": ("batch", "chosen heads", "queries", "keys"),
     "rotary embedding": ("gathered tokens", "rotary"),
     "time embedding": ("time",),

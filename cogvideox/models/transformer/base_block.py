@@ -13,6 +13,7 @@ from cogvideox.models.shared.sharding import HIDDEN_STATES, Parallelism
 from cogvideox.models.transformer import taps
 from cogvideox.models.transformer.layers import linear
 from cogvideox.models.transformer.sparse.heads import HeadPatterns
+from cogvideox.models.transformer.sparse.layout import AlignedLayout
 from cogvideox.models.transformer.sparse.table import HeadTable
 from cogvideox.models.transformer.token_order import TokenOrder
 
@@ -83,7 +84,9 @@ class BaseBlock(abc.ABC):
         heads, query_parts = self.config["num_attention_heads"], self.parallelism.query_parts
         taps.tap_weights(arrays, self.order, heads, query_parts, self.patterns)
         if self.patterns is not None:
+            assert isinstance(self.order, AlignedLayout)
             taps.tap_patterns(self.patterns)
+            taps.tap_pattern_errors(arrays, self.order, self.first_tile, query_parts, self.patterns)
 
     def exchanged(self, y: jax.Array, split_axis: int, concat_axis: int) -> jax.Array:
         """Exchange tokens for heads, or heads for tokens, in groups of chips; see `Parallelism.query_parts`."""

@@ -13,9 +13,11 @@ from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import HIDDEN_STATES, activation_spec
 from cogvideox.models.transformer.kernels import Weight
 from cogvideox.models.transformer.layers import QK_NORM_EPS, affine, moments, project_heads
+from cogvideox.models.transformer.sparse import search
 from cogvideox.models.transformer.sparse.heads import HeadPatterns
 from cogvideox.models.transformer.sparse.layout import AlignedLayout
 from cogvideox.models.transformer.token_order import TokenOrder
+from custom_splash_attention import to_tiles
 
 
 def tap_vector(name: str, x: jax.Array) -> None:
@@ -138,6 +140,39 @@ def tap_patterns(patterns: HeadPatterns) -> None:
     """Tap which pattern each head of a layer has, int32 [heads, 2]: its kind's place in KINDS, and its window."""
     of_heads = functools.partial(jnp.stack, [patterns.kinds, patterns.windows], axis=1)
     tap.tap("patterns", lambda: patterns.in_model_order(of_heads(), axis=0), PartitionSpec(None, None))
+
+
+def tap_pattern_errors(
+    arrays: Callable[[], tuple[jax.Array, jax.Array, jax.Array]],
+    layout: AlignedLayout,
+    first_tile: Callable[[int], jax.Array | None],
+    query_parts: int,
+    patterns: HeadPatterns,
+) -> None:
+    """Tap the relative error of each head's attention under each of `search.candidates`, [batch, heads, candidates].
+
+    It is that of the tiles of queries that `search.sampled_tiles` takes, beside exact attention; float32.
+
+    Args:
+        arrays, query_parts, patterns: see `tap_weights`.
+        layout: of the tokens.
+        first_tile: tells with which tile of the sequence queries of so many tiles begin; see `BaseBlock.first_tile`.
+    """
+
+    def squares() -> jax.Array:  # of the errors, and then of the outputs
+        query, key, value = arrays()
+        queries, keys, values = map(to_tiles, (query, key, value))
+        found = search.pattern_errors(
+            *(queries, keys, values, layout, search.sampled_tiles(layout), search.candidates(layout)),
+            first_tile=first_tile(len(queries)),
+        )
+        return jnp.concatenate([found[0], found[1][:, None]], axis=1).reshape(*query.shape[:2], -1)
+
+    def errors() -> jax.Array:
+        found = of_all_heads(squares, query_parts, patterns).sum(0)
+        return jnp.sqrt(found[..., :-1] / found[..., -1:])
+
+    tap.tap("pattern_errors", errors, activation_spec("pattern errors"))
 
 
 def tap_online_heads(which: Callable[[], jax.Array], query_parts: int, patterns: HeadPatterns | None = None) -> None:
