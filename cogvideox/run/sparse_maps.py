@@ -92,14 +92,13 @@ def density(plan: "DenoisingPlan") -> float:
 
 def report_map(plan: "DenoisingPlan", path: Path, report: Report) -> None:
     """Report where the map of a run comes from, how many heads it leaves dense, and in which steps it is used."""
-    sparse = plan.sparse
-    assert sparse
+    assert plan.sparse
     found, share = sparse_map.read(path), density(plan)
-    heads = sum(map(len, sparse.patterns))
+    heads = sum(map(len, plan.sparse.patterns))
     budget = "" if found.error_budget is None else f" and a relative error of {found.error_budget:g}"
     size = f"{found.height} x {found.width} x {found.frames}"
     report.say(
-        f"sparse attention: of {heads:,} heads {heads_in_words(sparse)}, {share:.1%} of the scores; from {path}, "
-        f"found for {size}{budget}; the first {sparse.dense_steps:.0%} of the steps are dense"
+        f"sparse attention: of {heads:,} heads {heads_in_words(plan.sparse)}, {share:.1%} of the scores; from {path}, "
+        f"found for {size}{budget}; dense steps at the beginning: {plan.dense_steps} of {plan.steps}"
     )
-    report.add("sparse attention", f"{share:.1%} of the scores, but in the first {sparse.dense_steps:.0%} of the steps")
+    report.add("sparse attention", f"{share:.1%} of the scores, after {plan.dense_steps} dense steps of {plan.steps}")
