@@ -1,7 +1,8 @@
-"""The transformer with patterns of heads beside diffusers', whose scores are masked token by token."""
+"""The transformer with patterns of heads, and stage 2, beside diffusers', whose scores are masked token by token."""
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from safetensors.torch import load_file
 
+from cogvideox.files import sparse_map
+from cogvideox.files.sparse_map import SparseMap
 from cogvideox.files.tensor_dump import merged, statistics_of
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import Parallelism, make_mesh, query_parts
@@ -21,6 +25,9 @@ from cogvideox.models.transformer.sparse.heads import SparseAttention
 from cogvideox.models.transformer.sparse.layout import AlignedLayout
 from cogvideox.models.transformer.sparse.patterns import KINDS, Pattern
 from cogvideox.models.transformer.transformer import transformer
+from tests import oracle
+from tests.helpers import EMBEDDINGS, LATENTS, SIZE, STAGE1, STAGE2, check
+from tests.in_process import run_here
 from tests.test_transformer import SMALL, make_module, relative_error
 
 TEXT, GRID = 10, (3, 10, 14)  # three frames of two tiles, of which the second has twelve tokens
@@ -155,3 +162,58 @@ def test_chips_that_do_not_divide_the_heads(heads, mesh, name):
     expected, _ = masked_outputs(module, patterns)
     prediction, _ = ours(module, patterns, mesh, name)
     assert (error := relative_error(prediction, expected)) < 2e-5, f"{error:.1e}"
+
+
+# --- Stage 2 -------------------------------------------------------------------------------------------------------
+
+STEPS, SEED, SKIPPED = 8, 5, [3, 5]
+
+
+@pytest.fixture(scope="session")
+def mapped_run(made_once, random_model):
+    """Encode a prompt, and write a map of the model."""
+
+    def make(folder):
+        stage1 = (STAGE1, "--prompt", "a red circle", "--model_id", random_model, "--output_dir", folder)
+        check(run_here(*stage1, folder=folder))
+        config = json.loads((random_model / "transformer" / "config.json").read_text())
+        patterns = map_of(config["num_layers"], config["num_attention_heads"])
+        found = SparseMap(
+            **{name[2:]: value for name, value in zip(SIZE[:6:2], SIZE[1:6:2], strict=True)},
+            weights=sparse_map.weights_of(str(random_model), None),
+            loras=(),
+            error_budget=None,
+            found={},
+            patterns=tuple(tuple(map(str, of_layer)) for of_layer in patterns),
+        )
+        sparse_map.write(folder / sparse_map.FILE, found)
+
+    return made_once("mapped_run", make)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_stage2_against_a_masked_torch_loop(devices, mapped_run, random_model, run_stage, tmp_path):
+    """With dense steps at first, steps that skip the blocks, and guidance in some steps."""
+    texts = sparse_map.read(mapped_run / sparse_map.FILE).patterns
+    layout = AlignedLayout.of((2, 2, 3), 226)
+    places = layout.positions()
+    masks = [np.stack([Pattern.parse(t).mask(layout)[places][:, places] for t in of_layer]) for of_layer in texts]
+    run_stage(
+        STAGE2,
+        *("--input_dir", mapped_run, "--output_dir", tmp_path, *SIZE[:6], "--num_inference_steps", STEPS),
+        *("--seed", SEED, "--cache_schedule", "3,5", "--guidance_interval", "1,6"),
+        *("--sparse_attention", mapped_run, "--dense_steps", "0.2"),
+        virtual_devices=devices,
+    )
+    expected = oracle.latents(
+        random_model,
+        mapped_run / EMBEDDINGS,
+        STEPS,
+        seed=SEED,
+        interval=(1, 6),
+        skipped=SKIPPED,
+        masks=masks,
+        dense_steps=2,
+    )
+    error = oracle.difference(load_file(tmp_path / LATENTS)["latents"], expected)
+    assert error < 1e-3, f"latents differ by {error:.1e} of their scale"

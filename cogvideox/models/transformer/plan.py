@@ -16,14 +16,16 @@ from cogvideox.models.shared.layouts import LAYOUTS
 from cogvideox.models.shared.plan import Plan
 from cogvideox.models.shared.sharding import MESH_AXES, Parallelism, possible_parallelisms
 from cogvideox.models.shared.sizes import check_frames, check_sides
-from cogvideox.models.transformer.attention import Attention
+from cogvideox.models.transformer.attention import Attention, is_tiled
 from cogvideox.models.transformer.embeddings import token_grid
 from cogvideox.models.transformer.parameters import sample_grid
 from cogvideox.models.transformer.scheduler import SAMPLERS, Sampler
 from cogvideox.models.transformer.seconds import step_seconds
+from cogvideox.models.transformer.sparse.geometry import geometry_of
 from cogvideox.models.transformer.sparse.heads import HeadPatterns, SparseAttention
 from cogvideox.models.transformer.sparse.layout import AlignedLayout
 from cogvideox.models.transformer.token_order import TokenOrder, token_order
+from cogvideox.models.transformer.transformer import hidden_states_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,7 +197,9 @@ class DenoisingPlan(Plan):
     def with_dtype(self, dtype: jax.typing.DTypeLike) -> Self:
         """See `Plan.with_dtype`; the attention kernel must be able to take arrays of the dtype."""
         self.attention.check(self.transformer["attention_head_dim"], dtype)
-        return super().with_dtype(dtype)
+        plan = super().with_dtype(dtype)
+        check_sparse(plan)
+        return plan
 
     @property
     def program_options(self) -> dict:
@@ -315,6 +319,7 @@ def check_plan(plan: DenoisingPlan) -> None:
         message = f"{plan.num_inference_steps} leaves no step at strength {strength:g}; at least {least} does"
         raise PlanError("num_inference_steps", message)
     check_guidance(plan)
+    check_sparse(plan)
 
 
 def check_layout(plan: DenoisingPlan) -> None:
@@ -323,6 +328,26 @@ def check_layout(plan: DenoisingPlan) -> None:
     chips = math.prod(mesh.shape[axis] for axis in LAYOUTS[layout]["heads"])
     if (width := plan.transformer["num_attention_heads"] * plan.transformer["attention_head_dim"]) % chips:
         raise PlanError("layout", f"{layout} does not work: {chips} chips cannot share weights of width {width} evenly")
+
+
+def check_sparse(plan: DenoisingPlan) -> None:
+    """Raise PlanError if the kernel cannot take the patterns of the heads at this size."""
+    if plan.sparse is None or not plan.attention.is_kernel:
+        return
+    order, head_dim = plan.order, plan.transformer["attention_head_dim"]
+    assert isinstance(order, AlignedLayout)
+    if not is_tiled(plan.attention):
+        raise PlanError("sparse_attention", f"does not work with {plan.attention.name} on this TPU, only with xla")
+    try:
+        for kind in plan.attention.kinds:
+            geometry_of(kind, order, plan.dtype.itemsize, head_dim).key_buffers(head_dim, plan.dtype.itemsize)
+    except ValueError as error:
+        raise PlanError("sparse_attention", f"does not fit: {error}") from error
+    shape = hidden_states_shape(1, order, plan.transformer, plan.parallelism, plan.attention)
+    if order.text_tokens > shape[1] // plan.parallelism.query_parts:
+        raise PlanError(
+            "sparse_attention", "needs a larger video: its chips would have fewer queries than the text has"
+        )
 
 
 def check_guidance(plan: DenoisingPlan) -> None:
