@@ -42,9 +42,13 @@ class HeadPatterns(NamedTuple):
     def table(self, samples: int) -> HeadTable:
         """Return the table of a layer's heads, or of a part of them, which several samples have."""
         kinds, windows = (jnp.tile(array, samples) for array in (self.kinds, self.windows))
-        order = jnp.argsort(kinds, stable=True).astype(jnp.int32)
+        heads = jnp.arange(len(kinds), dtype=jnp.int32)
+        # A stable sort of a few numbers: on a TPU this is one operation, and a sort and a gather are longer ones.
+        before = (kinds < kinds[:, None]) | ((kinds == kinds[:, None]) & (heads < heads[:, None]))
+        is_at = before.sum(1, dtype=jnp.int32) == heads[:, None]  # [place, head]
+        order, windows = (jnp.where(is_at, array, 0).sum(1, dtype=jnp.int32) for array in (heads, windows))
         counts = (kinds == jnp.arange(len(KINDS))[:, None]).sum(1, dtype=jnp.int32)
-        return HeadTable(order, windows[order], counts)
+        return HeadTable(order, windows, counts)
 
     def mask(self, layout: AlignedLayout, queries: np.ndarray) -> jax.Array:
         """Tell which keys some queries of a layer's heads attend, bool [heads, queries, keys]; tokens are packed."""
