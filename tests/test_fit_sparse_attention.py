@@ -1,25 +1,29 @@
 """The search for a map of sparse attention: on a model whose heads are known, and how its videos are compared."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
+from cogvideox.models.transformer.sparse import geometry
 from cogvideox.models.transformer.sparse import layout as layouts
 from cogvideox.run import warm
-from tests.helpers import check
+from tests.helpers import TINY_MODEL, check
 from tests.in_process import run_here
 from tests.known_heads import make_model
 from tools.frame_quality import psnr, ssim
 
-# Six frames of 16 x 32 patches, for which some windows are predicted to be faster than dense attention.
-SIZE = ("--height", 128, "--width", 256, "--frames", 41)
+# Four frames of 16 x 16 patches.
+SIZE = ("--height", 128, "--width", 128, "--frames", 29)
 
 
 @pytest.fixture
 def known(monkeypatch):
-    """Let groups of places have few tiles, so that a small video has several, and keep nothing after the test."""
-    monkeypatch.setattr(layouts, "GROUP_TILES", 6)
+    """Let a small video have several groups of places, and a window be worth its while; keep nothing afterwards."""
+    monkeypatch.setattr(layouts, "GROUP_TILES", 4)
+    for name in ("PASS_CYCLES", "BLOCK_CYCLES"):
+        monkeypatch.setattr(geometry, name, 0)
     monkeypatch.setattr(warm._Kept, "of_name", None)
 
 
@@ -57,13 +61,38 @@ def test_psnr():
 @pytest.mark.slow
 @pytest.mark.usefixtures("known")
 def test_known_heads_are_found(tmp_path):
-    """Local in frames, local in places, or global, and nothing else; a file of two prompts."""
+    """Local in frames, local in places, or global, and nothing else."""
     layers = [["frames", "dense", "positions", "dense"], ["positions", "positions", "frames", "dense"]]
     make_model(tmp_path / "model", layers)
-    (tmp_path / "prompts.txt").write_text("a panda\na red circle\n")
+    (tmp_path / "prompts.txt").write_text("a panda\n")
     options = ("--model_id", tmp_path / "model", "--prompt_file", tmp_path / "prompts.txt", *SIZE)
-    options += ("--num_inference_steps", 2, "--dense_steps", 0.5, "--guidance_scale", 1)
+    options += ("--num_inference_steps", 2, "--dense_steps", 0.5, "--guidance_scale", 1, "--error_budget", 0.01)
     printed = check(run_here("tools.fit_sparse_attention", *options, folder=tmp_path)).stdout
     found = json.loads((tmp_path / "model" / "transformer" / "sparse_attention.json").read_text())
     names = {"frames": "frames:0", "positions": "positions:0", "dense": "dense"}
     assert found["patterns"] == [[names[kind] for kind in layer] for layer in layers], printed
+    # The other keys of a local head have next to no weight.
+    (difference, decibels) = re.search(
+        r"a panda: latents differ by ([\d.]+)% .* PSNR of ([\d.]+|inf) dB", printed
+    ).groups()
+    assert float(difference) < 0.1 and float(decibels) > 60, printed
+    assert f"wrote {tmp_path}/model/transformer/sparse_attention.json\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("--height", 64, "--width", 64, "--frames", 17), "at 64 x 64 x 17 no pattern is predicted to be faster"),
+        (("--dense_steps", 1), "--dense_steps 1 leaves no step for the map"),
+        (("--measured_steps", "9,10"), "--measured_steps 9,10: '10' is not within 0 to 9"),
+        (("--attention", "splash"), "--attention splash has no --sparse_attention"),
+        (("--height", 100), "--height 100 does not fit this model"),
+    ],
+)
+def test_what_cannot_be_searched(options, error, tmp_path):
+    """It is said before anything runs."""
+    process = run_here(
+        "tools.fit_sparse_attention", "--model_id", TINY_MODEL, "--prompt", "x", *options, folder=tmp_path
+    )
+    assert process.returncode == 2 and error in process.stderr and process.stderr.count("\n") == 1, process.stderr
+    assert not [*tmp_path.iterdir()]
