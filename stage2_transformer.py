@@ -16,7 +16,7 @@ from cogvideox.cli.report import Report
 from cogvideox.cli.stages import STAGES, add_stage2_options
 from cogvideox.files import generation_defaults, lora
 from cogvideox.files import videos as of_index
-from cogvideox.run import accelerator, denoising, jobs, page_cache, warm
+from cogvideox.run import accelerator, denoising, jobs, page_cache, sparse_maps, warm
 from cogvideox.run.compilation import Cache, Compiling
 from cogvideox.run.hosts import join
 from cogvideox.run.plans import check_dump, denoising_plan, with_compute_dtype
@@ -56,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         taken = jobs.seeds_of_lines(videos) + jobs.complete_size(arguments, shapes, model_id)
         taken += generation_defaults.complete(arguments, made_for)
         hosts.agree({f"--{name} of the model": str(getattr(arguments, name)) for name in generation_defaults.OURS})
+        sparse_map = sparse_maps.file_of(arguments, model_id)
+        hosts.agree_on_files([sparse_map] if sparse_map else [])
 
         accelerator.prepare_libraries(arguments.profile is not None, arguments.verbose)
         if not hosts.are_many:  # of which each may read its part alone
@@ -74,13 +76,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         with report.phase("load"):
             read_weight = denoising.weight_reader(model_id, plan, loras, arguments.variant, report.say)
             hosts.agree_on_model(model_id, "transformer", arguments.variant)
+            sparse_maps.check_weights(sparse_map, model_id, loras, arguments.variant, report.warn)
             with report.part("imports"):  # after the files are checked, which takes no time
                 denoising.import_modules()
             plan = with_compute_dtype(plan, read_weight.values, arguments, report.say)
             with report.part("tracing"):
                 steps = denoising.trace_steps(arguments, plan, model_id, read_weight)
-            denoising.report_plan(steps, loras, arguments, hosts, report)
-            tasks = jobs.tasks_of(videos, arguments, plan, steps.skipped, loras)
+            denoising.report_plan(steps, loras, sparse_map, arguments, hosts, report)
+            tasks = jobs.tasks_of(videos, arguments, plan, steps.skipped, loras, sparse_map)
             groups = jobs.groups_of(tasks, plan, arguments, hosts, report)
             if hosts.is_first and arguments.only is None:
                 jobs.record_start(tasks, groups, output_dir)

@@ -48,7 +48,7 @@ from cogvideox.cli.types import file_path, number
 from cogvideox.defaults import FPS, NUM_STEPS, SEED
 from cogvideox.files import checkpoint, generation_defaults, lora, stage_files, videos, writing
 from cogvideox.files.names import EMBEDDINGS, GIVEN_TENSORS, ROOT
-from cogvideox.run import accelerator, decoding, denoising, plans
+from cogvideox.run import accelerator, decoding, denoising, plans, sparse_maps
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.signals import Interruption
 from compile_for_tpu import report
@@ -344,6 +344,7 @@ def denoiser(model: str, options: argparse.Namespace) -> Callable[[Path, int], n
     plan = plans.denoising_plan(options, model, devices, devices[0].platform, videos=1)
     loras = [lora.read_lora(option) for option in options.lora]
     read = denoising.weight_reader(model, plan, loras, options.variant, stage_files.ignore)
+    sparse_maps.check_weights(sparse_maps.file_of(options, model), model, loras, options.variant, print)
     plan = plans.with_compute_dtype(plan, read.values, options, stage_files.ignore)
     with plans.plan_errors():
         skipped = plans.skipped_steps(options, plan, model, read)

@@ -177,7 +177,7 @@ def predict_original(row: Row, dump: Path) -> dict:
         compiled = [program.lower().compile() for program in block.traced]
     split = prediction.predict(row.topology, dump, block, compiled)["split"]
     if row.exp2:
-        cycles = block.times[0] * block.scores_per_kernel / ORIGINAL_EXP2_SCORES_PER_CYCLE
+        cycles = block.times[0] * block.useful_scores("exp2_splash") / ORIGINAL_EXP2_SCORES_PER_CYCLE
         split["Pallas kernels"] = cycles / topologies.chip(row.topology).clock
     return {"split": split, "predicted_seconds": sum(split.values()), "versions": versions("jax", "libtpu")}
 

@@ -32,7 +32,8 @@ class Programs:
         traced: the programs, `jax.stages.Traced`.
         times: number of runs of each program.
         devices: the devices that the programs run on, in the order of their mesh.
-        scores_per_kernel: useful attention scores that one call of the attention kernel computes on one chip.
+        scores_per_kernel: useful attention scores that a call of the attention kernel computes on one chip, or of each
+            kernel by its name.
         trips: of kernels with loops whose length depends on data, by their names: the mean length.
         lengths: of kernels with a length of their grid that depends on data, by their names: its mean. A loop around
             one of them, which runs it only where that is not 0, counts as run once.
@@ -47,7 +48,7 @@ class Programs:
     traced: Sequence
     times: Sequence[int]
     devices: Sequence
-    scores_per_kernel: float = 0
+    scores_per_kernel: float | Mapping[str, float] = 0
     trips: Mapping[str, float] = dataclasses.field(default_factory=dict)
     lengths: Mapping[str, float] = dataclasses.field(default_factory=dict)
     attention_flops: float = 0
@@ -56,6 +57,11 @@ class Programs:
     name: str = ""
     executable_options: Mapping = dataclasses.field(default_factory=dict)
     advice: str = "a slice of more chips"
+
+    def useful_scores(self, kernel: str) -> float:
+        """Return the useful scores of one call of a kernel."""
+        found = self.scores_per_kernel
+        return found[kernel_schedule.base_name(kernel)] if isinstance(found, Mapping) else found
 
     def flops(self) -> float:
         """Return the FLOP of one chip for the matrix products, convolutions and attention of all runs."""
@@ -88,7 +94,7 @@ def predict(topology: str, dump: Path, programs: Programs, compiled: Sequence) -
         "kernels": {
             name: {
                 "cycles": kernel.cycles,
-                "useful_scores_per_cycle": programs.scores_per_kernel / kernel.cycles,
+                "useful_scores_per_cycle": programs.useful_scores(name) / kernel.cycles,
                 "units": {unit: kernel.utilization(unit) for unit in kernel.capacity},
             }
             for name, kernel in kernels.items()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogvideox.cli import options
 from cogvideox.cli.parser import ArgumentParser
-from cogvideox.cli.types import file_path, map_or_shares, model_or_config, number
+from cogvideox.cli.types import file_path, model_or_config, number
 from cogvideox.defaults import COMPUTE_DTYPES, DECODERS
 from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, published, sparse_map
@@ -17,6 +17,7 @@ from cogvideox.files.names import CONFIGS
 from cogvideox.files.tensors import compute_dtype
 from cogvideox.run import plans
 from compile_for_tpu.prediction import Programs
+from compile_for_tpu.sparse_work import sparse_work
 from compile_for_tpu.topologies import compiling_for
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def add_stage2_options(parser: ArgumentParser) -> None:
     group.add_argument(
         "--unguided_step", action="store_true", help="the step without guidance, of a run with --guidance_interval"
     )
-    options.add_denoising_options(parser, sparse_map=map_or_shares)
+    options.add_denoising_options(parser, made_up_maps=True)
 
 
 def dtype_of(arguments: argparse.Namespace) -> str:
@@ -121,11 +122,20 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
     heads = config["num_attention_heads"]
     scores = samples * heads / len(devices) * plan.tokens**2
     calls = plan.parallelism.head_groups(heads) if is_tiled(plan.attention) else 1
+    work = (
+        sparse_work(plan, max(samples // plan.mesh.shape["dp"], 1))
+        if plan.sparse and is_tiled(plan.attention)
+        else None
+    )
+    if work:
+        scores = calls * sum(work.scores.values())
     return Programs(
         traced=[traced],
         times=[1],
         devices=plan.devices,
-        scores_per_kernel=scores / calls,
+        scores_per_kernel=work.scores if work else scores / calls,
+        trips=work.trips if work else {},
+        lengths=work.lengths if work else {},
         attention_flops=0 if kind.short else 4 * config["attention_head_dim"] * scores * config["num_layers"],
         options=_size(arguments) | {"guided": kind.guided} | plan.program_options,
         model=model_name(arguments.model_id),

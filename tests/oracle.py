@@ -1,9 +1,12 @@
 """Diffusers' pipeline in torch as the truth for the latents of stage 2, also where steps skip blocks or guidance."""
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
 from safetensors.torch import load_file
@@ -12,11 +15,17 @@ from tests.helpers import SIZE
 
 
 class SkippableBlocks(torch.nn.Module):
-    """All blocks of a transformer in torch; in some steps they add what they added the last time."""
+    """All blocks of a transformer in torch; in some steps they add what they added the last time.
 
-    def __init__(self, blocks: torch.nn.ModuleList, skipped: Collection[int]):
+    From step `dense_steps` on the scores of each block are masked, if there are masks, bool [heads, tokens, tokens].
+    """
+
+    def __init__(
+        self, blocks: torch.nn.ModuleList, skipped: Collection[int], masks: Sequence[np.ndarray] = (), dense_steps=0
+    ):
         super().__init__()
         self.blocks, self.skipped, self.step = blocks, skipped, -1
+        self.masks, self.dense_steps = masks, dense_steps
 
     def forward(
         self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, *others: Any, **options: Any
@@ -26,10 +35,25 @@ class SkippableBlocks(torch.nn.Module):
         before = hidden_states, encoder_hidden_states
         if self.step not in self.skipped:
             after = before
-            for block in self.blocks:
-                after = block(*after, *others, **options)
+            for number, block in enumerate(self.blocks):
+                with self.masked(number):
+                    after = block(*after, *others, **options)
             self.residuals = [new - old for new, old in zip(after, before, strict=True)]
         return tuple(old + residual for old, residual in zip(before, self.residuals, strict=True))
+
+    @contextlib.contextmanager
+    def masked(self, block: int) -> Iterator[None]:
+        """Mask the scores of a block, if this step has masks."""
+        if not self.masks or self.step < self.dense_steps:
+            yield
+            return
+        attend, mask = torch.nn.functional.scaled_dot_product_attention, torch.from_numpy(self.masks[block])
+
+        def masked(*arguments: torch.Tensor, **options: Any) -> torch.Tensor:
+            return attend(*arguments, **(options | {"attn_mask": mask[None]}))
+
+        with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", masked):
+            yield
 
 
 class Pipeline(CogVideoXPipeline):
@@ -62,11 +86,13 @@ def latents(
     use_dynamic_cfg: bool = False,
     interval: tuple[int, int] | None = None,
     skipped: Collection[int] = (),
+    masks: Sequence[np.ndarray] = (),
+    dense_steps: int = 0,
 ) -> torch.Tensor:
     """Return the latents of a video of `SIZE`, float32 [1, C, T, H, W], surplus frames included.
 
     With `dpm` the scheduler is that of the model's authors; guidance is in the steps of `interval`, and the blocks are
-    left out in those that are `skipped`.
+    left out in those that are `skipped`. For `masks` and `dense_steps` see `SkippableBlocks`.
     """
     pipeline = Pipeline.from_pretrained(model, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -74,7 +100,7 @@ def latents(
     pipeline.transformer.register_forward_pre_hook(pipeline.count)
     if dpm:
         pipeline.scheduler = CogVideoXDPMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
-    blocks = SkippableBlocks(pipeline.transformer.transformer_blocks, skipped)
+    blocks = SkippableBlocks(pipeline.transformer.transformer_blocks, skipped, masks, dense_steps)
     pipeline.transformer.transformer_blocks = torch.nn.ModuleList([blocks])
     frames = pipeline(
         **load_file(embeddings),

@@ -170,6 +170,13 @@ def given_latents(name: str, *shape: int) -> Callable[[], object]:
     return tensors(OUT / EMBEDDINGS, lambda t: t.update({part: torch.ones(shape) for part in GIVEN_TENSORS[name]}))
 
 
+def a_map(**changed: object) -> Callable[[], object]:
+    """Write m.json, a map of sparse attention for the model and the size of a case, with other values of entries."""
+    found = {"height": 32, "width": 48, "frames": 9, "weights": "0" * 64, "found": {}}
+    found |= {"patterns": [["dense", "frames:1", "positions:2", "dense"]] * 2}
+    return content("m.json", json.dumps(found | changed).encode())
+
+
 image_latents = functools.partial(given_latents, "image")
 video_latents = functools.partial(given_latents, "video")
 
@@ -182,6 +189,7 @@ BLOCK = "transformer_blocks.0.attn1.to_q.weight"
 KIND = "not a CogVideoX"  # what is said of every wrong config of a model
 AGAIN1, AGAIN2, MODEL_AGAIN = "run stage 1 again", "run stage 2 again", "get the model again"
 
+SPARSE, FITTED = ["--sparse_attention", "m.json"], "python -m tools.fit_sparse_attention"
 OF_IMAGES = of_model("transformer", in_channels=32)  # as a model for image to video has it
 IMAGE, PROMPT_FILE, CLIP = ["--image", "a.png"], ["--prompt_file", "p"], ["--video", "a.mp4"]
 NEW = ["--output_dir", "new"]  # where no video of stage 3 is
@@ -389,6 +397,26 @@ STAGE2_CASES = {
     "LoRA missing": (["--lora", "nowhere:0.5"], nothing, ["/nowhere does not exist", "--lora"]),
     "LoRA of no scale": (["--lora", "a:nan"], nothing, ["--lora", "nan"]),
     "LoRA without matrices": (["--lora", VAE], nothing, ["model.safetensors", "lora_A", "--lora"]),
+    # sparse attention
+    "dense steps alone": (["--dense_steps", 0.5], nothing, ["--dense_steps belongs to --sparse_attention"]),
+    "dense steps of 2": ([*SPARSE, "--dense_steps", 2], a_map(), ["--dense_steps", "from 0 to 1"]),
+    "map missing": (SPARSE, nothing, ["--sparse_attention m.json does not exist", FITTED]),
+    "map of no file": (["--sparse_attention", OUT], nothing, ["outputs/sparse_attention.json does not exist"]),
+    "map made up": (["--sparse_attention", "0.5*frames:1"], nothing, ["--sparse_attention 0.5*frames:1 does not"]),
+    "no map of the model": (["--sparse_attention", "auto"], nothing, ["auto: the model 'model' has no", FITTED]),
+    "map with splash": ([*SPARSE, "--attention", "splash"], a_map(), ["--attention splash", "splash_exp2 or xla"]),
+    "map with blocks": ([*SPARSE, "--block_sizes", 128], a_map(), ["--block_sizes", "--sparse_attention"]),
+    "map is no JSON": (SPARSE, content("m.json", b"{"), ["m.json: ", "JSON", FITTED]),
+    "map is nested": (SPARSE, content("m.json", DEEP), ["m.json: ", "JSON", FITTED]),
+    "map is a pickle": (SPARSE, content("m.json", PICKLE), ["m.json: ", "JSON", FITTED]),
+    "map is a config": (["--sparse_attention", INDEX.with_name("config.json")], nothing, ["is missing", FITTED]),
+    "map is replaced": (["--sparse_attention", OUT / CONFIG], nothing, ["would replace", CONFIG]),
+    "map of magic": (SPARSE, a_map(patterns=[["dense"], ["magic"]]), ["m.json: layer 1, head 0: 'magic'"]),
+    "map of layers": (SPARSE, a_map(patterns=[["dense"] * 4] * 3), ["has 3 layers, and the model 2", FITTED]),
+    "map of heads": (SPARSE, a_map(patterns=[["dense"] * 3] * 2), ["3 heads in layer 0, and the model 4", FITTED]),
+    "map of another height": (SPARSE, a_map(height=64), ["m.json was found for height 64", "--height 32", FITTED]),
+    "map of another length": (SPARSE, a_map(frames=17), ["m.json was found for frames 17", "--frames 9", FITTED]),
+    "map of other weights": (SPARSE, a_map(), ["m.json was found with other weights", "00000000", FITTED]),
     # generation_config.json
     "no JSON": ([], content(OUT / CONFIG, b"{"), [CONFIG, "JSON", AGAIN1]),
     "JSON, but a list": ([], content(OUT / CONFIG, b"[]"), [CONFIG, AGAIN1]),
@@ -621,6 +649,7 @@ STAGE3_CASES = {
     "scheduler is a number": ([], entries(scheduler=7), [CONFIG, "scheduler", AGAIN2]),
     "LoRA is a text": ([], entries(lora="a"), [CONFIG, "lora", AGAIN2]),
     "other LoRA": ([], entries(lora=["/a:1.0"]), [LATENTS, "lora", AGAIN2]),
+    "dense steps in words": ([], entries(dense_steps="0.5"), [CONFIG, "dense_steps", AGAIN2]),
     "other seed": ([], entries(seed=1), [LATENTS, "seed", AGAIN2]),
     # latents
     "latents missing": ([], gone(OUT / LATENTS), [LATENTS, "does not exist", "stage 2"]),

@@ -32,6 +32,7 @@ def test_each_option_goes_to_the_stages_that_have_it():
     options = ["--height", "64", "--preset", "authors", "--output_frames", "f.safetensors", "--dtype", "bfloat16"]
     options += ["--negative_prompt=--dog", "--lora", "a.safetensors:-0.5", "--guidance_interval", "1,3", "--no-use_dp"]
     options += ["--block_sizes", "8", "16", "--compilation_cache", "gs://b/c", "--chip_rows", "2"]
+    options += ["--sparse_attention", "m.json", "--dense_steps", "0.5"]
     words = parse([*FILE, *options], has_images=False).words
     here = Path.cwd()
     shared = ["--dtype=bfloat16", f"--model_id={TINY_MODEL}"]
@@ -42,6 +43,7 @@ def test_each_option_goes_to_the_stages_that_have_it():
         "stage3": [*shared, bucket, f"--output_frames={here}/f.safetensors", "--chip_rows=2"],
     }
     of_stage["stage2"] += ["--guidance_interval=1,3", "--no-use_dp", "--block_sizes", "8", "16"]
+    of_stage["stage2"] += [f"--sparse_attention={here}/m.json", "--dense_steps=0.5"]
     for stage, expected in of_stage.items():
         own = {*words[stage]} - {"--quiet", "--no-warmup", "--warmup_steps", "0"}
         own -= {"--prompt_file", str(here / "prompts.txt"), "--output_dir", "--input_dir", str(here / "stage_outputs")}

@@ -15,7 +15,7 @@ import stage1_text_encoder
 import stage2_transformer
 import stage3_vae_decoder
 from cogvideox.cli import next_command
-from cogvideox.files import generation_defaults
+from cogvideox.files import generation_defaults, sparse_map
 from cogvideox.files.names import STATE, VIDEO
 from cogvideox.files.state import StateFile
 from tests.helpers import EMBEDDINGS, LATENTS, STAGE1, STAGE2, STAGE3, TINY_MODEL, edit_config, values
@@ -109,6 +109,10 @@ def test_an_unfinished_run(folder, monkeypatch):
     options = ("--preset", "authors", "--num_inference_steps", 4, "--seed", 11, "--fps", 7.5, "--height", 48)
     options += ("--guidance_interval", "0,2", "--scheduler", "ddim", "--cache_schedule", "1-2", "--attention", "xla")
     options += ("--lora", "l.safetensors:0.5", "--no-use_dp", "--dtype", "float32", "--frames", 9)
+    weights, patterns = sparse_map.weights_of(str(TINY_MODEL), None), (("dense", *["frames:0"] * 3),) * 4
+    of_run = sparse_map.SparseMap(height=48, width=64, frames=9, weights=weights, found={}, patterns=patterns)
+    sparse_map.write(folder / "m.json", of_run)
+    options += ("--sparse_attention", "m.json", "--dense_steps", 0.5)
     directories = ("--input_dir", "out put", "--output_dir", "other")
     run_here(STAGE2, *directories, *options, folder=folder)
     whole = values(folder / "other" / LATENTS)
@@ -140,7 +144,7 @@ def test_an_unfinished_run(folder, monkeypatch):
     said = run_here("utils.py", "status", "other", folder=folder).stdout
     expected = "--height 48 --frames 9 --num_inference_steps 4 --guidance_scale 6.0 --scheduler ddim --use_dynamic_cfg"
     assert expected in said and "--fps 7.5 --seed 12 --lora" in said and "--guidance_interval 0,2" in said, said
-    assert "--cache_schedule 1-2" in said, said
+    assert f"--cache_schedule 1-2 --sparse_attention {folder}/m.json --dense_steps 0.5" in said, said
 
 
 @pytest.mark.slow
@@ -205,6 +209,7 @@ def test_no_option_is_forgotten(options, known):
         ),
         ({"preset": "authors", "fps": 16, "scheduler": "ddim"}, ["--scheduler", "ddim", "--preset", "authors"]),
         ({"preset": "draft", "guidance_scale": 6.0, "height": 64}, ["--preset", "draft"]),
+        ({"sparse_attention": "auto", "dense_steps": 0.5}, ["--sparse_attention", "auto", "--dense_steps", "0.5"]),
         ({"guidance_scale": 2.0, "frames": 17, "seed": 42, "attention": None}, []),
     ],
     ids=str,

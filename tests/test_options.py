@@ -126,6 +126,7 @@ MAINS = {
             "argument --model_id: CogVideo-5B is neither a folder nor one of those in",
         ),
         (TOOL, "stage2 --model CogVideo-5B", "did you mean CogVideoX-5B?"),
+        (TOOL, "stage2 --sparse_attention 0.5*frame:1", "--sparse_attention: frame:1 is no pattern"),
         (TOOL, "stage3 --decodr flax", "did you mean --decoder?"),
         ("inspect_tensors.py", "a --comprae b", "did you mean --compare?"),
         ("utils.py", "status a b", "'b' belongs to no option"),

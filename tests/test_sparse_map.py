@@ -2,19 +2,23 @@
 
 import json
 import re
+from pathlib import Path
 
+import jax
 import pytest
 
 from cogvideox.errors import UserError
-from cogvideox.files import sparse_map
+from cogvideox.files import provenance, sparse_map
 from cogvideox.files.sparse_map import SparseMap
 from cogvideox.models.transformer.sparse.patterns import KINDS, Pattern
+from cogvideox.run import plans, sparse_maps
+from tests.helpers import CONFIG, LATENTS, SIZE, STAGE2, values
 
 TRANSFORMER = {"num_layers": 2, "num_attention_heads": 3}
-SIZE = {"height": 32, "width": 48, "frames": 9}
+SIZE_OF_MAP = {"height": 32, "width": 48, "frames": 9}
 WEIGHTS, OTHER_WEIGHTS = "0" * 64, "1" * 64
 MAP = SparseMap(
-    **SIZE,
+    **SIZE_OF_MAP,
     weights=WEIGHTS,
     loras=("2" * 64 + ":0.5",),
     error_budget=0.05,
@@ -24,7 +28,7 @@ MAP = SparseMap(
 
 
 def test_a_map_is_read_as_it_was_written(tmp_path):
-    """With a line for each layer; from its folder, too."""
+    """With a line for each layer; it is found by its folder, too."""
     path = tmp_path / sparse_map.FILE
     sparse_map.write(path, MAP)
     assert sparse_map.read(path) == MAP
@@ -32,6 +36,13 @@ def test_a_map_is_read_as_it_was_written(tmp_path):
     lines = path.read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[-4].strip().rstrip(",")) == ["dense", "frames:1", "positions:12"], lines
     assert sparse_map.find(tmp_path, "no/model") == sparse_map.find(path, "no/model") == path
+
+
+def test_the_models_own_map(tmp_path, monkeypatch):
+    path = tmp_path / "model" / "transformer" / sparse_map.FILE
+    sparse_map.write(path, MAP)
+    monkeypatch.chdir(tmp_path)
+    assert sparse_map.find("auto", "model") == path
 
 
 def test_patterns_are_those_of_the_transformer():
@@ -79,9 +90,9 @@ def test_a_damaged_map(entries, words, tmp_path):
     ids=str,
 )
 def test_a_map_of_something_else(transformer, size, words, tmp_path):
-    sparse_map.check_size(MAP, tmp_path, TRANSFORMER, SIZE)
+    sparse_map.check_size(MAP, tmp_path, TRANSFORMER, SIZE_OF_MAP)
     with pytest.raises(UserError, match=words):
-        sparse_map.check_size(MAP, tmp_path, TRANSFORMER | transformer, SIZE | size)
+        sparse_map.check_size(MAP, tmp_path, TRANSFORMER | transformer, SIZE_OF_MAP | size)
 
 
 def test_other_weights_are_refused_and_other_loras_told(tmp_path):
@@ -91,7 +102,7 @@ def test_other_weights_are_refused_and_other_loras_told(tmp_path):
     assert not told
     sparse_map.check_weights(MAP, tmp_path, WEIGHTS, (), told.append)
     assert len(told) == 1 and "was found with other LoRAs" in told[0], told
-    with pytest.raises(UserError, match="with other weights, 00000000, than the transformer of this run has, 11111111"):
+    with pytest.raises(UserError, match=r"other weights or another config, 00000000, than .* run has, 11111111"):
         sparse_map.check_weights(MAP, tmp_path, OTHER_WEIGHTS, MAP.loras, told.append)
 
 
@@ -124,3 +135,53 @@ def test_made_up_maps(text, expected):
 def test_made_up_maps_that_are_wrong(text, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         sparse_map.made_up(text, 2, 4)
+
+
+def test_the_compile_tool_makes_plans_of_made_up_maps():
+    from compile_for_tpu import __main__, programs
+
+    words = ["stage2", "--sparse_attention", "0.5*frames:1", "--dense_steps", "0.1"]
+    arguments = __main__.parse_arguments(words)
+    plan = plans.denoising_plan(arguments, arguments.model_id, jax.devices()[:1], "cpu", 1)
+    assert plan.sparse.patterns == ((Pattern("frames", 1),) * 24 + (Pattern(),) * 24,) * 42
+    assert plan.sparse.dense_steps == 0.1
+    # Of 11 frames those at both ends have 2 of 3; text is for all.
+    assert sparse_maps.density(plan) == pytest.approx((1 + (2 * 2 + 9 * 3) / 11**2) / 2, abs=0.01)
+    labels = programs.labels(arguments, defaults=__main__.parse_arguments(["stage2"]))
+    assert labels == ["768x1360x81", "guided", "sparse_attention=0.5xframes1"]
+    arguments.sparse_attention = Path("a/map.json")
+    assert programs.labels(arguments, defaults=__main__.parse_arguments(["stage2"]))[-1] == "sparse_attention=map"
+
+
+@pytest.mark.slow
+def test_a_run_with_a_map(outputs, random_model, run_stage, tmp_path):
+    """It is said, kept with the video, and finished as long as the map says the same, wherever it is."""
+    path = tmp_path / "maps" / sparse_map.FILE
+    found = MAP.model_dump() | {"weights": sparse_map.weights_of(str(random_model), None), "loras": ()}
+    found |= {"patterns": (("dense", "frames:0", "frames:0", "positions:0"), ("frames:0", *["dense"] * 3))}
+    sparse_map.write(path, SparseMap(**found))
+    options = ("--input_dir", outputs, *SIZE, "--num_videos_per_prompt", 2, "--output_dir", "new")
+
+    printed = run_stage(STAGE2, *options, "--sparse_attention", "maps").stdout
+    assert "sparse attention: of 8 heads 3 in frames, 1 in positions, 4 dense, " in printed, printed
+    assert (
+        f"from {path}, found for 32 x 48 x 9 and a relative error of 0.05; dense steps at the beginning: 1 of 2"
+        in printed
+    )
+    (latents,) = tmp_path.glob("new/*42/" + LATENTS)
+    config = json.loads((latents.parent / CONFIG).read_text())
+    assert (config["sparse_attention"], config["dense_steps"]) == (str(path), 0.25)
+    made = provenance.recorded(latents)
+    assert made["inputs"][str(path)] == provenance.file_digest(path)
+    assert made["plan"]["sparse heads"] == "3 in frames, 1 in positions, 4 dense"
+    sparse = values(latents)
+    said = run_stage("utils.py", "status", "new").stdout
+    assert "stale" not in said and "3 in frames" in said, said
+
+    moved = path.rename(tmp_path / "m.json")
+    printed = run_stage(STAGE2, *options, "--sparse_attention", moved).stdout
+    assert "already finished: 2 of 2" in printed, printed
+    sparse_map.write(moved, SparseMap(**found | {"patterns": (("dense",) * 4,) * 2}))
+    printed = run_stage(STAGE2, *options, "--sparse_attention", moved).stdout
+    assert "already finished" not in printed and printed.count("wrote") == 2, printed
+    assert values(latents) != sparse, "the patterns changed nothing"

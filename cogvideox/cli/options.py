@@ -4,10 +4,9 @@ Importing this module loads neither jax nor torch.
 """
 
 import argparse
-from collections.abc import Callable
 
 from cogvideox.cli.parser import ArgumentParser
-from cogvideox.cli.types import file_path, folder_path, interval, lora_option, map_path, number, preset
+from cogvideox.cli.types import file_path, folder_path, interval, lora_option, map_or_shares, map_path, number, preset
 from cogvideox.defaults import (
     ATTENTIONS,
     COMPUTE_DTYPES,
@@ -122,17 +121,18 @@ def add_sampling_options(parser: ArgumentParser) -> None:
     )
 
 
-def add_denoising_options(parser: ArgumentParser, sparse_map: Callable[[str], object] = map_path) -> None:
+def add_denoising_options(parser: ArgumentParser, made_up_maps: bool = False) -> None:
     """Add the options that a denoising step depends on: size, steps, guidance, attention, sharding.
 
-    `sparse_map` is the argparse type of --sparse_attention.
+    Size and settings are None where nobody gives them; see `generation_defaults.complete`. With `made_up_maps`
+    --sparse_attention takes those of `sparse_map.made_up`, too.
     """
     add_sampling_options(parser)
     add_parallelism_options(parser)
     add_step_cache_options(parser)
     # Last, because the names of reports list the options in this order.
     add_attention_options(parser)
-    add_sparse_attention_options(parser, sparse_map)
+    add_sparse_attention_options(parser, made_up_maps)
 
 
 def add_preset_option(parser: ArgumentParser) -> None:
@@ -230,15 +230,16 @@ def add_attention_options(parser: ArgumentParser) -> None:
     )
 
 
-def add_sparse_attention_options(parser: ArgumentParser, sparse_map: Callable[[str], object]) -> None:
-    """Add the map of block-sparse attention, of the argparse type `sparse_map`, and in which steps it is not used."""
+def add_sparse_attention_options(parser: ArgumentParser, made_up_maps: bool) -> None:
+    """Add the map of block-sparse attention, and in which steps it is not used."""
     group = parser.group("speed and memory")
+    made_up = ", or shares of every layer's heads, such as 0.5*frames:1" if made_up_maps else ""
     group.add_argument(
         "--sparse_attention",
-        type=sparse_map,
+        type=map_or_shares if made_up_maps else map_path,
         metavar="PATH|auto",
         help="let each head attend only the keys that this map names, a file or its folder, or auto for the model's "
-        "own; it changes the video (default: all keys)",
+        f"own{made_up}; it changes the video (default: all keys)",
     )
     group.add_argument(
         "--dense_steps",

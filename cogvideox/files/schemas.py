@@ -73,6 +73,8 @@ class VideoConfig(TextConfig):
     skipped_steps: str = ""
     guidance_interval: Annotated[list[int], Field(min_length=2, max_length=2)] | None = None
     lora: list[str] = []
+    sparse_attention: FileName | None = None  # the file of the map
+    dense_steps: Annotated[float, Field(ge=0, le=1)] | None = None  # with it, what share of the steps is dense
 
 
 class PromptLine(Entries):

@@ -160,8 +160,8 @@ def check_weights(
     """
     if weights not in (None, found.weights):
         raise UserError(
-            f"{path} was found with other weights, {found.weights[:8]}, than the transformer of this run has, "
-            f"{str(weights)[:8]}: {TOOL} finds a map for these"
+            f"{path} was found with other weights or another config, {found.weights[:8]}, than the transformer of this "
+            f"run has, {str(weights)[:8]}: {TOOL} finds a map for these"
         )
     if tuple(loras) != found.loras:
         warn(f"{path} was found with other LoRAs, or other scales, than this run has: its error may be larger")

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from cogvideox.defaults import DRAFT
 from cogvideox.files import checkpoint, numbers, videos
 from cogvideox.files.lora import Lora
 from cogvideox.files.names import CONFIG, IMAGE_TENSORS, PREVIEW, VIDEO_TENSORS
-from cogvideox.run import warm
+from cogvideox.run import sparse_maps, warm
 from cogvideox.run.hosts import Hosts
 from cogvideox.run.jobs import Group, Task
 from cogvideox.run.plans import attention_wanted, dump_recorder, dump_wanted, plan_errors, skipped_steps
@@ -74,11 +75,11 @@ def load_weights(
     """
     from cogvideox.models.transformer.parameters import load_parameters
 
-    changes = [one.add for one in loras]
+    changes, order = [one.add for one in loras], plan.head_order
     parameters = warm.kept(
         "transformer",
-        (made_from, plan.transformer, plan.parallelism, plan.dtype),
-        lambda: load_parameters(read, plan.transformer, plan.parallelism, plan.dtype, changes, report.add_part),
+        (made_from, plan.transformer, plan.parallelism, plan.dtype, None if order is None else order.tolist()),
+        lambda: load_parameters(read, plan.transformer, plan.parallelism, plan.dtype, changes, report.add_part, order),
     )
     report.say(f"loaded transformer: {sum(p.size for p in parameters.values()):,} parameters, {plan.dtype}")
     return parameters
@@ -304,7 +305,12 @@ def online_summary(online: float, shares: float, heads: int) -> str:
 
 
 def report_plan(
-    steps: Steps, loras: Sequence[Lora], arguments: argparse.Namespace, hosts: Hosts, report: Report
+    steps: Steps,
+    loras: Sequence[Lora],
+    sparse_map: Path | None,
+    arguments: argparse.Namespace,
+    hosts: Hosts,
+    report: Report,
 ) -> None:
     """Report the devices, the mesh, attention, guidance and scheduler of the plan, and which of them are defaults."""
     plan = steps.plan
@@ -318,6 +324,8 @@ def report_plan(
     by = "chosen" if arguments.attention else f"the default on a {plan.attention.platform}"
     blocks = plan.attention.block_sizes or "the kernel's own choice"
     report.say(f"attention: {plan.attention.name}, {by}" + (f"; blocks: {blocks}" if plan.attention.is_kernel else ""))
+    if sparse_map:
+        sparse_maps.report_map(plan, sparse_map, report)
     if plan.guided:
         kind = ", dynamic" if plan.use_dynamic_cfg else ""
         only = " in steps {} to {} alone".format(*plan.guidance_interval) if plan.guidance_interval else ""

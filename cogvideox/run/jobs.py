@@ -22,6 +22,7 @@ from cogvideox.files.names import CONFIG, EMBEDDINGS, GIVEN_TENSORS, LATENTS, SH
 from cogvideox.files.schemas import LATENT_ENTRIES, TEXT_ENTRIES, VIDEO_ENTRIES, TextConfig, VideoConfig
 from cogvideox.files.state import StateFile, fingerprint_of
 from cogvideox.models.shared.sizes import spatial_compression_ratio
+from cogvideox.run import sparse_maps
 from cogvideox.run.hosts import Hosts
 from cogvideox.versions import versions
 
@@ -136,7 +137,8 @@ def check_files_to_denoise(
     model_id = check_model(found, arguments.model_id, stage_files.refuse)
     outputs = [video.folder / name for video in found for name in (LATENTS, CONFIG)]
     lora_files = [file for one in loras for file in one.files]
-    inputs = [*shapes, *lora_files, arguments.executable, arguments.log_json]
+    sparse_map = arguments.sparse_attention if isinstance(arguments.sparse_attention, Path) else None
+    inputs = [*shapes, *lora_files, sparse_map, arguments.executable, arguments.log_json]
     outputs += [videos.index_file(output_dir)] if len(found) > 1 else []
     there = [("--output_dir", path) for path in outputs if hosts.is_first and path.parent.is_dir()]
     writing.check_outputs(there, inputs, model_id)
@@ -261,15 +263,20 @@ def tasks_of(
     plan: "DenoisingPlan",
     skipped: Sequence[int],
     loras: Sequence[Lora],
+    sparse_map: Path | None = None,
 ) -> list[Task]:
-    """Return the tasks of the videos; each file that they are made from is read once."""
+    """Return the tasks of the videos; each file that they are made from, `sparse_map` among them, is read once."""
     digests = {path: provenance.digest(path) for path in {video.embeddings: None for video in found}}
     weights = weights_of(found[0].config["model_id"], loras, arguments.variant)
     of_plan = {
         "scheduler": plan.scheduler["_class_name"],
         "timestep_spacing": plan.scheduler.get("timestep_spacing"),
         "skipped_steps": numbers.as_text(skipped),
+        "sparse_attention": str(sparse_map) if sparse_map else None,
+        "dense_steps": plan.sparse.dense_steps if plan.sparse else None,
     }
+    of_map = {str(sparse_map): provenance.file_digest(sparse_map)} if sparse_map else {}
+    content = {"sparse_attention": of_map.get(str(sparse_map))}  # of the map, which may lie elsewhere
     of_run = plan.program_options | {
         "dtype": plan.dtype,
         "devices": f"{len(plan.devices)} x {plan.devices[0].device_kind}",
@@ -278,6 +285,8 @@ def tasks_of(
         of_run["image_latent_scale"] = arguments.image_latent_scale
     if plan.strength is not None:
         of_run["steps"] = plan.steps
+    if plan.sparse:
+        of_run["sparse heads"] = sparse_maps.heads_in_words(plan.sparse)
 
     def task(video: Video) -> Task:
         known = vars(arguments) | of_plan | {"seed": video.config["seed"]}
@@ -286,9 +295,9 @@ def tasks_of(
         inputs = {provenance.known_as(video.embeddings, video.folder): digests[video.embeddings]}
         inputs |= weights
         made_from = {name: config[name] for name in LATENT_ENTRIES if name in config}
-        fingerprint = made_from | of_run | inputs
+        fingerprint = made_from | of_run | inputs | content
         fingerprint |= versions("jax", "jaxlib", "libtpu", "torch")
-        return Task(video, config, inputs, of_run, {name: str(value) for name, value in fingerprint.items()})
+        return Task(video, config, inputs | of_map, of_run, {name: str(value) for name, value in fingerprint.items()})
 
     return [task(video) for video in found]
 

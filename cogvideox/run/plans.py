@@ -7,12 +7,12 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cogvideox.defaults import DENSE_STEPS
 from cogvideox.errors import PlanError, UserError, first_line
-from cogvideox.files import checkpoint, numbers, sparse_map, tensors
+from cogvideox.files import checkpoint, numbers, tensors
 from cogvideox.files.step_polynomial import FILE as STEP_CACHE
 from cogvideox.files.step_polynomial import polynomial_of
 from cogvideox.models.transformer.scheduler import CHOICES
+from cogvideox.run import sparse_maps
 
 if TYPE_CHECKING:
     import jax
@@ -21,11 +21,9 @@ if TYPE_CHECKING:
     from cogvideox.models.shared import tap
     from cogvideox.models.shared.plan import Plan
     from cogvideox.models.transformer.plan import DenoisingPlan
-    from cogvideox.models.transformer.sparse.heads import SparseAttention
     from cogvideox.models.vae.plan import DecodingPlan
     from cogvideox.run import recorder
 
-SIZE = ("height", "width", "frames")
 MOST_QUERIES = 64  # whose attention weights a dump has
 
 # What else the command line can say about a wrong field of a plan.
@@ -134,7 +132,7 @@ def denoising_plan(
             devices=devices,
             platform=platform,
             step_cache=arguments.cache_threshold is not None or arguments.cache_schedule is not None,
-            sparse=sparse_attention(arguments, model_id, transformer),
+            sparse=sparse_maps.sparse_attention(arguments, model_id, transformer),
             **details,
             **{name: getattr(arguments, name) for name in names},
             **given,
@@ -142,40 +140,6 @@ def denoising_plan(
         if arguments.videos_at_once:
             return make(batch=min(arguments.videos_at_once, videos))
         return throughput.fastest(make, videos, len(devices))
-
-
-def sparse_attention(
-    arguments: argparse.Namespace, model_id: str, transformer: Mapping[str, Any]
-) -> "SparseAttention | None":
-    """Return the patterns of the heads that --sparse_attention names, and the share of --dense_steps; None without it.
-
-    The option is what `sparse_map.find` takes, or a text of `sparse_map.made_up`, as the compile tool has it.
-
-    Raises:
-        UserError: there is no map, or it is not for a transformer of this config and for videos of the size of the
-            options, or another option does not go with it.
-    """
-    from cogvideox.models.transformer.sparse.heads import SparseAttention
-    from cogvideox.models.transformer.sparse.patterns import Pattern
-
-    where = arguments.sparse_attention
-    if where is None:
-        if arguments.dense_steps is not None:
-            raise UserError("--dense_steps belongs to --sparse_attention, which says how the other steps attend")
-        return None
-    if arguments.attention == "splash":
-        raise UserError("--attention splash has no --sparse_attention; use splash_exp2 or xla")
-    if arguments.block_sizes:
-        raise UserError("--block_sizes are of dense attention, and --sparse_attention has its own; drop one of them")
-    if isinstance(where, str) and where != sparse_map.AUTO:
-        texts = sparse_map.made_up(where, transformer["num_layers"], transformer["num_attention_heads"])
-    else:
-        path = sparse_map.find(where, model_id)
-        found = sparse_map.read(path)
-        sparse_map.check_size(found, path, transformer, {name: getattr(arguments, name) for name in SIZE})
-        texts = found.patterns
-    patterns = tuple(tuple(Pattern.parse(text) for text in of_layer) for of_layer in texts)
-    return SparseAttention(patterns, DENSE_STEPS if arguments.dense_steps is None else arguments.dense_steps)
 
 
 AnyPlan = TypeVar("AnyPlan", bound="Plan")

@@ -145,6 +145,6 @@ def differing_chips(checksums: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> I
 def _planned(tapped: Tapped) -> Planned:
     """Return the shape and dtype of an array without its padding."""
     shape = list(tapped.array.shape)
-    for axis, (start, stop) in tapped.bounds:
-        shape[axis] = stop - start
+    for axis, runs in tapped.bounds:
+        shape[axis] = sum(stop - start for start, stop in runs)
     return Planned(tuple(shape), tapped.array.dtype)

@@ -14,6 +14,7 @@ import contextvars
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import math
 import re
 from collections import OrderedDict
@@ -27,10 +28,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cogvideox.models.shared.sharding import mesh_axes
 
-Bounds = Mapping[int, tuple[int, int]]
+Runs = tuple[tuple[int, int], ...]  # first and last index of each run along an axis, in the model's order
+Bounds = Mapping[int, Runs]
 LEAST, MOST, CHECKSUMS = 3, 4, slice(5, None)  # places in what `sums` returns
 MOST_NAMED = 12  # modules inside another one, in a message
-COSTLY = {"weights"}  # last parts of names that a pattern has to spell: "*" does not mean what costs so much
+# Last parts of names that a pattern has to spell: "*" does not mean what costs so much, or is no tensor of diffusers.
+COSTLY = {"weights", "patterns", "pattern_errors"}
 
 
 class NoSuchNameError(ValueError):
@@ -67,20 +70,21 @@ class Tapped:
     Attributes:
         array: whole, or one chip's share while the program is traced.
         spec: how `array` is split over the mesh.
-        bounds: first and last index, by axis, of what the model means; what is beyond is padding.
+        bounds: the runs, by axis, of what the model means, in the model's order; everything else is padding.
         tapped_spec: how the array is split over the mesh of which `array` has the sums.
     """
 
     array: jax.Array
     spec: PartitionSpec = dataclasses.field(metadata={"static": True})
-    bounds: tuple[tuple[int, tuple[int, int]], ...] = dataclasses.field(default=(), metadata={"static": True})
+    bounds: tuple[tuple[int, Runs], ...] = dataclasses.field(default=(), metadata={"static": True})
     tapped_spec: PartitionSpec | None = dataclasses.field(default=None, metadata={"static": True})
 
     def without_padding(self) -> np.ndarray:
         """Fetch the array without its padding."""
         array = np.asarray(self.array)
-        for axis, (start, stop) in self.bounds:
-            array = np.take(array, range(start, stop), axis) if array.shape[axis] != stop - start else array
+        for axis, runs in self.bounds:
+            if runs != ((0, array.shape[axis]),):
+                array = np.take(array, np.concatenate([np.arange(*run) for run in runs]), axis)
         return array
 
 
@@ -200,7 +204,7 @@ def tap(
             the scopes name.
         array: the array, or a function that computes it, for an array that is needed only here.
         spec: how the whole array is split over the mesh, an entry for each axis.
-        bounds: first and last index of what is not padding in the whole array, by axis, counted from the end (-1, -2).
+        bounds: the runs of what is not padding in the whole array, by axis, counted from the end (-1, -2).
         same_values: the same values, or a function that computes them, in an order that costs less, for statistics;
             the last two axes have the same bounds.
         summed: the `sums` of the chip's share, without checksums, where a kernel has computed them: inside `shard_map`,
@@ -251,13 +255,15 @@ def _reducer(spec: PartitionSpec, bounds: Bounds, collector: _Collector) -> Call
 
     def reduce(share: jax.Array) -> jax.Array:
         real = jnp.ones((), bool)
-        for axis, (start, stop) in bounds.items():
+        for axis, runs in bounds.items():
             first, length = collector.piece or (0, share.shape[axis])
             index = jax.lax.axis_index(split_over[axis]) if split_over[axis] else 0
             shape = [1] * share.ndim
             shape[axis] = share.shape[axis]
             position = index * length + first + jnp.arange(share.shape[axis]).reshape(shape)
-            real = real & (position >= start) & (position < stop)
+            real = real & functools.reduce(
+                jnp.logical_or, [(position >= start) & (position < stop) for start, stop in runs]
+            )
         return sums(share, real, copies, collector.wanted.checksums)
 
     return reduce

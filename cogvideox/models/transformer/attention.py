@@ -21,6 +21,11 @@ import custom_splash_attention
 from cogvideox.errors import PlanError
 from cogvideox.models.shared.sizes import MOST_ELEMENTS
 from cogvideox.models.transformer.kernels.common import VMEM_LIMIT
+from cogvideox.models.transformer.sparse.attention import sparse_attention
+from cogvideox.models.transformer.sparse.layout import AlignedLayout
+from cogvideox.models.transformer.sparse.patterns import Kind
+from cogvideox.models.transformer.sparse.table import HeadTable
+from cogvideox.models.transformer.sparse.xla import xla_attention as masked_xla_attention
 
 
 def xla_attention(
@@ -196,12 +201,15 @@ class Attention:
         platform: of the devices, "tpu", "cpu" or "gpu"; off a TPU the kernels run in Pallas' interpreter.
         block_sizes: of the kernel, an object of the table's class; None for the kernel's own choice.
         k_smooth: subtract the mean of the keys; see the kernels.
+        kinds: of the patterns that heads may have, of block-sparse attention; none for dense attention, which is all
+            that `__call__` and `tiled` compute.
     """
 
     name: str
     platform: str
     block_sizes: Any = None
     k_smooth: bool = True
+    kinds: tuple[Kind, ...] = ()
 
     @classmethod
     def choose(
@@ -298,11 +306,61 @@ class Attention:
         output, online = tiled(*arrays, **options, **self._kernel_options())
         return output.reshape(shape), online.reshape(shape[1:3])
 
+    def sparse_tiled(
+        self,
+        queries: Tiles,
+        keys: Tiles,
+        values: Tiles,
+        table: HeadTable,
+        layout: AlignedLayout,
+        first_tile: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Compute block-sparse attention of tiles; only where `is_tiled`.
+
+        Args:
+            queries, keys, values: of the aligned order; there may be fewer tiles of queries.
+            table, layout, first_tile: see `sparse_attention`.
+
+        Returns what `tiled` does.
+        """
+        shape, of_all = queries.shape, (queries, keys, values)
+        first_query, first_key, first_value = (tiles.place * shape[1] * shape[2] for tiles in of_all)
+        arrays = [tiles.array.reshape(tiles.shape[0], -1, *shape[3:]) for tiles in of_all]
+        output, online = sparse_attention(
+            *(arrays[0], arrays[1], arrays[2], table),
+            layout=layout,
+            kinds=self.kinds,
+            k_smooth=self.k_smooth,
+            interpret=self.interpret,
+            first_tile=first_tile,
+            first=(first_query, first_key, first_value),
+        )
+        return output.reshape(shape), online.reshape(shape[1:3])
+
+    def sparse(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        table: HeadTable,
+        layout: AlignedLayout,
+        first_tile: jax.Array | None,
+    ) -> jax.Array:
+        """Compute block-sparse attention by XLA of arrays [batch, heads, tokens, head_dim] of the aligned order."""
+        queries, keys, values = map(custom_splash_attention.to_tiles, (query, key, value))
+        output = masked_xla_attention(queries, keys, values, table, layout=layout, first_tile=first_tile)
+        return custom_splash_attention.from_tiles(output, len(query), query.shape[2])
+
     def _kernel_options(self) -> dict[str, Any]:
         """Return the options of a function that has block sizes."""
         if not self.is_kernel:
             return {}
         return {"block_sizes": self.block_sizes, "k_smooth": self.k_smooth, "interpret": self.interpret}
+
+
+def pattern_kinds(attention: Callable) -> tuple[Kind, ...]:
+    """Return the kinds of patterns that heads of an attention may have; none if it is dense."""
+    return attention.kinds if isinstance(attention, Attention) else ()
 
 
 def is_tiled(attention: Callable) -> TypeGuard[Attention]:

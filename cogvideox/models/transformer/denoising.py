@@ -119,6 +119,8 @@ class Denoising:
         self._kinds = plan.kinds(skipped)
         self._resumed: State | None = None
         self._replicated = plan.parallelism.sharding()
+        # Of a step that is dense, and of one that need not be.
+        self._patterns = [to_devices(plan.patterns(i), self._replicated) for i in (0, plan.steps - 1)]
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self._scheduler = AffineScheduler(make_scheduler(plan.scheduler), plan.num_inference_steps, plan.dropped_steps)
         # What is given is drawn before the noise, as in diffusers' pipelines.
@@ -225,7 +227,8 @@ class Denoising:
         )
         timestep, coefficients, guidance_scale = to_devices(scalars, self._replicated)
         noise_on_device = None if noise is None else self._to_device(noise, plan.dtype)
-        return StepInputs(timestep, coefficients, noise_on_device, guidance_scale)
+        patterns = self._patterns[0 if i < plan.dense_steps else 1]
+        return StepInputs(timestep, coefficients, noise_on_device, guidance_scale, patterns)
 
     def _to_device(self, tensor: "torch.Tensor", dtype: jax.typing.DTypeLike) -> jax.Array:
         """Copy a tensor to all devices as an array of `dtype`."""

@@ -191,6 +191,27 @@ def rotary_order(rows: int, config: Mapping) -> np.ndarray:
     return np.arange(rows).reshape(-1, config["attention_head_dim"] // 2, 2).swapaxes(1, 2).ravel()
 
 
+def stored_index(
+    name: str, shape: tuple[int, ...], index: tuple[slice, ...], heads: np.ndarray | None, config: Mapping
+) -> tuple[slice | np.ndarray, ...]:
+    """Return where a stored tensor has what a parameter, or one layer of it, has at `index`.
+
+    Args:
+        name: of the parameter.
+        shape: of the stored tensor.
+        index: a slice of each axis.
+        heads: which head of the model is at each place, [heads]; None for the model's order.
+        config: `transformer/config.json`.
+    """
+    declared = PARAMETERS[name]
+    orders: dict[int, np.ndarray] = {0: rotary_order(shape[0], config)} if declared.rotary else {}
+    axes = [axis for axis in declared.axes if axis != "layers"]
+    if heads is not None and "heads" in axes:
+        axis = axes.index("heads")
+        orders[axis] = orders.get(axis, np.arange(shape[axis])).reshape(len(heads), -1)[heads].ravel()
+    return tuple(orders[axis][part] if axis in orders else part for axis, part in enumerate(index))
+
+
 def load_parameters(
     read: Callable[[str], np.ndarray],
     config: Mapping,
@@ -198,6 +219,7 @@ def load_parameters(
     dtype: jax.typing.DTypeLike,
     changes: Sequence[Callable[[str, np.ndarray, tuple], None]] = (),
     told: Told = ignore,
+    head_order: np.ndarray | None = None,
 ) -> dict[str, jax.Array]:
     """Load the parameters as sharded JAX arrays of one dtype.
 
@@ -208,25 +230,28 @@ def load_parameters(
         parallelism: the mesh, and the layout of the parameters on it.
         dtype: to which tensors of other dtypes are converted.
         changes: functions `change(checkpoint name, part, index)`, called one after the other for each part of a
-            stored tensor, which they change in place. The part is what the tensor has at `index`: rows (a slice or an
-            array of their numbers), and a slice of each other axis.
+            stored tensor, which they change in place. The part is what the tensor has at `index`: for rows and columns
+            a slice or an array of their numbers, for each other axis a slice.
         told: see `load_arrays`.
+        head_order: which head of the model is at each place, int32 [layers, heads]; None for the model's order.
     """
 
     def fill(name: str, index: tuple[slice, ...], part: np.ndarray) -> None:
         stacked = name.startswith("blocks.")
-        names = checkpoint_names(name, config)[index[0] if stacked else slice(None)]
-        rows, *columns = index[1:] if stacked else index
-        for layer, stored in zip(part if stacked else [part], names, strict=True):
+        layers = np.arange(config["num_layers"])[index[0]] if stacked else [None]
+        names, of_layer = checkpoint_names(name, config), index[1:] if stacked else index
+        for array, layer in zip(part if stacked else [part], layers, strict=True):
+            stored = names[layer or 0]
             weight = read(stored)
-            weight = weight.reshape(len(weight), -1)[:, *columns] if len(columns) == 1 else weight[:, *columns]
-            order: slice | np.ndarray = rows
-            if PARAMETERS[name].rotary:
-                order = rotary_order(len(weight), config)[rows]
-                np.take(weight.astype(layer.dtype, copy=False), order, axis=0, out=layer, mode="clip")
+            weight = weight.reshape(len(weight), -1) if len(of_layer) == 2 else weight
+            heads = None if layer is None or head_order is None else head_order[layer]
+            rows, *columns = where = stored_index(name, weight.shape, of_layer, heads, config)
+            if isinstance(rows, slice):
+                array[...] = weight[rows, *columns]
             else:
-                layer[...] = weight[rows]
+                weight = weight[:, *columns].astype(array.dtype, copy=False)
+                np.take(weight, rows, axis=0, out=array, mode="clip")
             for change in changes:
-                change(stored, layer, (order, *columns))
+                change(stored, array, where)
 
     return load_arrays(abstract_parameters(config, dtype, parallelism), fill, told=told)

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from cogvideox.errors import PlanError
@@ -15,12 +16,16 @@ from cogvideox.models.shared.layouts import LAYOUTS
 from cogvideox.models.shared.plan import Plan
 from cogvideox.models.shared.sharding import MESH_AXES, Parallelism, possible_parallelisms
 from cogvideox.models.shared.sizes import check_frames, check_sides
-from cogvideox.models.transformer.attention import Attention
+from cogvideox.models.transformer.attention import Attention, is_tiled
 from cogvideox.models.transformer.embeddings import token_grid
 from cogvideox.models.transformer.parameters import sample_grid
 from cogvideox.models.transformer.scheduler import SAMPLERS, Sampler
 from cogvideox.models.transformer.seconds import step_seconds
-from cogvideox.models.transformer.sparse.heads import SparseAttention
+from cogvideox.models.transformer.sparse.geometry import geometry_of
+from cogvideox.models.transformer.sparse.heads import HeadPatterns, SparseAttention
+from cogvideox.models.transformer.sparse.layout import AlignedLayout
+from cogvideox.models.transformer.token_order import TokenOrder, token_order
+from cogvideox.models.transformer.transformer import hidden_states_shape
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,32 @@ class DenoisingPlan(Plan):
         """Return the kind of each step, of which `skipped` leave out the blocks."""
         first, last = self.guidance_interval or (0, self.steps)
         return [StepKind(short=i in skipped, guided=self.guided and first <= i <= last) for i in range(self.steps)]
+
+    @property
+    def dense_steps(self) -> int:
+        """Steps of the run, from the first one on, in which all heads attend everything."""
+        if self.sparse is None:
+            return self.steps
+        return max(math.ceil(self.sparse.dense_steps * self.num_inference_steps) - self.dropped_steps, 0)
+
+    def patterns(self, step: int) -> HeadPatterns | None:
+        """Return the patterns of the heads in a step, numpy arrays, in the order in which chips have them.
+
+        Returns None with dense attention.
+        """
+        if self.sparse is None or not isinstance(self.order, AlignedLayout):
+            return None
+        heads, parts = self.transformer["num_attention_heads"], self.parallelism
+        placed = self.sparse.placed(self.order, parts.tp * parts.head_parts, parts.head_groups(heads))
+        return placed.dense() if step < self.dense_steps else placed
+
+    @property
+    def head_order(self) -> np.ndarray | None:
+        """Which head of the model the parameters have at each place, int32 [layers, heads]; None for its order."""
+        placed = self.patterns(0)
+        if placed is None or (placed.order == np.arange(placed.order.shape[1])).all():
+            return None
+        return placed.order
 
     def attended_heads(self, kinds: "Collection[StepKind]") -> int:
         """Return of how many heads `State.online_heads` tells after steps of these kinds; 0 if it tells nothing."""
@@ -153,15 +184,22 @@ class DenoisingPlan(Plan):
         return self.transformer["max_text_seq_length"] + self.video_tokens
 
     @property
+    def order(self) -> TokenOrder:
+        """The order of a sample's tokens in the hidden states."""
+        return token_order(self.token_grid, self.transformer["max_text_seq_length"], bool(self.attention.kinds))
+
+    @property
     def step_seconds(self) -> float:
         """Predicted seconds of a full step, guided if the plan is, up to a factor."""
         samples, parallelism = self.batch * self.prompts, self.parallelism
-        return step_seconds(samples, self.tokens, self.transformer, parallelism, self.attention, self.dtype)
+        return step_seconds(samples, self.order, self.transformer, parallelism, self.attention, self.dtype)
 
     def with_dtype(self, dtype: jax.typing.DTypeLike) -> Self:
         """See `Plan.with_dtype`; the attention kernel must be able to take arrays of the dtype."""
         self.attention.check(self.transformer["attention_head_dim"], dtype)
-        return super().with_dtype(dtype)
+        plan = super().with_dtype(dtype)
+        check_sparse(plan)
+        return plan
 
     @property
     def program_options(self) -> dict:
@@ -174,7 +212,11 @@ class DenoisingPlan(Plan):
             "k_smooth": self.attention.k_smooth,
         }
         parts = self.parallelism.query_parts
-        some = {"step_cache": self.step_cache, "query_parts": parts if parts > 1 else None}
+        some = {
+            "step_cache": self.step_cache,
+            "query_parts": parts if parts > 1 else None,
+            "patterns": ",".join(self.attention.kinds),
+        }
         return always | {name: value for name, value in some.items() if value}
 
 
@@ -231,6 +273,7 @@ def make_denoising_plan(
     sequences = batch * (2 if guidance_scale > 1.0 and guidance_interval is None else 1)
     heads, head_dim = transformer["num_attention_heads"], transformer["attention_head_dim"]
     possible = possible_parallelisms(devices, heads, sequences, use_dp, sp_num, mesh_order, layout)
+    chosen = Attention.choose(attention, platform, block_sizes, use_k_smooth, head_dim, dtype)
     plan = DenoisingPlan(
         transformer=transformer,
         vae=vae,
@@ -244,7 +287,7 @@ def make_denoising_plan(
         batch=batch,
         dtype=jnp.dtype(dtype),
         parallelism=possible[0],
-        attention=Attention.choose(attention, platform, block_sizes, use_k_smooth, head_dim, dtype),
+        attention=dataclasses.replace(chosen, kinds=sparse.kinds) if sparse else chosen,
         step_cache=step_cache,
         guidance_interval=guidance_interval,
         strength=strength,
@@ -276,6 +319,7 @@ def check_plan(plan: DenoisingPlan) -> None:
         message = f"{plan.num_inference_steps} leaves no step at strength {strength:g}; at least {least} does"
         raise PlanError("num_inference_steps", message)
     check_guidance(plan)
+    check_sparse(plan)
 
 
 def check_layout(plan: DenoisingPlan) -> None:
@@ -284,6 +328,26 @@ def check_layout(plan: DenoisingPlan) -> None:
     chips = math.prod(mesh.shape[axis] for axis in LAYOUTS[layout]["heads"])
     if (width := plan.transformer["num_attention_heads"] * plan.transformer["attention_head_dim"]) % chips:
         raise PlanError("layout", f"{layout} does not work: {chips} chips cannot share weights of width {width} evenly")
+
+
+def check_sparse(plan: DenoisingPlan) -> None:
+    """Raise PlanError if the kernel cannot take the patterns of the heads at this size."""
+    if plan.sparse is None or not plan.attention.is_kernel:
+        return
+    order, head_dim = plan.order, plan.transformer["attention_head_dim"]
+    assert isinstance(order, AlignedLayout)
+    if not is_tiled(plan.attention):
+        raise PlanError("sparse_attention", f"does not work with {plan.attention.name} on this TPU, only with xla")
+    try:
+        for kind in plan.attention.kinds:
+            geometry_of(kind, order, plan.dtype.itemsize, head_dim).key_buffers(head_dim, plan.dtype.itemsize)
+    except ValueError as error:
+        raise PlanError("sparse_attention", f"does not fit: {error}") from error
+    shape = hidden_states_shape(1, order, plan.transformer, plan.parallelism, plan.attention)
+    if order.text_tokens > shape[1] // plan.parallelism.query_parts:
+        raise PlanError(
+            "sparse_attention", "needs a larger video: its chips would have fewer queries than the text has"
+        )
 
 
 def check_guidance(plan: DenoisingPlan) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from cogvideox.models.shared.sharding import Parallelism
+from cogvideox.models.transformer.token_order import TokenOrder
 from cogvideox.models.transformer.transformer import hidden_states_shape
 
 # Figures of a v6e chip. Only their ratio counts here, and other chips have a similar one.
@@ -15,7 +16,7 @@ BANDWIDTH = 100e9  # bytes a second of a link between chips, one way
 
 def step_seconds(
     samples: int,
-    tokens: int,
+    order: TokenOrder,
     config: Mapping,
     parallelism: Parallelism,
     attention: Callable,
@@ -30,14 +31,14 @@ def step_seconds(
 
     Args:
         samples: that the step has, with guidance two for each video.
-        tokens: of a sample, without padding.
+        order: of a sample's tokens.
         config, parallelism, attention: see `transformer`.
         dtype: of the hidden states.
     """
     heads, tp, chips = parallelism.head_parts, parallelism.tp, parallelism.mesh.size
-    _, padded, width = hidden_states_shape(samples, tokens, config, parallelism, attention)
+    _, padded, width = hidden_states_shape(samples, order, config, parallelism, attention)
     weights = 12 * width**2  # of the products of a block: four in attention, the MLP has four times the width
-    products = samples * config["num_layers"] * (2 * weights * padded + 4 * width * padded * tokens)
+    products = samples * config["num_layers"] * (2 * weights * padded + 4 * width * padded * order.real_tokens)
     share = samples * padded * width * jnp.dtype(dtype).itemsize / chips  # bytes of a chip's hidden states
     moved = 4 * (heads - 1) / heads + 6 * (tp - 1) + 2 * (parallelism.query_parts - 1)  # shares of a chip in a block
     return products / chips / FLOPS + config["num_layers"] * share * moved / BANDWIDTH

@@ -15,6 +15,7 @@ from cogvideox.models.shared.sharding import HIDDEN_STATES
 from cogvideox.models.transformer.embeddings import time_embedding
 from cogvideox.models.transformer.parameters import abstract_parameters, parameter_shapes
 from cogvideox.models.transformer.plan import DenoisingPlan, StepKind
+from cogvideox.models.transformer.sparse.heads import HeadPatterns
 from cogvideox.models.transformer.transformer import hidden_states_shape, transformer
 
 # By platform. On a TPU the exchange of tokens for heads then goes on beside other work.
@@ -67,12 +68,14 @@ class StepInputs(NamedTuple):
         coefficients: float32 [2, 3]; see `AffineScheduler`.
         noise: shape and dtype of the latents; None with a scheduler that adds no noise.
         guidance_scale: float32 scalar; read only with guidance.
+        patterns: of the heads, int32 [layers, heads] each; None with dense attention.
     """
 
     timestep: jax.Array
     coefficients: jax.Array
     noise: jax.Array | None
     guidance_scale: jax.Array
+    patterns: HeadPatterns | None = None
 
 
 class StepArguments(NamedTuple):
@@ -121,6 +124,7 @@ def make_step(
                 if plan.positions == "stored"
                 else condition.positions,
                 residual=residual[of_kind] if short and residual is not None else None,
+                patterns=inputs.patterns,
             )
         model_output = prediction.output
         if guided:
@@ -183,13 +187,18 @@ def abstract_arguments(plan: DenoisingPlan) -> StepArguments:
     residual: Any = None
     if plan.step_cache:
         prompts = plan.batch * plan.prompts
-        shape = hidden_states_shape(prompts, plan.tokens, config, plan.parallelism, plan.attention)
+        shape = hidden_states_shape(prompts, plan.order, config, plan.parallelism, plan.attention)
         residual = jax.ShapeDtypeStruct(shape, plan.dtype, sharding=state_shardings(plan).residual)
+    patterns: Any = None
+    if plan.sparse is not None:
+        patterns = HeadPatterns(*[array((config["num_layers"], config["num_attention_heads"]), jnp.int32)] * 3)
     return StepArguments(
         abstract_parameters(config, plan.dtype, plan.parallelism),
         State(latents, array(plan.latent_shape), array((), jnp.int32), residual, array((2,))),
         Condition(array(text, plan.dtype), (rotary, rotary), positions, latents if plan.features.image else None),
-        StepInputs(array((), jnp.int32), array((2, 3)), latents if plan.sampler.adds_noise else None, array(())),
+        StepInputs(
+            *(array((), jnp.int32), array((2, 3)), latents if plan.sampler.adds_noise else None, array(()), patterns)
+        ),
     )
 
 

@@ -7,13 +7,13 @@ the heads, arrays are tiles [tiles, batch, heads, head_dim, 128], which the atte
 
 import dataclasses
 import functools
-import itertools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import HIDDEN_STATES
@@ -21,6 +21,7 @@ from cogvideox.models.transformer import kernels, taps
 from cogvideox.models.transformer.attention import Attention, Tiles
 from cogvideox.models.transformer.base_block import BaseBlock
 from cogvideox.models.transformer.layers import QK_NORM_EPS
+from cogvideox.models.transformer.sparse.layout import AlignedLayout
 
 CHIPS = 0  # the axis that counts to which, or from which, chip of its group along sp a chip exchanges what
 TILES = 0  # the axis of tiles
@@ -44,21 +45,31 @@ class TiledBlock(BaseBlock):
 
     def self_attention(self, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Apply the first half of the block: norm, attention, gated residual; and what `Attention.tiled` tells."""
-        parts, query_parts = self.parallelism.head_parts, self.parallelism.query_parts
+        parts = self.parallelism.head_parts
         x, gates = self.modulated_norm(hidden, "norm1")
         with tap.scope("attn1"):
             groups = self.projected(x)
-            queries, keys, _ = zip(*groups, strict=True)
-            all_heads = self.config["num_attention_heads"]
-            taps.tap_weights(lambda: (rows(queries), rows(keys)), self.length, all_heads, query_parts)
-            attend = functools.partial(self.attention.tiled, kv_length=self.length)
-            attended, shares = zip(*itertools.starmap(attend, groups), strict=True)
+            queries, keys, values = zip(*groups, strict=True)
+            self.tap_attention(lambda: (rows(queries), rows(keys), rows(values)))
+            attended, shares = zip(*self.attended(groups), strict=True)
             online = jnp.concatenate(shares, axis=1)
-            taps.tap_online_heads(lambda: online > 0, query_parts)
+            taps.tap_online_heads(lambda: online > 0, self.parallelism.query_parts, self.patterns)
             y = [self.exchanged(y.reshape(parts, -1, *y.shape[1:]), CHIPS, CHIPS) for y in attended]
             weight = self.weight("attn1.to_out.0.weight")
             product = functools.partial(kernels.from_heads, y, weight, interpret=self.attention.interpret)
             return self.added(product, hidden, "attn1.to_out.0", gates)[0], online
+
+    def attended(self, groups: Sequence[Sequence[Tiles]]) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Attend the groups of heads one after the other; yields what `Attention.tiled` returns."""
+        for number, (queries, keys, values) in enumerate(groups):
+            if self.patterns is None:
+                yield self.attention.tiled(queries, keys, values, self.order.real_tokens)
+            else:
+                assert isinstance(self.order, AlignedLayout)
+                tiles, samples, *_ = queries.shape
+                table = self.table(number, len(groups), samples)
+                first_tile = self.first_tile(tiles)
+                yield self.attention.sparse_tiled(queries, keys, values, table, self.order, first_tile)
 
     def projected(self, x: jax.Array) -> list[list[Tiles]]:
         """Project tokens to queries, keys and values, and exchange tokens for heads, a group of heads after the other.
@@ -87,7 +98,7 @@ class TiledBlock(BaseBlock):
             for group in range(groups)
         ]
         of_all_groups = {name: tap.added(sums) for name, sums in summed.items()}
-        taps.tap_heads(x, self.parameters, self.heads, self.bounds, of_all_groups)
+        taps.tap_heads(x, self.parameters, self.heads, self.bounds, self.patterns, of_all_groups)
         return projected
 
     def project(
@@ -127,7 +138,7 @@ class TiledBlock(BaseBlock):
             if f"{name}.norm.weight" in self.parameters:
                 weight, bias = (self.parameters[f"{name}.norm.{k}"].astype(jnp.float32) for k in ("weight", "bias"))
                 scales, shifts = weight * scales, bias * scales + shifts
-            changes = kernels.Modulation(scales, shifts, self.text_tokens)
+            changes = kernels.Modulation(scales, shifts, self.first_tokens)
             eps, real_tokens = self.config["norm_eps"], self.real_tokens(hidden, ("sp", "tp"), "")
             x, summed = kernels.modulated_norm(hidden, changes, eps, self.attention.interpret, real_tokens)
             tap.tap("", x, HIDDEN_STATES, self.bounds, None, *summed)
@@ -141,26 +152,31 @@ class TiledBlock(BaseBlock):
         Then it also returns the result's `tap.sums`, if statistics are wanted.
         """
         if self.parallelism.tp > 1:
-            return self.gated_residual(hidden, product(None)[0], name, gates, self.is_text), None
+            return self.gated_residual(hidden, product(None)[0], name, gates, self.is_first), None
         name_in_scope, bias = name.partition(".")[2], self.parameters.get(f"{name}.bias")
-        residual = kernels.Residual(hidden, bias, gates, self.text_tokens)
+        residual = kernels.Residual(hidden, bias, gates, self.first_tokens)
         y, summed = product(residual, real_tokens=self.real_tokens(hidden, ("sp", "tp"), name_in_scope))
         with_bias = functools.partial(self.with_bias, name=name)
         tap.tap(name_in_scope, lambda: with_bias(product(None)[0]), HIDDEN_STATES, self.bounds, None, *summed[:1])
         return y, summed[1] if summed else None
 
     def real_tokens(self, x: jax.Array, axes: str | tuple[str, ...], *names: str) -> jax.Array | None:
-        """Return how many of this chip's tokens are not padding, if statistics of one of `names` are wanted.
+        """Return how many tokens of each of this chip's tiles are real, if statistics of one of `names` are wanted.
 
         Args:
             x: [batch, tokens of this chip, anything].
             axes: of the mesh over which the tokens are split.
             names: as `tap.tap` takes them.
+
+        Returns:
+            int32 [tiles]; in a tile the first tokens are those that are not padding.
         """
         if not any([tap.wants_statistics(name) for name in names]):
             return None
         tokens = x.shape[1]
-        return jnp.clip(self.length - jax.lax.axis_index(axes) * tokens, 0, tokens)
+        before = np.cumsum(np.pad(self.order.is_real(tokens * jax.lax.axis_size(axes)), (1, 0)), dtype=np.int32)
+        edges = np.minimum(np.arange(0, tokens + kernels.LANES, kernels.LANES), tokens)
+        return jnp.diff(jnp.asarray(before)[jax.lax.axis_index(axes) * tokens + edges])
 
     def norm(self, letter: str) -> kernels.QKNorm:
         """Return the norm and the rotary embedding of queries or keys."""
@@ -173,9 +189,9 @@ class TiledBlock(BaseBlock):
         return weight if isinstance(weight, kernels.Weight) else kernels.Weight(weight[None], jnp.int32(0))
 
     @property
-    def text_tokens(self) -> jax.Array:
-        """How many of the chip's own tokens are text: they are the first."""
-        return self.is_text.sum(dtype=jnp.int32)
+    def first_tokens(self) -> jax.Array:
+        """How many of the chip's own tokens lie before the boundary of text and video."""
+        return self.is_first.sum(dtype=jnp.int32)
 
 
 def rows(groups: Sequence[Tiles]) -> jax.Array:

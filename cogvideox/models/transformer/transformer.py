@@ -16,19 +16,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from cogvideox.models.shared import tap
 from cogvideox.models.shared.sharding import HIDDEN_STATES, MESH_AXES, Parallelism, activation_spec, gather_at_use
 from cogvideox.models.transformer import taps
-from cogvideox.models.transformer.attention import is_tiled
+from cogvideox.models.transformer.attention import is_tiled, pattern_kinds
 from cogvideox.models.transformer.base_block import SEQUENCE_TILE, BaseBlock
 from cogvideox.models.transformer.block import Block
-from cogvideox.models.transformer.embeddings import patchify, time_embedding, unpatchify
+from cogvideox.models.transformer.embeddings import patchify, time_embedding, token_grid, unpatchify
 from cogvideox.models.transformer.kernels import Weight
 from cogvideox.models.transformer.layers import layer_norm, linear
 from cogvideox.models.transformer.parameters import BLOCK, parameter_spec
+from cogvideox.models.transformer.sparse.heads import HeadPatterns
 from cogvideox.models.transformer.tiled_block import TiledBlock
+from cogvideox.models.transformer.token_order import TokenOrder, token_order
 
 
 class Prediction(NamedTuple):
@@ -63,6 +66,7 @@ def transformer(
     attention: Callable,
     positions: jax.Array | None = None,
     residual: jax.Array | None = None,
+    patterns: HeadPatterns | None = None,
 ) -> Prediction:
     """Predict from noisy latents [batch, frames, in_channels, height, width] a float32 array with out_channels.
 
@@ -77,42 +81,46 @@ def transformer(
         attention: a function as in models/transformer/attention.py; it decides which block there is (`block_for`).
         positions: what is added to the embedded tokens, [text and video tokens, embed], for a model that has positions.
         residual: if given, it takes the place of the blocks, which do not run.
+        patterns: of the heads, [layers, heads], in whose order the parameters have them; for an attention with
+            patterns, see `Attention.kinds`.
     """
-    text_length, length = prompt_embeds.shape[1], prompt_embeds.shape[1] + rotary[0].shape[0]
+    is_aligned = bool(pattern_kinds(attention))
+    order = token_order(token_grid(config, latents.shape), prompt_embeds.shape[1], is_aligned)
     # Every layer that uses the embedding begins with silu.
     time = jax.nn.silu(time_embedding(timestep, parameters, config, prompt_embeds.dtype))
-    _, padded, _ = hidden_states_shape(len(latents), length, config, parallelism, attention)
-    hidden = embed(parameters, latents, prompt_embeds, positions, padded, config, parallelism)
+    _, padded, _ = hidden_states_shape(len(latents), order, config, parallelism, attention)
+    hidden = embed(parameters, latents, prompt_embeds, positions, order, padded, config, parallelism)
     if residual is None:
         # Text and padding are not rotated: their angle is 0.
-        edges = ((text_length, padded - length), (0, 0))
-        cos, sin = jnp.pad(rotary[0], edges, constant_values=1.0), jnp.pad(rotary[1], edges)
+        cos, sin = (order.place_video(array, 0, padded) for array in rotary)
+        cos = jnp.where(is_video(order, padded), cos, 1.0)
         last, online_heads = run_blocks(
             parameters,
             hidden,
             time,
             (cos, sin),
-            text_length=text_length,
-            length=length,
+            order=order,
             config=config,
             parallelism=parallelism,
             attention=attention,
+            patterns=patterns,
         )
     else:
         last, online_heads = hidden + residual, jnp.zeros(2)
-    output = predict_patches(parameters, last, time, config, {-2: (text_length, length)})
+    output = predict_patches(parameters, last, time, config, {-2: order.video_runs})
     batch, frames, _, *size = latents.shape
-    output = unpatchify(output[:, text_length:length], (batch, frames, config["out_channels"], *size), config)
+    output = unpatchify(order.video(output, 1), (batch, frames, config["out_channels"], *size), config)
     return Prediction(output, last - hidden if residual is None else residual, online_heads)
 
 
 def hidden_states_shape(
-    batch: int, tokens: int, config: Mapping, parallelism: Parallelism, attention: Callable
+    batch: int, order: TokenOrder, config: Mapping, parallelism: Parallelism, attention: Callable
 ) -> tuple[int, int, int]:
     """Return [batch, tokens, embed] of the hidden states, whose tokens are padded to what mesh and block divide."""
-    gathered = math.lcm(SEQUENCE_TILE * parallelism.tp, block_for(attention).gathered_multiple)
-    padding = -tokens % (parallelism.sp * gathered)
-    return batch, tokens + padding, config["num_attention_heads"] * config["attention_head_dim"]
+    own = math.lcm(SEQUENCE_TILE, order.multiple)
+    gathered = math.lcm(own * parallelism.tp, block_for(attention).gathered_multiple)
+    padding = -order.tokens % (parallelism.sp * gathered)
+    return batch, order.tokens + padding, config["num_attention_heads"] * config["attention_head_dim"]
 
 
 def constrained(hidden: jax.Array, parallelism: Parallelism) -> jax.Array:
@@ -125,11 +133,12 @@ def embed(
     latents: jax.Array,
     prompt_embeds: jax.Array,
     positions: jax.Array | None,
+    order: TokenOrder,
     padded: int,
     config: Mapping,
     parallelism: Parallelism,
 ) -> jax.Array:
-    """Embed text and video as one sequence [batch, padded, embed], padded at the end.
+    """Embed text and video as one sequence [batch, padded, embed].
 
     Text and patches are padded to the whole sequence before the mesh splits it, so that each chip embeds the patches of
     its own tokens; joining what is embedded would move it between the chips.
@@ -137,20 +146,24 @@ def embed(
     dtype = prompt_embeds.dtype
     with tap.scope("patch_embed"):
         patches = patchify(latents, config)
-        text_length, length = prompt_embeds.shape[1], prompt_embeds.shape[1] + patches.shape[1]
 
-        def placed(x: jax.Array, first: int) -> jax.Array:
-            x = jnp.pad(x, ((0, 0), (first, padded - first - x.shape[1]), (0, 0)))
-            return constrained(x, parallelism)
+        def placed(place: Callable, x: jax.Array) -> jax.Array:
+            return constrained(place(x, 1, padded), parallelism)
 
-        text = placed(linear(prompt_embeds, parameters, "patch_embed.text_proj").astype(dtype), 0)
-        video = linear(placed(patches, text_length), parameters, "patch_embed.proj").astype(dtype)
-        position = jnp.arange(padded)[:, None]
-        hidden = constrained(jnp.where((text_length <= position) & (position < length), video, text), parallelism)
+        text = placed(order.place_text, linear(prompt_embeds, parameters, "patch_embed.text_proj").astype(dtype))
+        video = linear(placed(order.place_video, patches), parameters, "patch_embed.proj").astype(dtype)
+        hidden = constrained(jnp.where(is_video(order, padded), video, text), parallelism)
         if positions is not None:
-            hidden = hidden + placed(positions.astype(dtype)[None], 0)
-        tap.tap("", hidden, HIDDEN_STATES, {-2: (0, length)})
+            hidden = hidden + placed(order.from_packed, positions.astype(dtype)[None])
+        tap.tap("", hidden, HIDDEN_STATES, {-2: order.runs})
     return hidden
+
+
+def is_video(order: TokenOrder, tokens: int) -> jax.Array:
+    """Tell which of so many tokens are of the video, bool [tokens, 1]."""
+    found = np.zeros(tokens, bool)
+    found[order.positions()[order.text_tokens :]] = True
+    return jnp.asarray(found)[:, None]
 
 
 def run_blocks(
@@ -159,11 +172,11 @@ def run_blocks(
     time: jax.Array,
     rotary: tuple[jax.Array, jax.Array],
     *,
-    text_length: int,
-    length: int,
+    order: TokenOrder,
     config: Mapping,
     parallelism: Parallelism,
     attention: Callable,
+    patterns: HeadPatterns | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Run all blocks on the hidden states [batch, padded, embed], split over the mesh.
 
@@ -171,11 +184,11 @@ def run_blocks(
 
     Args:
         parameters: of the whole model.
-        hidden: first the text's tokens, then the video's, then padding.
+        hidden: tokens in their order.
         time: silu of the time embedding, [time_embed_dim].
         rotary: cosines and sines, [padded, head_dim / 2] each.
-        text_length, length: tokens of the text, and of text and video.
-        config, parallelism, attention: see `transformer`.
+        order: of the tokens.
+        config, parallelism, attention, patterns: see `transformer`.
     """
     blocks = {name.removeprefix("blocks."): array for name, array in parameters.items() if name.startswith("blocks.")}
     specs = {name: parameter_spec(f"blocks.{name}", parallelism.layout) for name in blocks}
@@ -187,42 +200,48 @@ def run_blocks(
         if block.reads_stacks and BLOCK[name].read_in_stack and not gathered_axes(name, parallelism)
     ]
 
-    def on_chip(blocks: Mapping, hidden: jax.Array, time: jax.Array, rotary: tuple) -> tuple[jax.Array, jax.Array]:
+    def on_chip(
+        blocks: Mapping, hidden: jax.Array, time: jax.Array, rotary: tuple, patterns: HeadPatterns | None
+    ) -> tuple[jax.Array, jax.Array]:
         """Run all blocks on one chip's share [batch / dp, sequence / (sp * tp), embed] of the hidden states."""
         share = hidden.shape[1]
         position = (jax.lax.axis_index("sp") * parallelism.tp + jax.lax.axis_index("tp")) * share + jnp.arange(share)
-        is_text = (position < text_length)[:, None]
+        is_first = (position < order.boundary)[:, None]
 
         def step(
-            carry: tuple[jax.Array, jax.Array], layer_and_parameters: tuple[jax.Array, dict[str, jax.Array]]
+            carry: tuple[jax.Array, jax.Array], of_layer: tuple[jax.Array, dict[str, jax.Array], HeadPatterns | None]
         ) -> tuple[jax.Array, jax.Array]:
-            (hidden, online), (layer, parameters) = carry, layer_and_parameters
+            (hidden, online), (layer, parameters, patterns) = carry, of_layer
             weights: dict[str, Any] = {name: Weight(blocks[name], layer) for name in stacks}
             weights |= {name: gather_share(name, array, parallelism) for name, array in parameters.items()}
             hidden, more = block(
                 parameters=weights,
                 time=time,
                 rotary=rotary,
-                is_text=is_text,
-                length=length,
+                is_first=is_first,
+                order=order,
                 config=config,
                 parallelism=parallelism,
                 attention=attention,
+                patterns=patterns,
             )(hidden)
             return hidden, online + more
 
         layers = jnp.arange(config["num_layers"], dtype=jnp.int32)
         sliced = {name: array for name, array in blocks.items() if name not in stacks}
-        hidden, online = tap.scan("transformer_blocks", step, (hidden, jnp.zeros(2)), (layers, sliced))
+        hidden, online = tap.scan("transformer_blocks", step, (hidden, jnp.zeros(2)), (layers, sliced, patterns))
         return hidden, jax.lax.psum(online, MESH_AXES)
 
     run = tap.shard_map(
         on_chip,
         mesh=parallelism.mesh,
-        in_specs=(specs, HIDDEN_STATES, activation_spec("time embedding"), (activation_spec("rotary embedding"),) * 2),
+        in_specs=(
+            *(specs, HIDDEN_STATES, activation_spec("time embedding")),
+            *((activation_spec("rotary embedding"),) * 2, PartitionSpec()),
+        ),
         out_specs=(HIDDEN_STATES, PartitionSpec()),
     )
-    hidden, online = run(blocks, hidden, time, rotary)
+    hidden, online = run(blocks, hidden, time, rotary, patterns)
     return constrained(hidden, parallelism), online
 
 

@@ -175,7 +175,7 @@ def tap_output(name: str, output: "jax.Array | Deferred | Convolved | Shortcut |
     bounds: tap.Bounds = {}
     if not split.is_even:
         scale = shape[1] // split.strip_height
-        bounds = {-2: (0, split.height * scale), -1: (0, split.width * scale)}
+        bounds = {-2: ((0, split.height * scale),), -1: ((0, split.width * scale),)}
 
     def image() -> jax.Array:
         return split.image(array(x))

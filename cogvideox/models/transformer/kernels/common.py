@@ -16,7 +16,6 @@ PRODUCT_TILES = 2  # tiles in a product: the MXU's width
 ROWS = 1536  # outputs in a block of a weight, in bfloat16
 TOKENS = 512  # tokens in a block
 SUBLANES = 8  # rows of a register
-SUM_ROWS = 128  # rows that `Sums` takes at a time
 VMEM_LIMIT = 64 * 2**20  # bytes
 
 # The rows of `Sums`: how values are reduced, and how two parts are joined.
@@ -62,10 +61,10 @@ class Sums:
 
     Args:
         ref: of the output's block, [1 for each axis of the grid, 4 * points, lanes].
-        real_tokens: how many tokens, from the first on, are not padding.
+        real_tokens: of each tile of tokens, how many, from its first on, are not padding.
     """
 
-    def __init__(self, ref: Any, real_tokens: jax.Array):
+    def __init__(self, ref: Any, real_tokens: Callable[[Any], jax.Array]):
         self._ref, self._real_tokens = ref, real_tokens
         self._found: dict[int, list[jax.Array]] = {}
 
@@ -75,11 +74,12 @@ class Sums:
         It takes a column of registers after the other: so few are alive that none has to be put aside.
         """
         rows, columns, lanes = *x.shape, self._ref.shape[-1]
-        tokens = start + lax.broadcasted_iota(jnp.int32, (rows, 1) if axis == 0 else (1, columns), axis)
-        for row, column in itertools.product(range(0, rows, SUM_ROWS), range(0, columns, lanes)):
-            block = slice(row, row + SUM_ROWS), slice(column, column + lanes)
-            real = (tokens[block[0]] if axis == 0 else tokens[:, block[1]]) < self._real_tokens
-            part = jnp.where(real, x[block].astype(jnp.float32), 0.0)
+        assert axis == 0 or lanes == LANES, (axis, lanes)  # so that a part has tokens of one tile
+        for row, column in itertools.product(range(0, rows, LANES), range(0, columns, lanes)):
+            part = x[row : row + LANES, column : column + lanes].astype(jnp.float32)
+            token = lax.broadcasted_iota(jnp.int32, (len(part), 1) if axis == 0 else (1, lanes), axis)
+            tile = start // LANES + (row if axis == 0 else column) // LANES
+            part = jnp.where(token < self._real_tokens(tile), part, 0.0)
             part = part.reshape(-1, math.gcd(len(part), SUBLANES), lanes)
             found = [part.sum(0), jnp.square(part).sum(0), part.min(0), part.max(0)]
             before = self._found.get(point)
@@ -101,7 +101,7 @@ class Counted(NamedTuple):
     """Of what a kernel is to return `Sums`.
 
     Attributes:
-        real_tokens: how many of the chip's tokens, from the first on, are not padding, int32 scalar.
+        real_tokens: how many tokens of each of the chip's tiles, from its first on, are not padding, int32 [tiles].
         points: for how many points of the model the kernel has sums.
         values: how many values of each point a token has, all prompts together.
         columns: of the blocks of values.
@@ -121,7 +121,7 @@ class Counted(NamedTuple):
         """Merge what the steps of a grid have written into the `tap.sums` of each point."""
         rows = jnp.moveaxis(rows.reshape(-1, self.points, len(REDUCTIONS), self.lanes), 2, 0)
         total = [reduce(row, axis=(1, 2)) for reduce, row in zip(REDUCTIONS, jnp.swapaxes(rows, 1, 2), strict=True)]
-        count = self.real_tokens.astype(jnp.float32) * self.values  # as an integer it may be too large
+        count = self.real_tokens.sum().astype(jnp.float32) * self.values  # as an integer it may be too large
         return [jnp.stack([count, *(row[point] for row in total)])[None] for point in range(self.points)]
 
 
@@ -141,7 +141,7 @@ def call(
     counted: Counted | None = None,
     into: jax.Array | None = None,
 ) -> Summed:
-    """Run a kernel that reads the scalars text_tokens and layer, and, where anything is `counted`, real_tokens.
+    """Run a kernel that reads the scalars `boundary` and layer, and, where anything is `counted`, real_tokens.
 
     It multiplies `products` pairs of values, and moves `moved` values between HBM and VMEM. Each step of its grid has
     blocks of its own to write, so that two cores of a device can share the grid. Its argument `sums` is where it adds
@@ -152,12 +152,13 @@ def call(
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
         out_shape = pltpu.HBM(out_shape.shape, out_shape.dtype)
     inputs = 1 + len(arrays)  # the scalars are the first input
-    arrays, in_specs = [*arrays], [*in_specs]
+    arrays, in_specs, real_tokens = [*arrays], [*in_specs], []
     if into is not None:
         arrays.append(into)
         in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
     if counted:
-        scalars, block = [*scalars, counted.real_tokens], (len(REDUCTIONS) * counted.points, counted.lanes)
+        real_tokens = [jnp.pad(counted.real_tokens, (0, TOKENS // LANES))]  # the last block may reach beyond them
+        block = len(REDUCTIONS) * counted.points, counted.lanes
         sums_shape: Any = jax.ShapeDtypeStruct((*grid, *block), jnp.float32)
         out_shape = [out_shape, sums_shape]
         ones = (1,) * len(grid)
@@ -165,7 +166,7 @@ def call(
 
     def function(*refs: Any) -> None:
         read, out_ref = refs[:inputs], refs[1 + len(arrays)]
-        sums = Sums(refs[-1], refs[0][2]) if counted else None
+        sums = Sums(refs[-1], lambda tile: refs[0][2 + tile]) if counted else None
         kernel(*read, out_ref, sums=sums)
         if sums:
             sums.write()
@@ -183,7 +184,7 @@ def call(
         ),
         cost_estimate=pl.CostEstimate(flops=2 * products, bytes_accessed=size, transcendentals=0),
         interpret=interpret,
-    )(jnp.stack(scalars), *arrays)
+    )(jnp.concatenate([jnp.stack(scalars), *real_tokens]), *arrays)
     return (found[0], counted.merged(found[1])) if counted else (found, [])
 
 
@@ -204,7 +205,7 @@ def block_of_outputs(outputs: int, most: int) -> int:
     return max([n for n in range(LANES, max(most, LANES) + 1, LANES) if outputs % n == 0], default=outputs)
 
 
-def text_or_video(ref: Any, start: Any, tokens: int, text_tokens: Any) -> jax.Array:
-    """Choose the row of `ref` [2, embed] for each of some tokens, text or video; returns [tokens, embed]."""
+def by_part(ref: Any, start: Any, tokens: int, boundary: Any) -> jax.Array:
+    """Choose the row of `ref` [2, embed] for each of some tokens, before the boundary or not; [tokens, embed]."""
     token = start + lax.broadcasted_iota(jnp.int32, (tokens, 1), 0)
-    return jnp.where(token < text_tokens, ref[0:1], ref[1:2])
+    return jnp.where(token < boundary, ref[0:1], ref[1:2])

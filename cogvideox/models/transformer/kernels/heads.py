@@ -77,7 +77,7 @@ def to_heads(
         split: to which of them it projects, and where it writes them.
         norm: for queries and keys.
         interpret: run in Pallas' interpreter.
-        real_tokens: how many tokens are not padding; None for no sums.
+        real_tokens: how many tokens of each tile are not padding, int32 [tiles]; None for no sums.
         into: what an earlier call has returned for another place of the same array; None for a new array.
 
     Returns:

@@ -7,23 +7,23 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from cogvideox.models.transformer.kernels.common import TOKENS, Counted, Summed, call, text_or_video
+from cogvideox.models.transformer.kernels.common import TOKENS, Counted, Summed, by_part, call
 from cogvideox.models.transformer.layers import moments
 
 NORM_ROWS = 16  # tokens that it normalises at a time: the rows of a bfloat16 tile
 
 
 class Modulation(NamedTuple):
-    """What is done to normalised tokens: each is scaled and shifted, text and video differently.
+    """What is done to normalised tokens: each is scaled and shifted, those of text and of video differently.
 
     Attributes:
-        scales, shifts: of text and of video, float32 [2, embed].
-        text_tokens: how many of the tokens, from the first on, are text, int32 scalar.
+        scales, shifts: of the two parts, float32 [2, embed].
+        boundary: how many of the tokens, from the first on, are in the first part, int32 scalar.
     """
 
     scales: jax.Array
     shifts: jax.Array
-    text_tokens: jax.Array
+    boundary: jax.Array
 
 
 def modulated_norm(
@@ -31,7 +31,7 @@ def modulated_norm(
 ) -> Summed:
     """Compute the layer norm of hidden states [batch, tokens, embed], modulated.
 
-    Returns an array like `hidden`, and its `tap.sums` if there are `real_tokens`: how many are not padding.
+    Returns an array like `hidden`, and its `tap.sums` if there are `real_tokens`: how many of each tile are real.
 
     The kernel reads and writes the array once; XLA reads it twice, and takes longer over it.
     """
@@ -42,7 +42,7 @@ def modulated_norm(
     return call(
         functools.partial(_modulated_norm, eps=eps),
         "modulated_norm",
-        (modulation.text_tokens, jnp.int32(0)),
+        (modulation.boundary, jnp.int32(0)),
         [hidden, modulation.scales, modulation.shifts],
         grid=(batch, pl.cdiv(tokens, block)),
         in_specs=[tokens_spec, table, table],
@@ -64,7 +64,7 @@ def _modulated_norm(scalars_ref, hidden_ref, scales_ref, shifts_ref, out_ref, *,
         x = hidden_ref[0, rows].astype(jnp.float32)
         mean, scale = moments(x, eps)
         x = (x - mean) * scale
-        scale, shift = (text_or_video(ref, start + first, len(x), scalars_ref[0]) for ref in (scales_ref, shifts_ref))
+        scale, shift = (by_part(ref, start + first, len(x), scalars_ref[0]) for ref in (scales_ref, shifts_ref))
         out_ref[0, rows] = (x * scale + shift).astype(out_ref.dtype)
     if sums:
         sums.add(0, out_ref[0], start, axis=0)

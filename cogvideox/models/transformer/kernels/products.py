@@ -17,10 +17,10 @@ from cogvideox.models.transformer.kernels.common import (
     Summed,
     Weight,
     block_of_outputs,
+    by_part,
     call,
     fitting,
     matmul,
-    text_or_video,
 )
 
 TOKEN_VALUES, WEIGHT_VALUES = 3 * 2**20, 9 * 2**20  # values in a block of tokens and of a weight at most, in bfloat16
@@ -42,14 +42,14 @@ class Residual(NamedTuple):
     Attributes:
         hidden: [batch, tokens, embed].
         bias: [embed] or None.
-        gates: of text and of video, float32 [2, embed].
-        text_tokens: how many of the tokens, from the first on, are text, int32 scalar.
+        gates: of the two parts, float32 [2, embed].
+        boundary: how many of the tokens, from the first on, are in the first part, int32 scalar.
     """
 
     hidden: jax.Array
     bias: jax.Array | None
     gates: jax.Array
-    text_tokens: jax.Array
+    boundary: jax.Array
 
 
 def from_heads(
@@ -66,7 +66,8 @@ def from_heads(
         weight: of embed outputs and heads * head_dim inputs.
         residual: where this chip has all heads; None for its part of the product alone.
         interpret: run in Pallas' interpreter.
-        real_tokens: how many tokens are not padding; None for no sums. Without a residual there are none.
+        real_tokens: how many tokens of each tile are not padding, int32 [tiles]; None for no sums, as without a
+            residual.
 
     Returns:
         [batch, tokens, embed] of the dtype of the heads; and of the projection with its bias and of the result the
@@ -77,12 +78,12 @@ def from_heads(
     embed, block_tiles = weight.outputs, min(TOKENS // LANES, tiles)
     columns = block_of_outputs(embed, fitting(ROWS, dtype))
     tokens_spec = pl.BlockSpec((1, block_tiles * LANES, columns), lambda n, b, t, scalars: (b, t, n))
-    text_tokens, arrays, specs = _epilogue(residual, tokens_spec, columns, embed)
+    boundary, arrays, specs = _epilogue(residual, tokens_spec, columns, embed)
     spec = pl.BlockSpec((parts, block_tiles, 1, own, head_dim, LANES), lambda n, b, t, scalars: (0, t, b, 0, 0, 0))
     return call(
         functools.partial(_from_heads, groups=len(groups), interpret=interpret),
         "from_heads",
-        (text_tokens, weight.layer),
+        (boundary, weight.layer),
         [*groups, weight.stack, *arrays],
         grid=(embed // columns, batch, pl.cdiv(tiles, block_tiles)),
         in_specs=[*[spec] * len(groups), weight.spec(columns), *specs],
@@ -132,11 +133,11 @@ def dense(
     block = min(TOKENS, max(fitting(TOKEN_VALUES, x.dtype) // inputs // LANES, 1) * LANES, tokens)
     columns = block_of_outputs(outputs, min(fitting(ROWS, x.dtype), fitting(WEIGHT_VALUES, x.dtype) // inputs))
     out_spec = pl.BlockSpec((1, block, columns), lambda n, b, t, scalars: (b, t, n))
-    text_tokens, arrays, specs = _epilogue(after, out_spec, columns, outputs)
+    boundary, arrays, specs = _epilogue(after, out_spec, columns, outputs)
     return call(
         functools.partial(_dense, interpret=interpret),
         "dense_gelu" if isinstance(after, Gelu) else "dense",
-        (text_tokens, weight.layer),
+        (boundary, weight.layer),
         [x, weight.stack, *arrays],
         grid=(outputs // columns, batch, pl.cdiv(tokens, block)),
         in_specs=[
@@ -163,7 +164,7 @@ def _dense(scalars_ref, x_ref, weight_ref, *refs, interpret, sums):
 def _epilogue(
     after: Residual | Gelu | None, tokens_spec: pl.BlockSpec, columns: int, outputs: int
 ) -> tuple[jax.Array, list[jax.Array], list[pl.BlockSpec]]:
-    """Return the number of text tokens, and the arrays and specs that `_finished` needs after a product."""
+    """Return the boundary of text and video, and the arrays and specs that `_finished` needs after a product."""
 
     def table(rows: int) -> pl.BlockSpec:
         return pl.BlockSpec((rows, columns), lambda n, b, t, scalars: (0, n))
@@ -173,7 +174,7 @@ def _epilogue(
     bias = jnp.zeros((1, outputs), jnp.float32) if after.bias is None else after.bias.astype(jnp.float32)[None]
     if isinstance(after, Gelu):
         return jnp.int32(0), [bias], [table(1)]
-    return after.text_tokens, [bias, after.hidden, after.gates], [table(1), tokens_spec, table(2)]
+    return after.boundary, [bias, after.hidden, after.gates], [table(1), tokens_spec, table(2)]
 
 
 def _counted(
@@ -185,7 +186,7 @@ def _counted(
     return Counted(real_tokens, 2 if isinstance(after, Residual) else 1, batch * outputs, columns)
 
 
-def _finished(y, refs, rows, start, text_tokens, dtype, sums):
+def _finished(y, refs, rows, start, boundary, dtype, sums):
     """Do to a product y [tokens, outputs] what comes after it; `refs` are blocks of the arrays of `_epilogue`."""
     if not refs:
         return y.astype(dtype)
@@ -195,7 +196,7 @@ def _finished(y, refs, rows, start, text_tokens, dtype, sums):
         y = y.astype(hidden_ref.dtype).astype(jnp.float32) + bias_ref[...]
         if sums:
             sums.add(0, y, start, axis=0)
-        y = hidden_ref[0, rows].astype(jnp.float32) + text_or_video(gates_ref, start, len(y), text_tokens) * y
+        y = hidden_ref[0, rows].astype(jnp.float32) + by_part(gates_ref, start, len(y), boundary) * y
     else:
         y = jax.nn.gelu(y + bias_ref[...], approximate=True)
     y = y.astype(dtype)

@@ -16,7 +16,7 @@ from cogvideox.models.transformer.sparse.kernel import Call, Scalars
 from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
 from cogvideox.models.transformer.sparse.patterns import KINDS, Kind
 from cogvideox.models.transformer.sparse.table import HeadTable
-from custom_splash_attention import USE_K_SMOOTH, base2_factor, for_platform
+from custom_splash_attention import USE_K_SMOOTH, Heads, base2_factor, for_platform
 
 NAMES = {kind: f"exp2_splash_{kind}" for kind in KINDS}  # of the kernels
 ONLINE = "_online"  # ends the names of the online kernels
@@ -35,12 +35,14 @@ def sparse_attention(
     k_smooth: bool = USE_K_SMOOTH,
     interpret: Any = None,
     first_tile: jax.Array | None = None,
+    first: tuple[int, int, int] = (0, 0, 0),
 ) -> tuple[jax.Array, jax.Array]:
     """Compute softmax(scale query key^T) value over the tiles that each head's pattern names; see `Pattern`.
 
     Args:
         queries: [tiles, heads, head_dim, 128], of the aligned order, bfloat16 or float32.
-        keys, values: like `queries`, of the whole sequence; there may be more tiles than the layout's.
+        keys, values: like `queries`, of the whole sequence; there may be more tiles than the layout's. All three may
+            have more heads than the table, and be one array.
         table: numpy or jax arrays. Where `counts` are numpy's, the grids have fixed lengths.
         layout: of the sequence.
         kinds: those that `table` may have, which are compiled; the others' counts must be 0.
@@ -50,32 +52,37 @@ def sparse_attention(
         interpret: run in Pallas' interpreter; by default where the call is not compiled for a TPU.
         first_tile: the tile of the sequence with which the queries begin, int32 scalar, where they are only a part of
             it; None where they begin with it and are all.
+        first: the first of the table's heads in each of the three arrays.
 
     Returns:
-        An array like `queries`, in which tiles beyond the layout's are 0, and of each head the share of its blocks of
-        queries that the online kernel computed, float32 [heads]. What stands at padded tokens is undefined.
+        An array like `queries`, of the table's heads, in which tiles beyond the layout's are 0, and of each head the
+        share of its blocks of queries that the online kernel computed, float32 [heads]. What stands at padded tokens is
+        undefined.
 
     Raises:
         ValueError: shapes or dtypes do not fit together, or the keys of a head do not fit a core's VMEM.
     """
-    _check(queries, keys, values, table, layout, first_tile)
+    _check(queries, keys, values, table, layout, first_tile, first)
     head_dim, itemsize = queries.shape[2], queries.dtype.itemsize
+    heads = Heads(len(table.order), *first)
     factor, whole = base2_factor(scale, head_dim), first_tile is None and len(queries) >= layout.tiles
     fixed = table.counts.tolist() if isinstance(table.counts, np.ndarray) else [None] * len(KINDS)
     used = [kind for kind, count in zip(KINDS, fixed, strict=True) if kind in kinds and count != 0]
     geometries = {kind: geometry_of(kind, layout, itemsize, head_dim, sizes, len(queries)) for kind in used}
 
     def run(queries, keys, values, table, first, interpret):
-        bound = key_bounds(queries, keys, layout, factor=factor, k_smooth=k_smooth, interpret=interpret)
+        bound = key_bounds(queries, keys, layout, heads=heads, factor=factor, k_smooth=k_smooth, interpret=interpret)
         # Where the queries are whole, the calls write all tiles of the layout.
-        output = lax.empty(queries.shape, queries.dtype) if whole else jnp.zeros_like(queries)
-        online = jnp.zeros(queries.shape[1], jnp.float32)
+        shape = len(queries), heads.number, *queries.shape[2:]
+        output = lax.empty(shape, queries.dtype) if whole else jnp.zeros(shape, queries.dtype)
+        online = jnp.zeros(heads.number, jnp.float32)
         for kind, geometry in geometries.items():
             index = KINDS.index(kind)
             start, count = table.counts[:index].sum(), table.counts[index] if fixed[index] is None else fixed[index]
-            heads = _Heads(jnp.roll(table.order, -start), jnp.roll(table.windows, -start), count)
+            of_kind = _Heads(jnp.roll(table.order, -start), jnp.roll(table.windows, -start), count)
             call = Call(
                 geometry=geometry,
+                all_heads=heads,
                 name=NAMES[kind],
                 factor=factor,
                 real_keys=layout.real_tokens,
@@ -83,14 +90,14 @@ def sparse_attention(
                 whole=whole and geometry.is_whole(len(queries)),
                 interpret=interpret,
             )
-            output, online = _run(call, heads, layout, first, (queries, keys, values), bound, output, online)
+            output, online = _run(call, of_kind, layout, first, (queries, keys, values), bound, output, online)
         if whole and len(queries) > layout.tiles:
             output = output.at[layout.tiles :].set(0)
         # Without this, XLA may choose a loop's layout for the operation that reads it, and copy what was written.
         return with_layout_constraint(output, Layout(major_to_minor=(0, 1, 2, 3))), online
 
-    first = jnp.zeros(1, jnp.int32) if first_tile is None else jnp.reshape(first_tile, 1).astype(jnp.int32)
-    return for_platform(run, interpret)(queries, keys, values, HeadTable(*map(jnp.asarray, table)), first)
+    first_tiles = jnp.zeros(1, jnp.int32) if first_tile is None else jnp.reshape(first_tile, 1).astype(jnp.int32)
+    return for_platform(run, interpret)(queries, keys, values, HeadTable(*map(jnp.asarray, table)), first_tiles)
 
 
 class _Heads(NamedTuple):
@@ -162,9 +169,12 @@ def _check(
     table: HeadTable,
     layout: AlignedLayout,
     first_tile: jax.Array | None,
+    firsts: tuple[int, int, int],
 ) -> None:
     """Raise ValueError if shapes or dtypes do not fit together."""
-    fit = keys.shape == values.shape and queries.ndim == 4 and queries.shape[1:] == keys.shape[1:]
+    heads = len(table.order)
+    counts = [array.shape[1] - first for array, first in zip((queries, keys, values), firsts, strict=True)]
+    fit = len(keys) == len(values) and queries.shape[2:] == keys.shape[2:] == values.shape[2:] and min(counts) >= heads
     if not fit or queries.shape[3] != LANES or len(keys) < layout.tiles:
         shapes = f"queries {queries.shape}, keys {keys.shape}, values {values.shape}"
         raise ValueError(f"shapes do not fit together: {shapes}, of a sequence of {layout.tiles} tiles")
@@ -174,6 +184,6 @@ def _check(
         raise ValueError(f"{len(queries)} tiles of queries are too few: the text has {layout.text_tiles}")
     if not queries.dtype == keys.dtype == values.dtype or queries.dtype not in (jnp.bfloat16, jnp.float32):
         raise ValueError(f"expected bfloat16 or float32 throughout, got {queries.dtype}, {keys.dtype}, {values.dtype}")
-    heads, found = queries.shape[1], tuple(np.shape(array) for array in table)
+    found = tuple(np.shape(array) for array in table)
     if found != ((heads,), (heads,), (len(KINDS),)):
         raise ValueError(f"the table of {heads} heads has the shapes {found}")

@@ -24,6 +24,7 @@ from cogvideox.models.transformer.sparse.geometry import Geometry
 from cogvideox.models.transformer.sparse.layout import LANES
 from custom_splash_attention import (
     MASKED,
+    Heads,
     core,
     fast_steps,
     in_hbm,
@@ -65,6 +66,7 @@ class Call:
 
     Attributes:
         geometry: see `Geometry`.
+        all_heads: where the heads are in the arrays of queries, keys and values.
         name: of the kernel.
         factor: of the scores, in base 2.
         real_keys: keys of a head that are not padding.
@@ -74,6 +76,7 @@ class Call:
     """
 
     geometry: Geometry
+    all_heads: Heads
     name: str
     factor: float
     real_keys: int
@@ -96,30 +99,30 @@ class Call:
         Args:
             scalars: see `Scalars`; the online kernel has one head, and its blocks in rising order.
             count: int32 scalar or int, at least 1.
-            queries, keys, values: [tiles, heads, head_dim, 128].
+            queries, keys, values: [tiles, heads or more, head_dim, 128].
             bound: float32 [tiles of queries, heads, 1, 128]; None for the online kernel.
-            output: like `queries`; what the call does not compute stays as it is.
+            output: like `queries`, of the heads; what the call does not compute stays as it is.
 
         Returns:
             The output, written into the array given, and of the fast kernel an array [heads, blocks, 1, 128] in the
             order of `scalars.heads`, which is not 0 where the result is not exact.
         """
-        geometry, (q_tiles, heads, head_dim, _) = self.geometry, queries.shape
-        assert keys.shape == values.shape == (keys.shape[0], heads, head_dim, LANES), (keys.shape, values.shape)
+        geometry, (heads, _, first_key, first_value) = self.geometry, self.all_heads
+        q_tiles, _, head_dim, _ = queries.shape
+        assert len(keys) == len(values) and keys.shape[2:] == values.shape[2:] == (head_dim, LANES), keys.shape
         assert keys.shape[0] >= geometry.tiles and q_tiles >= geometry.part_tiles, (keys.shape, queries.shape, geometry)
-        assert output.shape == queries.shape and len(scalars.key_tiles) * LANES == geometry.key_rows
+        assert output.shape == (q_tiles, heads, head_dim, LANES) and len(scalars.key_tiles) * LANES == geometry.key_rows
         assert (bound is None) == self.online and (bound is None or bound.shape == (q_tiles, heads, 1, LANES))
         buffers = geometry.key_buffers(head_dim, queries.dtype.itemsize)
 
-        def of_head(tiles: int, rows: int, **options: Any) -> pl.BlockSpec:
-            return pl.BlockSpec((tiles, 1, rows, LANES), lambda h, i, heads, *_: (0, heads[h], 0, 0), **options)
+        def of_head(tiles: int, rows: int, first: int, **options: Any) -> pl.BlockSpec:
+            return pl.BlockSpec((tiles, 1, rows, LANES), lambda h, i, heads, *_: (0, first + heads[h], 0, 0), **options)
 
-        anywhere, key_spec = pl.BlockSpec(memory_space=pl.ANY), of_head(geometry.tiles, head_dim)
-        if buffers == 1:
-            key_spec = of_head(geometry.tiles, head_dim, pipeline_mode=pl.Buffered(1))
-        arrays, specs = [queries, keys, values], [anywhere, key_spec, key_spec]
+        anywhere, options = pl.BlockSpec(memory_space=pl.ANY), {"pipeline_mode": pl.Buffered(1)} if buffers == 1 else {}
+        key_specs = [of_head(geometry.tiles, head_dim, first, **options) for first in (first_key, first_value)]
+        arrays, specs = [queries, keys, values], [anywhere, *key_specs]
         if bound is not None:
-            arrays, specs = [*arrays, bound], [*specs, of_head(q_tiles, 1)]
+            arrays, specs = [*arrays, bound], [*specs, of_head(q_tiles, 1, 0)]
         inexact = jax.ShapeDtypeStruct((heads, geometry.blocks, 1, LANES), jnp.float32)
         inexact_spec = pl.BlockSpec((1, 1, 1, LANES), lambda h, i, *_: (h, i, 0, 0))
         return pl.pallas_call(
@@ -132,7 +135,7 @@ class Call:
                 out_specs=[anywhere] if self.online else [anywhere, inexact_spec],
                 scratch_shapes=self._scratch(head_dim, queries.dtype),
             ),
-            out_shape=[jax.ShapeDtypeStruct(queries.shape, queries.dtype), *[inexact] * (not self.online)],
+            out_shape=[jax.ShapeDtypeStruct(output.shape, queries.dtype), *[inexact] * (not self.online)],
             input_output_aliases={len(scalars) + len(arrays): 0},
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=core().vmem
@@ -165,7 +168,8 @@ class _Refs(NamedTuple):
 
     Attributes:
         scalars: see `Scalars`.
-        queries, output: arrays in HBM, of which the kernel copies tiles itself, [tiles, heads, head_dim, 128].
+        queries, output: arrays in HBM, of which the kernel copies tiles itself, [tiles, heads or
+            more, head_dim, 128].
         keys, values: of the head, [tiles, 1, head_dim, 128].
         bound: of the head, [tiles, 1, 1, 128]; None in the online kernel.
         inexact: see `Call.__call__`; None in the online kernel.
@@ -305,7 +309,8 @@ class _Step:
 
     def fetches(self, step: Any, runs: list[_Run]) -> list:
         """Return the copies that bring the queries of a step's runs into VMEM."""
-        buffer, queries = step % 2, self.refs.queries.at[:, self.refs.scalars.heads[self.head]]
+        head = self.call.all_heads.query + self.refs.scalars.heads[self.head]
+        buffer, queries = step % 2, self.refs.queries.at[:, head]
         target, semaphore = self.refs.fetched.at[buffer], self.refs.fetching.at[buffer]
         copies = []
         for index, run in enumerate(runs):

@@ -5,7 +5,7 @@ tiles can say which frames, or which places of all frames, a head attends.
 """
 
 import dataclasses
-from typing import Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,12 @@ class AlignedLayout:
         frames: frames of patches; where a patch has two latent frames, pairs of them.
         frame_tokens: patches of a frame.
         text_tokens: tokens of the text.
+        text_first: whether the text lies before the video.
+        multiple: of which each chip's share of the tokens is a multiple.
     """
+
+    text_first: ClassVar[bool] = False
+    multiple: ClassVar[int] = LANES
 
     frames: int
     frame_tokens: int
@@ -66,6 +71,22 @@ class AlignedLayout:
         return self.text_tokens + self.frames * self.frame_tokens
 
     @property
+    def boundary(self) -> int:
+        """Where the text begins, in tokens."""
+        return self.video_tiles * LANES
+
+    @property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """First and last place of the text and of each frame, in tokens."""
+        return ((self.boundary, self.boundary + self.text_tokens), *self.video_runs)
+
+    @property
+    def video_runs(self) -> tuple[tuple[int, int], ...]:
+        """First and last place of each frame, in tokens."""
+        frames = range(0, self.boundary, self.frame_tiles * LANES)
+        return tuple((first, first + self.frame_tokens) for first in frames)
+
+    @property
     def padding(self) -> float:
         """The share by which the aligned sequence is longer than the packed one."""
         return self.tokens / self.real_tokens - 1
@@ -83,7 +104,7 @@ class AlignedLayout:
 
     def positions(self) -> np.ndarray:
         """Return where in the aligned order each token of the packed order lies, int32 [real tokens]."""
-        text = self.video_tiles * LANES + np.arange(self.text_tokens)
+        text = self.boundary + np.arange(self.text_tokens)
         video = np.arange(self.frames)[:, None] * self.frame_tiles * LANES + np.arange(self.frame_tokens)
         return np.concatenate([text, video.reshape(-1)]).astype(np.int32)
 
@@ -110,18 +131,18 @@ class AlignedLayout:
         """
         shape, axis = x.shape, axis % x.ndim
         x = x.reshape(*shape[:axis], self.frames, self.frame_tokens, *shape[axis + 1 :])
-        x = _padded(x, axis + 1, 0, self.frame_tiles * LANES)
+        x = padded_to(x, axis + 1, 0, self.frame_tiles * LANES)
         x = x.reshape(*shape[:axis], -1, *shape[axis + 1 :])
-        return _padded(x, axis, 0, self.tokens if tokens is None else tokens)
+        return padded_to(x, axis, 0, self.tokens if tokens is None else tokens)
 
     def place_text(self, x: jax.Array, axis: int, tokens: int | None = None) -> jax.Array:
         """Put tokens of the text where they lie; all others are 0. Arguments as for `place_video`."""
-        return _padded(x, axis % x.ndim, self.video_tiles * LANES, self.tokens if tokens is None else tokens)
+        return padded_to(x, axis % x.ndim, self.boundary, self.tokens if tokens is None else tokens)
 
     def video(self, x: jax.Array, axis: int) -> jax.Array:
         """Take the video's tokens, in the packed order, out of an aligned array, of which a mesh may have padded."""
         axis = axis % x.ndim
-        x = jax.lax.slice_in_dim(x, 0, self.video_tiles * LANES, axis=axis)
+        x = jax.lax.slice_in_dim(x, 0, self.boundary, axis=axis)
         shape = x.shape
         x = x.reshape(*shape[:axis], self.frames, -1, *shape[axis + 1 :])
         x = jax.lax.slice_in_dim(x, 0, self.frame_tokens, axis=axis + 1)
@@ -129,7 +150,7 @@ class AlignedLayout:
 
     def text(self, x: jax.Array, axis: int) -> jax.Array:
         """Take the text's tokens out of an aligned array."""
-        first = self.video_tiles * LANES
+        first = self.boundary
         return jax.lax.slice_in_dim(x, first, first + self.text_tokens, axis=axis % x.ndim)
 
     def from_packed(self, x: jax.Array, axis: int, tokens: int | None = None) -> jax.Array:
@@ -137,9 +158,9 @@ class AlignedLayout:
         axis = axis % x.ndim
         text = jax.lax.slice_in_dim(x, 0, self.text_tokens, axis=axis)
         video = jax.lax.slice_in_dim(x, self.text_tokens, self.real_tokens, axis=axis)
-        video = self.place_video(video, axis, self.video_tiles * LANES)
+        video = self.place_video(video, axis, self.boundary)
         tokens = self.tokens if tokens is None else tokens
-        text = _padded(text, axis, 0, tokens - self.video_tiles * LANES)
+        text = padded_to(text, axis, 0, tokens - self.boundary)
         return jnp.concatenate([video, text], axis)
 
     def to_packed(self, x: jax.Array, axis: int) -> jax.Array:
@@ -147,8 +168,8 @@ class AlignedLayout:
         return jnp.concatenate([self.text(x, axis), self.video(x, axis)], axis % x.ndim)
 
 
-def _padded(x: jax.Array, axis: int, first: int, length: int) -> jax.Array:
+def padded_to(x: jax.Array, axis: int, first: int, length: int) -> jax.Array:
     """Pad an axis with zeros so that `x` begins at `first` of `length`."""
     edges = [(0, 0)] * x.ndim
-    edges[axis] = first, length - first - x.shape[axis]
+    edges[axis % x.ndim] = first, length - first - x.shape[axis]
     return jnp.pad(x, edges)

@@ -74,7 +74,7 @@ def head_order(costs: Sequence[float], chips: int) -> np.ndarray:
     """Share heads among chips so that each has equally many, and the most work of a chip is small.
 
     The heaviest head goes first, to the chip with the least work that has room; then heads are swapped between chips
-    as long as that makes the heavier of two lighter.
+    as long as that makes the heavier of two lighter. Heads that all cost the same stay as they are.
 
     Args:
         costs: of each head, as `geometry.predicted_cycles` tells.
@@ -90,6 +90,8 @@ def head_order(costs: Sequence[float], chips: int) -> np.ndarray:
     if len(costs) % chips:
         raise ValueError(f"{chips} chips cannot share {len(costs)} heads evenly")
     room, work = len(costs) // chips, np.asarray(costs, np.float64)
+    if (work == work[0]).all():
+        return np.arange(len(costs), dtype=np.int32)
     shares: list[list[int]] = [[] for _ in range(chips)]
     for head in np.argsort(-work, kind="stable").tolist():
         open_shares = [share for share in shares if len(share) < room]
