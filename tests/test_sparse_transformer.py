@@ -95,7 +95,7 @@ def ours(module, patterns, mesh, name, wanted=None):
     heads = config["num_attention_heads"]
     devices = make_mesh(sizes, jax.devices()[: np.prod(mesh)])
     parallelism = Parallelism(devices, query_parts=query_parts(sizes, heads))
-    sparse = SparseAttention(patterns)
+    sparse = SparseAttention(patterns, dense_steps=0)
     placed = sparse.placed(LAYOUT, parallelism.tp * parallelism.head_parts, parallelism.head_groups(heads))
     stored = {name: weight.numpy() for name, weight in module.state_dict().items()}
     parameters = load_parameters(stored.__getitem__, config, parallelism, jnp.float32, head_order=placed.order)
@@ -119,14 +119,7 @@ def narrow_groups(monkeypatch):
     monkeypatch.setattr(layouts, "GROUP_TILES", 4)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "name"),
-    [
-        *[((1, 1, 1), "xla"), ((2, 2, 2), "xla"), ((2, 2, 2), "splash_exp2")],
-        *[pytest.param(mesh, "splash_exp2", marks=pytest.mark.slow) for mesh in [(1, 1, 1), (1, 8, 1), (1, 1, 8)]],
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("mesh", "name"), [((2, 2, 2), "xla"), ((2, 2, 2), "splash_exp2")], ids=str)
 def test_modules_match_masked_diffusers(mesh, name):
     """Prediction, tapped arrays in the model's order of heads and tokens, and statistics without padding."""
     module = make_module(SMALL)
@@ -151,16 +144,12 @@ def test_modules_match_masked_diffusers(mesh, name):
             assert error < 2e-5, f"statistics of {point}: {row}, of diffusers' array {truth}"
 
 
-@pytest.mark.parametrize(
-    ("heads", "mesh", "name"),
-    [(4, (1, 8, 1), "splash_exp2"), pytest.param(3, (1, 8, 1), "xla", marks=pytest.mark.slow)],
-)
-def test_chips_that_do_not_divide_the_heads(heads, mesh, name):
-    """Groups of chips attend parts of the queries."""
-    module = make_module(SMALL | {"num_attention_heads": heads, "num_layers": 2})
-    patterns = map_of(2, heads, ("positions", "frames"))
+def test_chips_that_do_not_divide_the_heads():
+    """Two groups of four chips, of which each attends a part of the queries."""
+    module = make_module(SMALL | {"num_attention_heads": 4, "num_layers": 2})
+    patterns = map_of(2, 4, ["frames"])
     expected, _ = masked_outputs(module, patterns)
-    prediction, _ = ours(module, patterns, mesh, name)
+    prediction, _ = ours(module, patterns, (1, 8, 1), "splash_exp2")
     assert (error := relative_error(prediction, expected)) < 2e-5, f"{error:.1e}"
 
 
