@@ -39,7 +39,7 @@ def make_model(folder: Path, layers: Sequence[Sequence[str]]) -> None:
         attention_head_dim=HEAD_DIM,
         num_layers=len(layers),
         max_text_seq_length=64,
-        vae_channels=(8, 8, 8),
+        vae_channels=(4, 4, 4),
         vae_groups=4,
     )
     path = folder / "transformer"

@@ -59,6 +59,8 @@ RUN_ELSEWHERE = {
     r"\S*python -m compile_for_tpu kernel .*": "test_compile_for_tpu.py::test_kernel",
     r"\S*python -m benchmarks\.on_device( --beside diffusers)?": "test_on_device.py::test_everything_runs",
     r"\S*python -m benchmarks\.quality.*": "test_tiny_model.py::test_quality_of_a_few_captions",
+    r"\S*python -m tools\.fit_sparse_attention .*": "test_fit_sparse_attention.py::test_known_heads_are_found",
+    r"python stage2_transformer\.py .*--sparse_attention .*": "test_sparse_map.py::test_a_run_with_a_map",
     r"\S*python -m tools\.train_tiny_image_model.*": "test_tiny_image_model.py::test_the_recipe_on_a_few_batches",
     r"\S*python -m tools\.train.*": "test_train_tiny_model.py::test_all_parts_and_the_folder_that_comes_out",
     r"python stage2_transformer\.py --num_processes .*": "test_hosts.py::test_latents_of_several_processes",

@@ -13,7 +13,7 @@ from cogvideox.models.transformer.sparse.geometry import predicted_cycles
 from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
 from cogvideox.models.transformer.sparse.patterns import Kind, Pattern, head_order
 
-SAMPLED_TILES = 32  # of queries, by which a head is judged: 4,096 tokens
+SAMPLED_TILES = 16  # of queries, by which a head is judged: 2,048 tokens
 GOLDEN = (math.sqrt(5) - 1) / 2  # of whose multiples the fractional parts are evenly spread, however many there are
 
 
@@ -73,12 +73,13 @@ def pattern_errors(
     """
     scale = queries.shape[2] ** -0.5 if scale is None else scale
     first = jnp.int32(0) if first_tile is None else jnp.reshape(first_tile, ()).astype(jnp.int32)
-    # However the queries begin, they have at most so many of the tiles.
+    # However the queries begin, they have at most so many of the tiles, which are neighbours in the list.
     most = max(np.searchsorted(tiles, tile + len(queries)) - number for number, tile in enumerate(tiles))
-    numbers = jnp.searchsorted(tiles, first) + jnp.arange(most)
-    chosen = jnp.asarray(tiles)[jnp.minimum(numbers, len(tiles) - 1)]
-    is_here = (numbers < len(tiles)) & (chosen < first + len(queries))
-    place = jnp.clip(chosen - first, 0, len(queries) - 1)
+    none = np.full(most, np.iinfo(np.int32).max, np.int32)
+    start = jnp.searchsorted(tiles, first)
+    chosen = lax.dynamic_slice_in_dim(jnp.asarray(np.concatenate([tiles, none])), start, most)
+    is_here = chosen < first + len(queries)
+    place = jnp.where(is_here, chosen - first, 0)
 
     real = jnp.asarray(layout.is_real().reshape(-1, 1, 1, LANES))
     keys, values = (jnp.where(real, x[: layout.tiles], 0).astype(jnp.float32) for x in (keys, values))
@@ -118,10 +119,10 @@ def outputs_under(
         [patterns, heads, head_dim, 128].
     """
     exact = lax.Precision.HIGHEST
-    scores = jnp.einsum("hdq,khdl->khql", query, keys, precision=exact) * scale
-    scores = jnp.where(real, scores, -jnp.inf)
-    maxima = scores.max(3)  # [tiles, heads, 128]
-    sums = jnp.einsum("khql,khdl->khdq", jnp.exp(scores - maxima[..., None]), values, precision=exact)
+    scores = jnp.einsum("khdl,hdq->khlq", keys, query, precision=exact) * scale
+    scores = jnp.where(real.swapaxes(2, 3), scores, -jnp.inf)
+    maxima = scores.max(2)  # [tiles, heads, 128]
+    sums = jnp.einsum("khdl,khlq->khdq", values, jnp.exp(scores - maxima[:, :, None]), precision=exact)
     maxima = jnp.where(near[:, :, None, None], maxima, -jnp.inf)  # [patterns, tiles, heads, 128]
     factors = jnp.exp(maxima - maxima.max(1, keepdims=True))
     sums = jnp.einsum("pkhq,khdq->phdq", factors, sums, precision=exact)
