@@ -291,9 +291,8 @@ class Search:
     def other_seconds(self) -> float:
         """Return about the seconds of all else in a step, for its products."""
         width = self.plan.transformer["num_attention_heads"] * self.plan.transformer["attention_head_dim"]
-        weights = (
-            12 * width**2 * self.plan.transformer["num_layers"]
-        )  # four in attention, the MLP has four times the width
+        # Of the weights of a layer four are in attention, and the MLP has four times the width.
+        weights = 12 * width**2 * self.plan.transformer["num_layers"]
         products = 2 * weights * self.layout.tokens * self.plan.prompts / self.plan.mesh.size
         return products / CHIP.flops / OTHERS
 
