@@ -27,6 +27,8 @@ OPTIONS = (
     "--guidance_interval 0,4",  # of 10 steps; the program is that of all intervals
     "--videos_at_once 8",
 )
+MAPS = ("1*dense", "0.5*frames:1", "0.75*frames:1", "0.5*frames:1+0.25*positions:2")  # of sparse attention, made up
+SPARSE_STEPS = {"v6e-8": MAPS, "v6e-1": MAPS[2:3]}
 PATTERNS = ("dense", "frames:1", "frames:2", "positions:2")
 
 
@@ -40,6 +42,11 @@ def commands() -> list[str]:
         "encoder --topology v6e-8",
         *(f"stage2 --topology {slice_}" for slice_ in (*V6E, *HOSTS, *OTHER_TPUS)),
         *(f"stage2 --topology v6e-8 {options}" for options in OPTIONS),
+        *(
+            f"stage2 --topology {slice_} --sparse_attention {one}"
+            for slice_, maps in SPARSE_STEPS.items()
+            for one in maps
+        ),
         *(f"{one_prompt} --topology {slice_}" for slice_ in (*V6E, "v6e-32", "7x-4", "7x-8")),
         *(f"stage2 --topology {slice_}{of(size)}" for size, slice_ in itertools.product((SMALL, MIDDLE), V6E)),
         *(f"{one_prompt} --topology {slice_}{of(SMALL)}" for slice_ in V6E),

@@ -36,6 +36,7 @@ from cogvideox.errors import UserError
 from cogvideox.features import features_of
 from cogvideox.files import generation_defaults, published, writing
 from compile_for_tpu import report
+from compile_for_tpu.programs import label_of
 
 ROOT = Path(__file__).resolve().parent.parent
 INLINE = re.compile(r"(<!-- figure: (.+?) -->)(.*?)(<!-- / -->)")
@@ -202,6 +203,20 @@ def saved_steps(count: int = 50) -> str:
     label = f"`--guidance_interval 0,24` ({seconds(guided, 3)} with guidance, {seconds(alone, 3)} without)"
     rows.append([label, "", "", f"{total:.1f}"])
     return table(["50 steps", "TeaCache's factor", "steps skipped, from the factor", "seconds, predicted"], rows)
+
+
+def sparse_steps() -> str:
+    """Return the steps whose heads have patterns, beside dense ones on the same chips."""
+    rows = []
+    for slice_, maps in reports.SPARSE_STEPS.items():
+        name, dense = reports.step_file(slice_, LARGE, guided=True), step(slice_, LARGE, guided=True)
+        of_maps = {f"`{one}`": name.replace(".json", f"-sparse_attention={label_of(one)}.json") for one in maps}
+        for which, found in {"no map": dense, **{one: result(file) for one, file in of_maps.items()}}.items():
+            share, ratio = found["options"].get("density", "1"), found["predicted_seconds"] / dense["predicted_seconds"]
+            memory = f"{found['memory']['peak']:.1f} GiB"
+            rows.append([slice_, which, share, f"{found['predicted_seconds']:.3f} s", f"{ratio:.2f}", memory])
+    heading = ["slice", "share of the heads * pattern; the others are dense", "scores", "a step, predicted"]
+    return table([*heading, "beside no map", "memory of a chip"], rows)
 
 
 def groups() -> str:
@@ -569,6 +584,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoder": decoder,
     "several hosts": several_hosts,
     "saved steps": saved_steps,
+    "sparse steps": sparse_steps,
     "groups": groups,
     "compile report": compile_report,
     "steps": steps,

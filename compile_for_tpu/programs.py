@@ -15,7 +15,7 @@ from cogvideox.errors import UserError
 from cogvideox.files import checkpoint, published, sparse_map
 from cogvideox.files.names import CONFIGS
 from cogvideox.files.tensors import compute_dtype
-from cogvideox.run import plans
+from cogvideox.run import plans, sparse_maps
 from compile_for_tpu.prediction import Programs
 from compile_for_tpu.sparse_work import sparse_work
 from compile_for_tpu.topologies import compiling_for
@@ -59,11 +59,11 @@ def labels(arguments: argparse.Namespace, defaults: argparse.Namespace) -> list[
         found.append(f"model={model_name(model)}")
     for name, value in vars(arguments).items():
         if name not in NOT_IN_NAME and value != getattr(defaults, name):
-            found.append(f"{name}={_label(value)}")
+            found.append(f"{name}={label_of(value)}")
     return found
 
 
-def _label(value: object) -> str:
+def label_of(value: object) -> str:
     """Return an option's value as a part of a file's name."""
     if isinstance(value, Path):
         return value.stem
@@ -85,7 +85,9 @@ def add_stage2_options(parser: ArgumentParser) -> None:
     options.add_preset_option(parser)
     inside, group = parser.group("looking inside"), parser.group("sampling")
     inside.add_argument("--dump_stats", action="store_true", help="the step as it is with stage 2's --dump_stats")
-    inside.add_argument("--dump_names", nargs="+", metavar="PATTERN", help="the step as it is with stage 2's --dump_names")
+    inside.add_argument(
+        "--dump_names", nargs="+", metavar="PATTERN", help="the step as it is with stage 2's --dump_names"
+    )
     group.add_argument("--skipped_step", action="store_true", help="the step that skips the blocks, of a step cache")
     group.add_argument(
         "--unguided_step", action="store_true", help="the step without guidance, of a run with --guidance_interval"
@@ -130,6 +132,7 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
     )
     if work:
         scores = calls * sum(work.scores.values())
+    density = {"density": f"{sparse_maps.density(plan):.4f}"} if plan.sparse else {}
     return Programs(
         traced=[traced],
         times=[1],
@@ -138,7 +141,7 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
         trips=work.trips if work else {},
         lengths=work.lengths if work else {},
         attention_flops=0 if kind.short else 4 * config["attention_head_dim"] * scores * config["num_layers"],
-        options=_size(arguments) | {"guided": kind.guided} | plan.program_options,
+        options=_size(arguments) | {"guided": kind.guided} | plan.program_options | density,
         model=model_name(arguments.model_id),
         name="denoising step",
         executable_options=plan.program_options,
