@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from cogvideox.models.shared.sizes import MOST_ELEMENTS
-from cogvideox.models.vae import conv_kernel, vae_flax, vae_layers, vae_torchax
+from cogvideox.models.vae import conv_blocks, conv_kernel, vae_flax, vae_layers, vae_torchax
 from cogvideox.models.vae.conv_input import conv_input, plain_conv_input, repeated
 from cogvideox.models.vae.decoder import chunk_programs, chunk_sizes, decode, to_pixels
 from cogvideox.models.vae.spatial_split import Split, choose_split
@@ -294,8 +294,8 @@ def test_conv_kernel(source, out, frames, factor, scale, shortcut, cached, block
     wide = lambda x: x.astype(jnp.float32)  # noqa: E731
     stored, height, width, channels = source
     history = 2 if factor == 1 else 0
-    fitted = conv_kernel.fitting(
-        conv_kernel.Shape(
+    fitted = conv_blocks.fitting(
+        conv_blocks.Shape(
             frames, height, width, channels, out, history, cached, factor, dtype.dtype.itemsize, width // scale[2]
         )
     )
@@ -309,7 +309,7 @@ def test_conv_kernel(source, out, frames, factor, scale, shortcut, cached, block
     by = (array(stored, height, width, 8, shortcut), array(shortcut, out) / 16) if shortcut else None
     added = None if factor == 2 or shortcut else residual
     found = conv_kernel.convolve(
-        *(fitted, x, *factors, edges, cache, conv_kernel.packed_weight(weight, fitted), bias, added, by),
+        *(fitted, x, *factors, edges, cache, conv_blocks.packed_weight(weight, fitted), bias, added, by),
         jnp.array([width - 1]),
         activation=jax.nn.silu,
         interpret=True,
@@ -341,13 +341,13 @@ def test_conv_kernel(source, out, frames, factor, scale, shortcut, cached, block
 
 def test_which_convolutions_the_kernel_takes(monkeypatch):
     """Those of the real decoder on v6e, but not of so narrow blocks that it is no gain, nor on a TPU with less VMEM."""
-    shape = functools.partial(conv_kernel.Shape, 8, 48, history=2, cached=True, factor=1, itemsize=2, each=8)
-    assert conv_kernel.fitting(shape(344, 256, 128)).blocks == 1
-    assert conv_kernel.fitting(shape(1360, 256, 128)).blocks > 1
+    shape = functools.partial(conv_blocks.Shape, 8, 48, history=2, cached=True, factor=1, itemsize=2, each=8)
+    assert conv_blocks.fitting(shape(344, 256, 128)).blocks == 1
+    assert conv_blocks.fitting(shape(1360, 256, 128)).blocks > 1
     for channels, out in ((16, 512), (128, 3)):
-        assert conv_kernel.fitting(shape(344, channels, out)) is None
-    monkeypatch.setattr(conv_kernel, "vmem", lambda: 64 * 2**20)
-    assert conv_kernel.fitting(shape(344, 256, 128)) is None  # 43 latent columns do not divide
+        assert conv_blocks.fitting(shape(344, channels, out)) is None
+    monkeypatch.setattr(conv_blocks, "vmem", lambda: 64 * 2**20)
+    assert conv_blocks.fitting(shape(344, 256, 128)) is None  # 43 latent columns do not divide
 
 
 @pytest.mark.slow
@@ -403,7 +403,7 @@ def test_a_chunk_for_which_the_kernel_has_no_room(monkeypatch):
             for index, x in enumerate(chunks):
                 with monkeypatch.context() as patch:
                     if index == 1:
-                        patch.setattr(conv_kernel, "vmem", lambda: 0)
+                        patch.setattr(conv_blocks, "vmem", lambda: 0)
                     part = dataclasses.replace(split, for_tpu=for_tpu)
                     result, cache = vae_layers.computed(*vae_layers.causal_conv(x, weight, bias, cache, part))
                 assert isinstance(cache, conv_kernel.Cache) == for_tpu

@@ -20,7 +20,7 @@ from jax._src import source_info_util
 from jax.sharding import PartitionSpec
 
 from cogvideox.models.shared import tap
-from cogvideox.models.vae import conv_kernel
+from cogvideox.models.vae import conv_blocks, conv_kernel
 from cogvideox.models.vae.conv_input import conv_input, modulated, plain_conv_input, repeated
 from cogvideox.models.vae.spatial_split import Split
 
@@ -376,12 +376,12 @@ def _result(x: jax.Array, split: Split) -> jax.Array | Convolved:
 
 def _kernel_shape(
     x: Deferred, weight: jax.Array, split: Split, cached: bool = False, factor: int = 1
-) -> conv_kernel.Shape | None:
+) -> conv_blocks.Shape | None:
     """Return the shape of a convolution for its TPU kernel, or None if that cannot compute it."""
     frames, height, width, strips, channels = x.shape
-    if not split.for_tpu or strips != conv_kernel.STRIPS:
+    if not split.for_tpu or strips != conv_blocks.STRIPS:
         return None
-    shape = conv_kernel.Shape(
+    shape = conv_blocks.Shape(
         frames=frames,
         height=height,
         width=width,
@@ -393,11 +393,11 @@ def _kernel_shape(
         itemsize=x.values.dtype.itemsize,
         each=1 if x.scale is None else width // x.scale.shape[2],
     )
-    return conv_kernel.fitting(shape)
+    return conv_blocks.fitting(shape)
 
 
 def _in_kernel(
-    shape: conv_kernel.Shape,
+    shape: conv_blocks.Shape,
     x: Deferred,
     weight: jax.Array,
     bias: jax.Array,
@@ -411,7 +411,7 @@ def _in_kernel(
         fitted, total, by, residual = shape, bias, None, None
         if isinstance(added, Shortcut):
             with_shortcut = dataclasses.replace(shape, shortcut=added.x.shape[-1], blocks=1)
-            if found := conv_kernel.fitting(with_shortcut):
+            if found := conv_blocks.fitting(with_shortcut):
                 fitted, total, by = found, bias + added.bias, (added.x, added.weight)
         if added is not None and by is None:
             residual = array(added) if isinstance(added, Shortcut) else _stored(added)
@@ -423,7 +423,7 @@ def _in_kernel(
             x.offset,
             conv_kernel.Edges(*_edges(x, split)),
             cache,
-            conv_kernel.packed_weight(weight, fitted),
+            conv_blocks.packed_weight(weight, fitted),
             total,
             residual,
             by,
