@@ -144,7 +144,7 @@ def check_latents(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("sampled", SAMPLED, ids=["dpm-dynamic", "ddim-unguided"])
 def test_latents_match_the_pipeline(kind, encoded, true_latents, sampled):
-    """Without guidance with a map of sparse attention, too, all of whose steps are dense: in the order of its tokens."""
+    """Without guidance also in the order of tokens that a map of sparse attention makes, with dense steps alone."""
     aligned = () if sampled is SAMPLED[0] else ("--sparse_attention", encoded, "--dense_steps", 1)
     check_latents(denoise(kind, encoded, sampled, *aligned), true_latents[sampled])
 
