@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from cogvideox.models.transformer.plan import DenoisingPlan
+    from cogvideox.models.transformer.sparse.layout import AlignedLayout
     from cogvideox.models.vae.decoder import Decoder
     from cogvideox.models.vae.plan import DecodingPlan
 
@@ -46,6 +47,8 @@ class Scale:
             None if each size is run as it is.
         lengths: tokens for the attention kernel, those of the small and of the large video without guidance.
         heads: attention heads for the kernel.
+        token_grid: patches along frames, height and width of the video whose heads have patterns; None for those of the
+            video's size.
         checked_video, chunk_video: height, width and frames for the checks of a step, and of a chunk of the decoder.
         repetitions: how often something is timed.
         pace: what an entry takes here, as a part of the minutes that it says, which are those of a TPU.
@@ -56,6 +59,7 @@ class Scale:
     videos: Mapping[Size | None, Size] | None
     lengths: tuple[int, int]
     heads: int
+    token_grid: tuple[int, int, int] | None
     checked_video: Size
     chunk_video: Size
     repetitions: int
@@ -68,6 +72,7 @@ FULL = Scale(
     videos=None,
     lengths=(226 + video_tokens(SMALL), 226 + video_tokens(LARGE)),
     heads=6,  # what each of eight chips has of 48
+    token_grid=None,
     checked_video=(256, 256, 17),
     chunk_video=(96, 128, 9),
     repetitions=5,
@@ -94,6 +99,7 @@ ON_A_CPU = Scale(
     videos={LARGE: (32, 40, 9), MIDDLE: (24, 40, 9), SMALL: (16, 24, 9), None: (24, 40, 9)},
     lengths=(270, 530),
     heads=4,
+    token_grid=(4, 5, 13),  # so many frames that a pattern does not name all of them
     checked_video=(24, 40, 9),
     chunk_video=(24, 40, 9),
     repetitions=3,
@@ -135,10 +141,16 @@ class Machine:
         """Tokens for the attention kernel: those of the scale, the first of them the model's own if it is another."""
         if self.is_of_the_tables or self.scale.videos is not None:
             return self.scale.lengths
+        return self.layout(self.size).real_tokens, self.scale.lengths[0]
+
+    def layout(self, size: Size) -> "AlignedLayout":
+        """Return where the tokens of a video of a size lie if heads have patterns."""
         import jax
 
-        plan = self.denoising_plan(self.size, False, devices=jax.devices("cpu")[:1], platform="cpu")
-        return plan.tokens, self.scale.lengths[0]
+        from cogvideox.models.transformer.sparse.layout import AlignedLayout
+
+        plan = self.denoising_plan(self.video(size), False, devices=jax.devices("cpu")[:1], platform="cpu")
+        return AlignedLayout.of(self.scale.token_grid or plan.token_grid, plan.tokens - plan.video_tokens)
 
     def video(self, size: Size) -> Size:
         """Return height, width and frames that are run in the place of a size."""

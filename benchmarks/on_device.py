@@ -5,11 +5,11 @@
     python -m benchmarks.on_device --model CogVideoX-5B
     python -m benchmarks.on_device --beside diffusers
 
-The checks compare the attention kernel with a float32 reference; and a transformer block, a chunk of the decoder, and
-a step on every mesh of the devices with the CPU. The measurements are a denoising step and a decode in the sizes of
-docs/performance.md, or for another --model in its own; with --beside diffusers those of diffusers in torch on the same
-card, too. Weights are drawn on the devices, so nothing is downloaded. Without an accelerator, all of it runs on the CPU
-in small sizes.
+The checks compare the attention kernels, dense and block-sparse, with a float32 reference; and a transformer block, a
+chunk of the decoder, and a step on every mesh of the devices with the CPU. The measurements are a denoising step and a
+decode in the sizes of docs/performance.md, or for another --model in its own; with --beside diffusers those of
+diffusers in torch on the same card, too. Weights are drawn on the devices, so nothing is downloaded. Without an
+accelerator, all of it runs on the CPU in small sizes.
 
 Results are kept in the output folder after each entry, and the same command goes on where it ended. The exit status is
 1 if a check failed.
@@ -27,6 +27,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.attention_entries import (
+    ONLINE,
+    forced_online,
+    has_patterns_kernel,
+    kernel_check,
+    kernel_row,
+    patterns_checks,
+    patterns_row,
+)
 from benchmarks.diffusers_comparison import WRITTEN, comparisons, run_diffusers, torch_device
 from benchmarks.entries import (
     FAILURES,
@@ -47,25 +56,27 @@ from benchmarks.machine import (
     SCALES,
     WEIGHT_SEED,
     Machine,
+    Size,
     decode_frames,
     decode_name,
     draw_prompts,
     step_name,
 )
+from benchmarks.measuring import MemoryUse, compiled, predicted
 from benchmarks.page import pairs, text_of
 from benchmarks.reproduce_tables import MIDDLE
 from cogvideox.cli.options import add_log_options
 from cogvideox.cli.parser import ArgumentParser
 from cogvideox.cli.program import run
-from cogvideox.cli.report import Report, memory_of
+from cogvideox.cli.report import Report
 from cogvideox.cli.types import folder_path, number
 from cogvideox.errors import UserError
 from cogvideox.features import features_of
-from cogvideox.files import checkpoint, writing
+from cogvideox.files import checkpoint, sparse_map, writing
 from cogvideox.files.names import STAGE_OUTPUTS
 from cogvideox.run.accelerator import prepare_libraries
 from cogvideox.versions import LIBRARIES, versions
-from compile_for_tpu import prediction, programs, report
+from compile_for_tpu import programs, report
 
 if TYPE_CHECKING:
     import jax
@@ -73,11 +84,13 @@ if TYPE_CHECKING:
 
     from cogvideox.models.transformer import denoising
     from cogvideox.models.transformer.plan import DenoisingPlan
+    from cogvideox.models.transformer.sparse.heads import SparseAttention
     from cogvideox.models.vae.decoder import Decoder
     from cogvideox.models.vae.plan import DecodingPlan
 
 # What decides the results, beside the sources of the model.
-OWN_SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("on_device", "entries", "machine")]
+OWN_FILES = ("on_device", "attention_entries", "entries", "measuring", "machine")
+OWN_SOURCES = [Path(__file__).with_name(f"{name}.py") for name in OWN_FILES]
 NAME = "on_device"  # of the files with the results
 MINUTES, QUICK_MINUTES = 30.0, 5.0
 
@@ -86,12 +99,14 @@ MINUTES, QUICK_MINUTES = 30.0, 5.0
 
 # Seconds that the original project measured for a decode, where docs/performance.md has no doubt about the size.
 ORIGINAL_DECODES: dict[tuple | None, float] = {("v6e-8", MIDDLE, "torchax"): 0.86}
+MADE_UP = "0.75*frames:1"  # the map of sparse attention with which a step is measured
 
 
 def entries(machine: Machine) -> list[Entry]:
     """Return all checks and rows in the order of their worth, which is that in which they run."""
     short, long = machine.lengths
     steps, decodes, meshes = step_rows(machine), decode_rows(machine), mesh_checks(machine)
+    patterns = patterns_checks(machine)
     return [
         kernel_check(machine, machine.attention, "layer_normed", short, quick=True),
         *forced_online(machine, "mixed_heads", short, quick=True),
@@ -100,9 +115,13 @@ def entries(machine: Machine) -> list[Entry]:
         *steps[:1],
         *meshes["tp"][:1],
         *steps[1:2],
+        *patterns[:1],
+        *patterns_row(machine),
         chunk_check(machine),
         *meshes["tp"][1:],
         *decodes[:1],
+        *patterns_step_row(machine),
+        *patterns[1:],
         *(entry for name in ONLINE if name != "mixed_heads" for entry in forced_online(machine, name, short)),
         kernel_check(machine, machine.attention, "negative_scores", short),
         kernel_check(machine, machine.attention, "layer_normed", long),
@@ -114,24 +133,15 @@ def entries(machine: Machine) -> list[Entry]:
     ]
 
 
-def forced_online(machine: Machine, inputs: str, length: int, quick: bool = False) -> Iterator[Entry]:
-    """Yield the check of a kernel that has an online variant, on inputs that need it; nothing on a GPU."""
-    if machine.attention == "splash_exp2":
-        yield kernel_check(machine, machine.attention, inputs, length, quick)
-
-
-def kernel_check(machine: Machine, attention: str, inputs: str, length: int, quick: bool = False) -> Entry:
-    """Return the check of an attention implementation at a length."""
-    which = "online kernel" if inputs in ONLINE else "fast kernel"
-    which = f", {which}" if attention == "splash_exp2" else ""
-    name = f"attention {attention}{which}, {inputs.replace('_', ' ')}, {length:,} tokens"
-    return Entry(name, "check", functools.partial(check_kernel, machine, attention, inputs, length), 0.5, quick)
-
-
-def kernel_row(machine: Machine, length: int) -> Entry:
-    """Return the measurement of the attention of one chip."""
-    name = f"attention {machine.attention}, {machine.scale.heads} heads, {length:,} tokens, one device"
-    return Entry(name, "row", functools.partial(measure_kernel, machine, length), 0.3, quick=True)
+def patterns_step_row(machine: Machine) -> Iterator[Entry]:
+    """Yield the row of the first step with guidance, with a made-up map; nothing without kernels or such a step."""
+    for size, guided, minutes, _ in step_sizes(machine) if has_patterns_kernel(machine) else ():
+        if guided:
+            video, options = machine.video(size), [f"sparse_attention={programs.label(MADE_UP)}"]
+            expected = predicted("stage2", machine, size, ["guided"], options)
+            measure = functools.partial(measure_step, machine, video, guided, expected, made_up=MADE_UP)
+            yield Entry(f"step with {MADE_UP}{step_name(video, guided).removeprefix('step')}", "row", measure, minutes)
+            return
 
 
 def block_check(machine: Machine) -> Entry:
@@ -161,20 +171,27 @@ def mesh_checks(machine: Machine) -> dict[str, list[Entry]]:
 
 
 def step_rows(machine: Machine) -> list[Entry]:
-    """Return the rows of the tables for this slice; where there are none, every configuration of the tables."""
-    rows = [row for row in json.loads(report.TABLES.read_text()).values() if row["topology"] == machine.topology]
-    rows = rows if machine.is_of_the_tables else []
+    """Return the rows of the steps."""
     found: list[Entry] = []
-    for size, guided, minutes in machine.steps:
-        same = [row for row in rows if (tuple(row["size"]), row["guided"]) == (size, guided)]
-        if rows and not same:
-            continue
+    for size, guided, minutes, original in step_sizes(machine):
         video = machine.video(size)
-        expected = predicted("stage2", machine, size, ["guided"] * guided)
-        expected |= {"original_seconds": min((row["measured"] for row in same), default=None)}
+        expected = predicted("stage2", machine, size, ["guided"] * guided) | {"original_seconds": original}
         measure = functools.partial(measure_step, machine, video, guided, expected)
         found.append(Entry(step_name(video, guided), "row", measure, minutes, quick=not found))
     return found
+
+
+def step_sizes(machine: Machine) -> Iterator[tuple[Size, bool, float, float | None]]:
+    """Yield size, guidance, minutes, and the original project's seconds, of the rows of the tables for this slice.
+
+    Where there are none, it yields every configuration of the tables.
+    """
+    rows = [row for row in json.loads(report.TABLES.read_text()).values() if row["topology"] == machine.topology]
+    rows = rows if machine.is_of_the_tables else []
+    for size, guided, minutes in machine.steps:
+        same = [row for row in rows if (tuple(row["size"]), row["guided"]) == (size, guided)]
+        if same or not rows:
+            yield size, guided, minutes, min((row["measured"] for row in same), default=None)
 
 
 def decode_rows(machine: Machine) -> list[Entry]:
@@ -188,19 +205,6 @@ def decode_rows(machine: Machine) -> list[Entry]:
         name = f"{decode_name(video)}, {decoder}"
         found.append(Entry(name, "row", functools.partial(measure_decode, machine, video, decoder, expected), minutes))
     return found
-
-
-def predicted(what: str, machine: Machine, size: tuple[int, int, int], labels: Sequence[str]) -> dict:
-    """Return seconds and GiB of a saved prediction for a size; None where there is none."""
-    of_model = [] if machine.is_of_the_tables else [f"model={programs.model_name(machine.model)}"]
-    return of_report(what, machine.topology, ["x".join(map(str, size)), *labels, *of_model])
-
-
-def of_report(what: str, topology: str | None, labels: Sequence[str]) -> dict:
-    """Return seconds and GiB of a saved report; None where there is none."""
-    path = report.RESULTS / report.file_name(what, str(topology), labels)
-    saved = json.loads(path.read_text()) if path.exists() else {"memory": {}}
-    return {"predicted_seconds": saved.get("predicted_seconds"), "predicted_gib": saved["memory"].get("peak")}
 
 
 # --- Weights and inputs ------------------------------------------------------------------------------------------
@@ -295,116 +299,6 @@ def draw_decoder_weights(plan: "DecodingPlan", decoder: "Decoder") -> Any:
 
 # --- Checks ------------------------------------------------------------------------------------------------------
 
-KERNEL_TOLERANCE = 5e-3  # of bfloat16 results, as in tests/test_splash_attention.py
-REFERENCE_QUERIES = 512  # of which the reference holds the scores at a time
-
-
-def layer_normed(query: "np.ndarray", key: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
-    """Return queries and keys as the model has them: layer-normed, with the keys off centre."""
-    normed = [(x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) for x in (query, key)]
-    return 2.5 * normed[0], 2.5 * normed[1] + 1
-
-
-def mixed_heads(query: "np.ndarray", key: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
-    """Return every other head with scores too large for the fast kernel."""
-    query[:, 1::2] *= 40
-    key[:, 1::2] *= 40
-    return query, key
-
-
-def huge_norms(query: "np.ndarray", key: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
-    """Return scores so large that nearly all of a row's weight is on one key."""
-    return 1000 * query, 1000 * key
-
-
-def far_bound(query: "np.ndarray", key: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
-    """Return rows whose bound is hundreds above their maximum: one long key is orthogonal to every query."""
-    middle = key.shape[2] // 2
-    query[..., 0] = 0
-    key[:, :, middle] = 0
-    key[:, :, middle, 0] = 2000
-    return query, key
-
-
-def negative_scores(query: "np.ndarray", key: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
-    """Return scores hundreds below 0, where a padded key that is not masked would win."""
-    query[..., 0], key[..., 0] = 20, -60
-    return query, key
-
-
-# What is made of normal queries and keys, [batch, heads, length, head_dim].
-INPUTS = {f.__name__: f for f in (layer_normed, mixed_heads, huge_norms, far_bound, negative_scores)}
-# The share of the heads that the inputs send to the online kernel; those that are not named send none.
-ONLINE = {"mixed_heads": 0.5, "huge_norms": 1.0, "far_bound": 1.0}
-
-
-def kernel_arrays(machine: Machine, inputs: str, length: int) -> "list[jax.Array]":
-    """Return query, key and value on one device, bfloat16 [1, heads, length and padding, head_dim].
-
-    The padding, whose keys do not count, holds the largest values of keys and values.
-    """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    shape = (1, machine.scale.heads, length, machine.transformer["attention_head_dim"])
-    generator = np.random.default_rng(PROMPT_SEED)
-    query, key, value = (generator.standard_normal(shape, np.float32) for _ in range(3))
-    query, key = INPUTS[inputs](query, key)
-    padding = ((0, 0), (0, 0), (0, 16 + -length % 16), (0, 0))
-    arrays = [np.pad(query, padding, "edge")]
-    arrays += [np.pad(x, padding, constant_values=x.max()) for x in (key, value)]
-    return [jax.device_put(x.astype(jnp.bfloat16), machine.devices[0]) for x in arrays]
-
-
-def attention_function(machine: Machine, name: str, length: int) -> Callable:
-    """Return an implementation of attention as the model calls it, for jax to compile."""
-    from cogvideox.models.transformer.attention import Attention
-
-    head_dim = machine.transformer["attention_head_dim"]
-    chosen = Attention.choose(name, machine.platform, None, None, head_dim, "bfloat16")
-    return functools.partial(chosen, kv_length=length)
-
-
-def reference_attention(query: "jax.Array", key: "jax.Array", value: "jax.Array") -> "jax.Array":
-    """Compute softmax attention in float32 on [batch, heads, length, head_dim], some queries at a time."""
-    import jax
-    import jax.numpy as jnp
-
-    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-    batch, heads, length, head_dim = query.shape
-    blocks = -(-length // REFERENCE_QUERIES)
-    padded = jnp.pad(query, ((0, 0), (0, 0), (0, blocks * REFERENCE_QUERIES - length), (0, 0)))
-
-    def attend(block: jax.Array) -> jax.Array:
-        with jax.default_matmul_precision("highest"):
-            scores = jnp.einsum("bhqd,bhkd->bhqk", block, key) * head_dim**-0.5
-            return jnp.einsum("bhqk,bhkd->bhqd", jax.nn.softmax(scores), value)
-
-    out = jax.lax.map(attend, jnp.moveaxis(padded.reshape(batch, heads, blocks, -1, head_dim), 2, 0))
-    return jnp.moveaxis(out, 0, 2).reshape(batch, heads, -1, head_dim)[:, :, :length]
-
-
-def check_kernel(machine: Machine, name: str, inputs: str, length: int) -> dict:
-    """Compare an attention implementation with the reference, head by head, on inputs that both hold exactly."""
-    import jax
-    import numpy as np
-
-    from cogvideox.models.transformer.attention import IMPLEMENTATIONS
-
-    arrays = kernel_arrays(machine, inputs, length)
-    output = jax.jit(attention_function(machine, name, length))(*arrays)[:, :, :length]
-    expected = jax.jit(reference_attention)(*(x[:, :, :length] for x in arrays))
-    errors = [relative_error(np.asarray(output[0, h]), np.asarray(expected[0, h])) for h in range(output.shape[1])]
-    worst = int(np.argmax(np.nan_to_num(errors, nan=np.inf)))
-    note, unmet = f"relative error of head {worst} of {len(errors)}, the worst", None
-    if online_heads := IMPLEMENTATIONS[name].online_heads:
-        taken = float(jax.jit(functools.partial(online_heads, kv_length=length))(*arrays).mean())
-        note += f"; {taken:.0%} of the heads took the online kernel"
-        if taken != (wanted := ONLINE.get(inputs, 0.0)):
-            unmet = f"{wanted:.0%} of the heads should have taken the online kernel"
-    return judged(errors[worst], KERNEL_TOLERANCE, note, unmet)
-
 
 def check_step(machine: Machine, devices: "Sequence[jax.Device]", layers: int, guided: bool, **options: Any) -> dict:
     """Compare the first step of a model of few blocks with the CPU; `options` choose the mesh."""
@@ -463,68 +357,28 @@ def judged_beside_cpu(found: "np.ndarray", on_cpu: "Callable[[str], np.ndarray]"
 # --- Measurements ------------------------------------------------------------------------------------------------
 
 
-def compiled(traced: "Sequence[jax.stages.Traced]") -> "tuple[list[jax.stages.Compiled], float]":
-    """Compile programs at the same time; return them and the seconds."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor() as pool:
-        programs = list(pool.map(lambda program: program.lower().compile(), traced))
-    return programs, time.perf_counter() - start
-
-
-class MemoryUse:
-    """The memory of the devices during a measurement, in GiB of the chip that uses the most."""
-
-    def __init__(self, devices: "Sequence[jax.Device]"):
-        self._devices = devices
-        self._before = self._most("peak")
-
-    def _most(self, what: str) -> float | None:
-        sizes = [told[what] / prediction.GIB for told in memory_of(self._devices) if what in told]
-        return max(sizes) if sizes else None
-
-    def so_far(self, programs: "Sequence[jax.stages.Compiled]") -> dict:
-        """Return what the compiler allots, what is in use now, and the peak if it is this measurement's own."""
-        peak = self._most("peak")
-        own = peak is not None and peak > (self._before or 0.0)
-        return {
-            "allotted_gib": prediction.memory(programs, "cpu")["peak"],
-            "in_use_gib": self._most("in use"),
-            "peak_gib": peak if own else None,  # otherwise it is that of something before
-        }
-
-
-def measure_kernel(machine: Machine, length: int) -> dict:
-    """Time the attention of one chip without the rest of the model."""
-    import jax
-
-    calls = 10  # at a time, so that starting them is not counted
-    memory = MemoryUse(machine.devices[:1])
-    arrays = kernel_arrays(machine, "layer_normed", length)
-    arrays = [x[:, :, :length] for x in arrays]
-    programs, seconds = compiled([jax.jit(attention_function(machine, machine.attention, length)).trace(*arrays)])
-
-    def run_all() -> Iterator[None]:
-        for _ in range(1 + machine.scale.repetitions):
-            yield jax.block_until_ready([programs[0](*arrays) for _ in range(calls)][-1])
-
-    each = [total / calls for total in durations(run_all())]
-    one_chip = machine.topology and f"{machine.topology.split('-')[0]}-1"
-    return measured(each, seconds, memory.so_far(programs), of_report("kernel", one_chip, [str(length)]))
-
-
-def measure_step(machine: Machine, video: tuple[int, int, int], guided: bool, expected: Mapping) -> dict:
-    """Time denoising steps with the default options of stage 2."""
+def measure_step(machine: Machine, video: Size, guided: bool, expected: Mapping, made_up: str | None = None) -> dict:
+    """Time denoising steps with the default options of stage 2, and in all of them the map of `sparse_map.made_up`."""
     from cogvideox.models.transformer.step import abstract_arguments, make_step
 
     memory = MemoryUse(machine.devices)
-    plan = machine.denoising_plan(video, guided)
+    sparse = sparse_attention_of(machine, made_up) if made_up else None
+    plan = machine.denoising_plan(video, guided, sparse=sparse)
     programs, seconds = compiled([make_step(plan).trace(*abstract_arguments(plan))])
     denoising = start_denoising(plan, draw_weights(parameter_shapes(plan)))
     return measured(
         durations(denoising.run(dict.fromkeys(plan.kinds(), programs[0]))), seconds, memory.so_far(programs), expected
     )
+
+
+def sparse_attention_of(machine: Machine, made_up: str) -> "SparseAttention":
+    """Return the patterns of the heads, in all steps, that a text of `sparse_map.made_up` gives."""
+    from cogvideox.models.transformer.sparse.heads import SparseAttention
+    from cogvideox.models.transformer.sparse.patterns import Pattern
+
+    config = machine.transformer
+    texts = sparse_map.made_up(made_up, config["num_layers"], config["num_attention_heads"])
+    return SparseAttention(tuple(tuple(map(Pattern.parse, of_layer)) for of_layer in texts), dense_steps=0)
 
 
 def measure_decode(machine: Machine, video: tuple[int, int, int], decoder: str, expected: Mapping) -> dict:

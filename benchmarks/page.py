@@ -14,7 +14,8 @@ def text_of(found: Mapping) -> str:
         return f"{status}: {figure}, tolerance {found['tolerance']:.1e}; {found['note']}"
     if status == "measured":
         beside = f"; predicted {found['predicted_seconds']:.3g} s" if found["predicted_seconds"] else ""
-        return f"{found['seconds']:.4g} s ({found['least']:.4g} to {found['most']:.4g}){beside}"
+        note = f"; {found['note']}" if "note" in found else ""
+        return f"{found['seconds']:.4g} s ({found['least']:.4g} to {found['most']:.4g}){beside}{note}"
     return f"{status}: {found['message']}" if "message" in found else status
 
 
@@ -41,7 +42,7 @@ def as_markdown(content: Mapping) -> str:
     lines += ["", "Seconds (predicted; median measured; least and most) and GiB of a chip. Peak is -, if it was not"]
     lines += ["higher than in something before.", ""]
     columns = ["predicted", "measured", "spread", "measured / predicted", "the original project measured"]
-    columns += ["compilation", "GiB: predicted", "allotted here", "in use", "peak"]
+    columns += ["compilation", "GiB: predicted", "allotted here", "in use", "peak", "note"]
     lines += [f"| row | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
     for name, one in found.items():
         if one["kind"] == "row" and one["status"] == "measured":
@@ -50,6 +51,7 @@ def as_markdown(content: Mapping) -> str:
             cells = [cell(one, "predicted_seconds"), cell(one, "seconds"), spread, cell({"ratio": ratio}, "ratio")]
             cells += [cell(one, "original_seconds"), cell(one, "compile_seconds")]
             cells += [cell(one, f"{what}_gib", ".2f") for what in ("predicted", "allotted", "in_use", "peak")]
+            cells.append(one.get("note", ""))
             lines.append(f"| {name} | {' | '.join(cells)} |")
         elif one["kind"] == "row":
             lines.append(f"| {name} | - | {text_of(one)} |" + " - |" * (len(columns) - 2))

@@ -59,11 +59,11 @@ def labels(arguments: argparse.Namespace, defaults: argparse.Namespace) -> list[
         found.append(f"model={model_name(model)}")
     for name, value in vars(arguments).items():
         if name not in NOT_IN_NAME and value != getattr(defaults, name):
-            found.append(f"{name}={label_of(value)}")
+            found.append(f"{name}={label(value)}")
     return found
 
 
-def label_of(value: object) -> str:
+def label(value: object) -> str:
     """Return an option's value as a part of a file's name."""
     if isinstance(value, Path):
         return value.stem

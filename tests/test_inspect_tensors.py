@@ -70,6 +70,13 @@ def order_of(folder, name):
     return execution_order(name, items(file)[name], 0)
 
 
+def test_patterns_of_heads_are_said_in_words(run_stage, tmp_path):
+    kinds_and_windows = torch.tensor([[0, 0], [2, 10], [1, 1], [0, 0], [0, 0], [1, 0]], dtype=torch.int32)
+    save_file({"step_001/transformer_blocks.7.attn1.patterns": kinds_and_windows}, tmp_path / "a.safetensors")
+    printed = run_stage(TOOL, "a.safetensors").stdout
+    assert printed.endswith("  heads 0,3-4: dense; head 5: frames:0; head 2: frames:1; head 1: positions:10\n"), printed
+
+
 @pytest.fixture
 def two_runs(tmp_path):
     """Folders a and b whose embeddings are equal; b's latents differ from latent frame 3 on, most at one place."""

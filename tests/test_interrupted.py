@@ -34,6 +34,8 @@ from cogvideox.files.video_file import video_writer
 from cogvideox.inspection import status
 from cogvideox.models.transformer import denoising
 from cogvideox.models.transformer.plan import make_denoising_plan
+from cogvideox.models.transformer.sparse.heads import SparseAttention
+from cogvideox.models.transformer.sparse.patterns import Pattern
 from cogvideox.models.transformer.step import abstract_arguments, make_step
 from tests.forks import Fork
 from tests.helpers import (
@@ -271,7 +273,7 @@ def test_an_unfinished_run_goes_on(outputs, run_stage, tmp_path):
 @pytest.mark.parametrize(
     ("scheduler", "skipped", "given"),
     [
-        ("CogVideoXDDIMScheduler", [], "nothing"),
+        ("CogVideoXDDIMScheduler", [], "map"),
         ("CogVideoXDPMScheduler", [], "image"),
         ("CogVideoXDDIMScheduler", [1, 2], "image"),
         ("CogVideoXDPMScheduler", [1, 2], "video"),
@@ -279,7 +281,10 @@ def test_an_unfinished_run_goes_on(outputs, run_stage, tmp_path):
     ids=str,
 )
 def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, given, random_model):
-    """With a scheduler that draws noise and keeps an estimate, skipped steps, an image, a video; after each step."""
+    """With a scheduler that draws noise and keeps an estimate, skipped steps, an image, a video, sparse attention.
+
+    It goes on after each step.
+    """
     configs = {
         name: json.loads((random_model / name / file).read_text())
         for name, file in (
@@ -304,6 +309,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, given, ra
         guidance_scale=6.0,
         dtype=np.float32,
         step_cache=bool(skipped),
+        sparse=SparseAttention(((Pattern("frames", 0),) * 4,) * 2, dense_steps=0.5) if given == "map" else None,
     )
     generator = torch.Generator().manual_seed(0)
     width, tokens = plan.transformer["text_embed_dim"], plan.transformer["max_text_seq_length"]
@@ -311,7 +317,7 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(scheduler, skipped, given, ra
     frames, height, width = plan.latent_size
     size = 1, plan.transformer["out_channels"], 1 if given == "image" else frames, height, width
     posterior = denoising.Posterior(*torch.randn(2, *size, generator=generator))
-    latents = {} if given == "nothing" else {given: posterior}
+    latents = {given: posterior} if given in ("image", "video") else {}
     shapes = abstract_arguments(plan).parameters
     values = np.random.default_rng(0)
     parameters = {name: jax.numpy.asarray(values.normal(0, 0.1, s.shape), s.dtype) for name, s in shapes.items()}

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from benchmarks import beside_diffusers, diffusers_comparison, on_device, reproduce_tables
+from benchmarks import attention_entries, beside_diffusers, diffusers_comparison, on_device, reproduce_tables
 from benchmarks.diffusers_comparison import FILES, LATENTS, WRITTEN
 from benchmarks.entries import NO_TIME, NOT_QUICK, STARTED, Entry
 from benchmarks.machine import FULL, ON_A_CPU, ON_A_GPU, STEPS, Machine
@@ -24,6 +24,7 @@ from cogvideox.errors import UserError
 from cogvideox.files import published
 from cogvideox.models.transformer import attention, parameters
 from cogvideox.models.transformer import plan as plan_module
+from cogvideox.models.transformer.sparse import xla
 from compile_for_tpu import report
 from tests.helpers import ROOT, VIRTUAL_DEVICES, stage_command, stage_environment
 from tests.in_process import run_here
@@ -82,7 +83,7 @@ def statuses(found):
 
 def test_parts_are_everything():
     names = [entry.name for entry in on_device.entries(small_machine(2))]
-    assert sum(name.startswith(part) for part in PARTS for name in names) == len(names) == 24
+    assert sum(name.startswith(part) for part in PARTS for name in names) == len(names) == 28
     assert sum(name.startswith("mesh") for name in names) == 6  # dp 2, sp 2 and tp 2, in two layouts
 
 
@@ -129,6 +130,23 @@ def test_the_wrong_kernel_of_two_fails(run, monkeypatch):
     (one,) = found.values()
     assert status == 1 and one["figure"] < one["tolerance"], one
     assert one["note"].startswith("50% of the heads should have taken the online kernel"), one
+
+
+@pytest.mark.parametrize("windows", ["right", "wrong"])
+def test_what_xla_does_with_patterns_is_checked(windows, run, monkeypatch):
+    """As on a GPU, where the kernels are not; wrong are heads that attend no other frame than their own."""
+    right = xla.xla_attention
+
+    def narrow(*arrays, **options):
+        *qkv, table = arrays
+        return right(*qkv, table._replace(windows=0 * table.windows), **options)
+
+    monkeypatch.setattr(attention_entries, "has_patterns_kernel", lambda machine: False)
+    monkeypatch.setattr(xla, "xla_attention", right if windows == "right" else narrow)
+    status, found = run(only=("attention with patterns by XLA",))
+    (one,) = found.values()
+    assert one["status"] == {"right": "passed", "wrong": "failed"}[windows] and status == (windows == "wrong"), one
+    assert windows == "right" or one["note"] == "relative error of head 1 of 4, the worst, frames:1", one
 
 
 @pytest.mark.slow
@@ -369,7 +387,7 @@ def test_half_an_hour_is_enough_for_a_gpu():
     gpu = Machine([SimpleNamespace(device_kind="NVIDIA H200", platform="gpu")], ON_A_GPU)
     ours, theirs = on_device.entries(gpu), beside_diffusers.all_entries(beside_diffusers.Torch("cuda", gpu), ROOT)
     assert ON_A_GPU.pace * sum(entry.minutes for entry in [*ours, *theirs]) < on_device.MINUTES
-    names = {entry.name for entry in ours if entry.name.startswith(("step", "decode,"))}
+    names = {entry.name for entry in ours if entry.name.startswith(("step", "decode,"))}  # none of them with patterns
     rows = {entry.name.removeprefix("diffusers: ") for entry in theirs if entry.kind == "row"}
     assert len(rows) == 8 and {name.removesuffix(", torchax").removesuffix(", flax") for name in names} == rows
 
@@ -386,6 +404,13 @@ def test_rows_of_a_slice_are_those_of_the_tables():
     assert len(rows) == len(on_device.entries(tpu(8)))
     assert len([name for name in rows if name.startswith("mesh")]) == 14
     assert FULL.lengths == (25826, 45106)
+    with_patterns = [name for name in rows if name.startswith(("attention with", "step with"))]
+    assert with_patterns == [
+        "attention with patterns, fast kernels, layer normed, 25,826 tokens",
+        "attention with frames:1, 6 heads, 45,106 tokens, one device",
+        "step with 0.75*frames:1, 768 x 1360 x 81, guidance",
+        "attention with patterns, online kernels, mixed heads, 25,826 tokens",
+    ]
     saved = json.loads((report.RESULTS / "stage2-v6e-8-768x1360x81-guided.json").read_text())
     expected = rows["step, 768 x 1360 x 81, guidance"].run.args[-1]
     assert expected["predicted_seconds"] == saved["predicted_seconds"]

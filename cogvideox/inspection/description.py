@@ -22,6 +22,7 @@ CHUNK = 2**20  # elements that are looked at together: few enough to stay in a p
 BLACK = 8  # the brightest value is at most this
 PLAIN = 2  # no frame's standard deviation is larger
 FROZEN = 0.05  # no frame differs more from the one before, on average
+PATTERNS = ".attn1.patterns"  # ends the names of what `taps.tap_patterns` taps
 
 
 def described(path: Path) -> Iterator[dict]:
@@ -68,10 +69,20 @@ def describe(item: Item) -> dict:
         return {"file": str(item.file)} | describe_video(item.file)
     tensor = item.load()
     shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-    found = {"file": str(item.file), "tensor": item.tensor, "shape": shape, "dtype": dtype}
-    return (
-        found | statistics(tensor) | {"made_from": stage_files.read_made_from(item.file, opened(item.file).metadata())}
-    )
+    found = {"file": str(item.file), "tensor": item.tensor, "shape": shape, "dtype": dtype} | statistics(tensor)
+    if item.tensor.endswith(PATTERNS):
+        found["patterns"] = patterns(tensor.tolist())
+    return found | {"made_from": stage_files.read_made_from(item.file, opened(item.file).metadata())}
+
+
+def patterns(of_heads: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
+    """Return which heads of a block have each pattern, by its text; of a head, see `taps.tap_patterns`."""
+    from cogvideox.models.transformer.sparse.patterns import KINDS, Pattern
+
+    found: dict[str, list[int]] = {}
+    for head, (kind, window) in enumerate(of_heads):
+        found.setdefault(str(Pattern(KINDS[kind], window)), []).append(head)
+    return dict(sorted(found.items()))
 
 
 def statistics(tensor: "torch.Tensor") -> dict:

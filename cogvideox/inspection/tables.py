@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from cogvideox.cli import terminal
+from cogvideox.files.numbers import as_text
 from cogvideox.inspection.comparison import shares_text
 
 SHOWN = 40  # lines of a comparison
@@ -33,6 +34,9 @@ def table(found: Sequence[dict]) -> str:
             lines.append(
                 f"    NOT FINITE: {one['nan']:,} NaN, {one['inf']:,} Inf, the first at {one['first_not_finite']}"
             )
+        if "patterns" in one:
+            parts = ((pattern, as_text(heads), "s" * (len(heads) > 1)) for pattern, heads in one["patterns"].items())
+            lines.append("    " + "; ".join(f"head{plural} {heads}: {pattern}" for pattern, heads, plural in parts))
     return "\n".join(lines)
 
 
