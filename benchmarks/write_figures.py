@@ -35,8 +35,7 @@ from cogvideox.cli.program import run
 from cogvideox.errors import UserError
 from cogvideox.features import features_of
 from cogvideox.files import generation_defaults, published, writing
-from compile_for_tpu import report
-from compile_for_tpu.programs import label
+from compile_for_tpu import programs, report
 
 ROOT = Path(__file__).resolve().parent.parent
 INLINE = re.compile(r"(<!-- figure: (.+?) -->)(.*?)(<!-- / -->)")
@@ -210,7 +209,7 @@ def sparse_steps() -> str:
     rows = []
     for slice_, maps in reports.SPARSE_STEPS.items():
         name, dense = reports.step_file(slice_, LARGE, guided=True), step(slice_, LARGE, guided=True)
-        of_maps = {f"`{one}`": name.replace(".json", f"-sparse_attention={label(one)}.json") for one in maps}
+        of_maps = {f"`{one}`": name.replace(".json", f"-sparse_attention={programs.label(one)}.json") for one in maps}
         for which, found in {"no map": dense, **{one: result(file) for one, file in of_maps.items()}}.items():
             share, ratio = found["options"].get("density", "1"), found["predicted_seconds"] / dense["predicted_seconds"]
             memory = f"{found['memory']['peak']:.1f} GiB"
