@@ -85,9 +85,6 @@ def add_stage2_options(parser: ArgumentParser) -> None:
     options.add_preset_option(parser)
     inside, group = parser.group("looking inside"), parser.group("sampling")
     inside.add_argument("--dump_stats", action="store_true", help="the step as it is with stage 2's --dump_stats")
-    inside.add_argument(
-        "--dump_names", nargs="+", metavar="PATTERN", help="the step as it is with stage 2's --dump_names"
-    )
     group.add_argument("--skipped_step", action="store_true", help="the step that skips the blocks, of a step cache")
     group.add_argument(
         "--unguided_step", action="store_true", help="the step without guidance, of a run with --guidance_interval"
