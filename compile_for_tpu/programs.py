@@ -117,7 +117,7 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
         raise UserError("--unguided_step belongs to --guidance_interval")
     kind = StepKind(arguments.skipped_step, plan.guided and not arguments.unguided_step)
     with compiling_for(plan.parallelism.mesh):
-        wanted = tap.Wanted(arguments.dump_names or (), ["*"] if arguments.dump_stats else ())
+        wanted = tap.Wanted(statistics=["*"]) if arguments.dump_stats else None
         step = make_step(plan, wanted, kind)
         traced = step.trace(*abstract_arguments(plan))
     config = plan.transformer
