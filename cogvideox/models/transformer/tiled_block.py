@@ -173,10 +173,11 @@ class TiledBlock(BaseBlock):
         """
         if not any([tap.wants_statistics(name) for name in names]):
             return None
-        tokens = x.shape[1]
-        before = np.cumsum(np.pad(self.order.is_real(tokens * jax.lax.axis_size(axes)), (1, 0)), dtype=np.int32)
-        edges = np.minimum(np.arange(0, tokens + kernels.LANES, kernels.LANES), tokens)
-        return jnp.diff(jnp.asarray(before)[jax.lax.axis_index(axes) * tokens + edges])
+        tokens, chips = x.shape[1], jax.lax.axis_size(axes)
+        is_real = self.order.is_real(chips * tokens).reshape(chips, tokens)
+        is_real = np.pad(is_real, ((0, 0), (0, -tokens % kernels.LANES)))
+        of_chips = is_real.reshape(chips, -1, kernels.LANES).sum(2, dtype=np.int32)
+        return jax.lax.dynamic_index_in_dim(jnp.asarray(of_chips), jax.lax.axis_index(axes), keepdims=False)
 
     def norm(self, letter: str) -> kernels.QKNorm:
         """Return the norm and the rotary embedding of queries or keys."""

@@ -141,7 +141,7 @@ def call(
     counted: Counted | None = None,
     into: jax.Array | None = None,
 ) -> Summed:
-    """Run a kernel that reads the scalars `boundary` and layer, and, where anything is `counted`, real_tokens.
+    """Run a kernel that reads the scalars `boundary` and layer.
 
     It multiplies `products` pairs of values, and moves `moved` values between HBM and VMEM. Each step of its grid has
     blocks of its own to write, so that two cores of a device can share the grid. Its argument `sums` is where it adds
@@ -152,12 +152,15 @@ def call(
         arrays = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in arrays]
         out_shape = pltpu.HBM(out_shape.shape, out_shape.dtype)
     inputs = 1 + len(arrays)  # the scalars are the first input
-    arrays, in_specs, real_tokens = [*arrays], [*in_specs], []
+    arrays, in_specs = [*arrays], [*in_specs]
     if into is not None:
         arrays.append(into)
         in_specs.append(pl.BlockSpec(memory_space=pl.ANY))
     if counted:
-        real_tokens = [jnp.pad(counted.real_tokens, (0, TOKENS // LANES))]  # the last block may reach beyond them
+        # An input of its own: joined with the scalars, which differ from layer to layer, it keeps XLA from letting an
+        # exchange between chips go on beside the kernels.
+        arrays.append(jnp.pad(counted.real_tokens, (0, TOKENS // LANES)))  # the last block may reach beyond them
+        in_specs.append(pl.BlockSpec(memory_space=pltpu.SMEM))
         block = len(REDUCTIONS) * counted.points, counted.lanes
         sums_shape: Any = jax.ShapeDtypeStruct((*grid, *block), jnp.float32)
         out_shape = [out_shape, sums_shape]
@@ -166,7 +169,7 @@ def call(
 
     def function(*refs: Any) -> None:
         read, out_ref = refs[:inputs], refs[1 + len(arrays)]
-        sums = Sums(refs[-1], lambda tile: refs[0][2 + tile]) if counted else None
+        sums = Sums(refs[-1], lambda tile: refs[len(arrays)][tile]) if counted else None
         kernel(*read, out_ref, sums=sums)
         if sums:
             sums.write()
@@ -184,7 +187,7 @@ def call(
         ),
         cost_estimate=pl.CostEstimate(flops=2 * products, bytes_accessed=size, transcendentals=0),
         interpret=interpret,
-    )(jnp.concatenate([jnp.stack(scalars), *real_tokens]), *arrays)
+    )(jnp.stack(scalars), *arrays)
     return (found[0], counted.merged(found[1])) if counted else (found, [])
 
 
