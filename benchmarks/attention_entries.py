@@ -62,7 +62,7 @@ def patterns_checks(machine: Machine) -> list[Entry]:
             f"attention with patterns{which}, {inputs.replace('_', ' ')}, {layout.real_tokens:,} tokens",
             "check",
             functools.partial(check_patterns, machine, inputs, layout),
-            0.5,
+            1.0,
         )
         for inputs, which in (kernels if has_patterns_kernel(machine) else {"layer_normed": " by XLA"}).items()
     ]
@@ -73,7 +73,7 @@ def patterns_row(machine: Machine) -> Iterator[Entry]:
     if has_patterns_kernel(machine):
         layout = machine.layout(guided_size(machine))
         name = f"attention with {WINDOW}, {machine.scale.heads} heads, {layout.real_tokens:,} tokens, one device"
-        yield Entry(name, "row", functools.partial(measure_patterns, machine, layout), 0.4)
+        yield Entry(name, "row", functools.partial(measure_patterns, machine, layout), 0.6)
 
 
 def guided_size(machine: Machine) -> Size:

@@ -99,7 +99,8 @@ MINUTES, QUICK_MINUTES = 30.0, 5.0
 
 # Seconds that the original project measured for a decode, where docs/performance.md has no doubt about the size.
 ORIGINAL_DECODES: dict[tuple | None, float] = {("v6e-8", MIDDLE, "torchax"): 0.86}
-MADE_UP = "0.75*frames:1"  # the map of sparse attention with which a step is measured
+# Maps of sparse attention: of a check, whose heads are alike, so that drawn weights need no other order; of a row.
+ALIKE, MADE_UP = "1*frames:0", "0.75*frames:1"
 
 
 def entries(machine: Machine) -> list[Entry]:
@@ -116,6 +117,7 @@ def entries(machine: Machine) -> list[Entry]:
         *meshes["tp"][:1],
         *steps[1:2],
         *patterns[:1],
+        patterns_block_check(machine),
         *patterns_row(machine),
         chunk_check(machine),
         *meshes["tp"][1:],
@@ -133,6 +135,13 @@ def entries(machine: Machine) -> list[Entry]:
     ]
 
 
+def patterns_block_check(machine: Machine) -> Entry:
+    """Return the check of a model of one block whose heads have a pattern, on the default mesh of all devices."""
+    attention = machine.attention if has_patterns_kernel(machine) else "xla"
+    check = functools.partial(check_step, machine, machine.devices, 1, False, made_up=ALIKE, attention=attention)
+    return Entry(f"transformer block with {ALIKE}, all devices, beside the CPU", "check", check, 1.0)
+
+
 def patterns_step_row(machine: Machine) -> Iterator[Entry]:
     """Yield the row of the first step with guidance, with a made-up map; nothing without kernels or such a step."""
     for size, guided, minutes, _ in step_sizes(machine) if has_patterns_kernel(machine) else ():
@@ -140,7 +149,8 @@ def patterns_step_row(machine: Machine) -> Iterator[Entry]:
             video, options = machine.video(size), [f"sparse_attention={programs.label(MADE_UP)}"]
             expected = predicted("stage2", machine, size, ["guided"], options)
             measure = functools.partial(measure_step, machine, video, guided, expected, made_up=MADE_UP)
-            yield Entry(f"step with {MADE_UP}{step_name(video, guided).removeprefix('step')}", "row", measure, minutes)
+            name = f"step with {MADE_UP}{step_name(video, guided).removeprefix('step')}"
+            yield Entry(name, "row", measure, minutes + 1.0)  # there are kernels for each kind of pattern to compile
             return
 
 
@@ -163,7 +173,7 @@ def mesh_checks(machine: Machine) -> dict[str, list[Entry]]:
         if count == 1 or count % dp or heads % (count // dp):
             continue
         for sp in (n for n in range(count // dp, 0, -1) if count // dp % n == 0):
-            options = {"use_dp": dp == 2, "sp_num": sp, "layout": layout}
+            options: dict[str, Any] = {"use_dp": dp == 2, "sp_num": sp, "layout": layout}
             check = functools.partial(check_step, machine, machine.devices, 2, True, **options)
             name = f"mesh dp {dp} x sp {sp} x tp {count // dp // sp}, layout {layout}, beside the CPU"
             found[layout].append(Entry(name, "check", check, 1.0, quick=layout == "tp" and not found["tp"]))
@@ -300,26 +310,43 @@ def draw_decoder_weights(plan: "DecodingPlan", decoder: "Decoder") -> Any:
 # --- Checks ------------------------------------------------------------------------------------------------------
 
 
-def check_step(machine: Machine, devices: "Sequence[jax.Device]", layers: int, guided: bool, **options: Any) -> dict:
+def check_step(
+    machine: Machine,
+    devices: "Sequence[jax.Device]",
+    layers: int,
+    guided: bool,
+    made_up: str | None = None,
+    **options: Any,
+) -> dict:
     """Compare the first step of a model of few blocks with the CPU; `options` choose the mesh."""
-    found = few_blocks(machine, layers, guided, devices=devices, attention=machine.attention, **options)
-    return judged_beside_cpu(found, functools.partial(step_on_cpu, machine, layers, guided))
+    options = {"devices": devices, "attention": machine.attention} | options
+    found = few_blocks(machine, layers, guided, made_up, **options)
+    return judged_beside_cpu(found, functools.partial(step_on_cpu, machine, layers, guided, made_up=made_up))
 
 
-def few_blocks(machine: Machine, layers: int, guided: bool, **options: Any) -> "np.ndarray":
-    """Run the first step of a model of few blocks with drawn weights; `options` are those of `make_denoising_plan`."""
+def few_blocks(machine: Machine, layers: int, guided: bool, made_up: str | None, **options: Any) -> "np.ndarray":
+    """Run the first step of a model of few blocks with drawn weights.
+
+    Args:
+        machine: whose model it is.
+        layers: how many blocks.
+        guided: whether with guidance.
+        made_up: see `sparse_attention_of`.
+        options: those of `make_denoising_plan`.
+    """
     config = machine.transformer | {"num_layers": layers}
-    plan = machine.denoising_plan(machine.scale.checked_video, guided, transformer=config, **options)
+    sparse = sparse_attention_of(config, made_up)
+    plan = machine.denoising_plan(machine.scale.checked_video, guided, transformer=config, sparse=sparse, **options)
     return one_step(plan, draw_weights(parameter_shapes(plan)))
 
 
 @functools.cache
-def step_on_cpu(machine: Machine, layers: int, guided: bool, dtype: str) -> "np.ndarray":
+def step_on_cpu(machine: Machine, layers: int, guided: bool, dtype: str, made_up: str | None = None) -> "np.ndarray":
     """Run `few_blocks` on the CPU with plain attention; the meshes share the result."""
     import jax
 
     where = {"devices": jax.devices("cpu")[:1], "platform": "cpu", "attention": "xla"}
-    return few_blocks(machine, layers, guided, dtype=dtype, **where)
+    return few_blocks(machine, layers, guided, made_up, dtype=dtype, **where)
 
 
 def parameter_shapes(plan: "DenoisingPlan") -> "Mapping[str, jax.ShapeDtypeStruct]":
@@ -362,8 +389,7 @@ def measure_step(machine: Machine, video: Size, guided: bool, expected: Mapping,
     from cogvideox.models.transformer.step import abstract_arguments, make_step
 
     memory = MemoryUse(machine.devices)
-    sparse = sparse_attention_of(machine, made_up) if made_up else None
-    plan = machine.denoising_plan(video, guided, sparse=sparse)
+    plan = machine.denoising_plan(video, guided, sparse=sparse_attention_of(machine.transformer, made_up))
     programs, seconds = compiled([make_step(plan).trace(*abstract_arguments(plan))])
     denoising = start_denoising(plan, draw_weights(parameter_shapes(plan)))
     return measured(
@@ -371,12 +397,13 @@ def measure_step(machine: Machine, video: Size, guided: bool, expected: Mapping,
     )
 
 
-def sparse_attention_of(machine: Machine, made_up: str) -> "SparseAttention":
-    """Return the patterns of the heads, in all steps, that a text of `sparse_map.made_up` gives."""
+def sparse_attention_of(config: Mapping, made_up: str | None) -> "SparseAttention | None":
+    """Return the patterns that a text of `sparse_map.made_up` gives a transformer's heads, in all steps; or None."""
     from cogvideox.models.transformer.sparse.heads import SparseAttention
     from cogvideox.models.transformer.sparse.patterns import Pattern
 
-    config = machine.transformer
+    if made_up is None:
+        return None
     texts = sparse_map.made_up(made_up, config["num_layers"], config["num_attention_heads"])
     return SparseAttention(tuple(tuple(map(Pattern.parse, of_layer)) for of_layer in texts), dense_steps=0)
 

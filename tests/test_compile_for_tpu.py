@@ -178,6 +178,17 @@ def test_executable_of_another_config(compile_for, run, outputs, random_model, t
     assert "compiled the denoising step" in printed or "loaded the compiled denoising step" in printed
 
 
+def test_an_executable_is_for_all_maps_of_its_kinds_of_patterns(random_model):
+    def description(made_up):
+        step = ["stage2", "--topology", "cpu", "--model_id", str(random_model), *map(str, TINY_STEP)]
+        found = programs.trace_stage2(tool.parse_arguments([*step, "--sparse_attention", made_up]), jax.devices()[:1])
+        return executable.description(found.name, found.devices, found.traced, found.executable_options)
+
+    one, same, other = map(description, ("0.5*frames:1", "0.25*frames:0+0.5*frames:1", "0.5*positions:1"))
+    assert one == same
+    assert [name for name in one if one[name] != other[name]] == ["options"]
+
+
 def test_digest_sees_numbers_and_constants():
     def digest(number, table):
         function = jax.jit(lambda x: jax.lax.map(lambda y: y * number + jnp.asarray(table), x))
