@@ -647,12 +647,17 @@ def test_other_weights_are_seen(file, chain, tmp_path):
 
 
 def test_an_unfinished_run_of_other_weights(tmp_path):
-    """It does not go on; one that an earlier version has begun, which does not know its weights, does."""
+    """It does not go on; one that an earlier version has begun, which knows neither weights nor an option, does."""
     weights = {f"transformer of {tmp_path}": "1" * 64}
     arrays = {"latents": np.ones(3, np.float32)}
-    for fingerprint, expected in (({"seed": 1} | weights, None), ({"seed": 1}, None), ({"seed": 2}, "seed = 2")):
+    for fingerprint, expected in (
+        ({"seed": 1} | weights, None),
+        ({"seed": 1}, None),
+        ({"seed": 2}, "seed = 2"),
+        ({"seed": 1, "sparse_attention": "a.json"}, "sparse_attention = a.json, this one has None"),
+    ):
         StateFile(tmp_path, fingerprint, 1).keep(arrays, now=False)
-        state = StateFile(tmp_path, {"seed": 1} | weights, 1)
+        state = StateFile(tmp_path, {"seed": 1, "sparse_attention": None} | weights, 1)
         if expected is None:
             assert state.load(restart=False).keys() == arrays.keys()
         else:

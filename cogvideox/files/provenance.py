@@ -94,9 +94,13 @@ def _digest_in_state(file: Path, sample: bool, *state: int) -> str:
 
 
 def differences(found: Mapping[str, str], wanted: Mapping[str, str]) -> list[str]:
-    """Return the names under which two fingerprints differ; weights that the one of an earlier version lacks do not."""
-    names = sorted(found.keys() | wanted)
-    return [x for x in names if found.get(x) != wanted.get(x) and not (WEIGHTS.match(x) and x not in found)]
+    """Return the names under which two fingerprints differ.
+
+    What the one of an earlier version lacks does not: weights, and options that nobody gives now.
+    """
+    nothing, names = str(None), sorted(found.keys() | wanted)
+    differing = [x for x in names if found.get(x, nothing) != wanted.get(x, nothing)]
+    return [x for x in differing if x in found or not WEIGHTS.match(x)]
 
 
 def as_metadata(
