@@ -45,7 +45,8 @@ OTHER_SIZES = dict(
 )
 
 DEVICES = 8  # of the tests' process, virtual ones
-# Most of the tests' time goes to compile programs that run once. XLA's passes are those of users; LLVM's are left out.
+# Most of the tests' time goes to compile programs that run once. XLA's passes are those of users; LLVM's are left out,
+# except in test_fleet.py.
 QUICK_COMPILATION = "--xla_backend_optimization_level=0"
 VIRTUAL_DEVICES = f"--xla_force_host_platform_device_count={DEVICES} {QUICK_COMPILATION}"
 
