@@ -85,9 +85,6 @@ def add_stage2_options(parser: ArgumentParser) -> None:
     options.add_preset_option(parser)
     inside, group = parser.group("looking inside"), parser.group("sampling")
     inside.add_argument("--dump_stats", action="store_true", help="the step as it is with stage 2's --dump_stats")
-    inside.add_argument(
-        "--dump_names", nargs="+", metavar="PATTERN", help="the step as it is with stage 2's --dump_names"
-    )
     group.add_argument("--skipped_step", action="store_true", help="the step that skips the blocks, of a step cache")
     group.add_argument(
         "--unguided_step", action="store_true", help="the step without guidance, of a run with --guidance_interval"
@@ -117,7 +114,7 @@ def trace_stage2(arguments: argparse.Namespace, devices: list) -> Programs:
         raise UserError("--unguided_step belongs to --guidance_interval")
     kind = StepKind(arguments.skipped_step, plan.guided and not arguments.unguided_step)
     with compiling_for(plan.parallelism.mesh):
-        wanted = tap.Wanted(arguments.dump_names or (), ["*"] if arguments.dump_stats else ())
+        wanted = tap.Wanted(statistics=["*"]) if arguments.dump_stats else None
         step = make_step(plan, wanted, kind)
         traced = step.trace(*abstract_arguments(plan))
     config = plan.transformer

@@ -91,6 +91,7 @@ def test_known_heads_are_found(searched):
     # The other keys of a local head have next to no weight.
     line = re.search(r"a panda: latents differ by ([\d.]+)% .* PSNR of ([\d.]+|inf) dB", printed)
     assert line and float(line[1]) < 0.1 and float(line[2]) > 60, printed
+    assert re.search(r"with --error_budget 0\.005: 6[\d.]+% of the scores, ", printed), printed
     assert f"wrote {searched}/model/transformer/sparse_attention.json\n" in printed
 
 

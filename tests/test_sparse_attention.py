@@ -254,11 +254,11 @@ def test_keys_beyond_vmem():
 # --- The kernel ----------------------------------------------------------------------------------------------------
 
 
-def far_outside(arrays, head, layout, frame):
-    """Let queries prefer the keys of one frame so much (400 in log2) that those without it are far below the bound."""
+def far_outside(arrays, head, layout, frame, far=400):
+    """Let queries prefer the keys of one frame so much, in log2, that those without it are far below the bound."""
     query, key, _ = arrays
     query[head, :, 0] = 16
-    key[head, :, 0] = -200 / FACTOR / 16
+    key[head, :, 0] = -far / 2 / FACTOR / 16
     first = frame * layout.frame_tiles * LANES
     key[head, first : first + layout.frame_tokens, 0] *= -1
 
@@ -414,7 +414,7 @@ def test_errors_of_patterns(sizes, dtype):
     layout = AlignedLayout(*sizes)
     names = patterns("positions:0", "frames:0", "positions:1", "frames:1", "frames:2", "dense")
     arrays = random(layout, 2, dtype)
-    far_outside(arrays, 1, layout, frame=0)
+    far_outside(arrays, 1, layout, frame=0, far=80)  # but their weights are numbers in float32
     tiles = sampled_tiles(layout, 7)
     half = -(-layout.tiles // 2)
     query, key, value = (as_tiles(array, layout, dtype, tiles=2 * half) for array in arrays)

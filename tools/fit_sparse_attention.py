@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 DUMP = "stage2_tensors.safetensors"
 ERRORS = "attn1.pattern_errors"  # of each block, see models/transformer/sparse/search.py
 ERROR_BUDGET = 0.05
+OTHER_BUDGETS = (0.5, 2, 4)  # times the one that is asked for, of which the price is told
 SOME_STEPS = 3  # that are measured if none are named
 CHIP = CHIPS["v6e"]  # of which seconds are predicted
 OTHERS = 0.71  # of its peak, what all of a step but attention reaches: of 768 x 1360 x 81 on eight of them
@@ -124,9 +125,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     search = prepared(arguments)
     warm.keep()
     prompts = search.encode()
-    choice = search.choose(np.max([search.measure(prompt) for prompt in prompts], axis=0))
+    errors = np.max([search.measure(prompt) for prompt in prompts], axis=0)
+    choice = search.choose(errors)
     sparse_map.write(search.output, search.map_of(choice.patterns, search.found(choice, prompts)))
-    print(*search.table(choice), f"wrote {search.output}", sep="\n", flush=True)
+    lines = *search.table(choice), *search.other_budgets(errors)
+    print(*lines, f"wrote {search.output}", sep="\n", flush=True)
     if arguments.compare:
         for prompt in prompts:
             print(search.compared(prompt), flush=True)
@@ -184,16 +187,19 @@ class Search:
         Raises:
             UserError: all would be dense.
         """
-        from cogvideox.models.transformer.sparse.search import choose
-
-        budget, parallelism = self.arguments.error_budget, self.plan.parallelism
-        choice = choose(errors, self.layout, budget, parallelism.tp * parallelism.head_parts)
+        choice, budget = self.within(errors, self.arguments.error_budget), self.arguments.error_budget
         if (choice.cycles >= choice.dense_cycles).all():
             raise UserError(
                 f"no pattern within --error_budget {budget:g} would make a layer faster: the least error of a head is "
                 f"{np.nanmin(errors):.2g}; nothing is written"
             )
         return choice
+
+    def within(self, errors: np.ndarray, budget: float) -> "Choice":
+        """Choose a pattern for each head within a budget of error."""
+        from cogvideox.models.transformer.sparse.search import choose
+
+        return choose(errors, self.layout, budget, self.plan.parallelism.tp * self.plan.parallelism.head_parts)
 
     def compared(self, prompt: Path) -> str:
         """Make a prompt's video with the map, and say how far it is from the dense one."""
@@ -282,6 +288,14 @@ class Search:
             f"counted cycles: attention {sparse:.3g} s instead of {dense:.3g} s, all of it {sparse + others:.3g} s "
             f"instead of {dense + others:.3g} s"
         )
+
+    def other_budgets(self, errors: np.ndarray) -> Iterator[str]:
+        """Yield a line for each of some other budgets, with what is predicted of a step within it."""
+        for factor in OTHER_BUDGETS:
+            budget = factor * self.arguments.error_budget
+            choice = self.within(errors, budget)
+            seconds = self.seconds(float(choice.cycles.mean())) + self.other_seconds()
+            yield f"with --error_budget {budget:.3g}: {choice.density.mean():.1%} of the scores, {seconds:.3g} s"
 
     def seconds(self, cycles: float) -> float:
         """Return the seconds of a step's attention, of so many cycles for each layer and sample."""

@@ -53,9 +53,9 @@ def pattern_errors(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute what attention under each pattern differs from dense attention, for some tiles of queries.
 
-    The scores of a query with all keys are computed once. Each tile of keys has its own maximum and its own sums of
-    weights and of weighted values, and the softmax under a pattern follows from those of the tiles that it names. A
-    tile of queries is computed at a time: heads x 128 x tokens numbers in float32, a few times.
+    The scores of a query with all keys are computed once. Each tile of keys has its own sums of weights and of weighted
+    values, and the softmax under a pattern follows from those of the tiles that it names. A tile of queries is computed
+    at a time: heads x 128 x tokens numbers in float32, a few times.
 
     Args:
         queries: [tiles, heads, head_dim, 128], of the aligned order, bfloat16 or float32.
@@ -91,9 +91,8 @@ def pattern_errors(
 
     def of_tile(chosen: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         tile, place, is_here = chosen
-        query = queries[place].astype(jnp.float32)
         near = is_text | (jnp.abs(groups[:, tile][:, None] - groups) <= windows[:, None])  # [patterns, tiles]
-        outputs = outputs_under(query, keys, values, near, real, scale)
+        outputs = outputs_under(queries[place], keys, values, near, real, scale)
         outputs = jnp.where(real[tile, 0, 0] & is_here, outputs, 0)  # [patterns, heads, head_dim, 128]
         squares = jnp.square(outputs[:-1] - outputs[-1]).sum((2, 3))
         return squares.T, jnp.square(outputs[-1]).sum((1, 2))
@@ -108,7 +107,7 @@ def outputs_under(
     """Compute attention of a tile of queries under each of some patterns, float32.
 
     Args:
-        query: [heads, head_dim, 128], float32.
+        query: [heads, head_dim, 128]; where it is bfloat16, so are the values of keys and values.
         keys: [tiles, heads, head_dim, 128], float32.
         values: like `keys`, with a row of ones at the end.
         near: which tiles of keys each pattern names, bool [patterns, tiles].
@@ -116,17 +115,19 @@ def outputs_under(
         scale: of the scores.
 
     Returns:
-        [patterns, heads, head_dim, 128].
+        [patterns, heads, head_dim, 128]; 0 where a pattern names no key that has a weight in float32, e ** -87 of the
+        greatest.
     """
+    # The default precision holds all digits of bfloat16. It rounds weights, but for all patterns alike.
     exact = lax.Precision.HIGHEST
-    scores = jnp.einsum("khdl,hdq->khlq", keys, query, precision=exact) * scale
+    precision = exact if query.dtype == jnp.float32 else lax.Precision.DEFAULT
+    scores = jnp.einsum("khdl,hdq->khlq", keys, query.astype(jnp.float32), precision=precision) * scale
     scores = jnp.where(real.swapaxes(2, 3), scores, -jnp.inf)
-    maxima = scores.max(2)  # [tiles, heads, 128]
-    sums = jnp.einsum("khdl,khlq->khdq", values, jnp.exp(scores - maxima[:, :, None]), precision=exact)
-    maxima = jnp.where(near[:, :, None, None], maxima, -jnp.inf)  # [patterns, tiles, heads, 128]
-    factors = jnp.exp(maxima - maxima.max(1, keepdims=True))
-    sums = jnp.einsum("pkhq,khdq->phdq", factors, sums, precision=exact)
-    return sums[:, :, :-1] / sums[:, :, -1:]
+    weights = jnp.exp(scores - scores.max((0, 2), keepdims=True))
+    sums = jnp.einsum("khdl,khlq->khdq", values, weights, precision=precision)
+    sums = jnp.einsum("pk,khdq->phdq", near.astype(jnp.float32), sums, precision=exact)
+    total = sums[:, :, -1:]
+    return jnp.where(total > 0, sums[:, :, :-1] / total, 0)
 
 
 def tile_groups(patterns: Sequence[Pattern], layout: AlignedLayout) -> np.ndarray:
