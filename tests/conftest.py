@@ -34,10 +34,22 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
+@pytest.hookimpl(trylast=True)  # after those that options leave out are gone
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Let parallel runs begin with the slow tests: at their end many short ones keep all workers busy."""
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Let each parallel worker begin with its share of the slow tests: at the end many short ones keep all busy.
+
+    A worker gets one of equal parts of the list, and when that is done, the end of what another has left.
+    """
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    if workers > 1:
+        is_slow = [item.get_closest_marker("slow") is not None for item in items]
+        kinds = [[item for item, slow in zip(items, is_slow, strict=True) if slow == kind] for kind in (True, False)]
+        items[:] = [
+            item
+            for i in range(workers)
+            for kind in kinds
+            for item in kind[len(kind) * i // workers : len(kind) * (i + 1) // workers]
+        ]
 
 
 @pytest.fixture(scope="session")

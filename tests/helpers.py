@@ -45,7 +45,10 @@ OTHER_SIZES = dict(
 )
 
 DEVICES = 8  # of the tests' process, virtual ones
-VIRTUAL_DEVICES = f"--xla_force_host_platform_device_count={DEVICES}"
+# Most of the tests' time goes to compile programs that run once. XLA's passes are those of users; LLVM's are left out,
+# except in test_fleet.py.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0"
+VIRTUAL_DEVICES = f"--xla_force_host_platform_device_count={DEVICES} {QUICK_COMPILATION}"
 
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
 # For tests that call the TPU compiler.
@@ -56,8 +59,12 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def stage_environment() -> dict[str, str]:
-    """Return the environment without what conftest.py sets for the tests' process, as a user starts a stage."""
-    return {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    """Return the environment without the devices that conftest.py gives the tests' process, as a user starts a stage.
+
+    Its programs are compiled as in the tests' process, so that they are the same ones to the last bit.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    return environment | {"XLA_FLAGS": QUICK_COMPILATION}
 
 
 def stage_command(script: str | Path, *arguments: object) -> list[str]:

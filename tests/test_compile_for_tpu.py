@@ -22,7 +22,7 @@ from cogvideox.run import executable
 from cogvideox.run.executable import operations_digest
 from compile_for_tpu import __main__ as tool
 from compile_for_tpu import prediction, programs, report, topologies
-from tests.helpers import LATENTS, ROOT, SIZE, needs_libtpu, values
+from tests.helpers import LATENTS, QUICK_COMPILATION, ROOT, SIZE, needs_libtpu, values
 
 TINY_STEP = [*SIZE[:-2], "--dtype", "float32"]
 
@@ -30,7 +30,7 @@ TINY_STEP = [*SIZE[:-2], "--dtype", "float32"]
 @pytest.fixture
 def run(one_device, monkeypatch, capsys):
     """Run a program's main, and return what it prints; for the compiler's process, too, this machine has one device."""
-    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setenv("XLA_FLAGS", QUICK_COMPILATION)
 
     def run(main, *arguments) -> str:
         capsys.readouterr()

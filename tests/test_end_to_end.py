@@ -61,26 +61,27 @@ def truth(model: Path, frames: int, guidance_scale: float) -> tuple[torch.Tensor
     return embeddings, seen["latents"], video[-frames:]
 
 
-CASES = [
-    ("random_model", 17, 6.0, DDIM),
-    ("random_model", 61, 6.0, DPM),
-    ("random_model", 81, 1.0, DDIM),
-    ("other_model", 17, 6.0, DDIM),
-    ("other_model", 61, 1.0, DPM),
-    ("other_model", 81, 6.0, DPM),
+CASES = [  # the decoders by turns: each for both models, and for every number of frames
+    ("random_model", 17, 6.0, DDIM, STAGE3),
+    ("random_model", 61, 6.0, DPM, STAGE3_FLAX),
+    ("random_model", 81, 1.0, DDIM, STAGE3),
+    ("other_model", 17, 6.0, DDIM, STAGE3_FLAX),
+    ("other_model", 61, 1.0, DPM, STAGE3),
+    ("other_model", 81, 6.0, DPM, STAGE3_FLAX),
 ]
 
 
 def name(value):
-    return {DDIM: "DDIM", DPM: "DPM", 6.0: "guided", 1.0: "unguided"}.get(value, str(value))
+    names = {DDIM: "DDIM", DPM: "DPM", 6.0: "guided", 1.0: "unguided", STAGE3: "torchax", STAGE3_FLAX: "flax"}
+    return names.get(value, str(value))
 
 
 @pytest.mark.parametrize(
-    ("model", "frames", "guidance_scale", "scheduler"),
+    ("model", "frames", "guidance_scale", "scheduler", "stage3"),
     [pytest.param(*case, marks=[pytest.mark.slow] * (case != CASES[0])) for case in CASES],
     ids=name,
 )
-def test_stages_match_the_pipeline(model, frames, guidance_scale, scheduler, request, run_stage, tmp_path):
+def test_stages_match_the_pipeline(model, frames, guidance_scale, scheduler, stage3, request, run_stage, tmp_path):
     model = model_with_scheduler(request.getfixturevalue(model), scheduler, tmp_path / "model")
     embeddings, latents, video = truth(model, frames, guidance_scale)
     outputs = tmp_path / "outputs"
@@ -102,9 +103,8 @@ def test_stages_match_the_pipeline(model, frames, guidance_scale, scheduler, req
 
     export_to_video(list(video), str(tmp_path / "expected.mp4"), fps=FPS, macro_block_size=2)
     expected_mp4 = imageio.imread(tmp_path / "expected.mp4")
-    for script in (STAGE3, STAGE3_FLAX):
-        run_stage(script, "--input_dir", outputs, "--output_frames", tmp_path / "frames.safetensors")
-        check_frames(script, outputs / "output_video.mp4", tmp_path / "frames.safetensors", video, expected_mp4)
+    run_stage(stage3, "--input_dir", outputs, "--output_frames", tmp_path / "frames.safetensors")
+    check_frames(stage3, outputs / "output_video.mp4", tmp_path / "frames.safetensors", video, expected_mp4)
 
 
 def check_frames(script: str, mp4_path: Path, frames: Path, video: np.ndarray, expected_mp4: np.ndarray) -> None:

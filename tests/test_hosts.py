@@ -22,6 +22,7 @@ from tests.forks import Fork
 from tests.helpers import (
     DEVICES,
     LATENTS,
+    QUICK_COMPILATION,
     ROOT,
     SIZE,
     STAGE2,
@@ -46,7 +47,7 @@ class Processes:
             address = f"localhost:{free.getsockname()[1]}"
         environment = stage_environment() | {
             "JAX_PLATFORMS": "cpu",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count} {QUICK_COMPILATION}",
         }
         self.folders = [folder / str(i) for i in range(count)]
         self._started = []

@@ -135,7 +135,7 @@ def kill_and_run_again(outputs: Path, script: str, moments: list[float], early: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "times"), [(STAGE1, 6), (STAGE2, 8), (STAGE3, 6)])
+@pytest.mark.parametrize(("script", "times"), [(STAGE1, 4), (STAGE2, 5), (STAGE3, 4)])
 def test_killed_at_random(script, times, outputs):
     generator = random.Random()
     seed = generator.randrange(1000)
