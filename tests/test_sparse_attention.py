@@ -374,10 +374,11 @@ def test_wrong_shapes():
         jax.ShapeDtypeStruct((tiles, 2, HEAD_DIM, LANES), dtype)
         for tiles, dtype in ((4, "float32"), (3, "float32"), (4, "bfloat16"))
     )
-    table, short = (HeadTable.of(patterns(*texts)) for texts in (("dense", "frames:1"), ("dense",)))
+    table, longer = (HeadTable.of(patterns("dense", *("frames:1",) * count)) for count in (1, 2))
     for message, *arguments in (
         ("shapes do not fit together", array, array, fewer, table),
-        ("the table of 2 heads", array, array, array, short),
+        ("shapes do not fit together", array, array, array, longer),
+        ("the table of 2 heads", array, array, array, table._replace(windows=longer.windows)),
         ("expected bfloat16 or float32", array, array, others, table),
         ("first_tile says which", fewer, array, array, table),
     ):
