@@ -314,12 +314,13 @@ class Attention:
         table: HeadTable,
         layout: AlignedLayout,
         first_tile: jax.Array | None,
+        after: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Compute block-sparse attention of tiles; only where `is_tiled`.
 
         Args:
             queries, keys, values: of the aligned order; there may be fewer tiles of queries.
-            table, layout, first_tile: see `sparse_attention`.
+            table, layout, first_tile, after: see `sparse_attention`.
 
         Returns what `tiled` does.
         """
@@ -334,6 +335,7 @@ class Attention:
             interpret=self.interpret,
             first_tile=first_tile,
             first=(first_query, first_key, first_value),
+            after=after,
         )
         return output.reshape(shape), online.reshape(shape[1:3])
 

@@ -61,6 +61,7 @@ class TiledBlock(BaseBlock):
 
     def attended(self, groups: Sequence[Sequence[Tiles]]) -> Iterator[tuple[jax.Array, jax.Array]]:
         """Attend the groups of heads one after the other; yields what `Attention.tiled` returns."""
+        output = None
         for number, (queries, keys, values) in enumerate(groups):
             if self.patterns is None:
                 yield self.attention.tiled(queries, keys, values, self.order.real_tokens)
@@ -69,7 +70,12 @@ class TiledBlock(BaseBlock):
                 tiles, samples, *_ = queries.shape
                 table = self.table(number, len(groups), samples)
                 first_tile = self.first_tile(tiles)
-                yield self.attention.sparse_tiled(queries, keys, values, table, self.order, first_tile)
+                # XLA would attend the second group first, and its exchange is the longer one.
+                attended = self.attention.sparse_tiled(
+                    *(queries, keys, values, table, self.order, first_tile), after=output
+                )
+                output, _ = attended
+                yield attended
 
     def projected(self, x: jax.Array) -> list[list[Tiles]]:
         """Project tokens to queries, keys and values, and exchange tokens for heads, a group of heads after the other.

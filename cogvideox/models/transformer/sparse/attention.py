@@ -36,6 +36,7 @@ def sparse_attention(
     interpret: Any = None,
     first_tile: jax.Array | None = None,
     first: tuple[int, int, int] = (0, 0, 0),
+    after: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute softmax(scale query key^T) value over the tiles that each head's pattern names; see `Pattern`.
 
@@ -53,6 +54,7 @@ def sparse_attention(
         first_tile: the tile of the sequence with which the queries begin, int32 scalar, where they are only a part of
             it; None where they begin with it and are all.
         first: the first of the table's heads in each of the three arrays.
+        after: what is to be computed before, which is not read; None to leave the order to XLA.
 
     Returns:
         An array like `queries`, of the table's heads, in which tiles beyond the layout's are 0, and of each head the
@@ -70,8 +72,9 @@ def sparse_attention(
     used = [kind for kind, count in zip(KINDS, fixed, strict=True) if kind in kinds and count != 0]
     geometries = {kind: geometry_of(kind, layout, itemsize, head_dim, sizes, len(queries)) for kind in used}
 
-    def run(queries, keys, values, table, first, interpret):
-        bound = key_bounds(queries, keys, layout, heads=heads, factor=factor, k_smooth=k_smooth, interpret=interpret)
+    def run(queries, keys, values, table, first, after, interpret):
+        options = {"heads": heads, "factor": factor, "k_smooth": k_smooth, "interpret": interpret, "after": after}
+        bound = key_bounds(queries, keys, layout, **options)
         # Where the queries are whole, the calls write all tiles of the layout.
         shape = len(queries), heads.number, *queries.shape[2:]
         output = lax.empty(shape, queries.dtype) if whole else jnp.zeros(shape, queries.dtype)
@@ -97,7 +100,7 @@ def sparse_attention(
         return with_layout_constraint(output, Layout(major_to_minor=(0, 1, 2, 3))), online
 
     first_tiles = jnp.zeros(1, jnp.int32) if first_tile is None else jnp.reshape(first_tile, 1).astype(jnp.int32)
-    return for_platform(run, interpret)(queries, keys, values, HeadTable(*map(jnp.asarray, table)), first_tiles)
+    return for_platform(run, interpret)(queries, keys, values, HeadTable(*map(jnp.asarray, table)), first_tiles, after)
 
 
 class _Heads(NamedTuple):

@@ -27,6 +27,7 @@ def key_bounds(
     factor: float,
     k_smooth: bool,
     interpret: Any,
+    after: jax.Array | None = None,
 ) -> jax.Array:
     """Compute the bound of each query, see `custom_splash_attention.query_bounds`, float32 [tiles, heads, 1, 128].
 
@@ -37,8 +38,10 @@ def key_bounds(
         factor: of the scores, in base 2.
         k_smooth: take the mean of the keys out.
         interpret: run in Pallas' interpreter.
+        after: see `sparse_attention`.
     """
     queries, keys = in_hbm([queries, keys], interpret)
+    before = [] if after is None else [after]
     head_dim = keys.shape[2]
     block = min(layout.tiles, BOUND_TILES)
     blocks = -(-layout.tiles // block)
@@ -51,7 +54,10 @@ def key_bounds(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(heads.number, 2, blocks),
-            in_specs=[pl.BlockSpec((block, 1, head_dim, LANES), lambda h, phase, j, _: (j, heads.key + h, 0, 0))],
+            in_specs=[
+                pl.BlockSpec((block, 1, head_dim, LANES), lambda h, phase, j, _: (j, heads.key + h, 0, 0)),
+                *[pl.BlockSpec(memory_space=pl.ANY)] * len(before),
+            ],
             out_specs=[
                 pl.BlockSpec((1, head_dim, LANES), lambda h, *_: (h, 0, 0)),
                 pl.BlockSpec((1, 1, LANES), lambda h, *_: (h, 0, 0)),
@@ -63,7 +69,7 @@ def key_bounds(
         ),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=moved, transcendentals=0),
         interpret=interpret,
-    )(jnp.asarray(tile_tokens), keys)
+    )(jnp.asarray(tile_tokens), keys, *before)
     return query_bounds(
         queries,
         mean,
@@ -76,10 +82,11 @@ def key_bounds(
     )
 
 
-def _key_statistics(tile_tokens, k_ref, mean_ref, radius_ref, *, real_keys, k_smooth):
+def _key_statistics(tile_tokens, k_ref, *refs, real_keys, k_smooth):
     """Compute the statistics of a head's keys, of which each tile has its own number."""
 
     def is_real(tile):
         return lax.broadcasted_iota(jnp.int32, (1, LANES), 1) < tile_tokens[tile]
 
+    *_, mean_ref, radius_ref = refs
     key_statistics(is_real, k_ref, mean_ref, radius_ref, keys=real_keys, k_smooth=k_smooth)
