@@ -344,7 +344,8 @@ def layout_of(plan: "DenoisingPlan") -> "AlignedLayout":
     """Return the order of the tokens of a run with a map."""
     from cogvideox.models.transformer.sparse.layout import AlignedLayout
 
-    return AlignedLayout.of(plan.token_grid, plan.tokens - plan.video_tokens)
+    assert isinstance(plan.order, AlignedLayout)
+    return plan.order
 
 
 def measured_steps(arguments: argparse.Namespace, steps: int) -> list[int]:

@@ -84,8 +84,8 @@ def density(plan: "DenoisingPlan") -> float:
     """Return the share of all heads' scores, those of padding left out, that the patterns of a plan compute."""
     from cogvideox.models.transformer.sparse.layout import AlignedLayout
 
-    assert plan.sparse
-    layout = AlignedLayout.of(plan.token_grid, plan.tokens - plan.video_tokens)
+    layout = plan.order
+    assert plan.sparse and isinstance(layout, AlignedLayout)
     counts = collections.Counter(pattern for of_layer in plan.sparse.patterns for pattern in of_layer)
     return sum(pattern.density(layout) * n for pattern, n in counts.items()) / counts.total()
 

@@ -186,6 +186,17 @@ class Tiles(NamedTuple):
         tiles, all_batches, *rest = self.array.shape
         return tiles, all_batches // self.places, *rest
 
+    @property
+    def by_heads(self) -> jax.Array:
+        """The array as kernels take it, [tiles, places * batch * heads, head_dim, 128]."""
+        return self.array.reshape(len(self.array), -1, *self.array.shape[3:])
+
+    @property
+    def first(self) -> int:
+        """The first of its heads in `by_heads`."""
+        _, batch, heads, *_ = self.shape
+        return self.place * batch * heads
+
     def alone(self) -> jax.Array:
         """Return the tiles in an array of their own."""
         batch = self.shape[1]
@@ -300,10 +311,9 @@ class Attention:
             "kv_length": kv_length,
             "q_length": kv_length if shape[0] == keys.shape[0] else None,
             "heads": shape[1] * shape[2],
-            "first": tuple(tiles.place * shape[1] * shape[2] for tiles in of_all),
+            "first": tuple(tiles.first for tiles in of_all),
         }
-        arrays = (tiles.array.reshape(tiles.shape[0], -1, *shape[3:]) for tiles in of_all)
-        output, online = tiled(*arrays, **options, **self._kernel_options())
+        output, online = tiled(*(tiles.by_heads for tiles in of_all), **options, **self._kernel_options())
         return output.reshape(shape), online.reshape(shape[1:3])
 
     def sparse_tiled(
@@ -324,17 +334,15 @@ class Attention:
 
         Returns what `tiled` does.
         """
-        shape, of_all = queries.shape, (queries, keys, values)
-        first_query, first_key, first_value = (tiles.place * shape[1] * shape[2] for tiles in of_all)
-        arrays = [tiles.array.reshape(tiles.shape[0], -1, *shape[3:]) for tiles in of_all]
+        shape = queries.shape
         output, online = sparse_attention(
-            *(arrays[0], arrays[1], arrays[2], table),
+            *(queries.by_heads, keys.by_heads, values.by_heads, table),
             layout=layout,
             kinds=self.kinds,
             k_smooth=self.k_smooth,
             interpret=self.interpret,
             first_tile=first_tile,
-            first=(first_query, first_key, first_value),
+            first=(queries.first, keys.first, values.first),
             after=after,
         )
         return output.reshape(shape), online.reshape(shape[1:3])

@@ -201,10 +201,8 @@ def of_all_heads(own: Callable[[], jax.Array], query_parts: int, patterns: HeadP
         [query_parts, batch / dp, heads, ...], of the heads in the model's order.
     """
     found = jax.lax.all_gather(own(), ("tp", "sp"))
-    found = found.reshape(
-        jax.lax.axis_size("tp"), query_parts, -1, *found.shape[1:]
-    )  # [tp, parts, chips, batch, heads]
-    found = jnp.moveaxis(found, (0, 2), (2, 3))
+    found = found.reshape(jax.lax.axis_size("tp"), query_parts, -1, *found.shape[1:])
+    found = jnp.moveaxis(found, (0, 2), (2, 3))  # [parts, batch, tp, chips, heads of a chip, ...]
     found = found.reshape(*found.shape[:2], -1, *found.shape[5:])
     return found if patterns is None else patterns.in_model_order(found, axis=2)
 

@@ -11,7 +11,7 @@ import numpy as np
 from cogvideox.defaults import DENSE_STEPS
 from cogvideox.models.transformer.sparse.geometry import predicted_cycles
 from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
-from cogvideox.models.transformer.sparse.patterns import KINDS, Kind, Pattern, head_order
+from cogvideox.models.transformer.sparse.patterns import KINDS, Kind, Pattern, head_order, tile_groups
 from cogvideox.models.transformer.sparse.table import HeadTable
 
 
@@ -53,8 +53,7 @@ class HeadPatterns(NamedTuple):
     def mask(self, layout: AlignedLayout, queries: np.ndarray) -> jax.Array:
         """Tell which keys some queries of a layer's heads attend, bool [heads, queries, keys]; tokens are packed."""
         tile = layout.positions() // LANES
-        # The text is in no group of tiles; it attends everything, and everything attends it.
-        groups = np.stack([np.pad(Pattern(kind).groups(layout), (0, layout.text_tiles)) for kind in KINDS])[:, tile]
+        groups = tile_groups([Pattern(kind) for kind in KINDS], layout)[:, tile]
         is_text = np.arange(len(tile)) < layout.text_tokens
         distance = jnp.abs(jnp.asarray(groups[:, queries, None] - groups[:, None]))[self.kinds]
         always = is_text[queries, None] | is_text

@@ -70,6 +70,15 @@ class Pattern:
         return float(real @ self.tile_mask(layout) @ real) / layout.real_tokens**2
 
 
+def tile_groups(patterns: Sequence[Pattern], layout: AlignedLayout) -> np.ndarray:
+    """Return the group of each tile under each pattern, int32 [patterns, tiles].
+
+    The text's tiles are in no group, they have a 0: they attend everything, and everything attends them.
+    """
+    groups = np.stack([pattern.groups(layout) for pattern in patterns])
+    return np.pad(groups, ((0, 0), (0, layout.text_tiles)))
+
+
 def head_order(costs: Sequence[float], chips: int) -> np.ndarray:
     """Share heads among chips so that each has equally many, and the most work of a chip is small.
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from cogvideox.models.transformer.sparse.geometry import predicted_cycles
 from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
-from cogvideox.models.transformer.sparse.patterns import Kind, Pattern, head_order
+from cogvideox.models.transformer.sparse.patterns import Kind, Pattern, head_order, tile_groups
 
 SAMPLED_TILES = 16  # of queries, by which a head is judged: 2,048 tokens
 GOLDEN = (math.sqrt(5) - 1) / 2  # of whose multiples the fractional parts are evenly spread, however many there are
@@ -128,12 +128,6 @@ def outputs_under(
     sums = jnp.einsum("pk,khdq->phdq", near.astype(jnp.float32), sums, precision=exact)
     total = sums[:, :, -1:]
     return jnp.where(total > 0, sums[:, :, :-1] / total, 0)
-
-
-def tile_groups(patterns: Sequence[Pattern], layout: AlignedLayout) -> np.ndarray:
-    """Return the group of each tile under each pattern, int32 [patterns, tiles]; the text's tiles are in none."""
-    groups = np.stack([pattern.groups(layout) for pattern in patterns])
-    return np.pad(groups, ((0, 0), (0, layout.text_tiles)))
 
 
 class Choice(NamedTuple):

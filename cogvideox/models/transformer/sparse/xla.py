@@ -2,11 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from cogvideox.models.transformer.sparse.layout import LANES, AlignedLayout
-from cogvideox.models.transformer.sparse.patterns import KINDS, Pattern
+from cogvideox.models.transformer.sparse.patterns import KINDS, Pattern, tile_groups
 from cogvideox.models.transformer.sparse.table import HeadTable
 
 
@@ -32,9 +31,7 @@ def xla_attention(
     place = jnp.argsort(jnp.asarray(table.order))
     kind = (place[:, None] >= jnp.cumsum(jnp.asarray(table.counts))).sum(1)  # of each head, its place in KINDS
     window = jnp.asarray(table.windows)[place]
-    # The text's tiles are in no group; they are near everything.
-    groups = [np.pad(Pattern(name).groups(layout), (0, layout.text_tiles)) for name in KINDS]
-    of_head = jnp.asarray(np.stack(groups))[kind]  # [heads, tiles]
+    of_head = jnp.asarray(tile_groups([Pattern(name) for name in KINDS], layout))[kind]  # [heads, tiles]
     is_text = jnp.arange(tiles) >= layout.video_tiles
     real = jnp.asarray(layout.is_real().reshape(tiles, 1, 1, LANES))
     # XLA lacks some products of bfloat16 on a CPU; the default precision holds all digits of bfloat16.
